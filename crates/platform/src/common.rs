@@ -1,0 +1,88 @@
+//! The services that every role answers beside its own: reflection in both
+//! versions and health.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use http::{Request, Response};
+use tonic::Status;
+use tonic_health::pb::health_server::HealthServer;
+use tonic_reflection::server::{Builder, Error};
+use tower_service::Service;
+
+use crate::grpc::{Body, Call, Reply};
+use crate::health::Health;
+
+type Handle = dyn Fn(Request<tonic::body::Body>) -> BoxFuture<'static, Response<tonic::body::Body>>
+    + Send
+    + Sync;
+
+/// Health and reflection behind their paths.
+#[derive(Clone)]
+pub struct CommonServices {
+    health: HealthServer<Health>,
+    reflection_v1: Arc<Handle>,
+    reflection_v1alpha: Arc<Handle>,
+}
+
+impl CommonServices {
+    /// Serves `health`, and the descriptors of `descriptors`, an encoded
+    /// `FileDescriptorSet`, with their comments.
+    pub fn new(health: &Health, descriptors: &[u8]) -> Result<Self, Error> {
+        let builder = || {
+            Builder::configure()
+                .register_encoded_file_descriptor_set(descriptors)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        Ok(Self {
+            health: health.service(),
+            reflection_v1: handle(builder().build_v1()?),
+            reflection_v1alpha: handle(builder().build_v1alpha()?),
+        })
+    }
+
+    /// Answers a call of health or reflection; any other is not implemented.
+    pub async fn answer(&self, call: Call) -> Reply {
+        let service = call.path().split('/').nth(1).unwrap_or_default();
+        let response = match service {
+            "grpc.health.v1.Health" => {
+                let Ok(response) = self.health.clone().call(call.into_tonic()).await;
+                response
+            }
+            "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(call.into_tonic()).await,
+            "grpc.reflection.v1alpha.ServerReflection" => {
+                (self.reflection_v1alpha)(call.into_tonic()).await
+            }
+            _ => Status::unimplemented(format!("unknown method {}", call.path())).into_http(),
+        };
+        response.map(Body::tonic)
+    }
+}
+
+impl std::fmt::Debug for CommonServices {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("CommonServices")
+    }
+}
+
+/// Hides the type of a generated service, which tonic does not name.
+fn handle<S>(service: S) -> Arc<Handle>
+where
+    S: Service<
+            Request<tonic::body::Body>,
+            Response = Response<tonic::body::Body>,
+            Error = std::convert::Infallible,
+        > + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send + 'static,
+{
+    Arc::new(move |request| {
+        let answered = service.clone().call(request);
+        Box::pin(async move {
+            let Ok(response) = answered.await;
+            response
+        })
+    })
+}

@@ -1,0 +1,164 @@
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use http::{HeaderMap, HeaderValue};
+use http_body::{Frame, SizeHint};
+use tonic::Status;
+
+/// The body of a request or reply of gRPC.
+pub struct Body {
+    content: Content,
+    /// What must live until the body has been sent, for example a permit.
+    guard: Option<Box<dyn Send + Sync>>,
+}
+
+enum Content {
+    /// Data that is all there, then trailers if any.
+    Whole {
+        chunks: std::vec::IntoIter<Bytes>,
+        first: Option<Bytes>,
+        trailers: Option<HeaderMap>,
+    },
+    /// Framed messages that come one by one; the status follows them.
+    Stream(BoxStream<'static, Result<Bytes, Status>>),
+    /// The end of a stream was sent.
+    Ended,
+    /// A service that tonic generated.
+    Tonic(tonic::body::Body),
+}
+
+impl Body {
+    /// No data and no trailers.
+    pub fn empty() -> Self {
+        Self::whole(None, Vec::new(), None)
+    }
+
+    /// One framed message and an OK status.
+    pub fn unary(framed: Bytes) -> Self {
+        Self::whole(Some(framed), Vec::new(), Some(ok_trailers()))
+    }
+
+    /// One framed message without trailers: a request.
+    pub fn request(framed: Bytes) -> Self {
+        Self::whole(Some(framed), Vec::new(), None)
+    }
+
+    /// Data as it came, and its trailers.
+    pub fn whole(first: Option<Bytes>, rest: Vec<Bytes>, trailers: Option<HeaderMap>) -> Self {
+        Self {
+            content: Content::Whole {
+                chunks: rest.into_iter(),
+                first,
+                trailers,
+            },
+            guard: None,
+        }
+    }
+
+    /// Framed messages as they come, then their status.
+    pub fn stream(messages: BoxStream<'static, Result<Bytes, Status>>) -> Self {
+        Self {
+            content: Content::Stream(messages),
+            guard: None,
+        }
+    }
+
+    /// The body of a reply of a service that tonic generated.
+    pub fn tonic(body: tonic::body::Body) -> Self {
+        Self {
+            content: Content::Tonic(body),
+            guard: None,
+        }
+    }
+
+    /// Keeps something alive until the body has been sent or dropped.
+    #[must_use]
+    pub fn guarded(mut self, guard: impl Send + Sync + 'static) -> Self {
+        self.guard = Some(match self.guard.take() {
+            Some(other) => Box::new((other, guard)),
+            None => Box::new(guard),
+        });
+        self
+    }
+}
+
+impl std::fmt::Debug for Body {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Body")
+    }
+}
+
+fn ok_trailers() -> HeaderMap {
+    let mut trailers = HeaderMap::with_capacity(1);
+    trailers.insert("grpc-status", HeaderValue::from_static("0"));
+    trailers
+}
+
+fn status_trailers(status: &Status) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    if status.add_header(&mut trailers).is_err() {
+        trailers.insert("grpc-status", HeaderValue::from(status.code() as i32));
+    }
+    trailers
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let body = self.get_mut();
+        match &mut body.content {
+            Content::Whole {
+                chunks,
+                first,
+                trailers,
+            } => {
+                let data = first.take().or_else(|| chunks.next());
+                let frame = match data {
+                    Some(data) => Some(Frame::data(data)),
+                    None => trailers.take().map(Frame::trailers),
+                };
+                Poll::Ready(frame.map(Ok))
+            }
+            Content::Stream(messages) => {
+                let frame = match ready!(messages.as_mut().poll_next(context)) {
+                    Some(Ok(message)) => Frame::data(message),
+                    Some(Err(status)) => {
+                        body.content = Content::Ended;
+                        Frame::trailers(status_trailers(&status))
+                    }
+                    None => {
+                        body.content = Content::Ended;
+                        Frame::trailers(ok_trailers())
+                    }
+                };
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Content::Ended => Poll::Ready(None),
+            Content::Tonic(tonic) => Pin::new(tonic).poll_frame(context),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Whole {
+                chunks,
+                first,
+                trailers,
+            } => first.is_none() && chunks.len() == 0 && trailers.is_none(),
+            Content::Stream(_) => false,
+            Content::Ended => true,
+            Content::Tonic(tonic) => tonic.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::default()
+    }
+}

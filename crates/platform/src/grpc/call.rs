@@ -1,0 +1,128 @@
+use std::time::Duration;
+
+use http::request::Parts;
+use http::{HeaderMap, Method, Request};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::{MessageLimits, Messages};
+
+/// A call whose messages have not been read yet.
+#[derive(Debug)]
+pub struct Call {
+    parts: Parts,
+    body: Incoming,
+    /// When its head arrived.
+    pub arrived: Instant,
+    /// When the caller stops waiting; every call has an end.
+    pub deadline: Instant,
+}
+
+impl Call {
+    /// Reads a request's head. The deadline is the caller's, or `deadline_max`
+    /// from now if that is earlier.
+    pub fn new(request: Request<Incoming>, deadline_max: Duration) -> Result<Self, Status> {
+        let (parts, body) = request.into_parts();
+        let grpc = parts
+            .headers
+            .get(http::header::CONTENT_TYPE)
+            .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+        if parts.method != Method::POST || !grpc {
+            return Err(Status::unimplemented(
+                "this port speaks gRPC: POST with content-type application/grpc",
+            ));
+        }
+        let arrived = Instant::now();
+        let timeout = grpc_timeout(&parts.headers)?.unwrap_or(deadline_max);
+        Ok(Self {
+            deadline: arrived + timeout.min(deadline_max),
+            parts,
+            body,
+            arrived,
+        })
+    }
+
+    /// The call's path: `/package.Service/Method`.
+    pub fn path(&self) -> &str {
+        self.parts.uri.path()
+    }
+
+    /// The caller's metadata.
+    pub fn metadata(&self) -> &HeaderMap {
+        &self.parts.headers
+    }
+
+    /// One entry of the caller's metadata, if it is text.
+    pub fn metadata_text(&self, key: &str) -> Option<&str> {
+        self.parts.headers.get(key)?.to_str().ok()
+    }
+
+    /// Starts to read the messages.
+    pub fn into_messages(self, limits: &MessageLimits) -> Messages {
+        self.into_parts(limits).1
+    }
+
+    /// The head, and the messages to be read.
+    pub fn into_parts(self, limits: &MessageLimits) -> (Parts, Messages) {
+        let encoding = self
+            .parts
+            .headers
+            .get("grpc-encoding")
+            .and_then(|encoding| encoding.to_str().ok());
+        let messages = Messages::new(self.body, encoding, limits);
+        (self.parts, messages)
+    }
+
+    /// The request for a service that tonic generated.
+    pub(crate) fn into_tonic(self) -> Request<tonic::body::Body> {
+        Request::from_parts(self.parts, tonic::body::Body::new(self.body))
+    }
+}
+
+/// The caller's `grpc-timeout`; an unreadable one is an error.
+pub fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
+    let Some(value) = headers.get("grpc-timeout") else {
+        return Ok(None);
+    };
+    value
+        .to_str()
+        .ok()
+        .and_then(parse_timeout)
+        .map(Some)
+        .ok_or_else(|| Status::invalid_argument("grpc-timeout: at most 8 digits and a unit"))
+}
+
+fn parse_timeout(value: &str) -> Option<Duration> {
+    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let count: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(count * 3600),
+        "M" => Duration::from_secs(count * 60),
+        "S" => Duration::from_secs(count),
+        "m" => Duration::from_millis(count),
+        "u" => Duration::from_micros(count),
+        "n" => Duration::from_nanos(count),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_read_or_refused() {
+        assert_eq!(parse_timeout("50m"), Some(Duration::from_millis(50)));
+        assert_eq!(
+            parse_timeout("99999999H"),
+            Some(Duration::from_secs(99_999_999 * 3600))
+        );
+        for wrong in ["", "m", "5", "-5m", "123456789m", "5x", "é", "5é"] {
+            assert_eq!(parse_timeout(wrong), None, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Length-prefixed messages: read within limits, written in one piece.
+
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+/// A message's flag and length.
+const PREFIX_BYTES: usize = 5;
+
+/// Bounds the bytes of all messages in flight together.
+#[derive(Debug, Clone)]
+pub struct ByteBudget {
+    permits: Arc<Semaphore>,
+    bytes_max: usize,
+}
+
+impl ByteBudget {
+    /// A budget of so many bytes.
+    pub fn new(bytes_max: usize) -> Self {
+        let bytes_max = bytes_max.min(Semaphore::MAX_PERMITS);
+        Self {
+            permits: Arc::new(Semaphore::new(bytes_max)),
+            bytes_max,
+        }
+    }
+
+    /// Bytes in flight now.
+    pub fn used(&self) -> usize {
+        self.bytes_max - self.permits.available_permits()
+    }
+
+    /// Takes a message's bytes at once or refuses: waiting would hold a
+    /// connection's window with the message half read.
+    fn take(&self, bytes: usize) -> Result<Option<OwnedSemaphorePermit>, Status> {
+        if bytes == 0 {
+            return Ok(None);
+        }
+        let wanted = u32::try_from(bytes).map_err(|_| too_large(bytes, self.bytes_max))?;
+        self.permits
+            .clone()
+            .try_acquire_many_owned(wanted)
+            .map(Some)
+            .map_err(|_| {
+                Status::with_error_details(
+                    Code::Unavailable,
+                    "the server holds as many message bytes as it may",
+                    ErrorDetails::with_retry_info(Some(Duration::from_millis(100))),
+                )
+            })
+    }
+}
+
+/// What messages may be read.
+#[derive(Debug, Clone)]
+pub struct MessageLimits {
+    /// The longest message, decompressed.
+    pub message_bytes_max: usize,
+    /// All messages in flight together.
+    pub budget: ByteBudget,
+    /// Messages refused for their size or for the budget.
+    pub refused: Arc<AtomicU64>,
+}
+
+impl MessageLimits {
+    /// Limits with nothing in flight.
+    pub fn new(message_bytes_max: usize, bytes_in_flight_max: usize) -> Self {
+        Self {
+            message_bytes_max,
+            budget: ByteBudget::new(bytes_in_flight_max.max(message_bytes_max)),
+            refused: Arc::default(),
+        }
+    }
+}
+
+/// A message that was read. Its bytes count as in flight until it is dropped.
+#[derive(Debug)]
+pub struct Message {
+    /// The message without its prefix.
+    pub bytes: Bytes,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+/// The messages of a call as they come.
+#[derive(Debug)]
+pub struct Messages {
+    body: Incoming,
+    gzip: bool,
+    limits: MessageLimits,
+    /// What came after the last whole message.
+    rest: Bytes,
+}
+
+impl Messages {
+    pub(super) fn new(body: Incoming, encoding: Option<&str>, limits: &MessageLimits) -> Self {
+        Self {
+            body,
+            gzip: encoding == Some("gzip"),
+            limits: limits.clone(),
+            rest: Bytes::new(),
+        }
+    }
+
+    /// The only message of a call: none or several are the caller's fault.
+    pub async fn only(mut self) -> Result<Message, Status> {
+        let message = self
+            .next()
+            .await?
+            .ok_or_else(|| Status::invalid_argument("message: the call brought none"))?;
+        if self.next().await?.is_some() {
+            return Err(Status::invalid_argument("message: the call brought two"));
+        }
+        Ok(message)
+    }
+
+    /// The next message; none when the caller has sent them all.
+    pub async fn next(&mut self) -> Result<Option<Message>, Status> {
+        while self.rest.len() < PREFIX_BYTES {
+            match self.chunk().await? {
+                Some(chunk) => self.rest = joined(&self.rest, chunk),
+                None if self.rest.is_empty() => return Ok(None),
+                None => return Err(cut()),
+            }
+        }
+        let compressed = match self.rest.get_u8() {
+            0 => false,
+            1 if self.gzip => true,
+            1 => {
+                return Err(Status::unimplemented(
+                    "message compression: only gzip is supported",
+                ));
+            }
+            _ => return Err(Status::invalid_argument("message: an unknown flag")),
+        };
+        let length = self.rest.get_u32() as usize;
+        if length > self.limits.message_bytes_max {
+            self.limits.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(too_large(length, self.limits.message_bytes_max));
+        }
+        // The bytes are counted before they are given room.
+        let permit = self.limits.budget.take(length).inspect_err(|_| {
+            self.limits.refused.fetch_add(1, Ordering::Relaxed);
+        })?;
+        let bytes = self.read(length).await?;
+        if compressed {
+            return self.inflate(&bytes).map(Some);
+        }
+        Ok(Some(Message {
+            bytes,
+            _permit: permit,
+        }))
+    }
+
+    /// Exactly `length` bytes: a slice of one chunk where they fit in it, else
+    /// gathered.
+    async fn read(&mut self, length: usize) -> Result<Bytes, Status> {
+        if self.rest.is_empty() && length > 0 {
+            self.rest = self.chunk().await?.ok_or_else(cut)?;
+        }
+        if self.rest.len() >= length {
+            return Ok(self.rest.split_to(length));
+        }
+        let mut gathered = BytesMut::with_capacity(length);
+        gathered.put_slice(&self.rest);
+        self.rest = Bytes::new();
+        while gathered.len() < length {
+            let mut chunk = self.chunk().await?.ok_or_else(cut)?;
+            let wanted = length - gathered.len();
+            if chunk.len() > wanted {
+                self.rest = chunk.split_off(wanted);
+            }
+            gathered.put_slice(&chunk);
+        }
+        Ok(gathered.freeze())
+    }
+
+    async fn chunk(&mut self) -> Result<Option<Bytes>, Status> {
+        loop {
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        return Ok(Some(data));
+                    }
+                }
+                Some(Err(error)) => {
+                    return Err(Status::cancelled(format!("the call broke off: {error}")));
+                }
+            }
+        }
+    }
+
+    /// Decompresses within the same limits: a small message may claim to be a
+    /// large one.
+    fn inflate(&self, bytes: &[u8]) -> Result<Message, Status> {
+        let bytes_max = self.limits.message_bytes_max;
+        let mut inflated = Vec::new();
+        let mut reader = flate2::read::GzDecoder::new(bytes).take(bytes_max as u64 + 1);
+        reader
+            .read_to_end(&mut inflated)
+            .map_err(|error| Status::invalid_argument(format!("message: not gzip: {error}")))?;
+        if inflated.len() > bytes_max {
+            return Err(too_large(inflated.len(), bytes_max));
+        }
+        let permit = self.limits.budget.take(inflated.len())?;
+        Ok(Message {
+            bytes: inflated.into(),
+            _permit: permit,
+        })
+    }
+}
+
+fn joined(rest: &Bytes, chunk: Bytes) -> Bytes {
+    if rest.is_empty() {
+        return chunk;
+    }
+    let mut joined = BytesMut::with_capacity(rest.len() + chunk.len());
+    joined.put_slice(rest);
+    joined.put_slice(&chunk);
+    joined.freeze()
+}
+
+fn cut() -> Status {
+    Status::invalid_argument("message: the call ended in the middle of a message")
+}
+
+fn too_large(bytes: usize, bytes_max: usize) -> Status {
+    Status::resource_exhausted(format!(
+        "the message has {bytes} bytes, over the limit of {bytes_max}"
+    ))
+}
+
+/// Encodes a message with its prefix, in one piece.
+pub fn frame(message: &impl prost::Message) -> Bytes {
+    let length = message.encoded_len();
+    let mut framed = BytesMut::with_capacity(PREFIX_BYTES + length);
+    put_prefix(&mut framed, length);
+    // The buffer has the length that prost asked for.
+    let _ = message.encode(&mut framed);
+    framed.freeze()
+}
+
+/// An encoded message with its prefix, in one piece.
+pub fn frame_bytes(message: &[u8]) -> Bytes {
+    let mut framed = BytesMut::with_capacity(PREFIX_BYTES + message.len());
+    put_prefix(&mut framed, message.len());
+    framed.put_slice(message);
+    framed.freeze()
+}
+
+fn put_prefix(framed: &mut BytesMut, length: usize) {
+    framed.put_u8(0);
+    framed.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
+}

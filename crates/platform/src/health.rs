@@ -1,0 +1,112 @@
+//! `grpc.health.v1` with the answers that callers expect: unknown services are
+//! NOT_FOUND when checked and SERVICE_UNKNOWN when watched, and the empty name
+//! follows readiness.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::stream::{self, Stream};
+use tokio::sync::watch;
+use tonic::{Request, Response, Status};
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_server::{Health as HealthService, HealthServer};
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+
+/// Name that answers SERVING as long as the process runs: for liveness probes.
+pub const LIVE: &str = "andon.live";
+
+/// Whether each name is serving. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Health(Arc<watch::Sender<BTreeMap<String, bool>>>);
+
+impl Default for Health {
+    fn default() -> Self {
+        let names = [(LIVE.to_owned(), true), (String::new(), false)];
+        Self(Arc::new(watch::Sender::new(names.into())))
+    }
+}
+
+impl Health {
+    /// Replaces every name but [`LIVE`]; the watchers of changed names are told.
+    /// `ready` is the answer for the empty name and for each of `services`.
+    pub fn replace(
+        &self,
+        ready: bool,
+        services: &[&str],
+        models: impl IntoIterator<Item = (String, bool)>,
+    ) {
+        let mut names: BTreeMap<String, bool> = models.into_iter().collect();
+        names.extend(services.iter().map(|name| ((*name).to_owned(), ready)));
+        names.insert(String::new(), ready);
+        names.insert(LIVE.to_owned(), true);
+        self.0.send_if_modified(|current| {
+            let changed = *current != names;
+            *current = names;
+            changed
+        });
+    }
+
+    /// Whether the empty name is serving.
+    pub fn ready(&self) -> bool {
+        self.status("").is_some_and(|serving| serving)
+    }
+
+    fn status(&self, name: &str) -> Option<bool> {
+        self.0.borrow().get(name).copied()
+    }
+
+    /// The service to route `grpc.health.v1.Health` to.
+    pub fn service(&self) -> HealthServer<Self> {
+        HealthServer::new(self.clone())
+    }
+}
+
+fn response(serving: Option<bool>) -> HealthCheckResponse {
+    let status = match serving {
+        Some(true) => ServingStatus::Serving,
+        Some(false) => ServingStatus::NotServing,
+        None => ServingStatus::ServiceUnknown,
+    };
+    HealthCheckResponse {
+        status: status.into(),
+    }
+}
+
+#[tonic::async_trait]
+impl HealthService for Health {
+    async fn check(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
+        let name = request.into_inner().service;
+        match self.status(&name) {
+            Some(serving) => Ok(Response::new(response(Some(serving)))),
+            None => Err(Status::not_found("unknown service")),
+        }
+    }
+
+    type WatchStream =
+        Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send + 'static>>;
+
+    async fn watch(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let name = request.into_inner().service;
+        let names = self.0.subscribe();
+        let statuses = stream::unfold(
+            (names, name, None::<Option<bool>>),
+            |(mut names, name, told)| async move {
+                loop {
+                    let now = names.borrow_and_update().get(&name).copied();
+                    if told != Some(now) {
+                        return Some((Ok(response(now)), (names, name, Some(now))));
+                    }
+                    names.changed().await.ok()?;
+                }
+            },
+        );
+        Ok(Response::new(Box::pin(statuses)))
+    }
+}

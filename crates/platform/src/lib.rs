@@ -1,0 +1,21 @@
+//! What every role stands on: configuration, telemetry, the gRPC server and
+//! channel, the admin port, health and the drain. Knows no models.
+
+pub mod admin;
+pub mod channel;
+mod common;
+pub mod config;
+pub mod drain;
+pub mod grpc;
+pub mod health;
+pub mod memory;
+pub mod metrics;
+
+pub mod server;
+pub mod tasks;
+pub mod telemetry;
+
+pub use common::CommonServices;
+
+/// The release of the binary.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

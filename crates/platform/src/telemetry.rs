@@ -1,0 +1,301 @@
+//! Logs and traces. Logs go to standard error; traces go to an OTLP collector
+//! when one is configured. What is logged and traced can be changed while the
+//! process runs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+use opentelemetry::propagation::{Extractor, Injector, TextMapPropagator};
+use opentelemetry::trace::{TraceContextExt, TracerProvider};
+use opentelemetry_otlp::WithExportConfig;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing::{Level, Metadata, Span};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
+use tracing_subscriber::{Layer, Registry};
+
+/// The target of the spans that are exported.
+const REQUEST_TARGET: &str = "andon_request";
+
+/// How logs are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// What is logged and traced at the start.
+#[derive(Debug, Clone, clap::Args)]
+pub struct TelemetrySettings {
+    /// The least severe level that is logged: error, warn, info, debug, trace
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    pub log: Level,
+    /// How logs are written
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+    /// An OTLP collector (gRPC) to send traces to, for example http://127.0.0.1:4317
+    #[arg(long, value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+    /// Trace one of so many calls that bring no trace of their own
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub trace_rate: u32,
+}
+
+/// Why telemetry cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// The collector's address is unusable.
+    #[error("the OTLP endpoint cannot be used: {0}")]
+    Endpoint(#[from] opentelemetry_otlp::ExporterBuildError),
+    /// Another subscriber is set.
+    #[error("logging was already started: {0}")]
+    Started(#[from] TryInitError),
+}
+
+/// What is logged and traced now. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct TelemetryControl(Arc<State>);
+
+#[derive(Debug)]
+struct State {
+    error: AtomicBool,
+    warn: AtomicBool,
+    info: AtomicBool,
+    /// 0 for no more than the levels above, 1 for debug, 2 for trace.
+    verbose: AtomicU32,
+    /// Whether a collector is configured at all.
+    exports: bool,
+    trace: AtomicBool,
+    trace_rate: AtomicU32,
+    untraced: AtomicU64,
+}
+
+/// The levels that are logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names say everything")]
+pub struct LogLevels {
+    pub error: bool,
+    pub warn: bool,
+    pub info: bool,
+    /// 0 for none, 1 for debug, 2 and more for trace.
+    pub verbose: u32,
+}
+
+/// Whether and how often calls are traced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceLevels {
+    /// Whether a collector is configured: without one nothing is traced.
+    pub exports: bool,
+    /// Whether calls are traced.
+    pub on: bool,
+    /// One of so many calls that bring no trace of their own.
+    pub rate: u32,
+}
+
+impl TelemetryControl {
+    fn new(settings: &TelemetrySettings) -> Self {
+        let logs = |level: Level| AtomicBool::new(settings.log >= level);
+        let exports = settings.otlp_endpoint.is_some();
+        Self(Arc::new(State {
+            error: logs(Level::ERROR),
+            warn: logs(Level::WARN),
+            info: logs(Level::INFO),
+            verbose: AtomicU32::new(match settings.log {
+                Level::TRACE => 2,
+                Level::DEBUG => 1,
+                _ => 0,
+            }),
+            exports,
+            trace: AtomicBool::new(exports),
+            trace_rate: AtomicU32::new(settings.trace_rate),
+            untraced: AtomicU64::new(0),
+        }))
+    }
+
+    /// The levels that are logged now.
+    pub fn log_levels(&self) -> LogLevels {
+        LogLevels {
+            error: self.0.error.load(Ordering::Relaxed),
+            warn: self.0.warn.load(Ordering::Relaxed),
+            info: self.0.info.load(Ordering::Relaxed),
+            verbose: self.0.verbose.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Changes the levels that are logged.
+    pub fn set_log_levels(&self, levels: LogLevels) {
+        self.0.error.store(levels.error, Ordering::Relaxed);
+        self.0.warn.store(levels.warn, Ordering::Relaxed);
+        self.0.info.store(levels.info, Ordering::Relaxed);
+        self.0.verbose.store(levels.verbose, Ordering::Relaxed);
+        tracing::callsite::rebuild_interest_cache();
+    }
+
+    /// Whether and how often calls are traced now.
+    pub fn trace_levels(&self) -> TraceLevels {
+        TraceLevels {
+            exports: self.0.exports,
+            on: self.0.trace.load(Ordering::Relaxed),
+            rate: self.0.trace_rate.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Changes whether and how often calls are traced.
+    pub fn set_trace_levels(&self, on: bool, rate: u32) {
+        self.0.trace.store(on, Ordering::Relaxed);
+        self.0.trace_rate.store(rate.max(1), Ordering::Relaxed);
+    }
+
+    fn logs(&self, metadata: &Metadata<'_>) -> bool {
+        let levels = self.log_levels();
+        // Other people's crates are worth a line only when something is wrong.
+        let ours = ["andon", "cli", "platform", "gateway", "worker", "engine"]
+            .iter()
+            .any(|name| metadata.target().split("::").next() == Some(name));
+        match *metadata.level() {
+            Level::ERROR => levels.error,
+            Level::WARN => levels.warn,
+            Level::INFO => levels.info && ours,
+            Level::DEBUG => levels.verbose >= 1 && ours,
+            Level::TRACE => levels.verbose >= 2 && ours,
+        }
+    }
+
+    /// The span of a call, a child of the caller's when it brought one. None
+    /// when the call is not traced, which costs nothing.
+    pub fn request_span(&self, path: &str, headers: &HeaderMap) -> Span {
+        if !self.0.trace.load(Ordering::Relaxed) {
+            return Span::none();
+        }
+        let parent = TraceContextPropagator::new().extract(&Carrier(headers));
+        let caller = parent.span().span_context().clone();
+        let traced = if caller.is_valid() {
+            caller.is_sampled()
+        } else {
+            let rate = u64::from(self.0.trace_rate.load(Ordering::Relaxed));
+            self.0.untraced.fetch_add(1, Ordering::Relaxed) % rate == 0
+        };
+        if !traced {
+            return Span::none();
+        }
+        let span = tracing::info_span!(
+            target: REQUEST_TARGET,
+            "call",
+            otel.name = path,
+            otel.kind = "server",
+            rpc.system.name = "grpc",
+            rpc.method = path,
+            rpc.status_code = tracing::field::Empty,
+        );
+        // The only error is a span that is not exported.
+        let _ = span.set_parent(parent);
+        span
+    }
+}
+
+/// Writes the trace that a forwarded call belongs to: the span's own context,
+/// or the caller's as it came.
+pub fn forward_trace(span: &Span, from: &HeaderMap, to: &mut HeaderMap) {
+    if !span.is_none() {
+        TraceContextPropagator::new().inject_context(&span.context(), &mut CarrierMut(to));
+        return;
+    }
+    for name in ["traceparent", "tracestate"] {
+        if let Some(value) = from.get(name) {
+            to.insert(HeaderName::from_static(name), value.clone());
+        }
+    }
+}
+
+struct Carrier<'h>(&'h HeaderMap);
+
+impl Extractor for Carrier<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key)?.to_str().ok()
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.0.keys().map(HeaderName::as_str).collect()
+    }
+}
+
+struct CarrierMut<'h>(&'h mut HeaderMap);
+
+impl Injector for CarrierMut<'_> {
+    fn set(&mut self, key: &str, value: String) {
+        let name = HeaderName::from_bytes(key.as_bytes());
+        if let (Ok(name), Ok(value)) = (name, HeaderValue::try_from(value)) {
+            self.0.insert(name, value);
+        }
+    }
+}
+
+/// Logs and traces until it is dropped, which sends what is left.
+#[derive(Debug)]
+pub struct Telemetry {
+    /// Changes what is logged and traced.
+    pub control: TelemetryControl,
+    exporter: Option<SdkTracerProvider>,
+}
+
+impl Drop for Telemetry {
+    fn drop(&mut self) {
+        if let Some(exporter) = self.exporter.take()
+            && let Err(error) = exporter.shutdown()
+        {
+            tracing::warn!(%error, "the last traces could not be sent");
+        }
+    }
+}
+
+/// Starts logging, and tracing when a collector is configured. Must be called
+/// inside a runtime. `role` is the service name of the traces.
+pub fn start(settings: &TelemetrySettings, role: &str) -> Result<Telemetry, TelemetryError> {
+    let control = TelemetryControl::new(settings);
+    let filter = control.clone();
+    let exporter = settings
+        .otlp_endpoint
+        .as_deref()
+        .map(|endpoint| exporter(endpoint, role))
+        .transpose()?;
+    let written = match settings.log_format {
+        LogFormat::Text => tracing_subscriber::fmt::layer()
+            .with_writer(std::io::stderr)
+            .boxed(),
+        LogFormat::Json => tracing_subscriber::fmt::layer()
+            .json()
+            .flatten_event(true)
+            .with_writer(std::io::stderr)
+            .boxed(),
+    };
+    let exported = exporter.as_ref().map(|exporter| {
+        tracing_opentelemetry::layer()
+            .with_tracer(exporter.tracer("andon"))
+            .with_filter(filter_fn(|metadata| metadata.target() == REQUEST_TARGET))
+    });
+    Registry::default()
+        .with(exported)
+        .with(written.with_filter(filter_fn(move |metadata| filter.logs(metadata))))
+        .try_init()?;
+    Ok(Telemetry { control, exporter })
+}
+
+fn exporter(endpoint: &str, role: &str) -> Result<SdkTracerProvider, TelemetryError> {
+    let exporter = opentelemetry_otlp::SpanExporter::builder()
+        .with_tonic()
+        .with_endpoint(endpoint)
+        .build()?;
+    let resource = opentelemetry_sdk::Resource::builder()
+        .with_service_name(format!("andon-{role}"))
+        .build();
+    Ok(SdkTracerProvider::builder()
+        .with_batch_exporter(exporter)
+        .with_resource(resource)
+        .build())
+}

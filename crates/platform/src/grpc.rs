@@ -15,8 +15,11 @@ use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 use http::{HeaderMap, HeaderValue};
+use tokio::time::Instant;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::drain::{Drain, Phase};
 
 /// The HTTP response that answers a call.
 pub type Reply = http::Response<Body>;
@@ -89,42 +92,103 @@ where
     F: Future<Output = Result<A, Status>>,
 {
     let message = call.into_messages(limits).only().await?;
-    let request = decode(message.bytes.clone())?;
+    let request = decode(message.bytes())?;
     let answered = answer(request).await?;
     Ok(reply(frame(&answered), Metadata::new()))
 }
 
-/// Answers each message of a stream with one message, in order, with at most
-/// `concurrency` of them under way. An error ends the stream with its status.
-/// Nothing runs once the caller is gone: the reply's body drives it all.
+/// How a stream of messages is answered.
+#[derive(Debug)]
+pub struct EachSettings {
+    /// Messages that may be under way at once.
+    pub concurrency: usize,
+    /// When the whole stream ends, if the caller said so.
+    pub deadline: Option<Instant>,
+    /// No further message is read when the server closes.
+    pub drain: Drain,
+}
+
+/// Answers each message of a stream with one message, in order. An error ends
+/// the stream with its status. Nothing runs once the caller is gone: the
+/// reply's body drives it all.
 pub fn each<F>(
     messages: Messages,
-    concurrency: usize,
+    settings: EachSettings,
     answer: impl Fn(Message) -> F + Send + 'static,
 ) -> Reply
 where
     F: Future<Output = Result<Bytes, Status>> + Send + 'static,
 {
-    let requests = stream::unfold(messages, |mut messages| async {
-        let next = messages.next().await.transpose()?;
-        Some((next, messages))
+    let EachSettings {
+        concurrency,
+        deadline,
+        drain,
+    } = settings;
+    let requests = stream::unfold(Some((messages, drain)), |state| async {
+        let (mut messages, mut drain) = state?;
+        tokio::select! {
+            biased;
+            () = drain.reached(Phase::Closing) => {
+                Some((Err(Status::unavailable("the server is ending: call again")), None))
+            }
+            next = messages.next() => next.transpose().map(|next| (next, Some((messages, drain)))),
+        }
     });
-    let answers: BoxStream<'static, Result<Bytes, Status>> = requests
+    let answers = requests
         .map(move |message| {
             let answered = message.map(&answer);
-            async move {
-                match answered {
-                    Ok(future) => future.await,
-                    Err(status) => Err(status),
-                }
-            }
+            async move { answered?.await }
         })
         .buffered(concurrency)
         .boxed();
-    respond(Body::stream(answers), Metadata::new())
+    stream(until(deadline, answers))
+}
+
+/// Ends a stream with DEADLINE_EXCEEDED when its deadline passes.
+fn until(
+    deadline: Option<Instant>,
+    answers: BoxStream<'static, Result<Bytes, Status>>,
+) -> BoxStream<'static, Result<Bytes, Status>> {
+    let Some(deadline) = deadline else {
+        return answers;
+    };
+    stream::unfold(Some(answers), move |answers| async move {
+        let mut answers = answers?;
+        match tokio::time::timeout_at(deadline, answers.next()).await {
+            Ok(next) => next.map(|next| (next, Some(answers))),
+            Err(_) => Some((
+                Err(Status::deadline_exceeded("the deadline passed")),
+                None,
+            )),
+        }
+    })
+    .boxed()
 }
 
 /// A reply of a stream of framed messages.
 pub fn stream(messages: BoxStream<'static, Result<Bytes, Status>>) -> Reply {
     respond(Body::stream(messages), Metadata::new())
+}
+
+/// The name of a code as metrics and people write it.
+pub fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
 }

@@ -18,12 +18,22 @@ pub const LIVE: &str = "andon.live";
 
 /// Whether each name is serving. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Health(Arc<watch::Sender<BTreeMap<String, bool>>>);
+pub struct Health(Arc<watch::Sender<Names>>);
+
+#[derive(Debug, PartialEq)]
+struct Names {
+    serving: BTreeMap<String, bool>,
+    /// The server ends: so do the watches, which would hold it open.
+    closed: bool,
+}
 
 impl Default for Health {
     fn default() -> Self {
         let names = [(LIVE.to_owned(), true), (String::new(), false)];
-        Self(Arc::new(watch::Sender::new(names.into())))
+        Self(Arc::new(watch::Sender::new(Names {
+            serving: names.into(),
+            closed: false,
+        })))
     }
 }
 
@@ -41,10 +51,15 @@ impl Health {
         names.insert(String::new(), ready);
         names.insert(LIVE.to_owned(), true);
         self.0.send_if_modified(|current| {
-            let changed = *current != names;
-            *current = names;
+            let changed = current.serving != names;
+            current.serving = names;
             changed
         });
+    }
+
+    /// Ends every watch.
+    pub fn close(&self) {
+        self.0.send_modify(|names| names.closed = true);
     }
 
     /// Whether the empty name is serving.
@@ -53,7 +68,7 @@ impl Health {
     }
 
     fn status(&self, name: &str) -> Option<bool> {
-        self.0.borrow().get(name).copied()
+        self.0.borrow().serving.get(name).copied()
     }
 
     /// The service to route `grpc.health.v1.Health` to.
@@ -99,7 +114,13 @@ impl HealthService for Health {
             (names, name, None::<Option<bool>>),
             |(mut names, name, told)| async move {
                 loop {
-                    let now = names.borrow_and_update().get(&name).copied();
+                    let (now, closed) = {
+                        let names = names.borrow_and_update();
+                        (names.serving.get(&name).copied(), names.closed)
+                    };
+                    if closed {
+                        return None;
+                    }
                     if told != Some(now) {
                         return Some((Ok(response(now)), (names, name, Some(now))));
                     }

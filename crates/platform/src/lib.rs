@@ -11,11 +11,13 @@ pub mod health;
 pub mod memory;
 pub mod metrics;
 
+mod process;
 pub mod server;
 pub mod tasks;
 pub mod telemetry;
 
 pub use common::CommonServices;
+pub use process::Process;
 
 /// The release of the binary.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

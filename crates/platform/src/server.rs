@@ -122,7 +122,7 @@ impl ConnectionMetrics {
                 made.open.clone(),
             );
             registry.register(
-                "andon_connections",
+                "andon_connections_accepted",
                 "Connections that were accepted",
                 made.accepted.clone(),
             );

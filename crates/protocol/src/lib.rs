@@ -5,11 +5,17 @@ mod error;
 mod ids;
 mod peek;
 mod request;
+mod settings;
+mod statistics;
 
 pub use error::{Error, Kind, Violation};
 pub use ids::{ModelName, ModelVersion};
 pub use peek::{Peeked, peek, with_final_response_flag};
-pub use request::{InferRequest, Input, Parameters, Value, to_response};
+pub use request::{
+    InferRequest, Input, Parameters, Value, data_type, load_target, to_response, unload_target,
+};
+pub use settings::{LogSettings, TraceSettings};
+pub use statistics::add_statistics;
 
 /// Metadata key that names the model of a `tei.v1` call.
 pub const MODEL_KEY: &str = "andon-model";
@@ -57,3 +63,22 @@ pub const SERVICES: [&str; 6] = [
     "tei.v1.Rerank",
     "tei.v1.Tokenize",
 ];
+
+/// The extensions of the protocol that every role offers.
+pub const EXTENSIONS: [&str; 7] = [
+    "model_repository",
+    "model_configuration",
+    "statistics",
+    "binary_tensor_data",
+    "parameters",
+    "trace",
+    "logging",
+];
+
+/// What the calls of shared memory answer.
+pub const SHARED_MEMORY_UNSUPPORTED: &str = "shared memory is not supported: tensors travel in the messages, \
+     since callers and workers are on different machines";
+
+/// What the calls of sparse vectors answer.
+pub const SPARSE_UNSUPPORTED: &str =
+    "sparse vectors are not supported: no model here has a sparse output";

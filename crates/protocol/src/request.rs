@@ -8,7 +8,8 @@ use bytes::Bytes;
 use tensor::{Datatype, Shape, Tensor, TypedContents, encode_typed};
 
 use crate::inference::{
-    InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse,
+    DataType, InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse,
+    RepositoryModelLoadRequest, RepositoryModelUnloadRequest,
     infer_parameter::ParameterChoice,
     model_infer_request::InferInputTensor,
     model_infer_response::InferOutputTensor,
@@ -266,5 +267,57 @@ pub fn to_response(
         parameters: Default::default(),
         outputs,
         raw_output_contents,
+    }
+}
+
+/// The model that a load names, in Triton's dialect or KServe's.
+pub fn load_target(request: &RepositoryModelLoadRequest) -> Result<ModelName, Error> {
+    if let Some(key) = request.parameters.keys().next() {
+        return Err(Error::invalid(
+            format!("parameters[{key}]"),
+            "a model is configured by its folder: no parameter is taken",
+        ));
+    }
+    target(&request.repository_name, &request.model_name)
+}
+
+/// The model that an unload names, in Triton's dialect or KServe's.
+pub fn unload_target(request: &RepositoryModelUnloadRequest) -> Result<ModelName, Error> {
+    let unknown = request.parameters.keys().find(|key| *key != "unload_dependents");
+    if let Some(key) = unknown {
+        return Err(Error::invalid(format!("parameters[{key}]"), "unknown parameter"));
+    }
+    target(&request.repository_name, &request.model_name)
+}
+
+/// KServe's first field is the model's name where Triton's is the repository's.
+fn target(repository_name: &str, model_name: &str) -> Result<ModelName, Error> {
+    match (repository_name, model_name) {
+        (kserve, "") => ModelName::checked(kserve, "model_name"),
+        ("", triton) => ModelName::checked(triton, "model_name"),
+        _ => Err(Error::invalid(
+            "repository_name",
+            "a server has one repository: leave it empty",
+        )),
+    }
+}
+
+/// A datatype in Triton's configuration.
+pub fn data_type(datatype: Datatype) -> DataType {
+    match datatype {
+        Datatype::Bool => DataType::TypeBool,
+        Datatype::Uint8 => DataType::TypeUint8,
+        Datatype::Uint16 => DataType::TypeUint16,
+        Datatype::Uint32 => DataType::TypeUint32,
+        Datatype::Uint64 => DataType::TypeUint64,
+        Datatype::Int8 => DataType::TypeInt8,
+        Datatype::Int16 => DataType::TypeInt16,
+        Datatype::Int32 => DataType::TypeInt32,
+        Datatype::Int64 => DataType::TypeInt64,
+        Datatype::Fp16 => DataType::TypeFp16,
+        Datatype::Bf16 => DataType::TypeBf16,
+        Datatype::Fp32 => DataType::TypeFp32,
+        Datatype::Fp64 => DataType::TypeFp64,
+        Datatype::Bytes => DataType::TypeString,
     }
 }

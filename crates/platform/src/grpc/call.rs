@@ -8,6 +8,9 @@ use tonic::Status;
 
 use super::{MessageLimits, Messages};
 
+/// The longest deadline of a stream that a clock can hold without care.
+const STREAM_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// A call whose messages have not been read yet.
 #[derive(Debug)]
 pub struct Call {
@@ -17,6 +20,8 @@ pub struct Call {
     pub arrived: Instant,
     /// When the caller stops waiting; every call has an end.
     pub deadline: Instant,
+    /// Like `deadline`, for a call of many messages: only what the caller set.
+    pub stream_deadline: Option<Instant>,
 }
 
 impl Call {
@@ -34,9 +39,10 @@ impl Call {
             ));
         }
         let arrived = Instant::now();
-        let timeout = grpc_timeout(&parts.headers)?.unwrap_or(deadline_max);
+        let timeout = grpc_timeout(&parts.headers)?;
         Ok(Self {
-            deadline: arrived + timeout.min(deadline_max),
+            deadline: arrived + timeout.unwrap_or(deadline_max).min(deadline_max),
+            stream_deadline: timeout.map(|timeout| arrived + timeout.min(STREAM_MAX)),
             parts,
             body,
             arrived,
@@ -72,6 +78,15 @@ impl Call {
             .and_then(|encoding| encoding.to_str().ok());
         let messages = Messages::new(self.body, encoding, limits);
         (self.parts, messages)
+    }
+
+    /// The path as it goes on the wire.
+    pub fn path_and_query(&self) -> http::uri::PathAndQuery {
+        self.parts
+            .uri
+            .path_and_query()
+            .cloned()
+            .unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"))
     }
 
     /// The request for a service that tonic generated.

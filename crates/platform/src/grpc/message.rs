@@ -83,9 +83,29 @@ impl MessageLimits {
 /// A message that was read. Its bytes count as in flight until it is dropped.
 #[derive(Debug)]
 pub struct Message {
-    /// The message without its prefix.
-    pub bytes: Bytes,
+    /// The message with its prefix, uncompressed: what is forwarded.
+    framed: Bytes,
     _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Message {
+    /// A message of our own, which counts nowhere.
+    pub fn own(message: &impl prost::Message) -> Self {
+        Self {
+            framed: frame(message),
+            _permit: None,
+        }
+    }
+
+    /// The message without its prefix.
+    pub fn bytes(&self) -> Bytes {
+        self.framed.slice(PREFIX_BYTES..)
+    }
+
+    /// The message with its prefix.
+    pub fn framed(&self) -> &Bytes {
+        &self.framed
+    }
 }
 
 /// The messages of a call as they come.
@@ -129,7 +149,8 @@ impl Messages {
                 None => return Err(cut()),
             }
         }
-        let compressed = match self.rest.get_u8() {
+        let mut prefix = self.rest.slice(..PREFIX_BYTES);
+        let compressed = match prefix.get_u8() {
             0 => false,
             1 if self.gzip => true,
             1 => {
@@ -139,7 +160,7 @@ impl Messages {
             }
             _ => return Err(Status::invalid_argument("message: an unknown flag")),
         };
-        let length = self.rest.get_u32() as usize;
+        let length = prefix.get_u32() as usize;
         if length > self.limits.message_bytes_max {
             self.limits.refused.fetch_add(1, Ordering::Relaxed);
             return Err(too_large(length, self.limits.message_bytes_max));
@@ -148,12 +169,12 @@ impl Messages {
         let permit = self.limits.budget.take(length).inspect_err(|_| {
             self.limits.refused.fetch_add(1, Ordering::Relaxed);
         })?;
-        let bytes = self.read(length).await?;
+        let framed = self.read(PREFIX_BYTES + length).await?;
         if compressed {
-            return self.inflate(&bytes).map(Some);
+            return self.inflate(&framed[PREFIX_BYTES..]).map(Some);
         }
         Ok(Some(Message {
-            bytes,
+            framed,
             _permit: permit,
         }))
     }
@@ -161,9 +182,6 @@ impl Messages {
     /// Exactly `length` bytes: a slice of one chunk where they fit in it, else
     /// gathered.
     async fn read(&mut self, length: usize) -> Result<Bytes, Status> {
-        if self.rest.is_empty() && length > 0 {
-            self.rest = self.chunk().await?.ok_or_else(cut)?;
-        }
         if self.rest.len() >= length {
             return Ok(self.rest.split_to(length));
         }
@@ -211,7 +229,7 @@ impl Messages {
         }
         let permit = self.limits.budget.take(inflated.len())?;
         Ok(Message {
-            bytes: inflated.into(),
+            framed: frame_bytes(&inflated),
             _permit: permit,
         })
     }

@@ -1,0 +1,9 @@
+//! The people's tools: they speak to any role over gRPC.
+
+mod bench;
+mod infer;
+mod models;
+
+pub use bench::{Bench, bench};
+pub use infer::{Infer, infer};
+pub use models::{Models, models};

@@ -1,0 +1,168 @@
+//! The roles: ports are opened when everything has been checked.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use gateway::FleetSettings;
+use platform::channel::Target;
+use platform::drain::{self, Trigger};
+use platform::health::Health;
+use platform::metrics::Metrics;
+use platform::server::{ConnectionMetrics, Listener, ServerSettings, bind};
+use platform::tasks::{Owned, owned};
+use platform::telemetry::{self, Telemetry};
+use platform::{Process, admin, memory};
+use tokio::net::TcpListener;
+
+use crate::arguments;
+use crate::arguments::Common;
+
+/// A role before its ports are open.
+struct Role {
+    process: Process,
+    trigger: Trigger,
+    server: ServerSettings,
+    grpc_addr: SocketAddr,
+    admin_addr: SocketAddr,
+    _telemetry: Telemetry,
+}
+
+impl Role {
+    fn new(common: Common, name: &'static str) -> anyhow::Result<Self> {
+        let telemetry = telemetry::start(&common.telemetry, name)?;
+        let (trigger, drain) = drain::channel();
+        let metrics = Arc::new(Metrics::default());
+        let process = Process {
+            connections: ConnectionMetrics::register(&metrics),
+            telemetry: telemetry.control.clone(),
+            drain,
+            metrics,
+        };
+        Ok(Self {
+            process,
+            trigger,
+            server: common.server,
+            grpc_addr: common.grpc_addr,
+            admin_addr: common.admin_addr,
+            _telemetry: telemetry,
+        })
+    }
+
+    /// Opens both ports; the second is the gRPC port.
+    fn bind(&self) -> anyhow::Result<(TcpListener, TcpListener)> {
+        Ok((bind(self.admin_addr)?, bind(self.grpc_addr)?))
+    }
+
+    fn admin(&self, listener: TcpListener, health: Health) -> Owned {
+        owned(admin::run(listener, self.process.metrics.clone(), health))
+    }
+
+    /// Serves until a signal has drained it, at the latest when the hard
+    /// deadline has passed.
+    async fn run(&self, serving: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let drained = async {
+            drain::termination().await?;
+            tracing::info!("draining: not ready any more");
+            self.trigger.drain(self.server.drain_delay).await;
+            tokio::time::sleep(self.server.drain_deadline + Duration::from_secs(2)).await;
+            tracing::warn!("the drain took too long");
+            Ok(())
+        };
+        tokio::select! {
+            () = serving => Ok(()),
+            drained = drained => drained,
+        }
+    }
+}
+
+/// `andon serve`
+pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
+    let role = Role::new(arguments.common, "serve")?;
+    let (connector, acceptor) = memory::pair();
+    let worker = worker::Worker::new(
+        arguments.models,
+        role.server.clone(),
+        role.process.clone(),
+    )?;
+    let fleet = FleetSettings {
+        worker: Vec::new(),
+        worker_dns: Vec::new(),
+        dns_interval: Duration::from_secs(5),
+    };
+    let inside = vec![Target::Memory(connector)];
+    let server = role.server.clone();
+    let gateway =
+        gateway::Gateway::new(fleet, &arguments.gateway, server, role.process.clone(), inside)?;
+    let (admin, grpc) = role.bind()?;
+    let addresses = (grpc.local_addr()?, admin.local_addr()?);
+    // Both follow the same models; the worker's also waits for all of them.
+    let health = worker.health.clone();
+    let _admin = role.admin(admin, health.clone());
+    let _examples = owned(print_examples(addresses, health));
+    let serving = async {
+        tokio::join!(
+            worker.run(Listener::Memory(acceptor)),
+            gateway.run(Listener::Tcp(grpc)),
+        );
+    };
+    role.run(serving).await
+}
+
+/// `andon gateway`
+pub async fn gateway(arguments: arguments::Gateway) -> anyhow::Result<()> {
+    let role = Role::new(arguments.common, "gateway")?;
+    let server = role.server.clone();
+    let gateway = gateway::Gateway::new(
+        arguments.fleet,
+        &arguments.gateway,
+        server,
+        role.process.clone(),
+        Vec::new(),
+    )?;
+    let (admin, grpc) = role.bind()?;
+    tracing::info!(grpc = %grpc.local_addr()?, admin = %admin.local_addr()?, "gateway");
+    let _admin = role.admin(admin, gateway.health.clone());
+    role.run(gateway.run(Listener::Tcp(grpc))).await
+}
+
+/// `andon worker`
+pub async fn worker(arguments: arguments::Worker) -> anyhow::Result<()> {
+    let role = Role::new(arguments.common, "worker")?;
+    let worker = worker::Worker::new(
+        arguments.models,
+        role.server.clone(),
+        role.process.clone(),
+    )
+    .context("the worker cannot start")?;
+    let (admin, grpc) = role.bind()?;
+    tracing::info!(grpc = %grpc.local_addr()?, admin = %admin.local_addr()?, "worker");
+    let _admin = role.admin(admin, worker.health.clone());
+    role.run(worker.run(Listener::Tcp(grpc))).await
+}
+
+/// Prints calls that work when pasted, once models are ready.
+async fn print_examples((grpc, admin): (SocketAddr, SocketAddr), health: Health) {
+    while !health.ready() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let local = |address: SocketAddr| {
+        if address.ip().is_unspecified() {
+            format!("localhost:{}", address.port())
+        } else {
+            address.to_string()
+        }
+    };
+    let (grpc, admin) = (local(grpc), local(admin));
+    println!(
+        "\nAndon is ready: gRPC on {grpc}, metrics on http://{admin}/metrics\n\n\
+         Try it:\n  \
+         andon models list --address {grpc}\n  \
+         andon infer minilm \"A lantern around a candle\" --address {grpc}\n  \
+         grpcurl -plaintext {grpc} list\n  \
+         grpcurl -plaintext -d '{{\"inputs\":\"A lantern around a candle\",\"normalize\":true}}' {grpc} tei.v1.Embed/Embed\n  \
+         grpcurl -plaintext -d '{{\"model_name\":\"minilm\",\"inputs\":[{{\"name\":\"text\",\"datatype\":\"BYTES\",\"shape\":[1],\
+         \"contents\":{{\"bytes_contents\":[\"aGVsbG8=\"]}}}}]}}' {grpc} inference.GRPCInferenceService/ModelInfer\n"
+    );
+}

@@ -1,0 +1,71 @@
+//! What happens to raw vectors and logits after the forward pass, off the device thread.
+
+/// Scales a vector to Euclidean length 1. A vector of zeros stays as it is.
+pub fn normalize(vector: &mut [f32]) {
+    let length = vector.iter().map(|value| value * value).sum::<f32>().sqrt();
+    // The floor is that of torch.nn.functional.normalize, so that both agree on tiny vectors.
+    let scale = 1.0 / length.max(1e-12);
+    for value in vector {
+        *value *= scale;
+    }
+}
+
+/// Turns logits into probabilities that sum to 1. The largest is taken off first, so that no
+/// finite logit overflows.
+pub fn softmax(scores: &mut [f32]) {
+    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0.0;
+    for score in scores.iter_mut() {
+        *score = (*score - largest).exp();
+        sum += *score;
+    }
+    for score in scores {
+        *score /= sum;
+    }
+}
+
+/// Turns each logit into a probability of its own.
+pub fn sigmoid(scores: &mut [f32]) {
+    for score in scores {
+        *score = 1.0 / (1.0 + (-*score).exp());
+    }
+}
+
+/// The place of the largest score, the first of equal ones; 0 for no scores.
+pub fn argmax(scores: &[f32]) -> usize {
+    let mut best = 0;
+    for (place, score) in scores.iter().enumerate() {
+        if scores.get(best).is_some_and(|largest| score > largest) {
+            best = place;
+        }
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn normalize_makes_length_one_and_keeps_zeros() {
+        let mut vector = [3.0, 4.0];
+        normalize(&mut vector);
+        assert_eq!(vector, [0.6, 0.8]);
+        let mut zeros = [0.0, 0.0];
+        normalize(&mut zeros);
+        assert_eq!(zeros, [0.0, 0.0]);
+    }
+
+    #[test]
+    fn softmax_sums_to_one_even_for_large_logits() {
+        let mut scores = [1000.0, 1000.0, -1000.0];
+        softmax(&mut scores);
+        assert_eq!(scores, [0.5, 0.5, 0.0]);
+    }
+
+    #[test]
+    fn argmax_takes_the_first_of_equals() {
+        assert_eq!(argmax(&[1.0, 3.0, 3.0]), 1);
+        assert_eq!(argmax(&[]), 0);
+    }
+}

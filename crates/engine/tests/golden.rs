@@ -1,0 +1,320 @@
+//! Outputs against the reference implementation's, which `tests/python/golden.py` wrote.
+
+use std::path::{Path, PathBuf};
+
+use engine::{
+    DeviceChoice, EngineError, LoadOptions, Model, Task, Text, TextRow, TokenRow, Truncation,
+    Wanted, load, normalize,
+};
+use serde::Deserialize;
+
+/// One text of a tiny checkpoint, and what transformers made of it.
+#[derive(Deserialize)]
+struct Expected {
+    text: Vec<String>,
+    ids: Vec<u32>,
+    type_ids: Vec<u32>,
+    hidden: Option<Vec<f32>>,
+    pooled: Option<Vec<f32>>,
+    logits: Option<Vec<f32>>,
+}
+
+#[derive(Deserialize)]
+struct Sentence {
+    text: String,
+    ids: Vec<u32>,
+    vector: Vec<f32>,
+}
+
+#[derive(Deserialize)]
+struct Digits {
+    features: Vec<Vec<f32>>,
+    labels: Vec<usize>,
+    logits: Vec<Vec<f32>>,
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+fn golden<T: for<'a> Deserialize<'a>>(name: &str) -> T {
+    let path = root().join("target/golden").join(name);
+    let bytes = std::fs::read(&path).unwrap_or_else(|_| {
+        panic!("target/golden/{name} is missing: run `target/venv/bin/python tests/python/golden.py`")
+    });
+    serde_json::from_slice(&bytes).unwrap()
+}
+
+fn options() -> LoadOptions {
+    LoadOptions {
+        device: DeviceChoice::Cpu,
+        ..LoadOptions::default()
+    }
+}
+
+fn forward(model: &mut Model, rows: &[(&TokenRow, Wanted)]) -> Vec<Vec<f32>> {
+    let row = |(tokens, wanted): &(_, _)| TextRow {
+        tokens: *tokens,
+        wanted: *wanted,
+    };
+    let rows: Vec<TextRow<'_>> = rows.iter().map(row).collect();
+    model.network.forward_text(&rows, &|| true).unwrap()
+}
+
+fn assert_close(actual: &[f32], expected: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(actual.len(), expected.len(), "{what}: length");
+    for (place, (actual, expected)) in actual.iter().zip(expected).enumerate() {
+        let difference = (actual - expected).abs();
+        assert!(
+            difference <= tolerance,
+            "{what}[{place}]: {actual} instead of {expected}, {difference:e} apart"
+        );
+    }
+}
+
+fn cosine(first: &[f32], second: &[f32]) -> f64 {
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+    };
+    dot(first, second) / (dot(first, first) * dot(second, second)).sqrt()
+}
+
+fn text(parts: &[String]) -> Text<'_> {
+    match parts {
+        [one] => Text::One(one),
+        [first, second] => Text::Pair(first, second),
+        _ => panic!("one or two texts"),
+    }
+}
+
+/// Compares every output of a tiny checkpoint, in one batch and one by one.
+fn compare(name: &str, family: &str, task: Task) {
+    let expected: Vec<Expected> = golden(&format!("{name}/expected.json"));
+    let mut model = load(&root().join("target/golden").join(name), &options()).unwrap();
+    assert_eq!((model.card.family, model.card.task), (family, task));
+    let tokenizer = model.tokenizer.clone().unwrap();
+    let rows: Vec<TokenRow> = expected
+        .iter()
+        .map(|expected| {
+            let row = tokenizer.encode(text(&expected.text), Truncation::Refuse).unwrap();
+            assert_eq!(row.ids, expected.ids, "{name}: ids of {:?}", expected.text);
+            assert_eq!(row.type_ids, expected.type_ids, "{name}: types of {:?}", expected.text);
+            row
+        })
+        .collect();
+    let kinds: &[Wanted] = match task {
+        Task::Embedding => &[Wanted::Pooled, Wanted::AllTokens],
+        _ => &[Wanted::Scores],
+    };
+    for wanted in kinds {
+        let batch: Vec<_> = rows.iter().map(|row| (row, *wanted)).collect();
+        let together = forward(&mut model, &batch);
+        for ((row, expected), output) in batch.iter().zip(&expected).zip(&together) {
+            let what = format!("{name} {wanted:?} of {:?}", expected.text);
+            let reference = match wanted {
+                Wanted::Pooled => &expected.pooled,
+                Wanted::AllTokens => &expected.hidden,
+                Wanted::Scores => &expected.logits,
+            };
+            let reference = reference.as_ref().unwrap();
+            assert_close(output, reference, 2e-5, &what);
+            assert!(cosine(output, reference) >= 0.999_999, "{what}: cosine");
+            let alone = forward(&mut model, &[*row]);
+            assert_close(&alone[0], output, 1e-5, &format!("{what}, alone"));
+        }
+        // A model that gives every text the same answer would agree with itself in any order.
+        if *wanted == Wanted::Pooled {
+            assert!(cosine(&together[0], &together[4]) < 0.995, "{name}: texts look alike");
+        }
+    }
+}
+
+#[test]
+fn bert() {
+    compare("bert-embedding", "bert", Task::Embedding);
+    compare("bert-classification", "bert", Task::Classification);
+    compare("bert-rerank", "bert", Task::Rerank);
+    compare("bert-dense", "bert", Task::Embedding);
+}
+
+#[test]
+fn roberta() {
+    compare("roberta-embedding", "roberta", Task::Embedding);
+    compare("roberta-classification", "roberta", Task::Classification);
+    compare("xlm-roberta-embedding", "roberta", Task::Embedding);
+    compare("xlm-roberta-rerank", "roberta", Task::Rerank);
+}
+
+#[test]
+fn distilbert() {
+    compare("distilbert-embedding", "distilbert", Task::Embedding);
+    compare("distilbert-classification", "distilbert", Task::Classification);
+}
+
+#[test]
+fn modernbert() {
+    compare("modernbert-embedding", "modernbert", Task::Embedding);
+    compare("modernbert-classification", "modernbert", Task::Classification);
+    compare("modernbert-mean", "modernbert", Task::Classification);
+}
+
+#[test]
+fn minilm() {
+    let expected: Vec<Sentence> = golden("minilm.json");
+    let mut model = load(&root().join("models/minilm/1"), &options()).unwrap();
+    assert_eq!((model.card.tokens_max, model.card.width), (256, 384));
+    let tokenizer = model.tokenizer.clone().unwrap();
+    let rows: Vec<TokenRow> = expected
+        .iter()
+        .map(|sentence| {
+            let row = tokenizer.encode(Text::One(&sentence.text), Truncation::Right).unwrap();
+            assert_eq!(row.ids, sentence.ids, "ids of {:?}", sentence.text);
+            row
+        })
+        .collect();
+    let mut together = Vec::new();
+    for rows in rows.chunks(64) {
+        let rows: Vec<_> = rows.iter().map(|row| (row, Wanted::Pooled)).collect();
+        together.extend(forward(&mut model, &rows));
+    }
+    let (mut worst_cosine, mut worst_error, mut worst_batch) = (1.0f64, 0.0f32, 0.0f32);
+    let worst = |worst: f32, first: &[f32], second: &[f32]| {
+        let pairs = first.iter().zip(second);
+        pairs.fold(worst, |worst, (first, second)| worst.max((first - second).abs()))
+    };
+    for ((row, sentence), batched) in rows.iter().zip(&expected).zip(&mut together) {
+        let alone = forward(&mut model, &[(row, Wanted::Pooled)]);
+        worst_batch = worst(worst_batch, &alone[0], batched);
+        normalize(batched);
+        worst_cosine = worst_cosine.min(cosine(batched, &sentence.vector));
+        worst_error = worst(worst_error, batched, &sentence.vector);
+    }
+    println!("cosine {worst_cosine}, error {worst_error:e}, batched to single {worst_batch:e}");
+    assert!(worst_cosine >= 0.999_99, "cosine {worst_cosine}");
+    assert!(worst_error <= 1e-4, "absolute error {worst_error:e}");
+    assert!(worst_batch <= 1e-5, "batched differs from single by {worst_batch:e}");
+}
+
+#[test]
+fn digits() {
+    let expected: Digits = golden("digits.json");
+    let mut model = load(&root().join("demo/digits/1"), &options()).unwrap();
+    assert_eq!(model.card.feature_range, Some((0.0, 16.0)));
+    let rows = expected.features.len();
+    let features = expected.features.concat();
+    let logits = model.network.forward_features(&features, rows, &|| true).unwrap();
+    assert_close(&logits, &expected.logits.concat(), 1e-3, "digits");
+    let scores = logits.chunks(10);
+    let right = scores.zip(&expected.labels).filter(|(scores, label)| engine::argmax(scores) == **label);
+    let accuracy = right.count() as f64 / rows as f64;
+    assert!(accuracy >= 0.97, "accuracy {accuracy}");
+    let uneven = model.network.forward_features(&features[1..], rows, &|| true);
+    assert!(uneven.is_err_and(|error| error.is_callers_input()));
+}
+
+#[test]
+fn nobody_waits_so_nothing_is_computed() {
+    let mut model = load(&root().join("target/golden/bert-embedding"), &options()).unwrap();
+    let tokenizer = model.tokenizer.clone().unwrap();
+    let tokens = tokenizer.encode(Text::One("red"), Truncation::Refuse).unwrap();
+    let row = TextRow {
+        tokens: &tokens,
+        wanted: Wanted::Pooled,
+    };
+    let asked = std::cell::Cell::new(0);
+    let go_on = || {
+        asked.set(asked.get() + 1);
+        asked.get() < 3
+    };
+    let outcome = model.network.forward_text(&[row], &go_on);
+    assert_eq!(outcome, Err(EngineError::Abandoned));
+    assert_eq!(asked.get(), 3, "it stops at the first no");
+}
+
+#[test]
+fn what_the_model_cannot_take_is_the_callers_error() {
+    let mut model = load(&root().join("target/golden/bert-embedding"), &options()).unwrap();
+    let mut refused = |ids: Vec<u32>, wanted| {
+        let type_ids = vec![0; ids.len()];
+        let tokens = TokenRow { ids, type_ids };
+        let row = TextRow {
+            tokens: &tokens,
+            wanted,
+        };
+        model.network.forward_text(&[row], &|| true).unwrap_err()
+    };
+    assert_eq!(refused(vec![2, 400, 3], Wanted::Pooled), EngineError::BadToken { id: 400 });
+    assert!(matches!(refused(vec![], Wanted::Pooled), EngineError::BadInput(_)));
+    assert!(matches!(refused(vec![2; 73], Wanted::Pooled), EngineError::TooLong { .. }));
+    assert!(matches!(refused(vec![2, 3], Wanted::Scores), EngineError::WrongOutput(_)));
+    assert!(refused(vec![], Wanted::Pooled).is_callers_input());
+    assert!(model.network.forward_features(&[0.0], 1, &|| true).is_err());
+}
+
+#[test]
+fn truncation_refuses_or_cuts_and_keeps_special_tokens() {
+    let model = load(&root().join("models/minilm/1"), &options()).unwrap();
+    let tokenizer = model.tokenizer.unwrap();
+    let long = format!("first {}last", "word ".repeat(400));
+    let refused = tokenizer.encode(Text::One(&long), Truncation::Refuse);
+    assert_eq!(refused, Err(EngineError::TooLong { tokens: 404, tokens_max: 256 }));
+    let ids = |truncation| tokenizer.encode(Text::One(&long), truncation).unwrap().ids;
+    let word = |text| tokenizer.encode(Text::One(text), Truncation::Refuse).unwrap().ids[1];
+    let (right, left) = (ids(Truncation::Right), ids(Truncation::Left));
+    assert_eq!((right.len(), right[1], right[255]), (256, word("first"), 102));
+    assert_eq!((left.len(), left[0], left[254]), (256, 101, word("last")));
+    let pair = tokenizer.encode(Text::Pair("short", &long), Truncation::Right).unwrap();
+    assert_eq!((pair.ids.len(), pair.ids[1]), (256, word("short")));
+    assert_eq!(pair.type_ids[2..4], [0, 1]);
+}
+
+#[test]
+fn tokens_know_their_places_and_decode_back() {
+    let model = load(&root().join("models/minilm/1"), &options()).unwrap();
+    let tokenizer = model.tokenizer.unwrap();
+    let text = "Paper 日本 lanterns";
+    let tokens = tokenizer.tokens(text, true).unwrap();
+    let parts: Vec<_> = tokens
+        .iter()
+        .map(|token| (token.text.as_str(), token.start, token.stop))
+        .collect();
+    assert_eq!(parts[0], ("[CLS]", None, None));
+    assert_eq!(parts[1], ("Paper", Some(0), Some(5)));
+    assert_eq!(parts[3], ("本", Some(7), Some(8)));
+    assert_eq!(parts[4], ("lanterns", Some(9), Some(17)));
+    assert!(tokens[0].special && !tokens[1].special);
+    let plain = tokenizer.tokens(text, false).unwrap();
+    assert_eq!(plain.len() + 2, tokens.len());
+    let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+    assert_eq!(tokenizer.decode(&ids, true).unwrap(), "paper 日 本 lanterns");
+    assert!(tokenizer.decode(&ids, false).unwrap().starts_with("[CLS]"));
+    assert_eq!(tokenizer.decode(&[99_999], true), Err(EngineError::BadToken { id: 99_999 }));
+}
+
+#[test]
+fn files_and_options_of_a_folder_are_honoured() {
+    let folder = root().join("target/golden/bert-dense");
+    let model = load(&folder, &options()).unwrap();
+    assert_eq!((model.card.width, model.card.hidden, model.card.tokens_max), (12, 32, 60));
+    assert_eq!(model.card.prompts["query"], "query: ");
+    let lowered = LoadOptions {
+        tokens_max: Some(8),
+        ..options()
+    };
+    assert_eq!(load(&folder, &lowered).unwrap().card.tokens_max, 8);
+    let other = LoadOptions {
+        device: DeviceChoice::Cuda(0),
+        ..options()
+    };
+    #[cfg(not(feature = "cuda"))]
+    assert!(load(&folder, &other).is_err_and(|error| error.to_string().contains("no CUDA")));
+    let other = LoadOptions {
+        dtype: engine::Dtype::F16,
+        ..other
+    };
+    let other = LoadOptions {
+        device: DeviceChoice::Cpu,
+        ..other
+    };
+    assert!(load(&folder, &other).is_err_and(|error| error.is_unusable_model()));
+}

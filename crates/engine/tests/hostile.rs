@@ -1,0 +1,450 @@
+//! Files that lie: each is refused by a sentence with its name and without its path, and none
+//! makes the engine panic or allocate what it claims.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use engine::{DeviceChoice, EngineError, LoadOptions, Model, Task, Text, TextRow, Truncation, Wanted, load};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+const HIDDEN: usize = 4;
+const WORDS: usize = 8;
+
+/// A folder of a test's own, gone when the test is.
+struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Folder {
+    /// A tiny valid model.
+    fn valid() -> Self {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("hostile-secret-{}-{count}", std::process::id());
+        let folder = Self(std::env::temp_dir().join(name).join("model"));
+        fs::create_dir_all(&folder.0).unwrap();
+        folder.write("config.json", config().to_string());
+        folder.write("tokenizer.json", tokenizer().to_string());
+        folder.write("model.safetensors", checkpoint(&tensors()));
+        folder
+    }
+
+    fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
+        fs::write(self.0.join(name), bytes).unwrap();
+    }
+
+    fn remove(&self, name: &str) {
+        fs::remove_file(self.0.join(name)).unwrap();
+    }
+
+    fn load(&self) -> Result<Model, EngineError> {
+        let options = LoadOptions {
+            device: DeviceChoice::Cpu,
+            ..LoadOptions::default()
+        };
+        load(&self.0, &options)
+    }
+
+    /// Asserts that loading fails because of this file, and gives the sentence.
+    fn refused(&self, file: &str) -> String {
+        let error = self.load().err().expect("the folder should be refused");
+        let sentence = error.to_string();
+        let EngineError::Unusable { file: named, .. } = error else {
+            panic!("{sentence}");
+        };
+        assert_eq!(named, file, "{sentence}");
+        assert!(!sentence.contains("secret"), "the path is in: {sentence}");
+        sentence
+    }
+}
+
+fn config() -> Value {
+    json!({
+        "model_type": "bert", "hidden_size": HIDDEN, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 6, "vocab_size": WORDS,
+        "max_position_embeddings": 10, "type_vocab_size": 2, "hidden_act": "gelu",
+    })
+}
+
+fn tokenizer() -> Value {
+    let words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "one", "two"];
+    let vocabulary: serde_json::Map<String, Value> = words
+        .iter()
+        .enumerate()
+        .map(|(id, word)| ((*word).to_owned(), json!(id)))
+        .collect();
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": {"type": "Whitespace"}, "decoder": null,
+        "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+    })
+}
+
+fn tensors() -> Vec<(String, Vec<usize>)> {
+    let mut tensors = vec![
+        ("embeddings.word_embeddings.weight".to_owned(), vec![WORDS, HIDDEN]),
+        ("embeddings.position_embeddings.weight".to_owned(), vec![10, HIDDEN]),
+        ("embeddings.token_type_embeddings.weight".to_owned(), vec![2, HIDDEN]),
+    ];
+    let mut pair = |name: &str, outputs: usize, inputs: Option<usize>| {
+        let weight = [Some(outputs), inputs].into_iter().flatten().collect();
+        tensors.push((format!("{name}.weight"), weight));
+        tensors.push((format!("{name}.bias"), vec![outputs]));
+    };
+    pair("embeddings.LayerNorm", HIDDEN, None);
+    for name in ["self.query", "self.key", "self.value", "output.dense"] {
+        pair(&format!("encoder.layer.0.attention.{name}"), HIDDEN, Some(HIDDEN));
+    }
+    pair("encoder.layer.0.attention.output.LayerNorm", HIDDEN, None);
+    pair("encoder.layer.0.intermediate.dense", 6, Some(HIDDEN));
+    pair("encoder.layer.0.output.dense", HIDDEN, Some(6));
+    pair("encoder.layer.0.output.LayerNorm", HIDDEN, None);
+    tensors
+}
+
+fn header(tensors: &[(String, Vec<usize>)]) -> (Value, usize) {
+    let mut end = 0;
+    let mut header = serde_json::Map::new();
+    for (name, shape) in tensors {
+        let begin = end;
+        end += 4 * shape.iter().product::<usize>();
+        let entry = json!({"dtype": "F32", "shape": shape, "data_offsets": [begin, end]});
+        header.insert(name.clone(), entry);
+    }
+    (Value::Object(header), end)
+}
+
+fn safetensors(header: &str, data_bytes: usize) -> Vec<u8> {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.extend((0..data_bytes / 4).flat_map(|place| ((place % 7) as f32 * 0.1).to_le_bytes()));
+    bytes
+}
+
+fn checkpoint(tensors: &[(String, Vec<usize>)]) -> Vec<u8> {
+    let (header, data_bytes) = header(tensors);
+    safetensors(&header.to_string(), data_bytes)
+}
+
+#[test]
+fn the_valid_folder_loads_and_answers() {
+    let mut model = Folder::valid().load().unwrap();
+    let tokenizer = model.tokenizer.clone().unwrap();
+    let tokens = tokenizer.encode(Text::One("one a two"), Truncation::Refuse).unwrap();
+    assert_eq!(tokens.ids, [2, 6, 4, 7, 3]);
+    let row = TextRow {
+        tokens: &tokens,
+        wanted: Wanted::Pooled,
+    };
+    let output = model.network.forward_text(&[row], &|| true).unwrap();
+    assert_eq!(output[0].len(), HIDDEN);
+    assert!(output[0].iter().all(|value| value.is_finite()));
+}
+
+#[test]
+fn pickles_are_refused_by_their_first_bytes() {
+    let archive = b"PK\x03\x04archive/data.pkl".as_slice();
+    let old = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.".as_slice();
+    for pickle in [archive, old] {
+        let folder = Folder::valid();
+        folder.write("model.safetensors", pickle);
+        assert!(folder.refused("model.safetensors").contains("pickle"));
+        folder.remove("model.safetensors");
+        folder.write("pytorch_model.bin", pickle);
+        assert!(folder.refused("pytorch_model.bin").contains("safetensors"));
+        let folder = Folder::valid();
+        folder.write("config.json", pickle);
+        assert!(folder.refused("config.json").contains("pickle"));
+    }
+}
+
+#[test]
+fn missing_files_are_named() {
+    for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+        let folder = Folder::valid();
+        folder.remove(name);
+        folder.refused(name);
+    }
+    let folder = Folder::valid();
+    let options = LoadOptions::default();
+    let error = load(&folder.0.join("nowhere"), &options).err().unwrap();
+    assert!(!error.to_string().contains("secret"), "{error}");
+}
+
+#[test]
+fn headers_that_lie_are_refused() {
+    let valid = tensors();
+    let (whole, data_bytes) = header(&valid);
+    let word = "embeddings.word_embeddings.weight";
+    let changed = |key: &str, value: Value| {
+        let mut header = whole.clone();
+        header[word][key] = value;
+        safetensors(&header.to_string(), data_bytes)
+    };
+    let huge = u64::MAX;
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("empty", Vec::new()),
+        ("short", vec![1, 2, 3]),
+        ("length past the end", huge.to_le_bytes().to_vec()),
+        ("length and nothing", 8u64.to_le_bytes().to_vec()),
+        ("no json", safetensors("not json", 0)),
+        ("an array", safetensors("[]", 0)),
+        ("bytes behind the tensors", safetensors(&whole.to_string(), data_bytes + 4)),
+        ("bytes missing", safetensors(&whole.to_string(), data_bytes - 4)),
+        ("overflowing shape", changed("shape", json!([huge, huge]))),
+        ("shape and offsets disagree", changed("shape", json!([WORDS, HIDDEN + 1]))),
+        ("negative shape", changed("shape", json!([-1, HIDDEN]))),
+        ("too many dimensions", changed("shape", json!([1, 1, 1, 1, 1, 1, 1, WORDS, HIDDEN]))),
+        ("unknown format", changed("dtype", json!("F7"))),
+        ("another format's size", changed("dtype", json!("F16"))),
+        ("reversed offsets", changed("data_offsets", json!([128, 0]))),
+        ("offsets past the end", changed("data_offsets", json!([huge - 128, huge]))),
+        ("shared bytes", changed("data_offsets", json!([4, 132]))),
+        ("deep nesting", safetensors(&"[".repeat(200_000), 0)),
+    ];
+    for (what, bytes) in cases {
+        let folder = Folder::valid();
+        folder.write("model.safetensors", bytes);
+        let sentence = folder.refused("model.safetensors");
+        println!("{what}: {sentence}");
+    }
+}
+
+#[test]
+fn tensors_that_are_missing_or_of_another_shape_are_named() {
+    for place in 0..tensors().len() {
+        let mut fewer = tensors();
+        let (name, _) = fewer.remove(place);
+        let folder = Folder::valid();
+        folder.write("model.safetensors", checkpoint(&fewer));
+        assert!(folder.refused("model.safetensors").contains(&name));
+
+        let mut other = tensors();
+        other[place].1[0] += 1;
+        folder.write("model.safetensors", checkpoint(&other));
+        assert!(folder.refused("model.safetensors").contains(&name));
+    }
+}
+
+#[test]
+fn absurd_sizes_in_the_configuration_are_refused_before_they_are_used() {
+    let huge = json!(u64::MAX);
+    for (key, value) in [
+        ("hidden_size", json!(0)),
+        ("hidden_size", huge.clone()),
+        ("hidden_size", json!(-4)),
+        ("hidden_size", json!("4")),
+        ("num_hidden_layers", json!(1_000_000_000)),
+        ("num_hidden_layers", json!(0)),
+        ("num_attention_heads", json!(0)),
+        ("num_attention_heads", json!(3)),
+        ("intermediate_size", huge.clone()),
+        ("vocab_size", huge.clone()),
+        ("vocab_size", Value::Null),
+        ("max_position_embeddings", huge.clone()),
+        ("max_position_embeddings", json!(2)),
+        ("type_vocab_size", huge),
+        ("layer_norm_eps", json!(-1.0)),
+        ("hidden_act", json!("nonsense")),
+        ("model_type", json!("gpt9")),
+        ("is_decoder", json!(true)),
+        ("id2label", json!({"7": "seven"})),
+        ("position_embedding_type", json!("relative_key")),
+    ] {
+        // The position table must agree with the smaller limit, so that it is the limit that fails.
+        let mut tensors = tensors();
+        if key == "max_position_embeddings" {
+            tensors[1].1[0] = 2;
+        }
+        let folder = Folder::valid();
+        folder.write("model.safetensors", checkpoint(&tensors));
+        let mut config = config();
+        config[key] = value.clone();
+        folder.write("config.json", config.to_string());
+        println!("{key} {value}: {}", folder.refused("config.json"));
+    }
+    let folder = Folder::valid();
+    folder.write("config.json", "[".repeat(200_000));
+    folder.refused("config.json");
+    folder.write("config.json", vec![b' '; 5 << 20]);
+    assert!(folder.refused("config.json").contains("at most"));
+}
+
+#[test]
+fn tokenizers_that_disagree_with_the_model_are_refused() {
+    let folder = Folder::valid();
+    let mut other = tokenizer();
+    other["model"]["vocab"]["beyond"] = json!(4_000_000_000u32);
+    folder.write("tokenizer.json", other.to_string());
+    assert!(folder.refused("tokenizer.json").contains("vocabulary"));
+
+    let mut other = tokenizer();
+    other["post_processor"]["cls"] = json!(["[CLS]", 99]);
+    folder.write("tokenizer.json", other.to_string());
+    folder.refused("tokenizer.json");
+
+    for bytes in ["", "{}", "null", "{\"version\":\"1.0\",\"model\":{}}"] {
+        folder.write("tokenizer.json", bytes);
+        folder.refused("tokenizer.json");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn links_out_of_the_repository_and_odd_files_are_refused() {
+    use std::os::unix::fs::symlink;
+    let outside = Folder::valid();
+    for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+        let folder = Folder::valid();
+        folder.remove(name);
+        symlink(outside.0.join(name), folder.0.join(name)).unwrap();
+        assert!(folder.refused(name).contains("link out of"));
+        folder.remove(name);
+        fs::create_dir(folder.0.join(name)).unwrap();
+        folder.refused(name);
+    }
+    // A version folder may link to another model of its own repository.
+    let root = Folder::valid();
+    let version = root.0.join("other").join("1");
+    fs::create_dir_all(&version).unwrap();
+    for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+        symlink(root.0.join(name), version.join(name)).unwrap();
+    }
+    let options = LoadOptions::default();
+    assert!(load(&version, &options).is_ok());
+}
+
+#[test]
+fn shards_are_plain_names_of_the_same_folder() {
+    let all = tensors();
+    let (first, second) = all.split_at(9);
+    let names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+    let index = |name: &str| {
+        let map: serde_json::Map<String, Value> = all
+            .iter()
+            .enumerate()
+            .map(|(place, (tensor, _))| {
+                (tensor.clone(), json!(if place < 9 { name } else { names[1] }))
+            })
+            .collect();
+        json!({"metadata": {}, "weight_map": map}).to_string()
+    };
+    let folder = Folder::valid();
+    folder.remove("model.safetensors");
+    folder.write(names[0], checkpoint(first));
+    folder.write(names[1], checkpoint(second));
+    folder.write("model.safetensors.index.json", index(names[0]));
+    folder.load().unwrap();
+    for bad in ["../model.safetensors", "/etc/model.safetensors", "..", "a/b.safetensors", "x.bin", ""] {
+        folder.write("model.safetensors.index.json", index(bad));
+        folder.refused("model.safetensors.index.json");
+    }
+    folder.write("model.safetensors.index.json", index("gone.safetensors"));
+    folder.refused("gone.safetensors");
+}
+
+#[test]
+fn sentence_files_are_checked_too() {
+    let folder = Folder::valid();
+    let modules = |path: &str, kind: &str| json!([{"path": path, "type": kind}]).to_string();
+    for (path, kind) in [("../1_Pooling", "x.Pooling"), ("/etc", "x.Pooling"), ("", "x.CNN")] {
+        folder.write("modules.json", modules(path, kind));
+        folder.refused("modules.json");
+    }
+    folder.write("modules.json", modules("1_Pooling", "x.Pooling"));
+    fs::create_dir(folder.0.join("1_Pooling")).unwrap();
+    for mode in ["pooling_mode_weightedmean_tokens", "other"] {
+        folder.write("1_Pooling/config.json", json!({mode: true}).to_string());
+        folder.refused("1_Pooling/config.json");
+    }
+}
+
+#[test]
+fn tasks_that_the_model_cannot_do_are_refused() {
+    let folder = Folder::valid();
+    for (task, file) in [
+        (Task::Rerank, "config.json"),
+        (Task::Tabular, "config.json"),
+        (Task::Classification, "model.safetensors"),
+    ] {
+        let options = LoadOptions {
+            task: Some(task),
+            ..LoadOptions::default()
+        };
+        match load(&folder.0, &options) {
+            Err(EngineError::Unusable { file: named, .. }) => assert_eq!(named, file),
+            _ => panic!("{task} should be refused"),
+        }
+    }
+}
+
+/// Loads what may be broken; when it loads all the same, it must answer or refuse.
+fn load_and_ask(folder: &Folder) {
+    let Ok(mut model) = folder.load() else {
+        return;
+    };
+    let Some(tokenizer) = model.tokenizer.clone() else {
+        return;
+    };
+    let Ok(tokens) = tokenizer.encode(Text::Pair("one a", "two b"), Truncation::Right) else {
+        return;
+    };
+    for wanted in [Wanted::Pooled, Wanted::Scores] {
+        let row = TextRow {
+            tokens: &tokens,
+            wanted,
+        };
+        let _ = model.network.forward_text(&[row], &|| true);
+    }
+}
+
+fn mutate(path: &Path, places: &[(prop::sample::Index, u8)], cut: Option<prop::sample::Index>) {
+    let mut bytes = fs::read(path).unwrap();
+    for (place, value) in places {
+        let place = place.index(bytes.len());
+        bytes[place] = *value;
+    }
+    if let Some(cut) = cut {
+        bytes.truncate(cut.index(bytes.len()));
+    }
+    fs::write(path, bytes).unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn no_mutation_makes_a_panic(
+        file in prop::sample::select(vec!["config.json", "tokenizer.json", "model.safetensors"]),
+        places in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+        cut in prop::option::weighted(0.3, any::<prop::sample::Index>()),
+    ) {
+        let folder = Folder::valid();
+        mutate(&folder.0.join(file), &places, cut);
+        load_and_ask(&folder);
+    }
+
+    #[test]
+    fn no_number_in_the_configuration_makes_a_panic(
+        key in prop::sample::select(vec![
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id",
+        ]),
+        value in prop_oneof![0u64..20, any::<u64>(), Just(u64::from(u32::MAX))],
+        family in prop::sample::select(vec!["bert", "roberta", "distilbert", "modernbert"]),
+    ) {
+        let folder = Folder::valid();
+        let mut config = config();
+        config["model_type"] = json!(family);
+        config[key] = json!(value);
+        folder.write("config.json", config.to_string());
+        load_and_ask(&folder);
+    }
+}

@@ -1,0 +1,229 @@
+//! Which worker answers, and which next when it does not.
+//!
+//! The lesser load of two random choices (Mitzenmacher, "The power of two
+//! choices in randomized load balancing", 2001). Calls that fail go to another
+//! worker within a budget, after gRFC A6: a failure costs one token, a success
+//! gives a tenth back, and nothing is sent again while half of them are gone.
+//! Calls that the worker never began are sent again for nothing.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use prometheus_client::metrics::counter::Counter;
+use protocol::{Error, Kind};
+use tokio::time::Instant;
+use tonic::Code;
+
+use crate::metrics::BalanceMetrics;
+use crate::route::{Route, nobody};
+use crate::service::Request;
+use crate::upstream::{Answer, Attempt, Unanswered, Upstream};
+
+/// Sends of one call, the first included.
+const ATTEMPTS_MAX: usize = 5;
+/// Before a worker is asked that has just failed the same call.
+const PAUSE: Duration = Duration::from_millis(20);
+/// Tokens are counted in tenths.
+const TOKEN: i64 = 10;
+
+/// The choice of workers.
+#[derive(Debug)]
+pub struct Balance {
+    budget: Budget,
+    answer_bytes_max: usize,
+    metrics: BalanceMetrics,
+}
+
+/// What is left for sending calls again.
+#[derive(Debug)]
+struct Budget {
+    tenths: AtomicI64,
+    tenths_max: i64,
+    exhausted: Counter,
+}
+
+impl Budget {
+    fn succeeded(&self) {
+        if self.tenths.load(Ordering::Relaxed) < self.tenths_max {
+            self.tenths.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes a token for a failure; whether the call may be sent again.
+    fn failed(&self) -> bool {
+        let left = self.tenths.fetch_sub(TOKEN, Ordering::Relaxed) - TOKEN;
+        if left < 0 {
+            self.tenths.fetch_max(0, Ordering::Relaxed);
+        }
+        let allowed = left > self.tenths_max / 2;
+        if !allowed {
+            self.exhausted.inc();
+        }
+        allowed
+    }
+}
+
+/// What an attempt came to.
+enum Outcome {
+    /// The caller gets this.
+    Answered(Answer),
+    /// Another worker may do better.
+    Elsewhere(Failure),
+}
+
+struct Failure {
+    last: Result<Answer, Error>,
+    reason: &'static str,
+    /// Whether sending again costs a token.
+    costs: bool,
+    pause: Option<Duration>,
+}
+
+impl Balance {
+    /// A budget of so many tokens, and answers of at most so many bytes.
+    pub fn new(retry_tokens: u32, answer_bytes_max: usize, metrics: BalanceMetrics) -> Self {
+        let tenths_max = i64::from(retry_tokens) * TOKEN;
+        Self {
+            budget: Budget {
+                tenths: AtomicI64::new(tenths_max),
+                tenths_max,
+                exhausted: metrics.budget_exhausted.clone(),
+            },
+            answer_bytes_max,
+            metrics,
+        }
+    }
+
+    /// Sends a call until a worker answers, the deadline or the budget says
+    /// no, or there is nobody left. Every call that comes here computes and
+    /// changes nothing: it may be sent twice.
+    pub async fn send(&self, route: &Route, request: &Request) -> Result<Answer, Error> {
+        // By address: a worker may be asked again only when no other is left.
+        let mut tried: Vec<usize> = Vec::new();
+        let mut last = Err(nobody());
+        for number in 0..ATTEMPTS_MAX {
+            let Some((upstream, again)) = pick(route, &tried) else {
+                break;
+            };
+            if again && number > 0 {
+                tokio::time::sleep(PAUSE * (1 << number.min(4))).await;
+            }
+            tried.push(Arc::as_ptr(upstream).addr());
+            let attempt = Attempt {
+                number,
+                chosen: route.chosen.as_ref(),
+                answer_bytes_max: self.answer_bytes_max,
+            };
+            let sent = upstream.send(request, attempt).await;
+            let failure = match self.judge(upstream, sent) {
+                Outcome::Answered(answer) => return Ok(answer),
+                Outcome::Elsewhere(failure) => failure,
+            };
+            last = failure.last;
+            if failure.costs && !self.budget.failed() {
+                break;
+            }
+            let pause = failure.pause.unwrap_or_default();
+            if Instant::now() + pause >= request.deadline {
+                break;
+            }
+            if number + 1 < ATTEMPTS_MAX {
+                self.metrics.retried(failure.reason);
+                tokio::time::sleep(pause).await;
+            }
+        }
+        last
+    }
+
+    fn judge(&self, upstream: &Upstream, sent: Result<Answer, Unanswered>) -> Outcome {
+        let answer = match sent {
+            Ok(answer) => answer,
+            Err(unanswered) => return self.unanswered(upstream, unanswered),
+        };
+        let reason = match answer.code() {
+            // Full: another worker may have room. The worker itself is well.
+            Code::Unavailable => "unavailable",
+            // The model left this worker a moment ago.
+            Code::NotFound => "not_found",
+            Code::Internal | Code::Unknown | Code::DataLoss => {
+                if upstream.failed() {
+                    self.metrics.ejected(upstream);
+                }
+                return Outcome::Answered(answer);
+            }
+            _ => {
+                upstream.succeeded();
+                self.budget.succeeded();
+                return Outcome::Answered(answer);
+            }
+        };
+        let pushback = answer
+            .status_metadata("grpc-retry-pushback-ms")
+            .map(str::parse::<u64>);
+        match pushback {
+            // A worker that says so, or says nothing readable, wants no more.
+            Some(Err(_)) => Outcome::Answered(answer),
+            pushback => Outcome::Elsewhere(Failure {
+                last: Ok(answer),
+                reason,
+                costs: true,
+                pause: pushback.and_then(Result::ok).map(Duration::from_millis),
+            }),
+        }
+    }
+
+    fn unanswered(&self, upstream: &Upstream, unanswered: Unanswered) -> Outcome {
+        if upstream.failed() {
+            self.metrics.ejected(upstream);
+        }
+        let message = format!("worker {}: {unanswered}", upstream.target);
+        let (kind, reason, costs) = match unanswered {
+            Unanswered::NotSent(_) => (Kind::NotReady, "not_sent", false),
+            Unanswered::Broken(_) => (Kind::NotReady, "broken", true),
+            Unanswered::TooLarge(_) => (Kind::TooLarge, "too_large", true),
+        };
+        Outcome::Elsewhere(Failure {
+            last: Err(Error::new(kind, message)),
+            reason,
+            costs,
+            pause: None,
+        })
+    }
+}
+
+/// A worker that has not been tried, the less loaded of two; else one that has
+/// been, which is said in the second place. Workers that are left alone are
+/// taken only when there is no other.
+fn pick<'r>(route: &'r Route, tried: &[usize]) -> Option<(&'r Arc<Upstream>, bool)> {
+    let reachable = || route.upstreams().iter().filter(|u| u.reachable());
+    let untried = |upstream: &&Arc<Upstream>| !tried.contains(&Arc::as_ptr(upstream).addr());
+    let well = lesser(route.name(), || {
+        reachable().filter(untried).filter(|upstream| !upstream.ejected())
+    });
+    if let Some(upstream) = well {
+        return Some((upstream, false));
+    }
+    let unwell = lesser(route.name(), || reachable().filter(untried));
+    if let Some(upstream) = unwell {
+        return Some((upstream, false));
+    }
+    lesser(route.name(), reachable).map(|upstream| (upstream, true))
+}
+
+fn lesser<'r, I>(model: &str, candidates: impl Fn() -> I) -> Option<&'r Arc<Upstream>>
+where
+    I: Iterator<Item = &'r Arc<Upstream>>,
+{
+    let all: Vec<&Arc<Upstream>> = candidates().collect();
+    match all.as_slice() {
+        [] => None,
+        [only] => Some(only),
+        several => {
+            let first = rand::random_range(0..several.len());
+            let step = rand::random_range(1..several.len());
+            let (a, b) = (several[first], several[(first + step) % several.len()]);
+            Some(if a.load(model) <= b.load(model) { a } else { b })
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! Which workers there are, and what each serves. Workers are named one by one
+//! or by a DNS name that is resolved again and again; each is kept connected,
+//! and is listened to or asked.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use http_body_util::BodyExt;
+use platform::channel::{Channel, Target};
+use platform::grpc::decode;
+use platform::tasks::{Owned, owned};
+use protocol::andon::v1::{ModelReport, WatchReportRequest, WatchReportResponse};
+use protocol::inference::{RepositoryIndexRequest, RepositoryIndexResponse};
+use tokio::time::Instant;
+use tonic::{Code, Status};
+
+use crate::metrics::GatewayMetrics;
+use crate::route::Routes;
+use crate::service::Request;
+use crate::upstream::Upstream;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// The first pause before connecting again, and the longest.
+const BACKOFF: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// A worker reports every second: silence for longer is a frozen one.
+const SILENCE_MAX: Duration = Duration::from_secs(3);
+/// How often a worker that does not report is asked.
+const ASK: Duration = Duration::from_secs(1);
+
+/// How a gateway finds workers.
+#[derive(Debug, Clone)]
+pub struct DiscoverSettings {
+    /// Workers that are named one by one.
+    pub targets: Vec<Target>,
+    /// Names that stand for a worker per address, with their port.
+    pub names: Vec<String>,
+    /// How often names are resolved.
+    pub interval: Duration,
+    /// Connections to each worker.
+    pub connections: usize,
+}
+
+/// The workers that are known now.
+#[derive(Debug)]
+pub struct Discovery {
+    routes: Arc<Routes>,
+    metrics: GatewayMetrics,
+    connections: usize,
+    workers: Mutex<BTreeMap<String, (Arc<Upstream>, Owned)>>,
+}
+
+/// Keeps finding workers until the returned tasks are dropped.
+pub fn start(
+    settings: DiscoverSettings,
+    routes: Arc<Routes>,
+    metrics: GatewayMetrics,
+) -> Vec<Owned> {
+    let discovery = Arc::new(Discovery {
+        routes,
+        metrics,
+        connections: settings.connections,
+        workers: Mutex::default(),
+    });
+    for target in settings.targets {
+        discovery.add(target);
+    }
+    settings
+        .names
+        .into_iter()
+        .map(|name| {
+            let (discovery, interval) = (discovery.clone(), settings.interval);
+            owned(async move { discovery.resolve(name, interval).await })
+        })
+        .chain(std::iter::once(keep(discovery.clone())))
+        .collect()
+}
+
+/// Holds the workers' tasks.
+fn keep(discovery: Arc<Discovery>) -> Owned {
+    owned(async move {
+        let _discovery = discovery;
+        std::future::pending::<()>().await;
+    })
+}
+
+impl Discovery {
+    fn add(self: &Arc<Self>, target: Target) {
+        let key = target.to_string();
+        let upstream = Arc::new(Upstream::new(target, self.metrics.upstream(key.clone())));
+        let (discovery, kept) = (Arc::downgrade(self), upstream.clone());
+        let connections = self.connections;
+        let task = owned(async move {
+            let changed = || {
+                if let Some(discovery) = discovery.upgrade() {
+                    discovery.rebuild();
+                }
+            };
+            attend(&kept, connections, changed).await;
+        });
+        self.lock().insert(key, (upstream, task));
+        self.rebuild();
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, (Arc<Upstream>, Owned)>> {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn rebuild(&self) {
+        let workers = self.lock();
+        let upstreams = workers.values().map(|(upstream, _)| upstream.clone());
+        // Under the lock, so that an older table never replaces a newer one.
+        self.routes.rebuild(upstreams.collect());
+    }
+
+    /// Follows the addresses of one name.
+    async fn resolve(self: Arc<Self>, name: String, interval: Duration) {
+        let mut known = BTreeSet::new();
+        loop {
+            match tokio::net::lookup_host(&name).await {
+                Ok(found) => {
+                    let found: BTreeSet<String> = found.map(|a| a.to_string()).collect();
+                    for address in found.difference(&known) {
+                        tracing::info!(worker = address, name, "found");
+                        self.add(Target::Tcp(address.clone()));
+                    }
+                    for address in known.difference(&found) {
+                        tracing::info!(worker = address, name, "gone");
+                        // Calls that it still has hold its connection.
+                        self.lock().remove(address);
+                    }
+                    if found != known {
+                        self.rebuild();
+                    }
+                    known = found;
+                }
+                // A name server that fails must not empty the fleet.
+                Err(error) => tracing::debug!(name, %error, "the name cannot be resolved"),
+            }
+            tokio::time::sleep(interval).await;
+        }
+    }
+}
+
+/// Keeps a worker connected and follows what it serves.
+async fn attend(upstream: &Upstream, connections: usize, changed: impl Fn()) {
+    let mut backoff = BACKOFF;
+    loop {
+        match connect(upstream, connections).await {
+            Ok(first) => {
+                backoff = BACKOFF;
+                upstream.returned();
+                let ended = listen(upstream, &first, &changed).await;
+                let reason = ended.err().unwrap_or_else(|| Status::unavailable("it ended"));
+                tracing::info!(worker = %upstream.target, reason = reason.message(), "lost");
+            }
+            Err(error) => {
+                tracing::debug!(worker = %upstream.target, %error, "cannot be reached");
+            }
+        }
+        // Calls under way on a frozen worker's connections end here, and go
+        // elsewhere.
+        upstream.connected(Vec::new());
+        changed();
+        tokio::time::sleep(backoff.mul_f64(rand::random_range(0.5..1.5))).await;
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+    }
+}
+
+async fn connect(upstream: &Upstream, connections: usize) -> std::io::Result<Arc<Channel>> {
+    let mut channels = Vec::new();
+    for _ in 0..connections {
+        channels.push(Arc::new(
+            Channel::connect(&upstream.target, CONNECT_TIMEOUT).await?,
+        ));
+    }
+    let first = channels
+        .first()
+        .cloned()
+        .ok_or(std::io::ErrorKind::InvalidInput)?;
+    upstream.connected(channels);
+    Ok(first)
+}
+
+/// Follows a worker's reports until it ends, breaks or falls silent.
+async fn listen(
+    upstream: &Upstream,
+    channel: &Channel,
+    changed: &impl Fn(),
+) -> Result<(), Status> {
+    let deadline = Instant::now() + Duration::from_secs(365 * 24 * 3600);
+    let path = "/andon.v1.ReportService/WatchReport";
+    let request = Request::own(path, &WatchReportRequest {}, deadline);
+    let mut body = match upstream.open(channel, &request).await {
+        Ok(body) => body,
+        Err(status) if status.code() == Code::Unimplemented => {
+            return ask(upstream, channel, changed).await;
+        }
+        Err(status) => return Err(status),
+    };
+    // The connection is new even if the report is not.
+    changed();
+    let mut gathered = bytes::BytesMut::new();
+    loop {
+        let frame = tokio::time::timeout(SILENCE_MAX, body.frame())
+            .await
+            .map_err(|_| Status::unavailable("it is silent"))?;
+        let Some(frame) = frame else {
+            return Ok(());
+        };
+        let frame = frame.map_err(|error| Status::unavailable(error.to_string()))?;
+        let Ok(data) = frame.into_data() else {
+            return Ok(());
+        };
+        gathered.extend_from_slice(&data);
+        while let Some(report) = next_report(&mut gathered)? {
+            if upstream.reported(report) {
+                changed();
+            }
+        }
+    }
+}
+
+fn next_report(gathered: &mut bytes::BytesMut) -> Result<Option<WatchReportResponse>, Status> {
+    let Some((prefix, rest)) = gathered.split_first_chunk::<5>() else {
+        return Ok(None);
+    };
+    let length = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
+    if length > 16 << 20 {
+        return Err(Status::internal("a report is too long"));
+    }
+    if rest.len() < length {
+        return Ok(None);
+    }
+    let _ = gathered.split_to(5);
+    decode(gathered.split_to(length).freeze()).map(Some)
+}
+
+/// Asks a server of another make what it serves, again and again.
+async fn ask(upstream: &Upstream, channel: &Channel, changed: &impl Fn()) -> Result<(), Status> {
+    let path = "/inference.GRPCInferenceService/RepositoryIndex";
+    loop {
+        let deadline = Instant::now() + SILENCE_MAX;
+        let asked = RepositoryIndexRequest::default();
+        let index: RepositoryIndexResponse = upstream.call(path, &asked, deadline).await?;
+        let models = index
+            .models
+            .into_iter()
+            .map(|model| ModelReport {
+                name: model.name,
+                // KServe's servers leave versions out.
+                version: if model.version.is_empty() {
+                    "1".to_owned()
+                } else {
+                    model.version
+                },
+                ready: model.state == "READY",
+                ..Default::default()
+            })
+            .collect();
+        let report = WatchReportResponse {
+            draining: false,
+            models,
+        };
+        if upstream.reported(report) {
+            changed();
+        }
+        if channel.closed() {
+            return Err(Status::unavailable("the connection closed"));
+        }
+        tokio::time::sleep(ASK).await;
+    }
+}

@@ -1,0 +1,195 @@
+//! Takes calls, chooses workers and forwards tensor bytes untouched. The whole
+//! order stands in [`stack`].
+
+mod balance;
+mod discover;
+mod metrics;
+mod route;
+mod service;
+mod shed;
+pub mod stack;
+mod upstream;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use platform::channel::Target;
+use platform::drain::Phase;
+use platform::health::Health;
+use platform::server::{Listener, Server, ServerSettings};
+use platform::tasks::{Owned, owned};
+use platform::{CommonServices, Process};
+use protocol::{DESCRIPTORS, SERVICES};
+
+use balance::Balance;
+use discover::DiscoverSettings;
+use metrics::{GatewayMetrics, Readings};
+use route::Routes;
+use shed::Shed;
+use stack::{Layers, Stack};
+
+/// Where a gateway finds workers.
+#[derive(Debug, Clone, clap::Args)]
+pub struct FleetSettings {
+    /// A worker; repeat for several
+    #[arg(long, value_name = "HOST:PORT", value_parser = host_and_port)]
+    pub worker: Vec<String>,
+    /// A name with a worker behind each of its addresses, such as a Kubernetes
+    /// headless service; repeat for several
+    #[arg(long, value_name = "NAME:PORT", value_parser = host_and_port)]
+    pub worker_dns: Vec<String>,
+    /// How often those names are resolved
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = platform::config::duration)]
+    pub dns_interval: Duration,
+}
+
+/// What a gateway is held to.
+#[derive(Debug, Clone, clap::Args)]
+pub struct GatewaySettings {
+    /// Calls that may be under way; more are refused at once
+    #[arg(long, value_name = "COUNT", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub calls_max: u32,
+    /// Failures that may be sent again in a row, as in gRFC A6
+    #[arg(long, value_name = "COUNT", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub retry_tokens: u32,
+    /// Connections to each worker
+    #[arg(long, value_name = "COUNT", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub worker_connections: u32,
+}
+
+fn host_and_port(text: &str) -> Result<String, String> {
+    let valid = text
+        .rsplit_once(':')
+        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    let parses = text.parse::<http::uri::Authority>().is_ok();
+    if valid && parses {
+        return Ok(text.to_owned());
+    }
+    Err("write HOST:PORT, for example 127.0.0.1:9001".to_owned())
+}
+
+/// Why a gateway cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// There is nobody to forward to.
+    #[error("no workers: give --worker HOST:PORT or --worker-dns NAME:PORT")]
+    NoWorkers,
+    /// The descriptors are broken: the build is.
+    #[error("the descriptors of the services cannot be read: {0}")]
+    Descriptors(String),
+}
+
+/// A gateway that has not opened its port yet.
+#[derive(Debug)]
+pub struct Gateway {
+    stack: Stack,
+    server: Server,
+    discover: DiscoverSettings,
+    process: Process,
+    /// Follows the workers and the drain.
+    pub health: Health,
+}
+
+impl Gateway {
+    /// Checks the settings; no port is open and no worker is connected yet.
+    /// `inside` are workers of the same process.
+    pub fn new(
+        fleet: FleetSettings,
+        settings: &GatewaySettings,
+        server: ServerSettings,
+        process: Process,
+        inside: Vec<Target>,
+    ) -> Result<Self, GatewayError> {
+        let mut targets = inside;
+        targets.extend(fleet.worker.into_iter().map(Target::Tcp));
+        if targets.is_empty() && fleet.worker_dns.is_empty() {
+            return Err(GatewayError::NoWorkers);
+        }
+        let metrics = GatewayMetrics::register(&process.metrics);
+        let health = Health::default();
+        let common = CommonServices::new(&health, DESCRIPTORS)
+            .map_err(|error| GatewayError::Descriptors(error.to_string()))?;
+        let (routes, limits) = (Arc::new(Routes::default()), server.message_limits());
+        let shed = Arc::new(Shed::new(
+            settings.calls_max as usize,
+            metrics.shed("calls_max"),
+        ));
+        let readings = Readings {
+            routes: routes.clone(),
+            shed: shed.clone(),
+            limits: limits.clone(),
+        };
+        process
+            .metrics
+            .register(|registry| registry.register_collector(Box::new(readings)));
+        let balance = metrics.balance.clone();
+        let stack = Stack(Arc::new(Layers {
+            shed,
+            routes,
+            balance: Balance::new(settings.retry_tokens, limits.message_bytes_max, balance),
+            limits,
+            common,
+            metrics,
+            telemetry: process.telemetry.clone(),
+            drain: process.drain.clone(),
+        }));
+        Ok(Self {
+            stack,
+            discover: DiscoverSettings {
+                targets,
+                names: fleet.worker_dns,
+                interval: fleet.dns_interval,
+                connections: settings.worker_connections as usize,
+            },
+            server: Server {
+                name: "gateway",
+                settings: server,
+                metrics: process.connections.clone(),
+            },
+            process,
+            health,
+        })
+    }
+
+    /// Finds workers and answers calls until the process has drained.
+    pub async fn run(self, listener: Listener) {
+        let layers = &self.stack.0;
+        let _health = self.follow_health();
+        let _discovery = discover::start(
+            self.discover.clone(),
+            layers.routes.clone(),
+            layers.metrics.clone(),
+        );
+        self.server
+            .run(listener, self.stack, self.process.drain)
+            .await;
+    }
+
+    /// Keeps the answers of health in step with the workers and the drain.
+    fn follow_health(&self) -> Owned {
+        let (routes, health) = (self.stack.0.routes.clone(), self.health.clone());
+        let mut drain = self.process.drain.clone();
+        owned(async move {
+            let mut changes = routes.changes();
+            loop {
+                changes.borrow_and_update();
+                let draining = drain.draining();
+                let table = routes.table();
+                let models: Vec<(String, bool)> = table
+                    .readiness()
+                    .map(|(name, ready)| (name, ready && !draining))
+                    .collect();
+                let ready = models.iter().any(|(_, ready)| *ready);
+                health.replace(ready, &SERVICES, models);
+                if draining {
+                    drain.reached(Phase::Closing).await;
+                    return health.close();
+                }
+                tokio::select! {
+                    changed = changes.changed() => if changed.is_err() { return },
+                    () = drain.reached(Phase::Draining) => {}
+                }
+            }
+        })
+    }
+}

@@ -1,0 +1,221 @@
+//! What the gateway did.
+
+use std::sync::Arc;
+
+use platform::grpc::{MessageLimits, Reply, code_name, head_code};
+use platform::metrics::{Metrics, duration_histogram};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::Histogram;
+use tokio::time::Instant;
+
+use crate::route::Routes;
+use crate::shed::Shed;
+use crate::upstream::Upstream;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    model: String,
+    method: &'static str,
+    code: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MethodLabel {
+    method: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WorkerLabel {
+    worker: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StateLabel {
+    state: &'static str,
+}
+
+type Durations<L> = Family<L, Histogram, fn() -> Histogram>;
+
+/// What the gateway counts.
+#[derive(Debug, Clone)]
+pub struct GatewayMetrics {
+    requests: Family<RequestLabels, Counter>,
+    durations: Durations<MethodLabel>,
+    upstream_durations: Durations<WorkerLabel>,
+    shed: Family<ReasonLabel, Counter>,
+    /// What the balancer counts.
+    pub balance: BalanceMetrics,
+}
+
+/// What the balancer counts.
+#[derive(Debug, Clone, Default)]
+pub struct BalanceMetrics {
+    retries: Family<ReasonLabel, Counter>,
+    ejections: Family<WorkerLabel, Counter>,
+    /// Calls that were not sent again because the budget was spent.
+    pub budget_exhausted: Counter,
+}
+
+impl BalanceMetrics {
+    /// A call is sent again.
+    pub fn retried(&self, reason: &'static str) {
+        self.retries.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// A worker is left alone from now on.
+    pub fn ejected(&self, upstream: &Upstream) {
+        let worker = upstream.target.to_string();
+        self.ejections.get_or_create(&WorkerLabel { worker }).inc();
+    }
+}
+
+impl GatewayMetrics {
+    /// Registers what is counted.
+    pub fn register(metrics: &Metrics) -> Self {
+        let made = Self {
+            requests: Family::default(),
+            durations: Family::new_with_constructor(duration_histogram as fn() -> Histogram),
+            upstream_durations: Family::new_with_constructor(
+                duration_histogram as fn() -> Histogram,
+            ),
+            shed: Family::default(),
+            balance: BalanceMetrics::default(),
+        };
+        metrics.register(|registry| {
+            let name = |name: &str| format!("andon_gateway_{name}");
+            registry.register(name("requests"), "Calls answered", made.requests.clone());
+            registry.register(
+                name("request_duration_seconds"),
+                "From call to the head of its reply",
+                made.durations.clone(),
+            );
+            registry.register(
+                name("upstream_duration_seconds"),
+                "From sending a call to its whole answer",
+                made.upstream_durations.clone(),
+            );
+            registry.register(name("shed"), "Calls refused at once", made.shed.clone());
+            let balance = &made.balance;
+            registry.register(name("retries"), "Calls sent again", balance.retries.clone());
+            registry.register(
+                name("ejections"),
+                "Times that a worker was left alone because it failed",
+                balance.ejections.clone(),
+            );
+            registry.register(
+                name("retry_budget_exhausted"),
+                "Failures that were passed on because the budget was spent",
+                balance.budget_exhausted.clone(),
+            );
+        });
+        made
+    }
+
+    /// Counts the calls that are shed for a reason.
+    pub fn shed(&self, reason: &'static str) -> Counter {
+        self.shed.get_or_create_owned(&ReasonLabel { reason })
+    }
+
+    /// The durations of calls to one worker.
+    pub fn upstream(&self, worker: String) -> Histogram {
+        self.upstream_durations
+            .get_or_create_owned(&WorkerLabel { worker })
+    }
+
+    /// A call began.
+    pub fn begin(&self, method: &'static str, arrived: Instant) -> Record {
+        Record {
+            metrics: self.clone(),
+            method,
+            arrived,
+            model: String::new(),
+        }
+    }
+}
+
+/// A call that is being answered.
+#[derive(Debug)]
+pub struct Record {
+    metrics: GatewayMetrics,
+    method: &'static str,
+    arrived: Instant,
+    /// The model, once it is known to exist: callers cannot make labels.
+    pub model: String,
+}
+
+impl Record {
+    /// The call ended with this reply.
+    pub fn end(self, reply: &Reply) {
+        let code = code_name(head_code(reply.headers()));
+        let labels = RequestLabels {
+            model: self.model,
+            method: self.method,
+            code,
+        };
+        self.metrics.requests.get_or_create(&labels).inc();
+        let method = MethodLabel {
+            method: self.method,
+        };
+        self.metrics
+            .durations
+            .get_or_create(&method)
+            .observe(self.arrived.elapsed().as_secs_f64());
+    }
+}
+
+/// Numbers that are read when somebody asks.
+#[derive(Debug)]
+pub struct Readings {
+    /// The workers.
+    pub routes: Arc<Routes>,
+    /// The calls under way.
+    pub shed: Arc<Shed>,
+    /// The bytes in flight.
+    pub limits: MessageLimits,
+}
+
+impl Collector for Readings {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let number = |count: usize| ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX));
+        for (name, help, count) in [
+            ("andon_gateway_in_flight", "Calls under way", self.shed.in_flight()),
+            (
+                "andon_gateway_bytes_in_flight",
+                "Message bytes in flight",
+                self.limits.budget.used(),
+            ),
+        ] {
+            let gauge = number(count);
+            let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            gauge.encode(metric)?;
+        }
+        let table = self.routes.table();
+        let count = |wanted: &str| {
+            let states = table.upstreams.iter().map(|upstream| {
+                match (upstream.reachable(), upstream.out()) {
+                    (false, _) => "connecting",
+                    (true, true) => "ejected",
+                    (true, false) => "ready",
+                }
+            });
+            states.filter(|state| *state == wanted).count()
+        };
+        let name = "andon_gateway_workers";
+        let mut family = encoder.encode_descriptor(name, "Workers", None, MetricType::Gauge)?;
+        for state in ["ready", "connecting", "ejected"] {
+            let label = StateLabel { state };
+            number(count(state)).encode(family.encode_family(&label)?)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,152 @@
+//! Streams of messages. Each message takes the way of a call of its own, so
+//! that a worker may come or go in the middle of a stream.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http::uri::PathAndQuery;
+use platform::grpc::{Call, EachSettings, Message, Reply, decode, each, frame, frame_bytes};
+use protocol::inference::{ModelInferResponse, ModelStreamInferResponse};
+use protocol::tei::v1::{RerankRequest, RerankStreamRequest};
+use protocol::{Error, peek, with_final_response_flag};
+use tokio::time::{Instant, timeout_at};
+use tonic::Status;
+
+use super::{Door, RERANK, Request, forwarded, wanted};
+use crate::stack::Stack;
+
+/// Messages of one stream that may be under way at once.
+const CONCURRENCY: usize = 32;
+
+/// What the messages of one stream share.
+#[derive(Debug)]
+struct Shared {
+    stack: Stack,
+    door: Door,
+    path: PathAndQuery,
+    headers: HeaderMap,
+    patience: Duration,
+    ends: Option<Instant>,
+}
+
+/// Answers each message of a stream in order.
+pub fn each_message(stack: Stack, call: Call, door: Door) -> Result<Reply, Status> {
+    let settings = EachSettings {
+        concurrency: CONCURRENCY,
+        deadline: call.stream_deadline,
+        drain: stack.0.drain.clone(),
+    };
+    let path = one_message_path(call.path())?;
+    let limits = stack.0.limits.clone();
+    let (patience, ends) = (call.deadline - call.arrived, call.stream_deadline);
+    let (head, messages) = call.into_parts(&limits);
+    let shared = Arc::new(Shared {
+        stack,
+        door,
+        path,
+        headers: forwarded(head.headers),
+        patience,
+        ends,
+    });
+    Ok(each(messages, settings, move |message| {
+        let shared = shared.clone();
+        async move {
+            match shared.door {
+                Door::Message => Ok(shared.infer(message).await),
+                Door::Metadata(_) => shared.forward(message).await,
+            }
+        }
+    }))
+}
+
+/// The path that answers one message of a stream.
+fn one_message_path(path: &str) -> Result<PathAndQuery, Status> {
+    let one = match path {
+        "/inference.GRPCInferenceService/ModelStreamInfer" => {
+            "/inference.GRPCInferenceService/ModelInfer"
+        }
+        path => path.strip_suffix("Stream").unwrap_or(path),
+    };
+    PathAndQuery::try_from(one).map_err(|error| Status::internal(error.to_string()))
+}
+
+impl Shared {
+    async fn forward(&self, message: Message) -> Result<Bytes, Status> {
+        let deadline = self.ends.unwrap_or_else(|| Instant::now() + self.patience);
+        let request = Request {
+            wanted: wanted(self.door, &message, &self.headers)?,
+            path: self.path.clone(),
+            headers: self.headers.clone(),
+            message,
+            deadline,
+        };
+        let mut model = String::new();
+        let answered = self.stack.forward(&request, &mut model);
+        match timeout_at(deadline, answered).await {
+            Ok(answer) => answer?.into_framed(),
+            Err(_) => Err(Error::deadline_passed().to_status()),
+        }
+    }
+
+    /// An error is an answer too, and the stream stays open.
+    async fn infer(&self, message: Message) -> Bytes {
+        let id = peek(&message.bytes()).map(|peeked| peeked.id.to_owned());
+        match self.forward(message).await {
+            Ok(framed) => frame_bytes(&with_final_response_flag(
+                framed.get(5..).unwrap_or_default(),
+            )),
+            Err(status) => frame(&ModelStreamInferResponse {
+                error_message: status.message().to_owned(),
+                infer_response: Some(ModelInferResponse {
+                    id: id.unwrap_or_default(),
+                    ..Default::default()
+                }),
+            }),
+        }
+    }
+}
+
+/// Gathers the texts of a rerank stream into one request and sends that: it can
+/// be sent again when a worker fails.
+pub async fn rerank_stream(stack: &Stack, call: Call) -> Result<Reply, Status> {
+    let deadline = call.deadline;
+    let limits = &stack.0.limits;
+    let (head, mut messages) = call.into_parts(limits);
+    let headers = forwarded(head.headers);
+    let mut gathered = RerankRequest::default();
+    let mut held = Vec::new();
+    let mut bytes = 0;
+    while let Some(message) = messages.next().await? {
+        bytes += message.framed().len();
+        if bytes > limits.message_bytes_max {
+            return Err(Error::too_large(bytes, limits.message_bytes_max).to_status());
+        }
+        let next: RerankStreamRequest = decode(message.bytes())?;
+        // Held until the answer, so that its bytes count as in flight.
+        held.push(message);
+        if gathered.texts.is_empty() {
+            gathered.query = next.query;
+            gathered.truncate = next.truncate;
+            gathered.raw_scores = next.raw_scores;
+            gathered.return_text = next.return_text;
+            gathered.truncation_direction = next.truncation_direction;
+        } else if next.query != gathered.query {
+            let reason = "must be the same in every message of the stream";
+            return Err(Error::invalid("query", reason).to_status());
+        }
+        gathered.texts.push(next.text);
+    }
+    let message = Message::own(&gathered);
+    let wanted = wanted(Door::Metadata(RERANK), &message, &headers)?;
+    let request = Request {
+        path: PathAndQuery::from_static("/tei.v1.Rerank/Rerank"),
+        headers,
+        message,
+        deadline,
+        wanted,
+    };
+    let mut model = String::new();
+    Ok(stack.forward(&request, &mut model).await?.into_reply())
+}

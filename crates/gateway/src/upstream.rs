@@ -1,0 +1,452 @@
+//! One worker as the gateway sees it: its connections, what it reports, how it
+//! fares, and how a call is sent to it.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::uri::{Authority, PathAndQuery, Scheme};
+use http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use http_body_util::BodyExt;
+use platform::channel::{Channel, Target};
+use platform::grpc::{Body, Reply, head_code, head_status};
+use prometheus_client::metrics::histogram::Histogram;
+use protocol::{Error, MODEL_KEY};
+use protocol::andon::v1::WatchReportResponse;
+use tokio::time::Instant;
+use tonic::{Code, Status};
+
+use crate::service::Request;
+
+/// Failures in a row after which a worker is left alone.
+const FAILURES_MAX: u32 = 5;
+/// How long it is left alone the first time; twice as long each time again.
+const EJECTION: Duration = Duration::from_millis(500);
+const EJECTION_MAX: Duration = Duration::from_secs(15);
+
+/// A worker.
+pub struct Upstream {
+    /// Where it is.
+    pub target: Target,
+    authority: Authority,
+    channels: RwLock<Vec<Arc<Channel>>>,
+    turn: AtomicUsize,
+    report: RwLock<Arc<WatchReportResponse>>,
+    in_flight: AtomicUsize,
+    failures: AtomicU32,
+    ejections: AtomicU32,
+    /// Microseconds after `born` until which it is left alone.
+    ejected_until_us: AtomicU64,
+    probing: AtomicBool,
+    born: Instant,
+    duration: Histogram,
+}
+
+impl fmt::Debug for Upstream {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "Upstream({})", self.target)
+    }
+}
+
+/// What a worker answered, whatever its status.
+#[derive(Debug)]
+pub struct Answer {
+    headers: HeaderMap,
+    first: Option<Bytes>,
+    rest: Vec<Bytes>,
+    trailers: Option<HeaderMap>,
+}
+
+/// One sending of a call.
+#[derive(Debug, Clone, Copy)]
+pub struct Attempt<'a> {
+    /// How often the call was sent before.
+    pub number: usize,
+    /// The model's name, for a call that named none.
+    pub chosen: Option<&'a HeaderValue>,
+    /// The longest answer.
+    pub answer_bytes_max: usize,
+}
+
+impl Attempt<'_> {
+    fn first() -> Self {
+        Self {
+            number: 0,
+            chosen: None,
+            answer_bytes_max: usize::MAX,
+        }
+    }
+}
+
+/// Why a worker gave no answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unanswered {
+    /// The call did not reach the worker, or was not begun: sending it again
+    /// is free.
+    NotSent(String),
+    /// The connection broke with the call under way.
+    Broken(String),
+    /// The answer is over the limit.
+    TooLarge(usize),
+}
+
+impl Upstream {
+    /// A worker that is not connected yet.
+    pub fn new(target: Target, duration: Histogram) -> Self {
+        let authority = match &target {
+            Target::Tcp(address) => address.parse().ok(),
+            Target::Memory(_) => None,
+        };
+        Self {
+            target,
+            authority: authority.unwrap_or_else(|| Authority::from_static("andon")),
+            channels: RwLock::default(),
+            turn: AtomicUsize::new(0),
+            report: RwLock::default(),
+            in_flight: AtomicUsize::new(0),
+            failures: AtomicU32::new(0),
+            ejections: AtomicU32::new(0),
+            ejected_until_us: AtomicU64::new(0),
+            probing: AtomicBool::new(false),
+            born: Instant::now(),
+            duration,
+        }
+    }
+
+    /// Replaces the connections.
+    pub fn connected(&self, channels: Vec<Arc<Channel>>) {
+        *self.channels.write().unwrap_or_else(PoisonError::into_inner) = channels;
+    }
+
+    /// Whether a call can be sent.
+    pub fn reachable(&self) -> bool {
+        let channels = self.channels.read().unwrap_or_else(PoisonError::into_inner);
+        channels.iter().any(|channel| !channel.closed())
+    }
+
+    /// What the worker said last.
+    pub fn report(&self) -> Arc<WatchReportResponse> {
+        self.report
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Keeps what the worker says; true when it serves other models than
+    /// before.
+    pub fn reported(&self, report: WatchReportResponse) -> bool {
+        let serves = |report: &WatchReportResponse| {
+            let models = report.models.iter();
+            let models = models.map(|m| (m.name.clone(), m.version.clone(), m.ready, m.task.clone()));
+            (report.draining, models.collect::<Vec<_>>())
+        };
+        let mut current = self.report.write().unwrap_or_else(PoisonError::into_inner);
+        let changed = serves(&current) != serves(&report);
+        *current = Arc::new(report);
+        changed
+    }
+
+    /// How loaded the worker is for a model: calls of this gateway that it
+    /// has, and rows that it says wait.
+    pub fn load(&self, model: &str) -> u64 {
+        let report = self.report.read().unwrap_or_else(PoisonError::into_inner);
+        let waiting: u64 = report
+            .models
+            .iter()
+            .filter(|reported| reported.name == model)
+            .map(|reported| reported.queue_rows)
+            .sum();
+        waiting + self.in_flight.load(Ordering::Relaxed) as u64
+    }
+
+    /// Whether the worker is left alone because it failed. When its time is
+    /// over, one call may try it.
+    pub fn ejected(&self) -> bool {
+        let until_us = self.ejected_until_us.load(Ordering::Acquire);
+        if until_us == 0 {
+            return false;
+        }
+        if self.now_us() < until_us {
+            return true;
+        }
+        self.probing.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether the worker is being left alone, without trying it.
+    pub fn out(&self) -> bool {
+        self.ejected_until_us.load(Ordering::Acquire) != 0
+    }
+
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.born.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// The worker answered.
+    pub fn succeeded(&self) {
+        self.failures.store(0, Ordering::Relaxed);
+        if self.ejected_until_us.swap(0, Ordering::AcqRel) != 0 {
+            self.ejections.store(0, Ordering::Relaxed);
+            self.probing.store(false, Ordering::Release);
+            tracing::info!(worker = %self.target, "answers again");
+        }
+    }
+
+    /// The worker failed; true when it is left alone from now on.
+    pub fn failed(&self) -> bool {
+        let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
+        let probed = self.probing.swap(false, Ordering::AcqRel);
+        if failures < FAILURES_MAX && !probed {
+            return false;
+        }
+        let times = self.ejections.fetch_add(1, Ordering::Relaxed).min(10);
+        let rest = EJECTION.saturating_mul(1 << times).min(EJECTION_MAX);
+        let rest_us = u64::try_from(rest.as_micros()).unwrap_or(u64::MAX);
+        self.failures.store(0, Ordering::Relaxed);
+        let until_us = self.now_us().saturating_add(rest_us);
+        self.ejected_until_us.store(until_us, Ordering::Release);
+        tracing::warn!(worker = %self.target, ?rest, "left alone: it failed repeatedly");
+        true
+    }
+
+    /// Forgets that the worker was left alone: its connection is new.
+    pub fn returned(&self) {
+        self.failures.store(0, Ordering::Relaxed);
+        self.ejected_until_us.store(0, Ordering::Release);
+        self.probing.store(false, Ordering::Release);
+    }
+
+    fn channel(&self) -> Option<Arc<Channel>> {
+        let channels = self.channels.read().unwrap_or_else(PoisonError::into_inner);
+        let start = self.turn.fetch_add(1, Ordering::Relaxed);
+        (0..channels.len())
+            .filter_map(|step| channels.get((start + step) % channels.len()))
+            .find(|channel| !channel.closed())
+            .cloned()
+    }
+
+    /// Sends a call and reads its whole answer, so that a worker that dies in
+    /// the middle of one costs the caller nothing.
+    pub async fn send(
+        &self,
+        request: &Request,
+        attempt: Attempt<'_>,
+    ) -> Result<Answer, Unanswered> {
+        let channel = self
+            .channel()
+            .ok_or_else(|| Unanswered::NotSent("not connected".to_owned()))?;
+        let mut headers = request.headers.clone();
+        set_timeout(&mut headers, request.deadline);
+        if attempt.number > 0 {
+            headers.insert(PREVIOUS_ATTEMPTS, HeaderValue::from(attempt.number));
+        }
+        if let Some(chosen) = attempt.chosen {
+            headers.insert(HeaderName::from_static(MODEL_KEY), chosen.clone());
+        }
+        let body = Body::request(request.message.framed().clone());
+        let http = self.request(request.path.clone(), headers, body);
+        let _busy = Busy::new(&self.in_flight);
+        let started = Instant::now();
+        let answered = async {
+            let response = channel.send(http).await.map_err(|error| unsent(&error))?;
+            read(response, attempt.answer_bytes_max).await
+        }
+        .await;
+        self.duration.observe(started.elapsed().as_secs_f64());
+        answered
+    }
+
+    /// Calls the worker with a message of the gateway's own.
+    pub async fn call<Q: prost::Message, A: prost::Message + Default>(
+        &self,
+        path: &'static str,
+        message: &Q,
+        deadline: Instant,
+    ) -> Result<A, Status> {
+        let request = Request::own(path, message, deadline);
+        let sent = tokio::time::timeout_at(deadline, self.send(&request, Attempt::first())).await;
+        let answer = match sent {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => {
+                return Err(Status::unavailable(format!(
+                    "worker {}: {error}",
+                    self.target
+                )));
+            }
+            Err(_) => return Err(Error::deadline_passed().to_status()),
+        };
+        platform::grpc::decode(answer.into_message()?)
+    }
+
+    /// Opens a stream of messages on one connection; they stay framed.
+    pub async fn open(
+        &self,
+        channel: &Channel,
+        request: &Request,
+    ) -> Result<hyper::body::Incoming, Status> {
+        let body = Body::request(request.message.framed().clone());
+        let http = self.request(request.path.clone(), request.headers.clone(), body);
+        let response = channel
+            .send(http)
+            .await
+            .map_err(|error| Status::unavailable(error.to_string()))?;
+        match head_status(response.headers()) {
+            Some(status) if status.code() != Code::Ok => Err(status),
+            _ => Ok(response.into_body()),
+        }
+    }
+
+    fn request(&self, path: PathAndQuery, headers: HeaderMap, body: Body) -> http::Request<Body> {
+        let mut parts = http::uri::Parts::default();
+        parts.scheme = Some(Scheme::HTTP);
+        parts.authority = Some(self.authority.clone());
+        parts.path_and_query = Some(path);
+        let mut request = http::Request::new(body);
+        *request.method_mut() = http::Method::POST;
+        // All three parts are there, so that they always make an address.
+        *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
+        *request.headers_mut() = headers;
+        request
+    }
+}
+
+const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static("grpc-previous-rpc-attempts");
+const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+
+/// Forwards what remains of the deadline.
+fn set_timeout(headers: &mut HeaderMap, deadline: Instant) {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let us = left.as_micros();
+    // At most eight digits are allowed.
+    let text = if us < 100_000_000 {
+        format!("{us}u")
+    } else {
+        format!("{}m", left.as_millis().min(99_999_999))
+    };
+    if let Ok(value) = HeaderValue::try_from(text) {
+        headers.insert(TIMEOUT, value);
+    }
+}
+
+/// Counts a call for as long as it is under way.
+struct Busy<'c>(&'c AtomicUsize);
+
+impl<'c> Busy<'c> {
+    fn new(count: &'c AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A call that hyper had not sent, or that the worker had not begun, costs
+/// nothing to send again.
+fn unsent(error: &hyper::Error) -> Unanswered {
+    if error.is_canceled() {
+        return Unanswered::NotSent("the connection closed".to_owned());
+    }
+    Unanswered::Broken(describe(error))
+}
+
+fn describe(error: &dyn std::error::Error) -> String {
+    error
+        .source()
+        .map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+async fn read(
+    response: http::Response<hyper::body::Incoming>,
+    bytes_max: usize,
+) -> Result<Answer, Unanswered> {
+    let (head, mut body) = response.into_parts();
+    let mut answer = Answer {
+        headers: head.headers,
+        first: None,
+        rest: Vec::new(),
+        trailers: None,
+    };
+    let mut bytes = 0;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| Unanswered::Broken(describe(&error)))?;
+        match frame.into_data() {
+            Ok(data) => {
+                bytes += data.len();
+                if bytes > bytes_max {
+                    return Err(Unanswered::TooLarge(bytes));
+                }
+                if answer.first.is_none() {
+                    answer.first = Some(data);
+                } else {
+                    answer.rest.push(data);
+                }
+            }
+            Err(frame) => answer.trailers = frame.into_trailers().ok(),
+        }
+    }
+    if answer.trailers.is_none() && !answer.headers.contains_key("grpc-status") {
+        // A reply without a status was cut off.
+        return Err(Unanswered::Broken("the answer has no status".to_owned()));
+    }
+    Ok(answer)
+}
+
+impl Answer {
+    /// The status's code.
+    pub fn code(&self) -> Code {
+        head_code(self.trailers.as_ref().unwrap_or(&self.headers))
+    }
+
+    /// One entry of the metadata that came with the status.
+    pub fn status_metadata(&self, name: &str) -> Option<&str> {
+        let headers = self.trailers.as_ref().unwrap_or(&self.headers);
+        headers.get(name)?.to_str().ok()
+    }
+
+    /// The reply that passes the answer on, untouched.
+    pub fn into_reply(self) -> Reply {
+        let mut reply = Reply::new(Body::whole(self.first, self.rest, self.trailers));
+        *reply.headers_mut() = self.headers;
+        reply
+    }
+
+    /// The framed message, or the status that came instead.
+    pub fn into_framed(self) -> Result<Bytes, Status> {
+        let status = head_status(self.trailers.as_ref().unwrap_or(&self.headers));
+        if let Some(status) = status
+            && status.code() != Code::Ok
+        {
+            return Err(status);
+        }
+        let first = self.first.unwrap_or_default();
+        if self.rest.is_empty() {
+            return Ok(first);
+        }
+        let chunks = std::iter::once(first).chain(self.rest);
+        Ok(chunks.collect::<Vec<_>>().concat().into())
+    }
+
+    /// The message, or the status that came instead.
+    pub fn into_message(self) -> Result<Bytes, Status> {
+        let framed = self.into_framed()?;
+        match framed.get(..5) {
+            Some([0, ..]) => Ok(framed.slice(5..)),
+            _ => Err(Status::internal("a worker answered with a message that cannot be read")),
+        }
+    }
+}
+
+impl fmt::Display for Unanswered {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotSent(reason) => write!(formatter, "the call was not sent: {reason}"),
+            Self::Broken(reason) => write!(formatter, "the connection broke: {reason}"),
+            Self::TooLarge(bytes) => write!(formatter, "the answer has over {bytes} bytes"),
+        }
+    }
+}

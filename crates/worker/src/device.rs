@@ -1,0 +1,159 @@
+//! The thread that owns a model instance: it alone touches the network.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
+
+use engine::{EngineError, Network, TextRow};
+
+use crate::error::ModelError;
+use crate::metrics::ModelMetrics;
+use crate::queue::{Batch, Computed, Part, Queue, Rows};
+
+/// Starts the thread of an instance. It ends, and the network's memory is given
+/// back, when the queue is closed and empty.
+pub fn start(
+    name: &str,
+    mut network: Network,
+    queue: Arc<Queue>,
+    metrics: ModelMetrics,
+) -> io::Result<JoinHandle<()>> {
+    Builder::new().name(format!("model-{name}")).spawn(move || {
+        while let Some(batch) = queue.next_batch() {
+            metrics.dropped(batch.dropped);
+            let (rows, tokens) = (batch.rows, batch.tokens);
+            let started = Instant::now();
+            answer(&mut network, batch, &metrics);
+            let computed = started.elapsed();
+            queue.finished(tokens, computed);
+            metrics.computed(rows, tokens, computed);
+        }
+    })
+}
+
+/// Computes a batch and answers its parts. When a batch of several parts fails,
+/// each is computed alone, so that a bad one does not fail its neighbours.
+fn answer(network: &mut Network, batch: Batch, metrics: &ModelMetrics) {
+    match compute(network, &batch.parts) {
+        Ok(outputs) => reply(batch.parts, outputs),
+        Err(EngineError::Abandoned) => {
+            metrics.abandoned(batch.rows);
+            for part in batch.parts {
+                // Whoever still listens does so past the deadline.
+                let _ = part.reply.send(Err(ModelError::DeadlinePassed));
+            }
+        }
+        Err(error) if batch.parts.len() == 1 => {
+            for part in batch.parts {
+                let _ = part.reply.send(Err(ModelError::Engine(error.to_string())));
+            }
+        }
+        Err(_) => {
+            for part in batch.parts {
+                let rows = part.rows.count();
+                let alone = Batch {
+                    rows,
+                    tokens: part.rows.tokens(),
+                    dropped: batch.dropped,
+                    parts: vec![part],
+                };
+                answer(network, alone, metrics);
+            }
+        }
+    }
+}
+
+/// What each part became, and when it began and how long it took.
+type Outputs = (Vec<Vec<Vec<f32>>>, Instant, std::time::Duration);
+
+fn compute(network: &mut Network, parts: &[Part]) -> Result<Outputs, EngineError> {
+    let started = Instant::now();
+    // Between layers: work that nobody waits for any more stops.
+    let go_on = || {
+        let now = Instant::now();
+        parts.iter().any(|part| part.awaited(now))
+    };
+    let forward = AssertUnwindSafe(|| match parts.first().map(|part| &part.rows) {
+        Some(Rows::Features { .. }) => features(network, parts, &go_on),
+        _ => text(network, parts, &go_on),
+    });
+    // A defect in the engine fails its batch; the instance goes on.
+    let outputs = catch_unwind(forward)
+        .unwrap_or_else(|_| Err(EngineError::Device("the forward pass panicked".to_owned())))?;
+    Ok((outputs, started, started.elapsed()))
+}
+
+fn text(
+    network: &mut Network,
+    parts: &[Part],
+    go_on: &dyn Fn() -> bool,
+) -> Result<Vec<Vec<Vec<f32>>>, EngineError> {
+    let mut rows = Vec::new();
+    for part in parts {
+        if let Rows::Text(texts) = &part.rows {
+            rows.extend(texts.iter().map(|(tokens, wanted)| TextRow {
+                tokens,
+                wanted: *wanted,
+            }));
+        }
+    }
+    let mut outputs = network.forward_text(&rows, go_on)?.into_iter();
+    Ok(parts
+        .iter()
+        .map(|part| outputs.by_ref().take(part.rows.count()).collect())
+        .collect())
+}
+
+fn features(
+    network: &mut Network,
+    parts: &[Part],
+    go_on: &dyn Fn() -> bool,
+) -> Result<Vec<Vec<Vec<f32>>>, EngineError> {
+    let rows_of = |part: &Part| part.rows.count();
+    let rows: usize = parts.iter().map(rows_of).sum();
+    let joined;
+    let features = match parts {
+        [
+            Part {
+                rows: Rows::Features { values, .. },
+                ..
+            },
+        ] => values,
+        parts => {
+            joined = parts
+                .iter()
+                .filter_map(|part| match &part.rows {
+                    Rows::Features { values, .. } => Some(values.as_slice()),
+                    Rows::Text(_) => None,
+                })
+                .collect::<Vec<_>>()
+                .concat();
+            &joined
+        }
+    };
+    let outputs = network.forward_features(features, rows, go_on)?;
+    let width = outputs.len() / rows.max(1);
+    let mut rest = outputs.as_slice();
+    Ok(parts
+        .iter()
+        .map(|part| {
+            let (own, after) = rest.split_at((part.rows.count() * width).min(rest.len()));
+            rest = after;
+            vec![own.to_vec()]
+        })
+        .collect())
+}
+
+fn reply(parts: Vec<Part>, (outputs, started, computed): Outputs) {
+    for (part, outputs) in parts.into_iter().zip(outputs) {
+        let answer = Computed {
+            outputs,
+            queued: started.saturating_duration_since(part.queued_at),
+            computed,
+        };
+        // A caller who left in the meantime needs no answer.
+        let _ = part.reply.send(Ok(answer));
+    }
+}

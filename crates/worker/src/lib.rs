@@ -1,0 +1,142 @@
+//! Serves models: service → queue → batch → device thread → engine.
+
+mod device;
+mod error;
+mod infer;
+mod metrics;
+mod model;
+mod queue;
+mod report;
+mod repository;
+mod service;
+
+use std::sync::Arc;
+
+use platform::health::Health;
+use platform::server::{Listener, Server, ServerSettings};
+use platform::tasks::{Owned, owned};
+use platform::{CommonServices, Process};
+use protocol::Error;
+use protocol::{DESCRIPTORS, SERVICES};
+
+use metrics::WorkerMetrics;
+use repository::{Repository, State};
+pub use repository::{BareModel, RepositorySettings};
+use service::Service;
+
+/// A worker that has not opened its port yet.
+#[derive(Debug)]
+pub struct Worker {
+    repository: Arc<Repository>,
+    service: Service,
+    server: Server,
+    process: Process,
+    /// Follows the models and the drain.
+    pub health: Health,
+}
+
+/// Why a worker cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// There is nothing to serve.
+    #[error("no models: give --repository DIR, or --model NAME=FOLDER")]
+    NoModels,
+    /// The repository cannot be read, or lacks a model that is asked for.
+    #[error(transparent)]
+    Repository(#[from] Error),
+    /// The descriptors are broken: the build is.
+    #[error("the descriptors of the services cannot be read: {0}")]
+    Descriptors(String),
+}
+
+impl Worker {
+    /// Checks the settings; no port is open and no model is loaded yet.
+    pub fn new(
+        settings: RepositorySettings,
+        server: ServerSettings,
+        process: Process,
+    ) -> Result<Self, WorkerError> {
+        if settings.repository.is_none() && settings.model.is_empty() {
+            return Err(WorkerError::NoModels);
+        }
+        let metrics = WorkerMetrics::register(&process.metrics);
+        let repository = Arc::new(Repository::new(settings, metrics));
+        repository.wanted()?;
+        let health = Health::default();
+        let common = CommonServices::new(&health, DESCRIPTORS)
+            .map_err(|error| WorkerError::Descriptors(error.to_string()))?;
+        let service = Service::new(repository.clone(), common, &server, process.clone());
+        Ok(Self {
+            repository,
+            service,
+            server: Server {
+                name: "worker",
+                settings: server,
+                metrics: process.connections.clone(),
+            },
+            process,
+            health,
+        })
+    }
+
+    /// Loads the models and answers calls until the process has drained.
+    pub async fn run(self, listener: Listener) {
+        let _health = self.follow_health();
+        let _loading = self.load_wanted();
+        self.server
+            .run(listener, self.service, self.process.drain)
+            .await;
+    }
+
+    /// Loads the models in the background: the port is open meanwhile, so that
+    /// probes are answered.
+    fn load_wanted(&self) -> Owned {
+        let repository = self.repository.clone();
+        owned(async move {
+            let names = match repository.wanted() {
+                Ok(names) => names,
+                Err(error) => {
+                    tracing::error!(%error, "the repository cannot be read");
+                    return;
+                }
+            };
+            if names.is_empty() {
+                tracing::warn!("the repository is empty: models can be loaded by RepositoryModelLoad");
+            }
+            for name in names {
+                // What went wrong is logged and stands in the repository index.
+                let _ = repository.load(&name).await;
+            }
+            repository.loaded();
+        })
+    }
+
+    /// Keeps the answers of health in step with the models and the drain.
+    fn follow_health(&self) -> Owned {
+        let (repository, health) = (self.repository.clone(), self.health.clone());
+        let mut drain = self.process.drain.clone();
+        owned(async move {
+            let mut changes = repository.changes();
+            loop {
+                changes.borrow_and_update();
+                let draining = drain.draining();
+                let states = repository.states();
+                let callable = |state: &State| matches!(state, State::Ready(_)) && !draining;
+                let ready = repository.started() && states.iter().any(|(_, _, s)| callable(s));
+                let mut models = std::collections::BTreeMap::<String, bool>::new();
+                for (name, _, state) in &states {
+                    *models.entry(name.to_string()).or_default() |= callable(state);
+                }
+                health.replace(ready, &SERVICES, models);
+                if draining {
+                    drain.reached(platform::drain::Phase::Closing).await;
+                    return health.close();
+                }
+                tokio::select! {
+                    changed = changes.changed() => if changed.is_err() { return },
+                    () = drain.reached(platform::drain::Phase::Draining) => {}
+                }
+            }
+        })
+    }
+}

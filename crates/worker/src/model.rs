@@ -1,0 +1,313 @@
+//! One model version that serves: its checks, its tokenizer, its queue and the
+//! thread behind it.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use engine::{Card, EngineError, LoadOptions, Text, Tokenizer, Truncation, Wanted};
+use futures::future::try_join_all;
+use protocol::{ModelName, ModelVersion};
+use tokio::sync::oneshot;
+
+use crate::device;
+use crate::error::ModelError;
+use crate::metrics::{ModelMetrics, WorkerMetrics};
+use crate::queue::{Part, Queue, QueueLimits, Refusal, Rows, split};
+
+/// Texts shorter than this altogether are tokenized where they arrive; more go
+/// to a blocking thread, since the network's threads must not stall.
+const INLINE_BYTES_MAX: usize = 4096;
+
+/// What one model is held to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelLimits {
+    /// Batches and waiting rows.
+    pub queue: QueueLimits,
+    /// Rows of one request.
+    pub request_rows_max: usize,
+    /// Bytes of one text.
+    pub text_bytes_max: usize,
+}
+
+/// A model version that can be called.
+pub struct ServedModel {
+    /// Its name.
+    pub name: ModelName,
+    /// Its version.
+    pub version: ModelVersion,
+    /// What the engine says of it.
+    pub card: Card,
+    /// What it is held to.
+    pub limits: ModelLimits,
+    /// What it did.
+    pub metrics: ModelMetrics,
+    /// Its tokenizer, if it reads text.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    queue: Arc<Queue>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl std::fmt::Debug for ServedModel {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "ServedModel({} {})", self.name, self.version)
+    }
+}
+
+/// One text or a pair.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names say everything")]
+pub enum OwnedText {
+    One(String),
+    Pair(String, String),
+}
+
+impl OwnedText {
+    fn as_text(&self) -> Text<'_> {
+        match self {
+            Self::One(text) => Text::One(text),
+            Self::Pair(first, second) => Text::Pair(first, second),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::One(text) => text.len(),
+            Self::Pair(first, second) => first.len() + second.len(),
+        }
+    }
+
+    /// Characters, as `tei.v1` counts them.
+    pub fn characters(&self) -> usize {
+        match self {
+            Self::One(text) => text.chars().count(),
+            Self::Pair(first, second) => first.chars().count() + second.chars().count(),
+        }
+    }
+}
+
+/// How long and how much an answer took.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Cost {
+    /// Tokens computed.
+    pub tokens: usize,
+    /// Tokenizing.
+    pub tokenize: Duration,
+    /// Waiting.
+    pub queue: Duration,
+    /// On the device.
+    pub compute: Duration,
+}
+
+/// When a request must be done and how it stands among others.
+#[derive(Debug, Clone, Copy)]
+pub struct Urgency {
+    /// 1 is served first; 0 after every other.
+    pub priority: u64,
+    /// When the caller stops waiting.
+    pub deadline: Instant,
+}
+
+/// Why one text of several was not tokenized.
+#[derive(Debug)]
+pub struct TextError {
+    /// The text's place.
+    pub index: usize,
+    /// Why.
+    pub error: EngineError,
+}
+
+impl ServedModel {
+    /// Loads a model folder, computes one row to warm up, and starts its
+    /// thread. Blocks for as long as that takes.
+    pub fn start(
+        (name, version): (ModelName, ModelVersion),
+        folder: &Path,
+        options: &LoadOptions,
+        limits: ModelLimits,
+        metrics: &WorkerMetrics,
+    ) -> Result<Self, EngineError> {
+        let mut model = engine::load(folder, options)?;
+        warm_up(&mut model)?;
+        let queue = Arc::new(Queue::new(limits.queue.clone()));
+        let metrics = metrics.model(&name, version, queue.clone());
+        let thread = device::start(name.as_str(), model.network, queue.clone(), metrics.clone())
+            .map_err(|error| EngineError::Device(format!("no thread could be started: {error}")))?;
+        Ok(Self {
+            name,
+            version,
+            card: model.card,
+            limits,
+            metrics,
+            tokenizer: model.tokenizer,
+            queue,
+            thread: Mutex::new(Some(thread)),
+        })
+    }
+
+    /// Lets the waiting rows finish, ends the thread and gives the memory
+    /// back. Blocks for as long as that takes.
+    pub fn stop(&self) {
+        self.queue.close();
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            tracing::error!(model = %self.name, "the model's thread panicked");
+        }
+    }
+
+    /// Rows that wait, and how long a row that comes now will probably wait.
+    pub fn load(&self) -> (usize, Duration) {
+        self.queue.load()
+    }
+
+    /// Tokenizes texts, computes them and returns one vector for each.
+    pub async fn texts(
+        &self,
+        texts: Vec<OwnedText>,
+        wanted: Wanted,
+        truncation: Truncation,
+        urgency: Urgency,
+    ) -> Result<Result<(Vec<Vec<f32>>, Cost), TextError>, ModelError> {
+        let Some(tokenizer) = self.tokenizer.clone() else {
+            return Err(ModelError::Engine("the model reads no text".to_owned()));
+        };
+        let started = Instant::now();
+        let bytes: usize = texts.iter().map(OwnedText::bytes).sum();
+        let tokenize = move || tokenize(&tokenizer, &texts, wanted, truncation);
+        let rows = if bytes <= INLINE_BYTES_MAX {
+            tokenize()
+        } else {
+            tokio::task::spawn_blocking(tokenize)
+                .await
+                .map_err(|error| ModelError::Engine(error.to_string()))?
+        };
+        let rows = match rows {
+            Ok(rows) => Rows::Text(rows),
+            Err(error) => return Ok(Err(error)),
+        };
+        let tokenize = started.elapsed();
+        self.metrics.tokenized(tokenize);
+        let tokens = rows.tokens();
+        let (outputs, queue, compute) = self.compute(rows, urgency).await?;
+        let cost = Cost {
+            tokens,
+            tokenize,
+            queue,
+            compute,
+        };
+        Ok(Ok((outputs, cost)))
+    }
+
+    /// Queues rows and waits until every part of them is computed. Dropping
+    /// the future takes them out again, or stops them.
+    pub async fn compute(
+        &self,
+        rows: Rows,
+        urgency: Urgency,
+    ) -> Result<(Vec<Vec<f32>>, Duration, Duration), ModelError> {
+        let count = rows.count();
+        let queued_at = Instant::now();
+        let mut waits = Vec::new();
+        let parts = split(rows, &self.limits.queue)
+            .into_iter()
+            .map(|rows| {
+                let (reply, wait) = oneshot::channel();
+                waits.push(wait);
+                Part {
+                    rows,
+                    priority: urgency.priority,
+                    deadline: urgency.deadline,
+                    queued_at,
+                    reply,
+                }
+            })
+            .collect();
+        self.queue
+            .push(parts)
+            .map_err(|refusal| self.refuse(&refusal, count))?;
+        let answers = try_join_all(waits.into_iter().map(|wait| async {
+            // The thread only drops a reply when it ends.
+            wait.await.unwrap_or(Err(ModelError::Unloading))
+        }));
+        let answers = tokio::time::timeout_at(urgency.deadline.into(), answers)
+            .await
+            .map_err(|_| ModelError::DeadlinePassed)??;
+        let queue = answers.iter().map(|a| a.queued).max().unwrap_or_default();
+        let compute = answers.iter().map(|answer| answer.computed).sum();
+        let outputs = answers
+            .into_iter()
+            .flat_map(|answer| answer.outputs)
+            .collect();
+        Ok((outputs, queue, compute))
+    }
+
+    fn refuse(&self, refusal: &Refusal, rows: usize) -> ModelError {
+        match refusal {
+            Refusal::Full(wait) => {
+                self.metrics.refused("queue_full", rows);
+                ModelError::QueueFull { retry_after: *wait }
+            }
+            Refusal::TooLate => {
+                self.metrics.refused("deadline", rows);
+                ModelError::TooLate {
+                    wait: self.queue.load().1,
+                }
+            }
+            Refusal::Closed => ModelError::Unloading,
+        }
+    }
+}
+
+impl Drop for ServedModel {
+    fn drop(&mut self) {
+        // The thread ends by itself when its queue is closed and empty.
+        self.queue.close();
+    }
+}
+
+fn tokenize(
+    tokenizer: &Tokenizer,
+    texts: &[OwnedText],
+    wanted: Wanted,
+    truncation: Truncation,
+) -> Result<Vec<(engine::TokenRow, Wanted)>, TextError> {
+    texts
+        .iter()
+        .enumerate()
+        .map(|(index, text)| {
+            tokenizer
+                .encode(text.as_text(), truncation)
+                .map(|tokens| (tokens, wanted))
+                .map_err(|error| TextError { index, error })
+        })
+        .collect()
+}
+
+/// The first forward pass pays for what is set up lazily.
+fn warm_up(model: &mut engine::Model) -> Result<(), EngineError> {
+    if let Some(tokenizer) = &model.tokenizer {
+        let tokens = tokenizer.encode(Text::One("warm up"), Truncation::Right)?;
+        let wanted = if model.card.task == engine::Task::Embedding {
+            Wanted::Pooled
+        } else {
+            Wanted::Scores
+        };
+        let row = engine::TextRow {
+            tokens: &tokens,
+            wanted,
+        };
+        model.network.forward_text(&[row], &|| true)?;
+    } else {
+        let width = model.card.inputs.first().and_then(|input| input.shape.last().copied());
+        let width = width.and_then(|width| usize::try_from(width).ok()).unwrap_or(0);
+        model.network.forward_features(&vec![0.0; width], 1, &|| true)?;
+    }
+    Ok(())
+}

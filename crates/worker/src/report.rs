@@ -1,0 +1,76 @@
+//! What the worker tells gateways: what it serves and how loaded it is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::stream::{self, BoxStream, StreamExt};
+use platform::drain::{Drain, Phase};
+use platform::grpc::frame;
+use protocol::andon::v1::{ModelReport, WatchReportResponse};
+use tokio::time::Instant;
+use tonic::Status;
+
+use crate::repository::{Repository, State};
+
+/// How often the load is looked at.
+const LOOK: Duration = Duration::from_millis(50);
+/// A report comes at least so often, so that silence means something.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// The reports of a worker, from now until it closes.
+pub fn watch(
+    repository: Arc<Repository>,
+    drain: Drain,
+) -> BoxStream<'static, Result<Bytes, Status>> {
+    let state = (repository, drain, None::<(WatchReportResponse, Instant)>);
+    stream::unfold(state, |(repository, mut drain, mut told)| async move {
+        let mut changes = repository.changes();
+        let report = loop {
+            let report = make(&repository, &drain);
+            let due = told
+                .as_ref()
+                .is_none_or(|(last, at)| *last != report || at.elapsed() >= HEARTBEAT);
+            if due {
+                break report;
+            }
+            let mut closing = drain.clone();
+            tokio::select! {
+                () = closing.reached(Phase::Closing) => return None,
+                _ = changes.changed() => {}
+                // The drain's first phase must be told at once.
+                () = drain.reached(Phase::Draining), if !drain.draining() => {}
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        };
+        let framed = frame(&report);
+        told = Some((report, Instant::now()));
+        Some((Ok(framed), (repository, drain, told)))
+    })
+    .boxed()
+}
+
+fn make(repository: &Repository, drain: &Drain) -> WatchReportResponse {
+    WatchReportResponse {
+        draining: drain.draining(),
+        models: repository
+            .states()
+            .into_iter()
+            .map(|(name, version, state)| {
+                let model = match &state {
+                    State::Ready(model) => Some(model),
+                    _ => None,
+                };
+                let (rows, wait) = model.map(|model| model.load()).unwrap_or_default();
+                ModelReport {
+                    name: name.to_string(),
+                    version: version.to_string(),
+                    ready: model.is_some(),
+                    task: model.map_or_else(String::new, |m| m.card.task.to_string()),
+                    queue_rows: rows as u64,
+                    queue_wait_us: u64::try_from(wait.as_micros()).unwrap_or(u64::MAX),
+                }
+            })
+            .collect(),
+    }
+}

@@ -1,0 +1,434 @@
+//! The models of a worker: which there are, which can be called, and how they
+//! come and go while others serve.
+
+mod files;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use engine::{DeviceChoice, Task};
+use protocol::{Error, Kind, ModelName, ModelVersion};
+use tokio::sync::{Mutex, watch};
+
+use crate::metrics::WorkerMetrics;
+use crate::model::ServedModel;
+use files::{Defaults, Plan};
+
+/// A bare folder that serves as a model: `name=path`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BareModel {
+    /// The model's name.
+    pub name: String,
+    /// Its folder.
+    pub folder: PathBuf,
+}
+
+impl std::str::FromStr for BareModel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, folder) = text
+            .split_once('=')
+            .ok_or("write NAME=FOLDER, for example minilm=/models/minilm/1")?;
+        ModelName::checked(name, "name").map_err(|error| error.to_string())?;
+        if !std::path::Path::new(folder).is_dir() {
+            return Err(format!("{folder} is not a folder"));
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            folder: folder.into(),
+        })
+    }
+}
+
+/// Where a worker's models come from.
+#[derive(Debug, Clone, clap::Args)]
+pub struct RepositorySettings {
+    /// The model repository: DIR/<model>/<version>/ holds the files of a model
+    #[arg(long, value_name = "DIR", value_parser = existing_folder)]
+    pub repository: Option<PathBuf>,
+    /// Serve only this model of the repository; repeat for several
+    #[arg(long, value_name = "NAME")]
+    pub models: Vec<String>,
+    /// Serve a bare Hugging Face folder as a model; repeat for several
+    #[arg(long, value_name = "NAME=FOLDER")]
+    pub model: Vec<BareModel>,
+    /// Where models run: cpu, cuda:N or auto
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    pub device: DeviceChoice,
+    /// The longest text in bytes, for example 1MiB
+    #[arg(long, value_name = "BYTES", default_value = "1MiB", value_parser = platform::config::bytes)]
+    pub text_bytes_max: usize,
+}
+
+fn existing_folder(text: &str) -> Result<PathBuf, String> {
+    let folder = PathBuf::from(text);
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    Err("is not a folder; `make models` brings the demo models into models/".to_owned())
+}
+
+fn device(text: &str) -> Result<DeviceChoice, String> {
+    text.parse().map_err(|error: engine::EngineError| error.to_string())
+}
+
+/// Where a model version stands.
+#[derive(Debug, Clone)]
+pub enum State {
+    /// Its files are being read.
+    Loading,
+    /// It can be called.
+    Ready(Arc<ServedModel>),
+    /// It is finishing its last rows.
+    Unloading,
+    /// It cannot be called, and why.
+    Unavailable(String),
+}
+
+type Versions = BTreeMap<ModelVersion, State>;
+
+/// The models of a worker.
+#[derive(Debug)]
+pub struct Repository {
+    settings: RepositorySettings,
+    metrics: WorkerMetrics,
+    models: RwLock<BTreeMap<ModelName, Versions>>,
+    /// Loads and unloads of one model take turns.
+    turns: std::sync::Mutex<HashMap<ModelName, Arc<Mutex<()>>>>,
+    changed: watch::Sender<u64>,
+    /// Whether the models of the start have been loaded, or have failed.
+    started: AtomicBool,
+}
+
+impl Repository {
+    /// A repository of which nothing is loaded yet.
+    pub fn new(settings: RepositorySettings, metrics: WorkerMetrics) -> Self {
+        Self {
+            settings,
+            metrics,
+            models: RwLock::default(),
+            turns: std::sync::Mutex::default(),
+            changed: watch::Sender::new(0),
+            started: AtomicBool::new(false),
+        }
+    }
+
+    /// Tells when a model comes or goes.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Whether the models of the start have been loaded, or have failed.
+    pub fn started(&self) -> bool {
+        self.started.load(Ordering::Acquire)
+    }
+
+    /// Notes that the models of the start have been loaded, or have failed.
+    pub fn loaded(&self) {
+        self.started.store(true, Ordering::Release);
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// The names of all models that there are, loaded or not.
+    pub fn names(&self) -> Result<Vec<ModelName>, Error> {
+        let mut names: Vec<ModelName> = self
+            .settings
+            .model
+            .iter()
+            .filter_map(|bare| ModelName::checked(&bare.name, "name").ok())
+            .collect();
+        if let Some(root) = &self.settings.repository {
+            let found = files::names(root)
+                .map_err(|error| Error::new(Kind::Internal, format!("the repository {error}")))?;
+            names.extend(found);
+        }
+        names.sort();
+        names.dedup();
+        Ok(names)
+    }
+
+    /// The names of the models to load at the start.
+    pub fn wanted(&self) -> Result<Vec<ModelName>, Error> {
+        let chosen = &self.settings.models;
+        let names = self.names()?;
+        for name in chosen {
+            if !names.iter().any(|known| known.as_str() == name) {
+                return Err(Error::new(
+                    Kind::NotFound,
+                    format!("the repository has no model '{name}'"),
+                ));
+            }
+        }
+        let bare = |name: &ModelName| self.settings.model.iter().any(|b| b.name == name.as_str());
+        Ok(names
+            .into_iter()
+            .filter(|name| {
+                chosen.is_empty() || bare(name) || chosen.iter().any(|c| c == name.as_str())
+            })
+            .collect())
+    }
+
+    /// The model version that answers: the newest that is ready where none is
+    /// named.
+    pub fn find(
+        &self,
+        name: &ModelName,
+        version: Option<ModelVersion>,
+    ) -> Result<Arc<ServedModel>, Error> {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        let versions = models
+            .get(name)
+            .ok_or_else(|| Error::unknown_model(name, None))?;
+        match version {
+            None => versions
+                .values()
+                .rev()
+                .find_map(|state| match state {
+                    State::Ready(model) => Some(model.clone()),
+                    _ => None,
+                })
+                .ok_or_else(|| {
+                    Error::new(
+                        Kind::NotFound,
+                        format!("model '{name}' has no version that is ready"),
+                    )
+                }),
+            Some(number) => match versions.get(&number) {
+                Some(State::Ready(model)) => Ok(model.clone()),
+                Some(state) => Err(Error::new(
+                    Kind::NotReady,
+                    format!("version {number} of model '{name}' is {}", state.name()),
+                )),
+                None => Err(Error::unknown_model(name, version)),
+            },
+        }
+    }
+
+    /// Every model that is ready.
+    pub fn ready(&self) -> Vec<Arc<ServedModel>> {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        models
+            .values()
+            .flat_map(BTreeMap::values)
+            .filter_map(|state| match state {
+                State::Ready(model) => Some(model.clone()),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// The models that do a task; the newest ready version of each.
+    pub fn doing(&self, task: Task) -> Vec<Arc<ServedModel>> {
+        let mut models: BTreeMap<ModelName, Arc<ServedModel>> = BTreeMap::new();
+        for model in self.ready() {
+            // Versions come in order: the newest stays.
+            if model.card.task == task {
+                models.insert(model.name.clone(), model);
+            }
+        }
+        models.into_values().collect()
+    }
+
+    /// Every model version and its state. Versions that were never loaded are
+    /// unavailable.
+    pub fn index(&self) -> Result<Vec<(ModelName, ModelVersion, State)>, Error> {
+        let mut all: BTreeMap<(ModelName, ModelVersion), State> = BTreeMap::new();
+        if let Some(root) = &self.settings.repository {
+            for name in self.names()? {
+                for version in files::versions(root, &name).into_keys() {
+                    let state = State::Unavailable("not loaded".to_owned());
+                    all.insert((name.clone(), version), state);
+                }
+            }
+        }
+        for (name, version, state) in self.states() {
+            all.insert((name, version), state);
+        }
+        Ok(all
+            .into_iter()
+            .map(|((name, version), state)| (name, version, state))
+            .collect())
+    }
+
+    /// The model versions that are or were loaded, without a look at the disk.
+    pub fn states(&self) -> Vec<(ModelName, ModelVersion, State)> {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        models
+            .iter()
+            .flat_map(|(name, versions)| {
+                versions
+                    .iter()
+                    .map(|(version, state)| (name.clone(), *version, state.clone()))
+            })
+            .collect()
+    }
+
+    /// Loads a model, or loads it again: the old version serves until the new
+    /// one is ready. Returns when it is.
+    pub async fn load(self: &Arc<Self>, name: &ModelName) -> Result<(), Error> {
+        let turn = self.turn(name);
+        let _turn = turn.lock().await;
+        if !self.names()?.contains(name) {
+            return Err(Error::unknown_model(name, None));
+        }
+        let plan = match self.plan(name) {
+            Ok(plan) => plan,
+            Err(reason) => {
+                tracing::error!(model = %name, reason, "the model cannot be loaded");
+                self.fail_all(name, &reason);
+                return Err(unloadable(name, &reason));
+            }
+        };
+        let served: Vec<ModelVersion> = plan.versions.keys().copied().collect();
+        let mut failed = None;
+        for (version, folder) in plan.versions {
+            self.set_unless_ready(name, version, State::Loading);
+            let repository = self.clone();
+            let (owned_name, options, limits) =
+                (name.clone(), plan.options.clone(), plan.limits.clone());
+            let loaded = tokio::task::spawn_blocking(move || {
+                let id = (owned_name, version);
+                ServedModel::start(id, &folder, &options, limits, &repository.metrics)
+            })
+            .await
+            .map_err(|error| Error::new(Kind::Internal, error.to_string()))?;
+            match loaded {
+                Ok(model) => {
+                    let card = &model.card;
+                    tracing::info!(model = %name, %version, family = card.family, task = %card.task,
+                        device = card.device, dtype = %card.dtype, "ready");
+                    let old = self.set(name, version, Some(State::Ready(Arc::new(model))));
+                    stop(old).await;
+                }
+                Err(error) => {
+                    tracing::error!(model = %name, %version, %error, "the model cannot be loaded");
+                    let state = State::Unavailable(error.to_string());
+                    self.set_unless_ready(name, version, state);
+                    failed = Some(error.to_string());
+                }
+            }
+        }
+        for version in self.versions_of(name) {
+            if !served.contains(&version) {
+                self.drop_version(name, version).await;
+            }
+        }
+        failed.map_or(Ok(()), |reason| Err(unloadable(name, &reason)))
+    }
+
+    /// Unloads every version of a model; returns when its memory is given back.
+    pub async fn unload(&self, name: &ModelName) -> Result<(), Error> {
+        let turn = self.turn(name);
+        let _turn = turn.lock().await;
+        let versions = self.versions_of(name);
+        if versions.is_empty() {
+            return Err(Error::unknown_model(name, None));
+        }
+        for version in versions {
+            self.drop_version(name, version).await;
+            let state = State::Unavailable("unloaded".to_owned());
+            self.set(name, version, Some(state));
+        }
+        tracing::info!(model = %name, "unloaded");
+        Ok(())
+    }
+
+    fn plan(&self, name: &ModelName) -> Result<Plan, String> {
+        let defaults = Defaults {
+            device: self.settings.device,
+            text_bytes_max: self.settings.text_bytes_max,
+        };
+        let mut bare = self.settings.model.iter();
+        if let Some(bare) = bare.find(|bare| bare.name == name.as_str()) {
+            return files::bare_plan(&bare.folder, defaults);
+        }
+        let root = self.settings.repository.as_ref();
+        files::plan(root.ok_or("there is no repository")?, name, defaults)
+    }
+
+    fn turn(&self, name: &ModelName) -> Arc<Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.entry(name.clone()).or_default().clone()
+    }
+
+    fn versions_of(&self, name: &ModelName) -> Vec<ModelVersion> {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        models
+            .get(name)
+            .map(|versions| versions.keys().copied().collect())
+            .unwrap_or_default()
+    }
+
+    /// Replaces a version's state, or removes the version, and returns what was
+    /// there.
+    fn set(&self, name: &ModelName, version: ModelVersion, state: Option<State>) -> Option<State> {
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        let versions = models.entry(name.clone()).or_default();
+        let old = match state {
+            Some(state) => versions.insert(version, state),
+            None => versions.remove(&version),
+        };
+        drop(models);
+        self.changed.send_modify(|count| *count += 1);
+        old
+    }
+
+    fn set_unless_ready(&self, name: &ModelName, version: ModelVersion, state: State) {
+        let ready = self.find(name, Some(version)).is_ok();
+        if !ready {
+            self.set(name, version, Some(state));
+        }
+    }
+
+    fn fail_all(&self, name: &ModelName, reason: &str) {
+        let Some(root) = &self.settings.repository else {
+            return;
+        };
+        for version in files::versions(root, name).into_keys() {
+            self.set_unless_ready(name, version, State::Unavailable(reason.to_owned()));
+        }
+    }
+
+    async fn drop_version(&self, name: &ModelName, version: ModelVersion) {
+        let old = self.set(name, version, Some(State::Unloading));
+        stop(old).await;
+        self.set(name, version, None);
+    }
+}
+
+impl State {
+    /// The name that the repository index has for it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Loading => "LOADING",
+            Self::Ready(_) => "READY",
+            Self::Unloading => "UNLOADING",
+            Self::Unavailable(_) => "UNAVAILABLE",
+        }
+    }
+
+    /// Why it cannot be called.
+    pub fn reason(&self) -> &str {
+        match self {
+            Self::Unavailable(reason) => reason,
+            _ => "",
+        }
+    }
+}
+
+fn unloadable(name: &ModelName, reason: &str) -> Error {
+    Error::invalid("model_name", format!("model '{name}' cannot be loaded: {reason}"))
+}
+
+async fn stop(state: Option<State>) {
+    if let Some(State::Ready(model)) = state {
+        // Joining the thread blocks: not here.
+        let stopped = tokio::task::spawn_blocking(move || model.stop()).await;
+        if let Err(error) = stopped {
+            tracing::error!(%error, "a model could not be stopped");
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! What a model repository holds on disk: `<root>/<model>/<version>/`, and an
+//! optional `<model>/andon.toml`. Nothing outside the root is opened.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use engine::{DeviceChoice, Dtype, LoadOptions, Task};
+use protocol::{ModelName, ModelVersion};
+use serde::Deserialize;
+
+use crate::model::ModelLimits;
+use crate::queue::QueueLimits;
+
+/// The name of a model's settings.
+const SETTINGS: &str = "andon.toml";
+/// Longer settings are no settings.
+const SETTINGS_BYTES_MAX: u64 = 64 << 10;
+
+/// A model's settings as they stand in its file.
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    task: Option<String>,
+    dtype: Option<String>,
+    versions: Option<Versions>,
+    tokens_max: Option<usize>,
+    batch_tokens_max: Option<usize>,
+    batch_rows_max: Option<usize>,
+    request_rows_max: Option<usize>,
+    queue_rows_max: Option<usize>,
+    #[serde(default, with = "humantime_serde::option")]
+    queue_delay: Option<Duration>,
+}
+
+/// Which versions are served.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Versions {
+    Named(String),
+    Listed(Vec<u64>),
+}
+
+/// What of a model is to be served and how.
+#[derive(Debug)]
+pub struct Plan {
+    /// The folders of the versions to serve.
+    pub versions: BTreeMap<ModelVersion, PathBuf>,
+    /// How to load them.
+    pub options: LoadOptions,
+    /// What they are held to.
+    pub limits: ModelLimits,
+}
+
+/// What holds for every model of a worker.
+#[derive(Debug, Clone, Copy)]
+pub struct Defaults {
+    /// Where models run.
+    pub device: DeviceChoice,
+    /// Bytes of one text.
+    pub text_bytes_max: usize,
+}
+
+/// The models of a repository, by the names of their folders.
+pub fn names(root: &Path) -> Result<Vec<ModelName>, String> {
+    let entries = std::fs::read_dir(root).map_err(|error| format!("cannot be read: {error}"))?;
+    let mut names: Vec<ModelName> = entries
+        .filter_map(Result::ok)
+        .filter(|entry| entry.path().is_dir())
+        .filter_map(|entry| ModelName::checked(entry.file_name().to_str()?, "folder").ok())
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
+/// Every version of a model, newest last.
+pub fn versions(root: &Path, name: &ModelName) -> BTreeMap<ModelVersion, PathBuf> {
+    let folder = root.join(name.as_str());
+    let Ok(entries) = std::fs::read_dir(&folder) else {
+        return BTreeMap::new();
+    };
+    entries
+        .filter_map(Result::ok)
+        .filter(|entry| entry.path().is_dir())
+        .filter_map(|entry| {
+            let version = ModelVersion::checked(entry.file_name().to_str()?, "folder").ok()?;
+            Some((version, entry.path()))
+        })
+        .collect()
+}
+
+/// Reads a model's settings and chooses its versions. Errors name files, not
+/// paths.
+pub fn plan(root: &Path, name: &ModelName, defaults: Defaults) -> Result<Plan, String> {
+    let settings = settings(&root.join(name.as_str()))?;
+    let found = versions(root, name);
+    let newest = || found.last_key_value().map(|(version, _)| *version);
+    let wanted: Vec<ModelVersion> = match &settings.versions {
+        None => newest().into_iter().collect(),
+        Some(Versions::Named(named)) if named == "latest" => newest().into_iter().collect(),
+        Some(Versions::Named(named)) if named == "all" => found.keys().copied().collect(),
+        Some(Versions::Named(_)) => {
+            return Err(format!(
+                "{SETTINGS}: versions must be \"latest\", \"all\" or a list of numbers"
+            ));
+        }
+        Some(Versions::Listed(numbers)) => numbers
+            .iter()
+            .map(|number| {
+                ModelVersion::checked(&number.to_string(), "versions")
+                    .ok()
+                    .filter(|version| found.contains_key(version))
+                    .ok_or_else(|| format!("{SETTINGS}: there is no folder of version {number}"))
+            })
+            .collect::<Result<_, _>>()?,
+    };
+    if wanted.is_empty() {
+        return Err("no version: a version is a folder named by a positive number".to_owned());
+    }
+    let versions = wanted
+        .into_iter()
+        .filter_map(|version| Some((version, found.get(&version)?.clone())))
+        .map(|(version, folder)| Ok((version, beneath(root, &folder)?)))
+        .collect::<Result<_, String>>()?;
+    made(versions, &settings, defaults)
+}
+
+/// The plan of a bare folder, which is version 1 of its model.
+pub fn bare_plan(folder: &Path, defaults: Defaults) -> Result<Plan, String> {
+    let version = ModelVersion::checked("1", "version").map_err(|error| error.to_string())?;
+    let versions = [(version, folder.to_owned())].into();
+    made(versions, &settings(folder)?, defaults)
+}
+
+/// A folder's real place, if it is in the root: a link may not lead out.
+fn beneath(root: &Path, folder: &Path) -> Result<PathBuf, String> {
+    let unreadable = |error: std::io::Error| format!("the version's folder: {}", error.kind());
+    let root = root.canonicalize().map_err(unreadable)?;
+    let real = folder.canonicalize().map_err(unreadable)?;
+    if real.starts_with(&root) {
+        return Ok(real);
+    }
+    Err("the version's folder is a link out of the repository".to_owned())
+}
+
+fn settings(folder: &Path) -> Result<Settings, String> {
+    let path = folder.join(SETTINGS);
+    match std::fs::metadata(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Settings::default()),
+        Err(error) => return Err(format!("{SETTINGS}: {}", error.kind())),
+        Ok(metadata) if metadata.len() > SETTINGS_BYTES_MAX => {
+            return Err(format!("{SETTINGS}: longer than {SETTINGS_BYTES_MAX} bytes"));
+        }
+        Ok(_) => {}
+    }
+    let text = std::fs::read_to_string(&path).map_err(|e| format!("{SETTINGS}: {}", e.kind()))?;
+    toml::from_str(&text).map_err(|error| format!("{SETTINGS}: {}", error.message()))
+}
+
+fn made(
+    versions: BTreeMap<ModelVersion, PathBuf>,
+    settings: &Settings,
+    defaults: Defaults,
+) -> Result<Plan, String> {
+    let wrong = |error: engine::EngineError| format!("{SETTINGS}: {error}");
+    let task = settings.task.as_deref().map(str::parse::<Task>).transpose();
+    let dtype = settings.dtype.as_deref().map(str::parse::<Dtype>).transpose();
+    let options = LoadOptions {
+        device: defaults.device,
+        dtype: dtype.map_err(wrong)?.unwrap_or(Dtype::F32),
+        task: task.map_err(wrong)?,
+        tokens_max: settings.tokens_max,
+    };
+    let request_rows_max = settings.request_rows_max.unwrap_or(4096);
+    let queue = QueueLimits {
+        batch_tokens_max: settings.batch_tokens_max.unwrap_or(8192),
+        batch_rows_max: settings.batch_rows_max.unwrap_or(4096),
+        delay: settings.queue_delay.unwrap_or(Duration::ZERO),
+        rows_max: settings
+            .queue_rows_max
+            .unwrap_or_else(|| request_rows_max.saturating_mul(2)),
+    };
+    let counts = [
+        ("batch_tokens_max", queue.batch_tokens_max),
+        ("batch_rows_max", queue.batch_rows_max),
+        ("request_rows_max", request_rows_max),
+        ("tokens_max", settings.tokens_max.unwrap_or(1)),
+    ];
+    if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
+        return Err(format!("{SETTINGS}: {name} must be more than 0"));
+    }
+    if queue.rows_max < request_rows_max {
+        return Err(format!(
+            "{SETTINGS}: queue_rows_max must be at least request_rows_max, or its largest requests never fit"
+        ));
+    }
+    Ok(Plan {
+        versions,
+        options,
+        limits: ModelLimits {
+            queue,
+            request_rows_max,
+            text_bytes_max: defaults.text_bytes_max,
+        },
+    })
+}

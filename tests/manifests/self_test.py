@@ -1,0 +1,203 @@
+"""Breaks what is good, one fault at a time, and sees that each fault is found.
+
+A check that cannot fail proves nothing.
+"""
+
+import copy
+import json
+
+import check
+import telemetry
+from objects import main_container, pod_spec
+
+
+def _get(objects, name):
+    return next(item for item in objects if check.name_of(item) == name)
+
+
+def _gateway(objects):
+    return _get(objects, "Deployment/andon-gateway")
+
+
+def _worker(objects):
+    return _get(objects, "Deployment/andon-worker-minilm")
+
+
+def _drop(name):
+    return lambda objects: objects.remove(_get(objects, name))
+
+
+def _set(name, path, value):
+    """A fault: the field at `path` (keys joined by /) of one object is `value`, or gone if None."""
+    def change(objects):
+        node, keys = _get(objects, name), [int(key) if key.isdigit() else key for key in path.split("/")]
+        for key in keys[:-1]:
+            node = node[key]
+        if value is None:
+            del node[keys[-1]]
+        else:
+            node[keys[-1]] = value
+    return change
+
+
+def _setting(find, name, value):
+    def change(objects):
+        entry = next(e for e in main_container(find(objects))["env"] if e["name"] == name)
+        entry["value"] = value
+    return change
+
+
+def _append(find, key, value):
+    return lambda objects: pod_spec(find(objects)).setdefault(key, []).append(value)
+
+
+GATEWAY, WORKER = "Deployment/andon-gateway", "Deployment/andon-worker-minilm"
+POD, FIRST = "spec/template/spec", "spec/template/spec/containers/0"
+SCALER, BUDGET = "HorizontalPodAutoscaler/andon-worker-minilm", "PodDisruptionBudget/andon-worker-minilm"
+
+# What is broken, in which overlay, and words that the message must contain.
+OBJECT_FAULTS = [
+    ("a misspelt field", "cpu", _set(WORKER, f"{POD}/nodeSelectr", {"a": "b"}), "nodeSelectr"),
+    ("a wrong type", "cpu", _set(WORKER, f"{POD}/terminationGracePeriodSeconds", "soon"), "not of type"),
+    ("an object twice", "cpu", lambda o: o.append(copy.deepcopy(_get(o, BUDGET))), "appears twice"),
+    ("another namespace", "cpu", _set(BUDGET, "metadata/namespace", "default"), "not in the namespace andon"),
+    ("a lax namespace", "cpu", _set("Namespace/andon", "metadata/labels", {}), "restricted Pod Security"),
+    ("no namespace", "cpu", _drop("Namespace/andon"), "restricted Pod Security"),
+    ("no worker", "cpu", _drop(WORKER), "andon-worker-minilm is missing"),
+    ("a wide selector", "cpu", _set(WORKER, "spec/selector/matchLabels", {"app.kubernetes.io/name": "andon"}), "its selector takes"),
+    ("other labels", "cpu", _set(WORKER, "spec/template/metadata/labels", {"a": "b"}), "its selector takes the Pods of []"),
+    ("a Service of nothing", "cpu", _set("Service/andon-gateway", "spec/selector", {"a": "b"}), "takes no Pods"),
+    ("a foreign spread", "cpu", _set(WORKER, f"{POD}/topologySpreadConstraints/0/labelSelector/matchLabels", {"a": "b"}), "does not take its own Pods"),
+    ("a careless rollout", "cpu", _set(WORKER, "spec/strategy/rollingUpdate/maxUnavailable", 1), "maxUnavailable must be 0"),
+    ("no surge", "cpu", _set(GATEWAY, "spec/strategy/rollingUpdate/maxSurge", 0), "maxSurge"),
+    ("a short grace period", "cpu", _set(WORKER, f"{POD}/terminationGracePeriodSeconds", 75), "grace period"),
+    ("a longer call", "cpu", _setting(_worker, "ANDON_DEADLINE_MAX", "2m"), "shorter than the longest call"),
+    ("messages that fill the memory", "cpu", _setting(_worker, "ANDON_BYTES_IN_FLIGHT_MAX", "2GiB"), "more than half"),
+    ("less memory than messages", "cpu", _set(WORKER, f"{FIRST}/resources/limits/memory", "128Mi"), "more than half"),
+    ("a wrong duration", "cpu", _setting(_worker, "ANDON_DRAIN_DELAY", "five"), "no duration"),
+    ("a shell in preStop", "cpu", _set(GATEWAY, f"{FIRST}/lifecycle/preStop", {"exec": {"command": ["sleep", "5"]}}), "no shell"),
+    ("no startup probe", "cpu", _set(WORKER, f"{FIRST}/startupProbe", None), "startupProbe must be a gRPC probe"),
+    ("an HTTP probe", "cpu", _set(WORKER, f"{FIRST}/readinessProbe", {"httpGet": {"port": 8002, "path": "/readyz"}}), "readinessProbe must be a gRPC probe"),
+    ("no liveness probe", "cpu", _set(GATEWAY, f"{FIRST}/livenessProbe", None), "livenessProbe must be a gRPC probe"),
+    ("a probe of another port", "cpu", _set(WORKER, f"{FIRST}/readinessProbe/grpc/port", 8002), "not the port named grpc"),
+    ("readiness that is life", "cpu", _set(WORKER, f"{FIRST}/readinessProbe/grpc/service", "andon.live"), "follows readiness"),
+    ("life that is readiness", "cpu", _set(WORKER, f"{FIRST}/livenessProbe/grpc/service", ""), "not a dead one"),
+    ("a gateway that starts with workers", "cpu", _set(GATEWAY, f"{FIRST}/startupProbe/grpc/service", ""), "must not wait for workers"),
+    ("the tag latest", "cpu", _set(WORKER, f"{FIRST}/image", "andon:latest"), "is not pinned"),
+    ("no tag", "local", _set(WORKER, f"{POD}/initContainers/0/image", "andon-models"), "is not pinned"),
+    ("no memory limit", "cpu", _set(WORKER, f"{FIRST}/resources/limits", {"cpu": "1"}), "limit memory"),
+    ("service links", "cpu", _set(WORKER, f"{POD}/enableServiceLinks", True), "enableServiceLinks"),
+    ("root", "cpu", _set(WORKER, f"{POD}/securityContext/runAsUser", 0), "not root"),
+    ("perhaps root", "cpu", _set(GATEWAY, f"{POD}/securityContext/runAsNonRoot", None), "not root"),
+    ("no seccomp", "cpu", _set(WORKER, f"{POD}/securityContext/seccompProfile", {"type": "Unconfined"}), "seccomp"),
+    ("privilege", "cpu", _set(WORKER, f"{FIRST}/securityContext/privileged", True), "privileged"),
+    ("escalation", "cpu", _set(WORKER, f"{FIRST}/securityContext/allowPrivilegeEscalation", None), "escalation"),
+    ("a capability", "cpu", _set(WORKER, f"{FIRST}/securityContext/capabilities", {"drop": ["ALL"], "add": ["NET_ADMIN"]}), "capabilities"),
+    ("a writable root", "local", _set(WORKER, f"{POD}/initContainers/0/securityContext/readOnlyRootFilesystem", False), "read-only root"),
+    ("a port of the node", "cpu", _set(WORKER, f"{FIRST}/ports/0/hostPort", 8001), "port of its node"),
+    ("the node's network", "cpu", _set(WORKER, f"{POD}/hostNetwork", True), "hostNetwork"),
+    ("a path of the node", "cpu", _append(_worker, "volumes", {"name": "x", "hostPath": {"path": "/"}}), "kind that is not restricted"),
+    ("a token for a Pod", "cpu", _set(WORKER, f"{POD}/automountServiceAccountToken", None), "automountServiceAccountToken"),
+    ("a token for an account", "cpu", _set("ServiceAccount/andon-worker", "automountServiceAccountToken", True), "automountServiceAccountToken"),
+    ("an unknown account", "cpu", _drop("ServiceAccount/andon-worker"), "does not exist"),
+    ("writable weights", "cpu", _set(WORKER, f"{FIRST}/volumeMounts/0/readOnly", None), "mounted read-only"),
+    ("weights elsewhere", "cpu", _setting(_worker, "ANDON_REPOSITORY", "/elsewhere"), "nothing is mounted"),
+    ("a writable claim", "production", _set(WORKER, f"{POD}/volumes/0/persistentVolumeClaim/readOnly", None), "from a claim, read-only"),
+    ("no claim", "production", _drop("PersistentVolumeClaim/andon-models"), "does not exist"),
+    ("a claim of one node", "production", _set("PersistentVolumeClaim/andon-models", "spec/accessModes", ["ReadWriteOnce"]), "ReadOnlyMany"),
+    ("no copied weights", "local", _set(WORKER, f"{POD}/initContainers", None), "from an image"),
+    ("no budget", "cpu", _drop(BUDGET), "0 PodDisruptionBudgets"),
+    ("a budget that blocks", "cpu", _set(BUDGET, "spec/maxUnavailable", 0), "maxUnavailable must be 1"),
+    ("no autoscaler", "cpu", _drop(SCALER), "no HorizontalPodAutoscaler"),
+    ("an autoscaler of nothing", "cpu", _set(SCALER, "spec/scaleTargetRef/name", "andon"), "does not exist"),
+    ("another metric", "cpu", _set(SCALER, "spec/metrics/0/pods/metric/name", "andon_queue"), "must read andon_worker_queue_rows"),
+    ("an unserved metric", "cpu", _set(SCALER, "spec/metrics/0/pods/metric/name", "andon_queue"), "adapter-rule.yaml"),
+    ("no CPU metric", "cpu", _set(SCALER, "spec/metrics/1", None), "fall back to cpu"),
+    ("a nervous autoscaler", "cpu", _set(SCALER, "spec/behavior/scaleDown/stabilizationWindowSeconds", 0), "stabilized"),
+    ("a single Pod", "production", _set(SCALER, "spec/minReplicas", 1), "minReplicas"),
+    ("two owners of replicas", "cpu", _set(WORKER, "spec/replicas", 2), "belongs to the autoscaler"),
+    ("no spread", "cpu", _set(WORKER, f"{POD}/topologySpreadConstraints", None), "must spread over"),
+    ("a lax spread", "production", _set(WORKER, f"{POD}/topologySpreadConstraints/0/whenUnsatisfiable", "ScheduleAnyway"), "strictly"),
+    ("no device", "gpu", _set(WORKER, f"{FIRST}/resources/limits", {"memory": "1Gi"}), "go together"),
+    ("a device unused", "gpu", _setting(_worker, "ANDON_DEVICE", "cpu"), "go together"),
+    ("no toleration", "gpu", _set(WORKER, f"{POD}/tolerations", None), "must tolerate"),
+    ("any node", "gpu", _set(WORKER, f"{POD}/nodeSelector", None), "must select nodes"),
+    ("the image without CUDA", "gpu", _set(WORKER, f"{FIRST}/image", "andon:0.1.0"), "built for devices"),
+    ("a port of no container", "cpu", _set("Service/andon-gateway", "spec/ports/0/targetPort", "http"), "is no port of"),
+    ("no protocol", "cpu", _set("Service/andon-gateway", "spec/ports/0/appProtocol", None), "appProtocol"),
+    ("a cluster IP for workers", "cpu", _set("Service/andon-workers", "spec/clusterIP", None), "must be headless"),
+    ("unready addresses", "cpu", _set("Service/andon-workers", "spec/publishNotReadyAddresses", True), "must be headless"),
+    ("a worker that is not found", "cpu", _set("Service/andon-workers", "spec/selector", {"andon/model": "digits"}), "does not take the Pods"),
+    ("a wrong name of workers", "cpu", _setting(_gateway, "ANDON_WORKER_DNS", "workers:8001"), "which is no Service"),
+    ("a wrong port of workers", "cpu", _setting(_gateway, "ANDON_WORKER_DNS", "andon-workers:8000"), "has no port 8000"),
+    ("no default deny", "cpu", _drop("NetworkPolicy/default-deny"), "denies everything"),
+    ("no way in", "cpu", _drop("NetworkPolicy/callers-to-gateway"), "a caller must reach"),
+    ("no way out of the gateway", "cpu", _drop("NetworkPolicy/gateway-to-workers"), "Deployment/andon-gateway must reach"),
+    ("no way into workers", "cpu", _drop("NetworkPolicy/workers-from-gateway"), "Deployment/andon-gateway must reach"),
+    ("no names", "cpu", _drop("NetworkPolicy/dns"), "must reach the resolver"),
+    ("no metrics", "cpu", _drop("NetworkPolicy/telemetry"), "the monitoring must reach"),
+    ("anyone may call", "cpu", _set("NetworkPolicy/callers-to-gateway", "spec/ingress/0/from", None), "a stranger must not reach"),
+    ("workers open to callers", "cpu", _set("NetworkPolicy/workers-from-gateway", "spec/ingress/0/from", [{"namespaceSelector": {}}]), "a caller must not reach"),
+    ("a way to anywhere", "cpu", _set("NetworkPolicy/gateway-to-workers", "spec/egress", [{}]), "must not reach a stranger"),
+]
+
+KNOWN = {"a_total", "b_seconds"}
+PANEL = {"id": 1, "title": "t", "type": "timeseries", "gridPos": {"x": 0, "y": 0, "w": 12, "h": 8}, "targets": [{"expr": "a_total"}]}
+ALERT = """
+groups:
+  - rules:
+      - alert: A
+        expr: %s
+        labels: {severity: %s}
+        annotations: {summary: a sentence of some length, runbook: "%s"}
+"""
+RUNBOOK = "what to do, in a sentence"
+
+
+def _board(*panels):
+    return json.dumps({"panels": panels})
+
+
+# What is broken, the faults found, and words that one of them must contain.
+TEXT_FAULTS = [
+    ("an unknown metric", lambda: telemetry.query_faults("q", "rate(c_total[5m])", KNOWN), "no metric is named c_total"),
+    ("an unknown histogram", lambda: telemetry.query_faults("q", "rate(a_seconds_bucket[5m])", KNOWN), "a_seconds_bucket"),
+    ("a broken query", lambda: telemetry.query_faults("q", "sum(rate(a_total[5m])", KNOWN), "q: "),
+    ("a range where none may be", lambda: telemetry.query_faults("q", "sum(a_total[5m])", KNOWN), "q: "),
+    ("panels on panels", lambda: telemetry.dashboard(_board(PANEL, {**PANEL, "id": 2}), KNOWN), "lies over"),
+    ("one id for two", lambda: telemetry.dashboard(_board(PANEL, PANEL), KNOWN), "one id"),
+    ("an empty panel", lambda: telemetry.dashboard(_board({**PANEL, "targets": []}), KNOWN), "no query"),
+    ("an alert without urgency", lambda: telemetry.alerts(ALERT % ("a_total", "x", RUNBOOK), KNOWN), "severity"),
+    ("an alert without advice", lambda: telemetry.alerts(ALERT % ("a_total", "page", ""), KNOWN), "needs a runbook"),
+    ("an alert on nothing", lambda: telemetry.alerts(ALERT % ("c_total", "page", RUNBOOK), KNOWN), "no metric is named"),
+    ("an unpinned image", lambda: telemetry.compose("services: {a: {image: x}}"), "not pinned"),
+    ("a missing dependency", lambda: telemetry.compose("services: {a: {image: 'x:1', depends_on: {b: {}}}}"), "does not exist"),
+    ("a container with rights", lambda: telemetry.compose("services: {a: {image: 'andon:1'}}"), "read-only"),
+]
+SOUND = [
+    ("a histogram", lambda: telemetry.query_faults("q", "rate(b_seconds_bucket[$__rate_interval])", KNOWN)),
+    ("an alert", lambda: telemetry.alerts(ALERT % ("a_total > 1", "page", RUNBOOK), KNOWN)),
+    ("a dashboard", lambda: telemetry.dashboard(_board(PANEL), KNOWN)),
+]
+
+
+def run_all(rendered):
+    """Prints what was not found; exit status 1 if anything was not."""
+    missed = [f"{what}: {text}" for what, check_sound in SOUND for text in check_sound()]
+    for what, overlay, break_it, words in OBJECT_FAULTS:
+        objects = copy.deepcopy(rendered[overlay])
+        break_it(objects)
+        missed += _missed(what, list(check.overlay_faults(objects, overlay)), words)
+    for what, find, words in TEXT_FAULTS:
+        missed += _missed(what, list(find()), words)
+    count = len(OBJECT_FAULTS) + len(TEXT_FAULTS)
+    print(f"self-test: {count - len(missed)} of {count} faults found")
+    for text in missed:
+        print(f"  {text}")
+    return 1 if missed else 0
+
+
+def _missed(what, found, words):
+    if any(words in fault for fault in found):
+        return []
+    return [f"{what}: expected {words!r}, found {found}"]

@@ -1,1 +1,119 @@
-//! Tests of the whole fleet.
+//! Fleets for tests: real processes on loopback ports that the system chose,
+//! which end with their test.
+
+pub mod calls;
+pub mod load;
+pub mod process;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use process::Andon;
+
+/// The root of the repository.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map(Path::to_path_buf)
+        .unwrap_or_default()
+}
+
+/// A program that the build made, or an error that says how to make it.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let path = root().join("target/release").join(name);
+    if path.is_file() {
+        return Ok(path);
+    }
+    bail!("target/release/{name} is missing: run `cargo build --release --workspace --bins`")
+}
+
+/// The demo models, or an error that says how to get them.
+pub fn models() -> Result<PathBuf> {
+    let path = root().join("models");
+    if path.join("minilm/1/config.json").is_file() && path.join("digits/1/config.json").is_file() {
+        return Ok(path);
+    }
+    bail!("models/ lacks the demo models: run `make models`")
+}
+
+/// A gateway and its workers.
+#[derive(Debug)]
+pub struct Fleet {
+    /// The gateway.
+    pub gateway: Andon,
+    /// The workers; a killed one leaves its place empty.
+    pub workers: Vec<Option<Andon>>,
+    worker_flags: Vec<String>,
+}
+
+impl Fleet {
+    /// A gateway over so many workers of the demo models; ready when all are.
+    pub async fn start(workers: usize) -> Result<Self> {
+        Self::with(workers, &[], &[]).await
+    }
+
+    /// The same with further flags.
+    pub async fn with(workers: usize, worker_flags: &[&str], gateway_flags: &[&str]) -> Result<Self> {
+        let worker_flags: Vec<String> = worker_flags.iter().map(ToString::to_string).collect();
+        let mut started = Vec::new();
+        for _ in 0..workers {
+            started.push(Some(Andon::worker(&worker_flags, None)?));
+        }
+        let mut flags: Vec<String> = gateway_flags.iter().map(ToString::to_string).collect();
+        for worker in started.iter().flatten() {
+            flags.extend(["--worker".to_owned(), worker.grpc.to_string()]);
+        }
+        let gateway = Andon::start("gateway", &flags, None)?;
+        let fleet = Self {
+            gateway,
+            workers: started,
+            worker_flags,
+        };
+        for worker in fleet.workers.iter().flatten() {
+            worker.ready().await?;
+        }
+        fleet.gateway.ready().await?;
+        fleet.all_connected(workers).await?;
+        Ok(fleet)
+    }
+
+    /// Waits until the gateway counts so many ready workers.
+    pub async fn all_connected(&self, workers: usize) -> Result<()> {
+        let wanted = workers as f64;
+        until(Duration::from_secs(20), "the gateway sees its workers", || async {
+            let ready = self
+                .gateway
+                .metric("andon_gateway_workers{state=\"ready\"}")
+                .await?;
+            Ok(ready == Some(wanted))
+        })
+        .await
+    }
+
+    /// Starts a worker again in an empty place, on the port that it had.
+    pub fn restart(&mut self, place: usize, grpc: std::net::SocketAddr) -> Result<()> {
+        let slot = self.workers.get_mut(place).context("no such worker")?;
+        *slot = Some(Andon::worker(&self.worker_flags, Some(grpc))?);
+        Ok(())
+    }
+}
+
+/// Looks every 20 ms until something holds, or fails saying what did not.
+pub async fn until<F>(patience: Duration, what: &str, holds: impl Fn() -> F) -> Result<()>
+where
+    F: Future<Output = Result<bool>>,
+{
+    let started = Instant::now();
+    while started.elapsed() < patience {
+        if holds().await.unwrap_or(false) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    match holds().await {
+        Ok(true) => Ok(()),
+        Ok(false) => bail!("not within {patience:?}: {what}"),
+        Err(error) => Err(error).with_context(|| format!("not within {patience:?}: {what}")),
+    }
+}

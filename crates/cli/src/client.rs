@@ -1,8 +1,11 @@
 //! The people's tools: they speak to any role over gRPC.
 
 mod bench;
+mod connection;
 mod infer;
 mod models;
+mod options;
+mod print;
 
 pub use bench::{Bench, bench};
 pub use infer::{Infer, infer};

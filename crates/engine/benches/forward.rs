@@ -36,7 +36,10 @@ fn attention(criterion: &mut Criterion) {
         };
         let tokens = batch.tokens();
         let joined = Tensor::randn(0f32, 1.0, (tokens, 3 * 384), &Device::Cpu);
-        let Some(heads) = joined.ok().and_then(|joined| Heads::split(&joined, 12).ok()) else {
+        let Some(heads) = joined
+            .ok()
+            .and_then(|joined| Heads::split(&joined, 12).ok())
+        else {
             continue;
         };
         let mut lengths: Vec<u32> = lengths.iter().map(|length| *length as u32).collect();

@@ -162,7 +162,10 @@ impl TextNetwork {
                 let TokenRow { ids, type_ids } = row.tokens;
                 let fits = type_ids.iter().all(|kind| (*kind as usize) < types);
                 let no_types = zeros.get(..ids.len()).unwrap_or_default();
-                (ids.as_slice(), if fits { type_ids.as_slice() } else { no_types })
+                (
+                    ids.as_slice(),
+                    if fits { type_ids.as_slice() } else { no_types },
+                )
             })
             .collect();
         Batch::pack_counting(&packed, self.built.encoder.counting(), device)

@@ -107,7 +107,11 @@ impl Tokenizer {
             Text::One(text) => (text, None),
             Text::Pair(first, second) => (first, Some(second)),
         };
-        let plain = |text: &str| self.inner.encode_fast(text, false).map_err(|error| error.to_string());
+        let plain = |text: &str| {
+            self.inner
+                .encode_fast(text, false)
+                .map_err(|error| error.to_string())
+        };
         let encoding = guarded(|| {
             let first = plain(first)?;
             Ok((first, second.map(plain).transpose()?))

@@ -1,5 +1,12 @@
 //! Outputs against the reference implementation's, which `tests/python/golden.py` wrote.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test may fail, and its helpers with it"
+)]
+
 use std::path::{Path, PathBuf};
 
 use engine::{
@@ -40,7 +47,9 @@ fn root() -> PathBuf {
 fn golden<T: for<'a> Deserialize<'a>>(name: &str) -> T {
     let path = root().join("target/golden").join(name);
     let bytes = std::fs::read(&path).unwrap_or_else(|_| {
-        panic!("target/golden/{name} is missing: run `target/venv/bin/python tests/python/golden.py`")
+        panic!(
+            "target/golden/{name} is missing: run `target/venv/bin/python tests/python/golden.py`"
+        )
     });
     serde_json::from_slice(&bytes).unwrap()
 }
@@ -74,7 +83,10 @@ fn assert_close(actual: &[f32], expected: &[f32], tolerance: f32, what: &str) {
 
 fn cosine(first: &[f32], second: &[f32]) -> f64 {
     let dot = |a: &[f32], b: &[f32]| -> f64 {
-        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
     };
     dot(first, second) / (dot(first, first) * dot(second, second)).sqrt()
 }
@@ -96,9 +108,15 @@ fn compare(name: &str, family: &str, task: Task) {
     let rows: Vec<TokenRow> = expected
         .iter()
         .map(|expected| {
-            let row = tokenizer.encode(text(&expected.text), Truncation::Refuse).unwrap();
+            let row = tokenizer
+                .encode(text(&expected.text), Truncation::Refuse)
+                .unwrap();
             assert_eq!(row.ids, expected.ids, "{name}: ids of {:?}", expected.text);
-            assert_eq!(row.type_ids, expected.type_ids, "{name}: types of {:?}", expected.text);
+            assert_eq!(
+                row.type_ids, expected.type_ids,
+                "{name}: types of {:?}",
+                expected.text
+            );
             row
         })
         .collect();
@@ -124,7 +142,10 @@ fn compare(name: &str, family: &str, task: Task) {
         }
         // A model that gives every text the same answer would agree with itself in any order.
         if *wanted == Wanted::Pooled {
-            assert!(cosine(&together[0], &together[4]) < 0.995, "{name}: texts look alike");
+            assert!(
+                cosine(&together[0], &together[4]) < 0.995,
+                "{name}: texts look alike"
+            );
         }
     }
 }
@@ -148,13 +169,21 @@ fn roberta() {
 #[test]
 fn distilbert() {
     compare("distilbert-embedding", "distilbert", Task::Embedding);
-    compare("distilbert-classification", "distilbert", Task::Classification);
+    compare(
+        "distilbert-classification",
+        "distilbert",
+        Task::Classification,
+    );
 }
 
 #[test]
 fn modernbert() {
     compare("modernbert-embedding", "modernbert", Task::Embedding);
-    compare("modernbert-classification", "modernbert", Task::Classification);
+    compare(
+        "modernbert-classification",
+        "modernbert",
+        Task::Classification,
+    );
     compare("modernbert-mean", "modernbert", Task::Classification);
 }
 
@@ -167,7 +196,9 @@ fn minilm() {
     let rows: Vec<TokenRow> = expected
         .iter()
         .map(|sentence| {
-            let row = tokenizer.encode(Text::One(&sentence.text), Truncation::Right).unwrap();
+            let row = tokenizer
+                .encode(Text::One(&sentence.text), Truncation::Right)
+                .unwrap();
             assert_eq!(row.ids, sentence.ids, "ids of {:?}", sentence.text);
             row
         })
@@ -180,7 +211,9 @@ fn minilm() {
     let (mut worst_cosine, mut worst_error, mut worst_batch) = (1.0f64, 0.0f32, 0.0f32);
     let worst = |worst: f32, first: &[f32], second: &[f32]| {
         let pairs = first.iter().zip(second);
-        pairs.fold(worst, |worst, (first, second)| worst.max((first - second).abs()))
+        pairs.fold(worst, |worst, (first, second)| {
+            worst.max((first - second).abs())
+        })
     };
     for ((row, sentence), batched) in rows.iter().zip(&expected).zip(&mut together) {
         let alone = forward(&mut model, &[(row, Wanted::Pooled)]);
@@ -192,7 +225,10 @@ fn minilm() {
     println!("cosine {worst_cosine}, error {worst_error:e}, batched to single {worst_batch:e}");
     assert!(worst_cosine >= 0.999_99, "cosine {worst_cosine}");
     assert!(worst_error <= 1e-4, "absolute error {worst_error:e}");
-    assert!(worst_batch <= 1e-5, "batched differs from single by {worst_batch:e}");
+    assert!(
+        worst_batch <= 1e-5,
+        "batched differs from single by {worst_batch:e}"
+    );
 }
 
 #[test]
@@ -202,13 +238,20 @@ fn digits() {
     assert_eq!(model.card.feature_range, Some((0.0, 16.0)));
     let rows = expected.features.len();
     let features = expected.features.concat();
-    let logits = model.network.forward_features(&features, rows, &|| true).unwrap();
+    let logits = model
+        .network
+        .forward_features(&features, rows, &|| true)
+        .unwrap();
     assert_close(&logits, &expected.logits.concat(), 1e-3, "digits");
     let scores = logits.chunks(10);
-    let right = scores.zip(&expected.labels).filter(|(scores, label)| engine::argmax(scores) == **label);
+    let right = scores
+        .zip(&expected.labels)
+        .filter(|(scores, label)| engine::argmax(scores) == **label);
     let accuracy = right.count() as f64 / rows as f64;
     assert!(accuracy >= 0.97, "accuracy {accuracy}");
-    let uneven = model.network.forward_features(&features[1..], rows, &|| true);
+    let uneven = model
+        .network
+        .forward_features(&features[1..], rows, &|| true);
     assert!(uneven.is_err_and(|error| error.is_callers_input()));
 }
 
@@ -216,7 +259,9 @@ fn digits() {
 fn nobody_waits_so_nothing_is_computed() {
     let mut model = load(&root().join("target/golden/bert-embedding"), &options()).unwrap();
     let tokenizer = model.tokenizer.clone().unwrap();
-    let tokens = tokenizer.encode(Text::One("red"), Truncation::Refuse).unwrap();
+    let tokens = tokenizer
+        .encode(Text::One("red"), Truncation::Refuse)
+        .unwrap();
     let row = TextRow {
         tokens: &tokens,
         wanted: Wanted::Pooled,
@@ -243,10 +288,22 @@ fn what_the_model_cannot_take_is_the_callers_error() {
         };
         model.network.forward_text(&[row], &|| true).unwrap_err()
     };
-    assert_eq!(refused(vec![2, 400, 3], Wanted::Pooled), EngineError::BadToken { id: 400 });
-    assert!(matches!(refused(vec![], Wanted::Pooled), EngineError::BadInput(_)));
-    assert!(matches!(refused(vec![2; 73], Wanted::Pooled), EngineError::TooLong { .. }));
-    assert!(matches!(refused(vec![2, 3], Wanted::Scores), EngineError::WrongOutput(_)));
+    assert_eq!(
+        refused(vec![2, 400, 3], Wanted::Pooled),
+        EngineError::BadToken { id: 400 }
+    );
+    assert!(matches!(
+        refused(vec![], Wanted::Pooled),
+        EngineError::BadInput(_)
+    ));
+    assert!(matches!(
+        refused(vec![2; 73], Wanted::Pooled),
+        EngineError::TooLong { .. }
+    ));
+    assert!(matches!(
+        refused(vec![2, 3], Wanted::Scores),
+        EngineError::WrongOutput(_)
+    ));
     assert!(refused(vec![], Wanted::Pooled).is_callers_input());
     assert!(model.network.forward_features(&[0.0], 1, &|| true).is_err());
 }
@@ -257,13 +314,29 @@ fn truncation_refuses_or_cuts_and_keeps_special_tokens() {
     let tokenizer = model.tokenizer.unwrap();
     let long = format!("first {}last", "word ".repeat(400));
     let refused = tokenizer.encode(Text::One(&long), Truncation::Refuse);
-    assert_eq!(refused, Err(EngineError::TooLong { tokens: 404, tokens_max: 256 }));
+    assert_eq!(
+        refused,
+        Err(EngineError::TooLong {
+            tokens: 404,
+            tokens_max: 256
+        })
+    );
     let ids = |truncation| tokenizer.encode(Text::One(&long), truncation).unwrap().ids;
-    let word = |text| tokenizer.encode(Text::One(text), Truncation::Refuse).unwrap().ids[1];
+    let word = |text| {
+        tokenizer
+            .encode(Text::One(text), Truncation::Refuse)
+            .unwrap()
+            .ids[1]
+    };
     let (right, left) = (ids(Truncation::Right), ids(Truncation::Left));
-    assert_eq!((right.len(), right[1], right[255]), (256, word("first"), 102));
+    assert_eq!(
+        (right.len(), right[1], right[255]),
+        (256, word("first"), 102)
+    );
     assert_eq!((left.len(), left[0], left[254]), (256, 101, word("last")));
-    let pair = tokenizer.encode(Text::Pair("short", &long), Truncation::Right).unwrap();
+    let pair = tokenizer
+        .encode(Text::Pair("short", &long), Truncation::Right)
+        .unwrap();
     assert_eq!((pair.ids.len(), pair.ids[1]), (256, word("short")));
     assert_eq!(pair.type_ids[2..4], [0, 1]);
 }
@@ -286,16 +359,25 @@ fn tokens_know_their_places_and_decode_back() {
     let plain = tokenizer.tokens(text, false).unwrap();
     assert_eq!(plain.len() + 2, tokens.len());
     let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
-    assert_eq!(tokenizer.decode(&ids, true).unwrap(), "paper 日 本 lanterns");
+    assert_eq!(
+        tokenizer.decode(&ids, true).unwrap(),
+        "paper 日 本 lanterns"
+    );
     assert!(tokenizer.decode(&ids, false).unwrap().starts_with("[CLS]"));
-    assert_eq!(tokenizer.decode(&[99_999], true), Err(EngineError::BadToken { id: 99_999 }));
+    assert_eq!(
+        tokenizer.decode(&[99_999], true),
+        Err(EngineError::BadToken { id: 99_999 })
+    );
 }
 
 #[test]
 fn files_and_options_of_a_folder_are_honoured() {
     let folder = root().join("target/golden/bert-dense");
     let model = load(&folder, &options()).unwrap();
-    assert_eq!((model.card.width, model.card.hidden, model.card.tokens_max), (12, 32, 60));
+    assert_eq!(
+        (model.card.width, model.card.hidden, model.card.tokens_max),
+        (12, 32, 60)
+    );
     assert_eq!(model.card.prompts["query"], "query: ");
     let lowered = LoadOptions {
         tokens_max: Some(8),

@@ -1,11 +1,20 @@
 //! Files that lie: each is refused by a sentence with its name and without its path, and none
 //! makes the engine panic or allocate what it claims.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test may fail, and its helpers with it"
+)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use engine::{DeviceChoice, EngineError, LoadOptions, Model, Task, Text, TextRow, Truncation, Wanted, load};
+use engine::{
+    DeviceChoice, EngineError, LoadOptions, Model, Task, Text, TextRow, Truncation, Wanted, load,
+};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -89,9 +98,18 @@ fn tokenizer() -> Value {
 
 fn tensors() -> Vec<(String, Vec<usize>)> {
     let mut tensors = vec![
-        ("embeddings.word_embeddings.weight".to_owned(), vec![WORDS, HIDDEN]),
-        ("embeddings.position_embeddings.weight".to_owned(), vec![10, HIDDEN]),
-        ("embeddings.token_type_embeddings.weight".to_owned(), vec![2, HIDDEN]),
+        (
+            "embeddings.word_embeddings.weight".to_owned(),
+            vec![WORDS, HIDDEN],
+        ),
+        (
+            "embeddings.position_embeddings.weight".to_owned(),
+            vec![10, HIDDEN],
+        ),
+        (
+            "embeddings.token_type_embeddings.weight".to_owned(),
+            vec![2, HIDDEN],
+        ),
     ];
     let mut pair = |name: &str, outputs: usize, inputs: Option<usize>| {
         let weight = [Some(outputs), inputs].into_iter().flatten().collect();
@@ -100,7 +118,11 @@ fn tensors() -> Vec<(String, Vec<usize>)> {
     };
     pair("embeddings.LayerNorm", HIDDEN, None);
     for name in ["self.query", "self.key", "self.value", "output.dense"] {
-        pair(&format!("encoder.layer.0.attention.{name}"), HIDDEN, Some(HIDDEN));
+        pair(
+            &format!("encoder.layer.0.attention.{name}"),
+            HIDDEN,
+            Some(HIDDEN),
+        );
     }
     pair("encoder.layer.0.attention.output.LayerNorm", HIDDEN, None);
     pair("encoder.layer.0.intermediate.dense", 6, Some(HIDDEN));
@@ -137,7 +159,9 @@ fn checkpoint(tensors: &[(String, Vec<usize>)]) -> Vec<u8> {
 fn the_valid_folder_loads_and_answers() {
     let mut model = Folder::valid().load().unwrap();
     let tokenizer = model.tokenizer.clone().unwrap();
-    let tokens = tokenizer.encode(Text::One("one a two"), Truncation::Refuse).unwrap();
+    let tokens = tokenizer
+        .encode(Text::One("one a two"), Truncation::Refuse)
+        .unwrap();
     assert_eq!(tokens.ids, [2, 6, 4, 7, 3]);
     let row = TextRow {
         tokens: &tokens,
@@ -196,16 +220,31 @@ fn headers_that_lie_are_refused() {
         ("length and nothing", 8u64.to_le_bytes().to_vec()),
         ("no json", safetensors("not json", 0)),
         ("an array", safetensors("[]", 0)),
-        ("bytes behind the tensors", safetensors(&whole.to_string(), data_bytes + 4)),
-        ("bytes missing", safetensors(&whole.to_string(), data_bytes - 4)),
+        (
+            "bytes behind the tensors",
+            safetensors(&whole.to_string(), data_bytes + 4),
+        ),
+        (
+            "bytes missing",
+            safetensors(&whole.to_string(), data_bytes - 4),
+        ),
         ("overflowing shape", changed("shape", json!([huge, huge]))),
-        ("shape and offsets disagree", changed("shape", json!([WORDS, HIDDEN + 1]))),
+        (
+            "shape and offsets disagree",
+            changed("shape", json!([WORDS, HIDDEN + 1])),
+        ),
         ("negative shape", changed("shape", json!([-1, HIDDEN]))),
-        ("too many dimensions", changed("shape", json!([1, 1, 1, 1, 1, 1, 1, WORDS, HIDDEN]))),
+        (
+            "too many dimensions",
+            changed("shape", json!([1, 1, 1, 1, 1, 1, 1, WORDS, HIDDEN])),
+        ),
         ("unknown format", changed("dtype", json!("F7"))),
         ("another format's size", changed("dtype", json!("F16"))),
         ("reversed offsets", changed("data_offsets", json!([128, 0]))),
-        ("offsets past the end", changed("data_offsets", json!([huge - 128, huge]))),
+        (
+            "offsets past the end",
+            changed("data_offsets", json!([huge - 128, huge])),
+        ),
         ("shared bytes", changed("data_offsets", json!([4, 132]))),
         ("deep nesting", safetensors(&"[".repeat(200_000), 0)),
     ];
@@ -325,13 +364,19 @@ fn links_out_of_the_repository_and_odd_files_are_refused() {
 fn shards_are_plain_names_of_the_same_folder() {
     let all = tensors();
     let (first, second) = all.split_at(9);
-    let names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+    let names = [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ];
     let index = |name: &str| {
         let map: serde_json::Map<String, Value> = all
             .iter()
             .enumerate()
             .map(|(place, (tensor, _))| {
-                (tensor.clone(), json!(if place < 9 { name } else { names[1] }))
+                (
+                    tensor.clone(),
+                    json!(if place < 9 { name } else { names[1] }),
+                )
             })
             .collect();
         json!({"metadata": {}, "weight_map": map}).to_string()
@@ -342,7 +387,14 @@ fn shards_are_plain_names_of_the_same_folder() {
     folder.write(names[1], checkpoint(second));
     folder.write("model.safetensors.index.json", index(names[0]));
     folder.load().unwrap();
-    for bad in ["../model.safetensors", "/etc/model.safetensors", "..", "a/b.safetensors", "x.bin", ""] {
+    for bad in [
+        "../model.safetensors",
+        "/etc/model.safetensors",
+        "..",
+        "a/b.safetensors",
+        "x.bin",
+        "",
+    ] {
         folder.write("model.safetensors.index.json", index(bad));
         folder.refused("model.safetensors.index.json");
     }
@@ -354,7 +406,11 @@ fn shards_are_plain_names_of_the_same_folder() {
 fn sentence_files_are_checked_too() {
     let folder = Folder::valid();
     let modules = |path: &str, kind: &str| json!([{"path": path, "type": kind}]).to_string();
-    for (path, kind) in [("../1_Pooling", "x.Pooling"), ("/etc", "x.Pooling"), ("", "x.CNN")] {
+    for (path, kind) in [
+        ("../1_Pooling", "x.Pooling"),
+        ("/etc", "x.Pooling"),
+        ("", "x.CNN"),
+    ] {
         folder.write("modules.json", modules(path, kind));
         folder.refused("modules.json");
     }

@@ -180,11 +180,6 @@ impl Queue {
         }
     }
 
-    /// The limits.
-    pub fn limits(&self) -> &QueueLimits {
-        &self.limits
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic inside leaves counters at most stale, never unsafe.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

@@ -172,8 +172,7 @@ impl Block {
             .transpose()?;
         let joined = Linear::load_unbiased(weights, &[&full("attn.Wqkv")], [3 * hidden, hidden])?;
         let output = Linear::load_unbiased(weights, &[&full("attn.Wo")], [hidden, hidden])?;
-        let inner_norm =
-            Norm::load_unbiased(weights, &full("mlp_norm"), hidden, config.epsilon)?;
+        let inner_norm = Norm::load_unbiased(weights, &full("mlp_norm"), hidden, config.epsilon)?;
         let both = [2 * inner, hidden];
         let wide = full("mlp.Wi");
         Ok(Self {

@@ -8,10 +8,10 @@ use candle_core::{Device, Tensor};
 use serde::Deserialize;
 use tensor::Datatype;
 
+use crate::EngineError;
 use crate::card::TensorSpec;
 use crate::layers::{Activation, Linear};
 use crate::load::{Weights, bad_config};
-use crate::EngineError;
 
 pub(crate) const MODEL_TYPE: &str = "andon_tabular";
 
@@ -45,7 +45,7 @@ impl TabularConfig {
     /// Smallest and largest value of a feature.
     pub(crate) fn range(&self) -> Result<Option<(f32, f32)>, EngineError> {
         match self.input.range {
-            Some((low, high)) if !(low < high) => Err(bad_config("range: the first must be less")),
+            Some((low, high)) if low >= high => Err(bad_config("range: the first must be less")),
             range => Ok(range),
         }
     }
@@ -73,26 +73,27 @@ pub(crate) struct Tabular {
 }
 
 impl Tabular {
-    pub(crate) fn load(
-        config: &TabularConfig,
-        weights: &mut Weights,
-    ) -> Result<Self, EngineError> {
+    pub(crate) fn load(config: &TabularConfig, weights: &mut Weights) -> Result<Self, EngineError> {
         let mut widths = vec![config.input.width];
         widths.extend_from_slice(&config.hidden);
         widths.push(config.labels.len());
-        if widths.len() > LAYERS_MAX || widths.iter().any(|width| !(1..=WIDTH_MAX).contains(width)) {
+        if widths.len() > LAYERS_MAX || widths.iter().any(|width| !(1..=WIDTH_MAX).contains(width))
+        {
             return Err(bad_config(format!(
                 "at most {LAYERS_MAX} layers of 1 to {WIDTH_MAX} numbers are allowed"
             )));
         }
         let activation = Activation::from_config(&config.activation)
             .ok_or_else(|| bad_config("activation is not supported"))?;
-        let layers = widths.windows(2).enumerate().map(|(number, pair)| match pair {
-            [inputs, outputs] => {
-                Linear::load(weights, &format!("layers.{number}"), [*outputs, *inputs])
-            }
-            _ => Err(bad_config("no layers")),
-        });
+        let layers = widths
+            .windows(2)
+            .enumerate()
+            .map(|(number, pair)| match pair {
+                [inputs, outputs] => {
+                    Linear::load(weights, &format!("layers.{number}"), [*outputs, *inputs])
+                }
+                _ => Err(bad_config("no layers")),
+            });
         Ok(Self {
             width: config.input.width,
             layers: layers.collect::<Result<_, _>>()?,
@@ -117,7 +118,11 @@ impl Tabular {
                 return Err(EngineError::Abandoned);
             }
             let is_last = number + 1 == self.layers.len();
-            let activation = if is_last { Activation::Identity } else { self.activation };
+            let activation = if is_last {
+                Activation::Identity
+            } else {
+                self.activation
+            };
             values = layer.forward_activated(&values, activation)?;
         }
         Ok(values)

@@ -125,7 +125,9 @@ fn attend_part(
         .saturating_add(reach)
         .min(part.row_length);
     let rows = |tensor: &Tensor, first, count| {
-        tensor.narrow(0, part.row_start + first, count)?.transpose(0, 1)
+        tensor
+            .narrow(0, part.row_start + first, count)?
+            .transpose(0, 1)
     };
     let queries = rows(&heads.queries, part.first_query, part.queries)?;
     let keys = rows(&heads.keys, first_key, keys_end - first_key)?;
@@ -178,7 +180,13 @@ fn window_mask(length: usize, reach: usize, like: &Tensor) -> Result<Tensor, Eng
     let mask: Vec<f32> = places
         .clone()
         .flat_map(|query| places.clone().map(move |key| query.abs_diff(key)))
-        .map(|distance| if distance <= reach { 0.0 } else { f32::NEG_INFINITY })
+        .map(|distance| {
+            if distance <= reach {
+                0.0
+            } else {
+                f32::NEG_INFINITY
+            }
+        })
         .collect();
     let mask = Tensor::from_vec(mask, (length, length), like.device())?;
     Ok(mask.to_dtype(like.dtype())?)

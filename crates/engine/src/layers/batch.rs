@@ -70,7 +70,9 @@ impl Batch {
 
     /// Tokens of all rows together.
     pub fn tokens(&self) -> usize {
-        self.spans.last().map_or(0, |(start, length)| start + length)
+        self.spans
+            .last()
+            .map_or(0, |(start, length)| start + length)
     }
 
     /// Groups of packed rows of equal length: first token, rows and length of each.

@@ -38,7 +38,9 @@ impl TokenEmbedding {
         let words = table(names.words, config.vocabulary)?;
         let positions = names.positions.map(|name| table(name, config.positions));
         let positions = positions.transpose()?;
-        let token_types = names.token_types.map(|name| table(name, config.token_types));
+        let token_types = names
+            .token_types
+            .map(|name| table(name, config.token_types));
         let token_types = token_types.transpose()?;
         let norm = weights.backbone(names.norm);
         // Whether the norm has a bias is the family's choice, and ModernBERT's has none.

@@ -13,8 +13,8 @@ mod processor;
 mod transformer;
 
 pub(crate) use activation::Activation;
-pub(crate) use batch::Counting;
 pub use batch::Batch;
+pub(crate) use batch::Counting;
 pub(crate) use embedding::{EmbeddingNames, TokenEmbedding};
 pub(crate) use heads::{ClassificationHead, HeadNames};
 pub(crate) use linear::Linear;

@@ -77,7 +77,11 @@ impl Norm {
         added: &Tensor,
     ) -> Result<Tensor, EngineError> {
         if processor::takes(&input) && processor::takes(added) {
-            return Ok(processor::norm(input, self.parameters(), Some((added, bias)))?);
+            return Ok(processor::norm(
+                input,
+                self.parameters(),
+                Some((added, bias)),
+            )?);
         }
         let biased = match bias {
             Some(bias) => input.broadcast_add(bias)?,

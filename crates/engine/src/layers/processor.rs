@@ -365,7 +365,7 @@ fn gelu(value: f32) -> f32 {
 #[inline(always)]
 fn gelu_tanh(value: f32) -> f32 {
     // 0.5 · (1 + tanh(y)) is the sigmoid of 2y.
-    let inner = 1.595_769_1 * (value + 0.044_715 * value * value * value);
+    let inner = 1.595_769 * (value + 0.044_715 * value * value * value);
     value / (1.0 + exp(-inner))
 }
 

@@ -122,6 +122,7 @@ impl Block {
         let hidden = self.attention_norm.forward_sum(output, bias, hidden)?;
         let inner = self.up.forward_activated(&hidden, self.activation)?;
         let output = self.down.product(&inner)?;
-        self.output_norm.forward_sum(output, self.down.bias(), &hidden)
+        self.output_norm
+            .forward_sum(output, self.down.bias(), &hidden)
     }
 }

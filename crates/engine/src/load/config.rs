@@ -120,7 +120,9 @@ impl RawConfig {
             && kind != "absolute"
             && kind != "rope"
         {
-            return Err(bad(format!("position_embedding_type '{kind}' is not supported")));
+            return Err(bad(format!(
+                "position_embedding_type '{kind}' is not supported"
+            )));
         }
         let epsilon = self.norm_eps.or(self.layer_norm_eps).unwrap_or(1e-12);
         if !(epsilon > 0.0 && epsilon < 1.0) {
@@ -139,8 +141,16 @@ impl RawConfig {
             heads,
             intermediate: sized("intermediate_size", intermediate, WIDTH_MAX)?,
             vocabulary: sized("vocab_size", self.vocab_size, VOCABULARY_MAX)?,
-            positions: sized("max_position_embeddings", self.max_position_embeddings, POSITIONS_MAX)?,
-            token_types: sized("type_vocab_size", self.type_vocab_size.or(Some(2)), WIDTH_MAX)?,
+            positions: sized(
+                "max_position_embeddings",
+                self.max_position_embeddings,
+                POSITIONS_MAX,
+            )?,
+            token_types: sized(
+                "type_vocab_size",
+                self.type_vocab_size.or(Some(2)),
+                WIDTH_MAX,
+            )?,
             padding_id: self.pad_token_id.unwrap_or(0),
             epsilon,
             activation: activation(activation_name.unwrap_or("gelu"))?,
@@ -152,7 +162,9 @@ impl RawConfig {
     fn labels(&self) -> Result<Vec<String>, EngineError> {
         if let Some(names) = &self.id2label {
             if names.is_empty() || names.len() > LABELS_MAX {
-                return Err(bad(format!("id2label: 1 to {LABELS_MAX} labels are allowed")));
+                return Err(bad(format!(
+                    "id2label: 1 to {LABELS_MAX} labels are allowed"
+                )));
             }
             // A map in JSON has no order of its own: the keys are the places.
             let name = |place: usize| {
@@ -171,7 +183,9 @@ impl RawConfig {
     /// other keys (`layer_types`, `rope_parameters`) from 5.0 on.
     pub(crate) fn rotary(&self, layers: usize) -> Result<RotaryConfig, EngineError> {
         if self.attention_bias || self.mlp_bias || self.norm_bias {
-            return Err(bad("biases in attention, feed-forward or norms are not supported"));
+            return Err(bad(
+                "biases in attention, feed-forward or norms are not supported",
+            ));
         }
         let every = self.global_attn_every_n_layers.unwrap_or(3).max(1);
         let global_layers = match &self.layer_types {
@@ -181,15 +195,28 @@ impl RawConfig {
             Some(_) => return Err(bad("layer_types names another number of layers")),
             None => (0..layers).map(|layer| layer % every == 0).collect(),
         };
-        let global = self.theta("full_attention", self.global_rope_theta.or(self.rope_theta), 160_000.0)?;
+        let global = self.theta(
+            "full_attention",
+            self.global_rope_theta.or(self.rope_theta),
+            160_000.0,
+        )?;
         let local = self.theta("sliding_attention", self.local_rope_theta, 10_000.0)?;
         Ok(RotaryConfig {
             global_layers,
             global_theta: global,
             local_theta: local,
-            window: sized("local_attention", self.local_attention.or(Some(128)), POSITIONS_MAX)? / 2,
-            classifier_pooling: self.classifier_pooling.clone().unwrap_or_else(|| "cls".to_owned()),
-            classifier_activation: activation(self.classifier_activation.as_deref().unwrap_or("gelu"))?,
+            window: sized(
+                "local_attention",
+                self.local_attention.or(Some(128)),
+                POSITIONS_MAX,
+            )? / 2,
+            classifier_pooling: self
+                .classifier_pooling
+                .clone()
+                .unwrap_or_else(|| "cls".to_owned()),
+            classifier_activation: activation(
+                self.classifier_activation.as_deref().unwrap_or("gelu"),
+            )?,
             classifier_bias: self.classifier_bias,
         })
     }
@@ -202,7 +229,9 @@ impl RawConfig {
         if let Some(rope_type) = new.and_then(|new| new.get("rope_type"))
             && rope_type.as_str() != Some("default")
         {
-            return Err(bad("rope_parameters: only the default rope_type is supported"));
+            return Err(bad(
+                "rope_parameters: only the default rope_type is supported",
+            ));
         }
         let theta = new
             .and_then(|new| new.get("rope_theta"))

@@ -20,8 +20,8 @@ use crate::{Card, EngineError, LoadOptions, Network, Task, Tokenizer};
 
 pub(crate) use config::{Config, RawConfig, RotaryConfig, bad as bad_config};
 use folder::Folder;
-use sentence::Sentence;
 pub(crate) use sentence::Dense;
+use sentence::Sentence;
 pub(crate) use weights::{Placement, Weights};
 
 const TOKENIZER: &str = "tokenizer.json";
@@ -193,7 +193,10 @@ fn tokens_max(
         .filter(|length| *length >= 1.0)
         .map(|length| length as usize);
     let limits = [model_max, sentence.tokens_max, options.tokens_max];
-    let least = limits.into_iter().flatten().fold(built.tokens_max, usize::min);
+    let least = limits
+        .into_iter()
+        .flatten()
+        .fold(built.tokens_max, usize::min);
     if least < TOKENS_MIN {
         return Err(bad_config(format!(
             "a limit of {least} tokens for one row is too low: at least {TOKENS_MIN} are needed"

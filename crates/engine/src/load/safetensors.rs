@@ -82,7 +82,8 @@ impl Checkpoint {
         let mut entries = BTreeMap::new();
         for (key, value) in raw {
             if key != "__metadata__" {
-                let entry = entry(value).map_err(|reason| bad(format!("tensor {key}: {reason}")))?;
+                let entry =
+                    entry(value).map_err(|reason| bad(format!("tensor {key}: {reason}")))?;
                 entries.insert(key, entry);
             }
         }
@@ -98,7 +99,8 @@ impl Checkpoint {
     /// The values of a tensor as 32-bit floats. The bytes are read alone, so that a model's
     /// memory while it loads is its weights and one tensor.
     pub(super) fn values(&self, key: &str, entry: &Entry) -> Result<Vec<f32>, EngineError> {
-        let bad = |reason: &str| EngineError::unusable(&self.name, format!("tensor {key}: {reason}"));
+        let bad =
+            |reason: &str| EngineError::unusable(&self.name, format!("tensor {key}: {reason}"));
         let Some(stored) = entry.stored else {
             return Err(bad("its number format is no float of 16, 32 or 64 bits"));
         };
@@ -108,7 +110,12 @@ impl Checkpoint {
             .try_reserve_exact(length)
             .map_err(|_| EngineError::OutOfMemory)?;
         bytes.resize(length, 0);
-        read_at(&self.file, &self.name, &mut bytes, self.data_start + entry.begin)?;
+        read_at(
+            &self.file,
+            &self.name,
+            &mut bytes,
+            self.data_start + entry.begin,
+        )?;
         Ok(decode(stored, &bytes))
     }
 }
@@ -146,7 +153,9 @@ fn entry(value: serde_json::Value) -> Result<Entry, String> {
     }
     let shape = raw.shape.into_iter().map(usize::try_from);
     Ok(Entry {
-        shape: shape.collect::<Result<_, _>>().map_err(|error| error.to_string())?,
+        shape: shape
+            .collect::<Result<_, _>>()
+            .map_err(|error| error.to_string())?,
         stored,
         begin,
         end,
@@ -155,7 +164,10 @@ fn entry(value: serde_json::Value) -> Result<Entry, String> {
 
 /// Checks that the tensors lie one behind the other and end where the file ends.
 fn check_coverage(entries: &BTreeMap<String, Entry>, data_bytes: u64) -> Result<(), String> {
-    let mut ranges: Vec<(u64, u64)> = entries.values().map(|entry| (entry.begin, entry.end)).collect();
+    let mut ranges: Vec<(u64, u64)> = entries
+        .values()
+        .map(|entry| (entry.begin, entry.end))
+        .collect();
     ranges.sort_unstable();
     let mut reached = 0;
     for (begin, end) in ranges {

@@ -22,7 +22,10 @@ pub(crate) struct Dense {
 }
 
 impl Dense {
-    pub(crate) fn forward(&self, input: &candle_core::Tensor) -> Result<candle_core::Tensor, EngineError> {
+    pub(crate) fn forward(
+        &self,
+        input: &candle_core::Tensor,
+    ) -> Result<candle_core::Tensor, EngineError> {
         self.linear.forward_activated(input, self.activation)
     }
 }

@@ -126,7 +126,11 @@ impl Weights {
     }
 
     /// Puts values on the device in the model's number format.
-    pub(crate) fn place(&mut self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor, EngineError> {
+    pub(crate) fn place(
+        &mut self,
+        values: Vec<f32>,
+        shape: &[usize],
+    ) -> Result<Tensor, EngineError> {
         let tensor = Tensor::from_vec(values, shape, &self.placement.device)?;
         let tensor = tensor.to_dtype(self.placement.dtype)?;
         let element_bytes = self.placement.dtype.size_in_bytes();
@@ -141,7 +145,10 @@ fn shard_names(folder: &Folder) -> Result<Vec<String>, EngineError> {
     if names.is_empty() || names.len() > SHARDS_MAX {
         return Err(EngineError::unusable(
             INDEX,
-            format!("it names {} files: 1 to {SHARDS_MAX} are allowed", names.len()),
+            format!(
+                "it names {} files: 1 to {SHARDS_MAX} are allowed",
+                names.len()
+            ),
         ));
     }
     for name in &names {

@@ -1,0 +1,40 @@
+# The two commands of a newcomer are `make run` and `make test`; the rest is
+# what they are made of. `make help` lists them.
+
+ANDON := target/release/andon
+VENV  := target/venv
+GRPC  ?= 127.0.0.1:8001
+ADMIN ?= 127.0.0.1:8002
+
+.DEFAULT_GOAL := help
+.PHONY: help run build models fleet test check bench chaos clean-models
+
+help: ## Lists the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+run: build models ## Builds, brings the demo models, and serves them
+	$(ANDON) serve --repository models --grpc-addr $(GRPC) --admin-addr $(ADMIN)
+
+build: ## Builds the release binary
+	cargo build --release --locked -p cli
+
+models: ## Brings the demo models into models/
+	python3 demo/fetch_models.py models
+
+fleet: build models ## Runs a gateway and three workers as processes on loopback
+	python3 demo/fleet.py $(ANDON)
+
+test: ## Installs what the tests need and runs them all
+	bash tests/run.sh
+
+check: ## Format, clippy, licences, protos, structure, manifests
+	bash tests/check.sh
+
+bench: build models ## Measures; writes docs/benchmarks.md
+	bash benches/setup.sh
+	cargo build --release --locked -p fleet-tests --bins
+	$(VENV)/bin/python benches/run.py
+
+chaos: build models ## Breaks a fleet for some minutes and reports what was lost
+	cargo build --release --locked -p fleet-tests --bins
+	target/release/chaos

@@ -1,0 +1,137 @@
+//! Values that several tools read from the command line.
+
+use std::collections::HashMap;
+
+use http::{HeaderName, HeaderValue};
+use protocol::inference::InferParameter;
+use protocol::inference::infer_parameter::ParameterChoice;
+
+/// How a tool writes its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// For people
+    Table,
+    /// For programs: complete
+    Json,
+}
+
+/// Splits `KEY=VALUE` at the first equals sign.
+pub fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("write it as KEY=VALUE".to_owned()),
+    }
+}
+
+/// Checks `HOST:PORT`.
+pub fn host_and_port(text: &str) -> Result<String, String> {
+    match text.rsplit_once(':') {
+        Some((host, port)) if !host.is_empty() && !host.contains('/') => match port.parse::<u16>() {
+            Ok(_) => Ok(text.to_owned()),
+            Err(_) => Err(format!("'{port}' is no port")),
+        },
+        _ => Err("write it as HOST:PORT, for example 127.0.0.1:8001".to_owned()),
+    }
+}
+
+/// Reads the metadata of a call, `KEY=VALUE`.
+pub fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
+    let (key, value) = pair(text)?;
+    let key: HeaderName = key
+        .parse()
+        .map_err(|_| format!("'{key}' is no metadata key: use letters, digits, - and _"))?;
+    if key.as_str().ends_with("-bin") || key.as_str().starts_with("grpc-") {
+        return Err(format!("'{key}' cannot be set here: it is binary or reserved by gRPC"));
+    }
+    let value = HeaderValue::from_str(&value)
+        .map_err(|_| format!("the value of '{key}' must be printable ASCII"))?;
+    Ok((key, value))
+}
+
+/// Reads a parameter, `KEY=VALUE`: a boolean, an integer, a number, else a
+/// text. A value in double quotes is a text whatever it looks like.
+pub fn parameter(text: &str) -> Result<(String, ParameterChoice), String> {
+    let (key, value) = pair(text)?;
+    let quoted = value
+        .strip_prefix('"')
+        .and_then(|value| value.strip_suffix('"'));
+    let choice = if let Some(quoted) = quoted {
+        ParameterChoice::StringParam(quoted.to_owned())
+    } else if let Ok(boolean) = value.parse() {
+        ParameterChoice::BoolParam(boolean)
+    } else if let Ok(integer) = value.parse() {
+        ParameterChoice::Int64Param(integer)
+    } else if let Ok(integer) = value.parse() {
+        ParameterChoice::Uint64Param(integer)
+    } else if let Some(number) = number(&value) {
+        ParameterChoice::DoubleParam(number)
+    } else {
+        ParameterChoice::StringParam(value)
+    };
+    Ok((key, choice))
+}
+
+/// A number that starts like one: Rust also reads `inf` and `nan`, which are
+/// words to everybody else.
+fn number(text: &str) -> Option<f64> {
+    let first = text.trim_start_matches(['-', '+']).chars().next()?;
+    if !first.is_ascii_digit() && first != '.' {
+        return None;
+    }
+    text.parse().ok()
+}
+
+/// Parameters as a request carries them.
+pub fn parameters(given: &[(String, ParameterChoice)]) -> HashMap<String, InferParameter> {
+    given
+        .iter()
+        .map(|(key, choice)| {
+            let parameter = InferParameter {
+                parameter_choice: Some(choice.clone()),
+            };
+            (key.clone(), parameter)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_take_the_type_that_they_look_like() {
+        let of = |text: &str| parameter(text).unwrap().1;
+        assert_eq!(of("a=true"), ParameterChoice::BoolParam(true));
+        assert_eq!(of("a=-5"), ParameterChoice::Int64Param(-5));
+        assert_eq!(
+            of("a=18446744073709551615"),
+            ParameterChoice::Uint64Param(u64::MAX)
+        );
+        assert_eq!(of("a=0.5"), ParameterChoice::DoubleParam(0.5));
+        assert_eq!(of("a=1e3"), ParameterChoice::DoubleParam(1000.0));
+        assert_eq!(of("a=nan"), ParameterChoice::StringParam("nan".into()));
+        assert_eq!(of("a=\"5\""), ParameterChoice::StringParam("5".into()));
+        assert_eq!(of("a=b=c"), ParameterChoice::StringParam("b=c".into()));
+        assert_eq!(of("a="), ParameterChoice::StringParam(String::new()));
+        assert!(parameter("a").is_err() && parameter("=a").is_err());
+    }
+
+    #[test]
+    fn addresses_have_a_host_and_a_port() {
+        for right in ["localhost:8001", "10.0.0.1:1", "[::1]:8001"] {
+            assert!(host_and_port(right).is_ok(), "{right}");
+        }
+        for wrong in ["", ":8001", "localhost", "localhost:", "a:70000", "http://a:80"] {
+            assert!(host_and_port(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn headers_that_grpc_owns_are_refused() {
+        assert!(header("authorization=Bearer x").is_ok());
+        assert!(header("grpc-timeout=1S").is_err());
+        assert!(header("x-bin=AA").is_err());
+        assert!(header("a b=c").is_err());
+        assert!(header("a=line\nbreak").is_err());
+    }
+}

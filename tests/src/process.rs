@@ -1,0 +1,174 @@
+//! One process of the fleet.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// A running `andon`, killed when it is dropped.
+#[derive(Debug)]
+pub struct Andon {
+    child: Child,
+    /// Where it serves gRPC.
+    pub grpc: SocketAddr,
+    /// Where it serves metrics and probes.
+    pub admin: SocketAddr,
+    /// Where it logs.
+    pub log: PathBuf,
+}
+
+/// A loopback port that is free now.
+pub fn free_port() -> Result<SocketAddr> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+}
+
+/// A new file in the target folder.
+pub fn scratch(name: &str) -> Result<PathBuf> {
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    let folder = crate::root().join("target/fleet");
+    std::fs::create_dir_all(&folder)?;
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    Ok(folder.join(format!("{}-{number}-{name}", std::process::id())))
+}
+
+impl Andon {
+    /// A worker of the demo models.
+    pub fn worker(flags: &[String], grpc: Option<SocketAddr>) -> Result<Self> {
+        let mut all = Vec::from(flags);
+        if !flags.iter().any(|flag| flag == "--repository" || flag == "--model") {
+            all.push("--repository".to_owned());
+            all.push(crate::models()?.display().to_string());
+        }
+        Self::start("worker", &all, grpc)
+    }
+
+    /// Starts a role; it may not be ready yet.
+    pub fn start(role: &str, flags: &[String], grpc: Option<SocketAddr>) -> Result<Self> {
+        let program = crate::program("andon")?;
+        Self::run(Command::new(program).arg(role), flags, grpc)
+    }
+
+    /// Starts a program that takes the same flags.
+    pub fn run(command: &mut Command, flags: &[String], grpc: Option<SocketAddr>) -> Result<Self> {
+        let grpc = grpc.map_or_else(free_port, Ok)?;
+        let admin = free_port()?;
+        let log = scratch("log")?;
+        let child = command
+            .args(["--grpc-addr", &grpc.to_string()])
+            .args(["--admin-addr", &admin.to_string()])
+            .args(["--drain-delay", "300ms"])
+            .args(flags)
+            .stdin(Stdio::null())
+            .stdout(File::create(&log)?)
+            .stderr(File::options().append(true).open(&log)?)
+            .spawn()
+            .context("the process cannot be started")?;
+        Ok(Self {
+            child,
+            grpc,
+            admin,
+            log,
+        })
+    }
+
+    /// The process's number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until its probe says ready.
+    pub async fn ready(&self) -> Result<()> {
+        let ready = crate::until(Duration::from_secs(60), "ready", || async {
+            Ok(self.get("/readyz").await?.starts_with("ready"))
+        });
+        ready.await.with_context(|| self.logged())
+    }
+
+    /// What it logged.
+    pub fn logged(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// The body of a page of the admin port.
+    pub async fn get(&self, path: &str) -> Result<String> {
+        let (address, path) = (self.admin, path.to_owned());
+        tokio::task::spawn_blocking(move || get(address, &path)).await?
+    }
+
+    /// The value of one metric, named with its labels as the page has them.
+    pub async fn metric(&self, name: &str) -> Result<Option<f64>> {
+        let page = self.get("/metrics").await?;
+        let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(line.and_then(|value| value.trim().parse().ok()))
+    }
+
+    /// The sum of all metrics whose line begins so.
+    pub async fn metric_sum(&self, prefix: &str) -> Result<f64> {
+        let page = self.get("/metrics").await?;
+        Ok(page
+            .lines()
+            .filter(|line| line.starts_with(prefix))
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum())
+    }
+
+    /// Resident bytes.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kilobytes = line.and_then(|line| line.split_whitespace().next());
+        let kilobytes: u64 = kilobytes.context("no VmRSS")?.parse()?;
+        Ok(kilobytes * 1024)
+    }
+
+    /// Sends a signal, for example `libc::SIGTERM`.
+    #[allow(unsafe_code, reason = "kill(2) takes two integers and touches no memory")]
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        let id = i32::try_from(self.id())?;
+        // SAFETY: the process is our child and has not been waited for, so
+        // that its number is still its own.
+        let result = unsafe { libc::kill(id, signal) };
+        if result != 0 {
+            bail!("the signal could not be sent");
+        }
+        Ok(())
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&mut self, patience: Duration) -> Result<ExitStatus> {
+        let started = Instant::now();
+        while started.elapsed() < patience {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        bail!("it did not end within {patience:?}:\n{}", self.logged())
+    }
+}
+
+impl Drop for Andon {
+    fn drop(&mut self) {
+        // Already gone is as good.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if !std::thread::panicking() {
+            let _ = std::fs::remove_file(&self.log);
+        }
+    }
+}
+
+fn get(address: SocketAddr, path: &str) -> Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: andon\r\nconnection: close\r\n\r\n")?;
+    let mut response = String::new();
+    stream.read_to_string(&mut response)?;
+    let (_, body) = response.split_once("\r\n\r\n").context("no answer")?;
+    Ok(body.to_owned())
+}

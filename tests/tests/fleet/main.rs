@@ -1,0 +1,8 @@
+//! The fleet as its users meet it: processes, clients of other people, faults.
+
+mod conformance;
+mod deadline;
+mod failure;
+mod input;
+mod operations;
+mod transport;

@@ -1,0 +1,140 @@
+//! What a connection is held to.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use fleet_tests::calls::{client, infer, pixels, texts};
+use fleet_tests::{Fleet, until};
+use protocol::inference::ModelInferRequest;
+use tonic::Code;
+
+fn digits() -> ModelInferRequest {
+    pixels(&[[3.0; 64]])
+}
+
+/// Reads until the peer closes; how long that took.
+fn closed(mut stream: TcpStream) -> Result<Duration> {
+    let started = Instant::now();
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut bytes = [0; 1024];
+    loop {
+        match stream.read(&mut bytes) {
+            Ok(0) | Err(_) => return Ok(started.elapsed()),
+            Ok(_) => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn silent_and_foreign_peers_are_closed() -> Result<()> {
+    let fleet = Fleet::with(1, &[], &["--preface-timeout", "300ms"]).await?;
+    let address = fleet.gateway.grpc;
+    let silent = TcpStream::connect(address)?;
+    let mut foreign = TcpStream::connect(address)?;
+    foreign.write_all(b"GET / HTTP/1.1\r\nhost: andon\r\n\r\n")?;
+    let took = tokio::task::spawn_blocking(move || closed(foreign)).await??;
+    ensure!(took < Duration::from_secs(5), "{took:?}");
+    let took = tokio::task::spawn_blocking(move || closed(silent)).await??;
+    ensure!(took < Duration::from_secs(5), "{took:?}");
+    let refused = |reason: &str| {
+        format!("andon_connections_refused_total{{listener=\"gateway\",reason=\"{reason}\"}}")
+    };
+    for reason in ["preface_timeout", "not_http2"] {
+        let count = fleet.gateway.metric(&refused(reason)).await?;
+        ensure!(count == Some(1.0), "{reason}: {count:?}");
+    }
+    infer(&client(address).await?, digits(), Duration::from_secs(5)).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn connections_over_the_cap_are_closed_and_the_others_serve() -> Result<()> {
+    let fleet = Fleet::with(1, &[], &["--connections-max", "4"]).await?;
+    let address = fleet.gateway.grpc;
+    let client = client(address).await?;
+    infer(&client, digits(), Duration::from_secs(5)).await?;
+    let open: Vec<TcpStream> = (0..10)
+        .map(|_| TcpStream::connect(address))
+        .collect::<Result<_, _>>()?;
+    let refused = "andon_connections_refused_total{listener=\"gateway\",reason=\"cap\"}";
+    until(Duration::from_secs(5), "connections are refused", || async {
+        Ok(fleet.gateway.metric(refused).await? >= Some(7.0))
+    })
+    .await?;
+    infer(&client, digits(), Duration::from_secs(5)).await?;
+    drop(open);
+    Ok(())
+}
+
+#[tokio::test]
+async fn old_connections_are_asked_to_end_and_no_call_fails() -> Result<()> {
+    let fleet = Fleet::with(1, &[], &["--connection-age", "300ms"]).await?;
+    let client = client(fleet.gateway.grpc).await?;
+    let load = fleet_tests::load::Load::start(&client, &digits(), 4, usize::MAX);
+    let accepted = "andon_connections_accepted_total{listener=\"gateway\"}";
+    // The client connects again each time that its connection is told to end.
+    until(Duration::from_secs(20), "the client connects again", || async {
+        Ok(fleet.gateway.metric(accepted).await? >= Some(4.0))
+    })
+    .await?;
+    let outcome = load.stopped().await;
+    ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+    Ok(())
+}
+
+#[tokio::test]
+async fn messages_over_the_limits_are_refused_and_small_ones_served() -> Result<()> {
+    let limits = ["--message-bytes-max", "1MiB", "--bytes-in-flight-max", "2MiB"];
+    let fleet = Fleet::with(1, &limits, &limits).await?;
+    let client = client(fleet.gateway.grpc).await?;
+    let large = texts(&[vec![b'a'; 2 << 20]]);
+    let refused = infer(&client, large, Duration::from_secs(5)).await;
+    let code = refused.err().map(|status| status.code());
+    ensure!(code == Some(Code::ResourceExhausted), "{code:?}");
+    // Many messages that fit alone but not together: each is answered or
+    // refused for overload, and nothing else happens.
+    let rows = [[1.0; 64]; 3_500];
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..16 {
+        let (client, request) = (client.clone(), pixels(&rows));
+        calls.spawn(async move { infer(&client, request, Duration::from_secs(20)).await });
+    }
+    let mut answered = 0;
+    while let Some(call) = calls.join_next().await {
+        match call.context("a call")? {
+            Ok(_) => answered += 1,
+            Err(status) => ensure!(status.code() == Code::Unavailable, "{status:?}"),
+        }
+    }
+    ensure!(answered > 0, "none was answered");
+    until(Duration::from_secs(5), "no bytes are left in flight", || async {
+        Ok(fleet.gateway.metric("andon_gateway_bytes_in_flight").await? == Some(0.0))
+    })
+    .await?;
+    infer(&client, digits(), Duration::from_secs(5)).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn calls_over_the_cap_are_shed_at_once() -> Result<()> {
+    let fleet = Fleet::with(1, &[], &["--calls-max", "1"]).await?;
+    let client = client(fleet.gateway.grpc).await?;
+    let slow = texts(&vec!["words that take a while to compute ".repeat(5); 128]);
+    let busy = tokio::spawn({
+        let client = client.clone();
+        async move { infer(&client, slow, Duration::from_secs(30)).await }
+    });
+    until(Duration::from_secs(5), "the place is taken", || async {
+        Ok(fleet.gateway.metric("andon_gateway_in_flight").await? == Some(1.0))
+    })
+    .await?;
+    let refused = infer(&client, digits(), Duration::from_secs(5)).await;
+    let status = refused.err().context("it was answered")?;
+    ensure!(status.code() == Code::Unavailable, "{status:?}");
+    let details = tonic_types::StatusExt::get_error_details(&status);
+    ensure!(details.retry_info().is_some(), "no RetryInfo");
+    busy.await??;
+    Ok(())
+}

@@ -39,13 +39,14 @@ def main():
         sys.exit("usage: fetch_models.py FOLDER")
     folder = pathlib.Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    place(folder / "minilm" / "1", fetch_minilm)
-    place(folder / "digits" / "1", copy_digits)
+    minilm, digits = folder / "minilm" / "1", folder / "digits" / "1"
+    place(minilm, fetch_minilm, is_whole(minilm))
+    place(digits, copy_digits, is_whole(digits) and is_committed(digits))
 
 
-def place(target, fill):
-    """Fills a new folder and renames it to `target`, unless that is there and whole."""
-    if is_whole(target):
+def place(target, fill, is_done):
+    """Fills a new folder and renames it to `target`, unless that is done."""
+    if is_done:
         print(f"{target}: already there")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,12 @@ def is_whole(model):
         return weights.stat().st_size == 8 + length + end
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         return False
+
+
+def is_committed(model):
+    """Whether the weights are those of the repository, which may have been trained anew."""
+    name = "model.safetensors"
+    return (model / name).read_bytes() == (DIGITS / name).read_bytes()
 
 
 def fetch_minilm(unpacked, aside):

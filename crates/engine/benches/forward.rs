@@ -45,7 +45,7 @@ fn attention(criterion: &mut Criterion) {
         let mut lengths: Vec<u32> = lengths.iter().map(|length| *length as u32).collect();
         lengths.sort_unstable();
         group.throughput(Throughput::Elements(tokens as u64));
-        let pool = |work: &(dyn Fn() + Sync)| Device::Cpu.with_context(|| work());
+        let pool = |work: &(dyn Fn() + Sync)| Device::Cpu.with_context(work);
         group.bench_function(BenchmarkId::new("by row", name), |bencher| {
             bencher.iter(|| pool(&|| drop(black_box(attend_by_row(&heads, &batch, None)))));
         });

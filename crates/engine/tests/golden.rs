@@ -61,9 +61,9 @@ fn options() -> LoadOptions {
     }
 }
 
-fn forward(model: &mut Model, rows: &[(&TokenRow, Wanted)]) -> Vec<Vec<f32>> {
-    let row = |(tokens, wanted): &(_, _)| TextRow {
-        tokens: *tokens,
+fn forward<'a>(model: &mut Model, rows: &[(&'a TokenRow, Wanted)]) -> Vec<Vec<f32>> {
+    let row = |(tokens, wanted): &(&'a TokenRow, Wanted)| TextRow {
+        tokens,
         wanted: *wanted,
     };
     let rows: Vec<TextRow<'_>> = rows.iter().map(row).collect();

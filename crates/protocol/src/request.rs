@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tensor::{Datatype, Shape, Tensor, TypedContents, encode_typed};
+use tensor::{Datatype, Shape, Tensor, TensorError, TypedContents, encode_typed};
 
 use crate::inference::{
     DataType, InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse,
@@ -211,12 +211,16 @@ fn checked_input(
     let datatype: Datatype = input
         .datatype
         .parse()
-        .map_err(|error: tensor::TensorError| Error::invalid(at("datatype"), error.to_string()))?;
+        .map_err(|error: TensorError| Error::invalid(at("datatype"), error.to_string()))?;
     let shape = Shape::checked(&input.shape)
         .map_err(|error| Error::invalid(at("shape"), error.to_string()))?;
     let tensor = match raw {
         Some(raw) => Tensor::from_raw(datatype, shape, raw).map_err(|error| {
-            Error::invalid(format!("raw_input_contents[{index}]"), error.to_string())
+            let field = match error {
+                TensorError::ShapeOverflow => at("shape"),
+                _ => format!("raw_input_contents[{index}]"),
+            };
+            Error::invalid(field, error.to_string())
         })?,
         None => {
             let contents = to_typed(input.contents.unwrap_or_default());

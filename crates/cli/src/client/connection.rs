@@ -7,9 +7,7 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use platform::grpc::code_name;
 use protocol::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
-use protocol::inference::{
-    ModelMetadataRequest, ModelMetadataResponse, RepositoryIndexRequest,
-};
+use protocol::inference::{ModelMetadataRequest, ModelMetadataResponse, RepositoryIndexRequest};
 use tonic::metadata::MetadataMap;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
@@ -172,7 +170,14 @@ fn describe(status: &Status) -> String {
         .map(|bad| bad.field_violations.as_slice())
         .unwrap_or_default()
     {
-        let _ = write!(text, "\n  field {}: {}", violation.field, violation.description);
+        // Andon's own messages start with the field.
+        if !message.contains(&violation.field) {
+            let _ = write!(
+                text,
+                "\n  field {}: {}",
+                violation.field, violation.description
+            );
+        }
     }
     if let Some(delay) = details.retry_info().and_then(|retry| retry.retry_delay) {
         let _ = write!(text, "\n  Try again in {delay:?}");
@@ -214,8 +219,15 @@ mod tests {
             header: Vec::new(),
             timeout: None,
         };
-        let error = Client::connect(&connection).await.err().unwrap().to_string();
-        assert!(error.contains(&format!("Is Andon running at {address}?")), "{error}");
+        let error = Client::connect(&connection)
+            .await
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(
+            error.contains(&format!("Is Andon running at {address}?")),
+            "{error}"
+        );
         assert!(error.contains("andon serve"), "{error}");
     }
 }

@@ -26,10 +26,12 @@ pub fn pair(text: &str) -> Result<(String, String), String> {
 /// Checks `HOST:PORT`.
 pub fn host_and_port(text: &str) -> Result<String, String> {
     match text.rsplit_once(':') {
-        Some((host, port)) if !host.is_empty() && !host.contains('/') => match port.parse::<u16>() {
-            Ok(_) => Ok(text.to_owned()),
-            Err(_) => Err(format!("'{port}' is no port")),
-        },
+        Some((host, port)) if !host.is_empty() && !host.contains('/') => {
+            match port.parse::<u16>() {
+                Ok(_) => Ok(text.to_owned()),
+                Err(_) => Err(format!("'{port}' is no port")),
+            }
+        }
         _ => Err("write it as HOST:PORT, for example 127.0.0.1:8001".to_owned()),
     }
 }
@@ -41,7 +43,9 @@ pub fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
         .parse()
         .map_err(|_| format!("'{key}' is no metadata key: use letters, digits, - and _"))?;
     if key.as_str().ends_with("-bin") || key.as_str().starts_with("grpc-") {
-        return Err(format!("'{key}' cannot be set here: it is binary or reserved by gRPC"));
+        return Err(format!(
+            "'{key}' cannot be set here: it is binary or reserved by gRPC"
+        ));
     }
     let value = HeaderValue::from_str(&value)
         .map_err(|_| format!("the value of '{key}' must be printable ASCII"))?;
@@ -121,7 +125,14 @@ mod tests {
         for right in ["localhost:8001", "10.0.0.1:1", "[::1]:8001"] {
             assert!(host_and_port(right).is_ok(), "{right}");
         }
-        for wrong in ["", ":8001", "localhost", "localhost:", "a:70000", "http://a:80"] {
+        for wrong in [
+            "",
+            ":8001",
+            "localhost",
+            "localhost:",
+            "a:70000",
+            "http://a:80",
+        ] {
             assert!(host_and_port(wrong).is_err(), "{wrong}");
         }
     }

@@ -8,7 +8,10 @@ use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 /// error.
 pub fn out(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
@@ -56,7 +59,13 @@ pub fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
 /// steer the terminal.
 pub fn visible(text: &str) -> String {
     text.chars()
-        .map(|character| if character.is_control() { '·' } else { character })
+        .map(|character| {
+            if character.is_control() {
+                '·'
+            } else {
+                character
+            }
+        })
         .collect()
 }
 

@@ -13,6 +13,8 @@ use crate::layers::{
 };
 use crate::load::{Config, RawConfig, RotaryConfig, Weights, bad_config};
 
+const ROTARY_NUMBERS_MAX: usize = 1 << 24;
+
 const EMBEDDING: EmbeddingNames = EmbeddingNames {
     words: "embeddings.tok_embeddings.weight",
     positions: None,
@@ -123,6 +125,10 @@ struct Rotary {
 impl Rotary {
     fn new(weights: &mut Weights, config: &Config, theta: f64) -> Result<Self, EngineError> {
         let half = config.hidden / config.heads / 2;
+        // No file backs this table: the configuration alone would size it.
+        if config.positions.saturating_mul(half) > ROTARY_NUMBERS_MAX {
+            return Err(bad_config("max_position_embeddings is too large"));
+        }
         let frequency = |place: usize| (1.0 / theta.powf(place as f64 / half as f64)) as f32;
         let frequencies: Vec<f32> = (0..half).map(frequency).collect();
         let mut cosines = Vec::new();

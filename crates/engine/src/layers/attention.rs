@@ -207,3 +207,27 @@ pub(crate) fn rotate(
     let rotated_second = (second.broadcast_mul(&cosines)? + first.broadcast_mul(&sines)?)?;
     Ok(Tensor::cat(&[rotated_first, rotated_second], D::Minus1)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn both_ways_agree_with_and_without_a_window() {
+        let lengths = [1, 3, 3, 40, 17, 40];
+        let ids = [0; 40];
+        let rows = lengths.map(|length| (&ids[..length], &ids[..length]));
+        let batch = Batch::pack(&rows, &Device::Cpu).unwrap();
+        let joined = Tensor::randn(0f32, 1.0, (batch.tokens(), 3 * 24), &Device::Cpu).unwrap();
+        let heads = Heads::split(&joined, 3).unwrap();
+        for window in [None, Some(0), Some(4), Some(100)] {
+            let by_row = attend_by_row(&heads, &batch, window).unwrap();
+            let by_group = attend_by_group(&heads, &batch, window).unwrap();
+            let difference = (by_row - by_group).unwrap().abs().unwrap();
+            let largest = difference.max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(largest < 1e-5, "window {window:?}: {largest:e} apart");
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! The requests, encoded before the clock starts.
+
+use std::path::Path;
+
+use anyhow::{Context, bail, ensure};
+use bytes::Bytes;
+use platform::grpc::frame;
+use protocol::inference::model_infer_request::InferInputTensor;
+use protocol::inference::model_metadata_response::TensorMetadata;
+use protocol::inference::{ModelInferRequest, ModelMetadataResponse};
+use tensor::{Datatype, Shape, encode_bytes_elements};
+
+use super::super::options::parameters;
+use super::Bench;
+
+/// The most that all requests together may take.
+const REQUESTS_BYTES_MAX: usize = 1 << 30;
+const TEXT_BYTES: usize = 64;
+const WORDS: &str = "an andon is a paper lantern around a candle and the light that stops a line ";
+
+/// What is sent, again and again.
+pub struct Payload {
+    /// Framed requests, taken in turn.
+    pub requests: Vec<Bytes>,
+    /// Rows of each request.
+    pub rows: u64,
+    /// Mean raw bytes of a request's inputs.
+    pub bytes: usize,
+}
+
+impl Payload {
+    /// Requests for a model, by its metadata.
+    pub fn build(metadata: &ModelMetadataResponse, options: &Bench) -> anyhow::Result<Self> {
+        let first = metadata.inputs.first().context("the model has no inputs")?;
+        let texts = match &options.texts {
+            Some(path) => {
+                ensure!(
+                    first.datatype == "BYTES",
+                    "--texts is for models of texts: input '{}' takes {}",
+                    first.name,
+                    first.datatype
+                );
+                read(path).with_context(|| format!("file {}", path.display()))?
+            }
+            None => Vec::new(),
+        };
+        let rows = rows(first, options)?;
+        // The last request takes texts from the start again, to have as many.
+        let distinct = texts.len().div_ceil(rows).max(1);
+        let (mut requests, mut raw_bytes, mut framed_bytes) = (Vec::new(), 0, 0);
+        for index in 0..distinct {
+            let places = (index * rows..(index + 1) * rows).map(|place| place % texts.len().max(1));
+            let texts: Vec<&str> = places
+                .filter_map(|place| texts.get(place))
+                .map(String::as_str)
+                .collect();
+            let message = request(metadata, options, rows, &texts)?;
+            raw_bytes += message
+                .raw_input_contents
+                .iter()
+                .map(Bytes::len)
+                .sum::<usize>();
+            let framed = frame(&message);
+            framed_bytes += framed.len();
+            ensure!(
+                framed_bytes <= REQUESTS_BYTES_MAX,
+                "the distinct requests take more than {} MiB: give fewer texts or bytes",
+                REQUESTS_BYTES_MAX >> 20
+            );
+            requests.push(framed);
+        }
+        Ok(Self {
+            bytes: raw_bytes / requests.len(),
+            rows: rows as u64,
+            requests,
+        })
+    }
+}
+
+/// One request; the first input takes the wanted bytes, the others a row's.
+fn request(
+    metadata: &ModelMetadataResponse,
+    options: &Bench,
+    rows: usize,
+    texts: &[&str],
+) -> anyhow::Result<ModelInferRequest> {
+    let mut message = ModelInferRequest {
+        model_name: options.model.clone(),
+        model_version: options.version.clone(),
+        parameters: parameters(&options.param),
+        ..Default::default()
+    };
+    for (place, input) in metadata.inputs.iter().enumerate() {
+        let bytes = options.payload_bytes.filter(|_| place == 0);
+        let (shape, raw) = contents(input, rows, texts, bytes)
+            .with_context(|| format!("input '{}'", input.name))?;
+        message.inputs.push(InferInputTensor {
+            name: input.name.clone(),
+            datatype: input.datatype.clone(),
+            shape,
+            ..Default::default()
+        });
+        message.raw_input_contents.push(raw);
+    }
+    Ok(message)
+}
+
+fn read(path: &Path) -> anyhow::Result<Vec<String>> {
+    let text = std::fs::read_to_string(path)?;
+    let texts: Vec<String> = text
+        .lines()
+        .filter(|line| !line.is_empty())
+        .map(str::to_owned)
+        .collect();
+    ensure!(!texts.is_empty(), "it has no texts");
+    Ok(texts)
+}
+
+/// Rows of each request: as asked for; else as many as the wanted bytes fill.
+fn rows(first: &TensorMetadata, options: &Bench) -> anyhow::Result<usize> {
+    if let Some(rows) = options.rows {
+        return Ok(usize::try_from(rows)?);
+    }
+    let datatype: Datatype = first.datatype.parse()?;
+    let (Some(bytes), Some(width)) = (options.payload_bytes, datatype.element_bytes()) else {
+        return Ok(1);
+    };
+    let open_row = first.shape.iter().skip(1).any(|&length| length < 0);
+    if open_row || first.shape.first().is_none_or(|&length| length >= 0) {
+        return Ok(1);
+    }
+    Ok((bytes / (row_elements(first)? * width)).max(1))
+}
+
+/// Elements of a row; a dimension that the caller chooses counts as one.
+fn row_elements(input: &TensorMetadata) -> anyhow::Result<usize> {
+    let lengths: Vec<i64> = input
+        .shape
+        .iter()
+        .skip(1)
+        .map(|&length| length.max(1))
+        .collect();
+    Ok(Shape::checked(&lengths)?.elements())
+}
+
+/// The shape and raw bytes of one input.
+fn contents(
+    input: &TensorMetadata,
+    rows: usize,
+    texts: &[&str],
+    bytes: Option<usize>,
+) -> anyhow::Result<(Vec<i64>, Bytes)> {
+    let datatype: Datatype = input.datatype.parse()?;
+    let mut shape = input.shape.clone();
+    if let Some(batch) = shape.first_mut().filter(|length| **length < 0) {
+        *batch = i64::try_from(rows)?;
+    }
+    // One dimension that the caller chooses inside a row takes the wanted bytes.
+    let width = datatype.element_bytes();
+    let mut open = bytes.zip(width).map(|(bytes, width)| bytes / width / rows);
+    for length in shape.iter_mut().rev().filter(|length| **length < 0) {
+        let elements = open.take().unwrap_or(1) / row_elements(input)?;
+        *length = i64::try_from(elements.max(1))?;
+    }
+    let elements = Shape::checked(&shape)?.elements();
+    let raw = match width {
+        Some(width) => numbers(datatype, elements, width)?,
+        None if texts.is_empty() => {
+            let text = text(bytes.unwrap_or(TEXT_BYTES));
+            ensure_fits(elements, text.len())?;
+            encode_bytes_elements(&vec![text; elements])?
+        }
+        None => {
+            let elements: Vec<&str> = texts.iter().copied().cycle().take(elements).collect();
+            encode_bytes_elements(&elements)?
+        }
+    };
+    Ok((shape, raw.into()))
+}
+
+/// Numbers from 0 to 16, which every model so far takes.
+fn numbers(datatype: Datatype, elements: usize, width: usize) -> anyhow::Result<Vec<u8>> {
+    ensure_fits(elements, width)?;
+    let raw = (0..elements).flat_map(|element| {
+        let value = (element % 17) as u8;
+        let mut bytes = [0; 8];
+        match datatype {
+            Datatype::Bool => bytes[0] = value & 1,
+            Datatype::Fp16 => bytes[..2].copy_from_slice(&half::f16::from(value).to_le_bytes()),
+            Datatype::Bf16 => {
+                bytes[..2].copy_from_slice(&half::bf16::from_f32(value.into()).to_le_bytes());
+            }
+            Datatype::Fp32 => bytes[..4].copy_from_slice(&f32::from(value).to_le_bytes()),
+            Datatype::Fp64 => bytes.copy_from_slice(&f64::from(value).to_le_bytes()),
+            // The first byte of a little-endian integer.
+            _ => bytes[0] = value,
+        }
+        bytes.into_iter().take(width)
+    });
+    Ok(raw.collect())
+}
+
+fn ensure_fits(elements: usize, width: usize) -> anyhow::Result<()> {
+    match elements.checked_mul(width) {
+        Some(bytes) if bytes <= REQUESTS_BYTES_MAX => Ok(()),
+        _ => bail!("{elements} elements of {width} bytes are too many for one request"),
+    }
+}
+
+/// Words of exactly so many bytes.
+fn text(bytes: usize) -> String {
+    WORDS.chars().cycle().take(bytes).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn input(datatype: &str, shape: &[i64]) -> TensorMetadata {
+        TensorMetadata {
+            name: "in".into(),
+            datatype: datatype.into(),
+            shape: shape.to_vec(),
+        }
+    }
+
+    #[test]
+    fn payloads_have_about_the_wanted_bytes() {
+        for (datatype, shape, rows, wanted, bytes) in [
+            ("FP32", vec![-1, 64], 4, vec![4, 64], 1024),
+            ("FP32", vec![-1], 256, vec![256], 1024),
+            ("FP32", vec![-1, -1], 1, vec![1, 256], 1024),
+            ("FP32", vec![-1, -1, 8], 2, vec![2, 16, 8], 1024),
+            ("UINT8", vec![-1], 1024, vec![1024], 1024),
+            ("BYTES", vec![-1], 1, vec![1], 1028),
+            ("INT64", vec![3], 1, vec![3], 24),
+        ] {
+            let input = input(datatype, &shape);
+            let (shape, raw) = contents(&input, rows, &[], Some(1024)).unwrap();
+            assert_eq!((shape, raw.len()), (wanted, bytes), "{datatype}");
+        }
+    }
+
+    #[test]
+    fn texts_are_taken_in_turn() {
+        let (shape, raw) = contents(&input("BYTES", &[-1]), 3, &["a", "b"], None).unwrap();
+        let texts: Vec<&[u8]> = tensor::bytes_elements(&raw)
+            .collect::<Result<_, _>>()
+            .unwrap();
+        assert_eq!((shape, texts), (vec![3], vec![&b"a"[..], b"b", b"a"]));
+    }
+
+    #[test]
+    fn what_fits_no_request_is_refused() {
+        assert!(contents(&input("FP32", &[-1, i64::MAX]), 2, &[], None).is_err());
+        assert!(contents(&input("FP32", &[-1, 1 << 40]), 1, &[], None).is_err());
+        assert!(contents(&input("FP99", &[-1]), 1, &[], None).is_err());
+    }
+}

@@ -7,7 +7,7 @@ use anyhow::Result;
 use protocol::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
 use protocol::inference::model_infer_request::InferInputTensor;
 use protocol::inference::{ModelInferRequest, ModelInferResponse};
-use tonic::Status;
+use tonic::{Code, Status};
 use tonic::transport::{Channel, Endpoint};
 
 /// The generated client.
@@ -64,6 +64,30 @@ pub async fn infer(
     request.set_timeout(timeout);
     let answered = client.clone().model_infer(request).await?;
     Ok(answered.into_inner())
+}
+
+/// Sends a request on a connection of its own and waits for the server's word
+/// alone: tonic's client would end the call by its own clock.
+pub async fn patient_infer(
+    address: SocketAddr,
+    request: &ModelInferRequest,
+    timeout: Duration,
+) -> Result<Code> {
+    let target = platform::channel::Target::Tcp(address.to_string());
+    let channel = platform::channel::Channel::connect(&target, Duration::from_secs(5)).await?;
+    let body = platform::grpc::Body::request(platform::grpc::frame(request));
+    let call = http::Request::post(format!(
+        "http://{address}/inference.GRPCInferenceService/ModelInfer"
+    ))
+    .header("content-type", "application/grpc")
+    .header("te", "trailers")
+    .header("grpc-timeout", format!("{}u", timeout.as_micros()))
+    .body(body)?;
+    let (head, body) = channel.send(call).await?.into_parts();
+    let rest = http_body_util::BodyExt::collect(body).await?;
+    let trailers = rest.trailers().cloned().unwrap_or_default();
+    let status = Status::from_header_map(&head.headers).or_else(|| Status::from_header_map(&trailers));
+    Ok(status.map_or(Code::Unknown, |status| status.code()))
 }
 
 /// The FP32 values of an output, row by row.

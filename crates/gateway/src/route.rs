@@ -25,8 +25,16 @@ pub struct Table {
 pub struct ModelRoute {
     name: ModelName,
     task: String,
-    /// Who can answer, by version; nobody for a version that is not ready.
-    versions: BTreeMap<ModelVersion, Vec<Arc<Upstream>>>,
+    versions: BTreeMap<ModelVersion, VersionRoute>,
+}
+
+/// One version of a model.
+#[derive(Debug, Default)]
+struct VersionRoute {
+    /// Who can answer.
+    upstreams: Vec<Arc<Upstream>>,
+    /// Whether a worker that has it ready is out of reach or leaving.
+    lost: bool,
 }
 
 /// Who can answer one request.
@@ -49,7 +57,7 @@ impl Route {
         self.model
             .versions
             .get(&self.version)
-            .map_or(&[], Vec::as_slice)
+            .map_or(&[], |version| version.upstreams.as_slice())
     }
 }
 
@@ -125,15 +133,10 @@ impl Table {
             return Err(Error::unknown_model(&name, None));
         };
         let version = match version {
-            None => model.newest().ok_or_else(|| {
-                Error::new(
-                    Kind::NotFound,
-                    format!("model '{name}' has no version that is ready"),
-                )
-            })?,
+            None => model.newest().ok_or_else(|| model.not_ready())?,
             Some(version) => match model.versions.get(&version) {
                 None => return Err(Error::unknown_model(&model.name, Some(version))),
-                Some(upstreams) if upstreams.is_empty() => {
+                Some(route) if route.upstreams.is_empty() => {
                     return Err(Error::new(
                         Kind::NotReady,
                         format!("version {version} of model '{name}' is not ready"),
@@ -191,10 +194,25 @@ pub fn nobody() -> Error {
 
 impl ModelRoute {
     fn newest(&self) -> Option<ModelVersion> {
-        let ready = |(version, upstreams): (&ModelVersion, &Vec<Arc<Upstream>>)| {
-            (!upstreams.is_empty()).then_some(*version)
+        let ready = |(version, route): (&ModelVersion, &VersionRoute)| {
+            (!route.upstreams.is_empty()).then_some(*version)
         };
         self.versions.iter().rev().find_map(ready)
+    }
+
+    /// Why no version can be called.
+    fn not_ready(&self) -> Error {
+        let name = &self.name;
+        if self.versions.values().any(|route| route.lost) {
+            return Error::new(
+                Kind::NotReady,
+                format!("no worker that has model '{name}' can be reached"),
+            );
+        }
+        Error::new(
+            Kind::NotFound,
+            format!("model '{name}' has no version that is ready"),
+        )
     }
 }
 
@@ -222,10 +240,11 @@ fn build(upstreams: Vec<Arc<Upstream>>) -> Table {
             if !reported.task.is_empty() {
                 model.task.clone_from(&reported.task);
             }
-            let able = model.versions.entry(version).or_default();
+            let route = model.versions.entry(version).or_default();
             if reported.ready && open {
-                able.push(upstream.clone());
+                route.upstreams.push(upstream.clone());
             }
+            route.lost |= reported.ready && !open;
         }
     }
     Table {

@@ -4,11 +4,21 @@ use std::sync::{Mutex, PoisonError};
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 /// Metrics that roles register and the admin port shows.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Metrics(Mutex<Registry>);
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::default();
+        let build = Info::new([("version", crate::VERSION)]);
+        registry.register("andon_build", "The release of the binary", build);
+        Self(Mutex::new(registry))
+    }
+}
 
 impl Metrics {
     /// Lets a role register its metrics.

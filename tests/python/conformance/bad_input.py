@@ -302,10 +302,8 @@ class Server:
         expect(ready.ready, "the server is not ready any more")
         for model in ("minilm", "digits"):
             request = service_pb2.ModelReadyRequest(name=model)
-            expect(
-                self.stub.ModelReady(request, timeout=CALL_SECONDS_MAX).ready,
-                f"{model} is not ready any more",
-            )
+            answer = self.stub.ModelReady(request, timeout=CALL_SECONDS_MAX)
+            expect(answer.ready, f"{model} is not ready any more")
 
 
 def check_infer(checks, server, options):
@@ -375,9 +373,8 @@ def check_messages(checks, server, options):
             request_serializer=bytes,
             response_deserializer=bytes,
         )
-        refuse = lambda: call(b"", timeout=CALL_SECONDS_MAX)
         try:
-            refuse()
+            call(b"", timeout=CALL_SECONDS_MAX)
         except grpc.RpcError as error:
             expect(error.code() == grpc.StatusCode.UNIMPLEMENTED, f"{error.code().name}")
         else:
@@ -443,13 +440,11 @@ def check_tei(checks, server, options):
     embed_all = caller("Embed", "EmbedAll", "EmbedAllRequest")
     decode = caller("Tokenize", "Decode", "DecodeRequest")
     large = "a" * (options.text_bytes_max + 1)
-    long_text = "lantern " * 3000
+    long_text, direction = "lantern " * 3000, "truncation_direction"
     cases = {
-        "tei_enum": (lambda: embed(inputs="a", truncation_direction=7), "truncation_direction"),
-        "tei_enum_negative": (
-            lambda: embed(inputs="a", truncation_direction=-1), "truncation_direction"),
-        "tei_enum_embed_all": (
-            lambda: embed_all(inputs="a", truncation_direction=7), "truncation_direction"),
+        "tei_enum": (lambda: embed(inputs="a", truncation_direction=7), direction),
+        "tei_enum_negative": (lambda: embed(inputs="a", truncation_direction=-1), direction),
+        "tei_enum_embed_all": (lambda: embed_all(inputs="a", truncation_direction=7), direction),
         "tei_text_over_the_cap": (lambda: embed(inputs=large), "inputs"),
         "tei_text_too_long": (lambda: embed(inputs=long_text), "inputs"),
         "tei_dimensions_zero": (lambda: embed(inputs="a", dimensions=0), "dimensions"),

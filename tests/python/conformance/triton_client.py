@@ -25,6 +25,7 @@ from triton_control import (
     check_shared_memory,
 )
 
+
 def norms(vectors):
     """The length of each row."""
     return np.linalg.norm(vectors, axis=1)

@@ -3,15 +3,15 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use fleet_tests::calls::{client, infer, texts};
+use fleet_tests::calls::{client, infer, patient_infer, texts};
 use fleet_tests::{Fleet, until};
 use protocol::inference::ModelInferRequest;
 use tonic::Code;
 
-/// Seconds of work: long texts, all different in nothing that matters.
+/// A second of work or so that takes no time to tokenize.
 fn slow() -> ModelInferRequest {
     let text = "a lantern around a candle stops the line when quality slips ".repeat(20);
-    let mut request = texts(&vec![text; 256]);
+    let mut request = texts(&vec![text; 16]);
     request.parameters.insert(
         "truncate".to_owned(),
         protocol::inference::InferParameter {
@@ -37,12 +37,10 @@ async fn a_deadline_ends_the_call_and_the_compute() -> Result<()> {
     let client = client(fleet.gateway.grpc).await?;
     for _ in 0..3 {
         let started = Instant::now();
-        let answered = infer(&client, slow(), Duration::from_millis(50)).await;
+        let timeout = Duration::from_millis(50);
+        let code = patient_infer(fleet.gateway.grpc, &slow(), timeout).await?;
         let took = started.elapsed();
-        let code = answered.err().map(|status| status.code());
-        // A worker that knows itself to be too slow may say so at once.
-        let fits = matches!(code, Some(Code::DeadlineExceeded | Code::Unavailable));
-        ensure!(fits, "{code:?}");
+        ensure!(code == Code::DeadlineExceeded, "{code:?}");
         ensure!(took < Duration::from_millis(500), "{took:?}");
     }
     // The instance is free again at once: a short text is answered.
@@ -57,7 +55,7 @@ async fn a_deadline_ends_the_call_and_the_compute() -> Result<()> {
 async fn a_caller_who_leaves_stops_the_work() -> Result<()> {
     let fleet = Fleet::start(1).await?;
     let client = client(fleet.gateway.grpc).await?;
-    let patience = Duration::from_millis(100);
+    let patience = Duration::from_millis(150);
     let left = tokio::time::timeout(patience, infer(&client, slow(), Duration::from_secs(30)));
     ensure!(left.await.is_err(), "it was answered within {patience:?}");
     until(Duration::from_secs(5), "the rows are given up", || async {

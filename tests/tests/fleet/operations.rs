@@ -91,6 +91,7 @@ async fn every_metric_that_dashboards_name_is_there() -> Result<()> {
         let family = name
             .strip_suffix("_total")
             .or_else(|| name.strip_suffix("_bucket"))
+            .or_else(|| name.strip_suffix("_info"))
             .unwrap_or(name);
         let known = page.contains(&format!("# TYPE {family} "));
         ensure!(known, "{name} is not on the metrics pages");

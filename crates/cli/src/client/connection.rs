@@ -145,7 +145,11 @@ impl Client {
             ready: true,
         });
         let index = self.stub.repository_index(request).await.ok()?.into_inner();
-        let mut names: Vec<String> = index.models.into_iter().map(|model| model.name).collect();
+        let mut names: Vec<String> = index
+            .models
+            .into_iter()
+            .map(|model| format!("{} version {}", model.name, model.version))
+            .collect();
         names.sort();
         names.dedup();
         Some(names)
@@ -170,8 +174,8 @@ fn describe(status: &Status) -> String {
         .map(|bad| bad.field_violations.as_slice())
         .unwrap_or_default()
     {
-        // Andon's own messages start with the field.
-        if !message.contains(&violation.field) {
+        // Andon's own messages say it already.
+        if !message.contains(&violation.description) || violation.description.is_empty() {
             let _ = write!(
                 text,
                 "\n  field {}: {}",

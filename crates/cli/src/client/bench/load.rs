@@ -28,8 +28,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// Between attempts to reach a server that is not there.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
-/// A latency is kept to about a thousandth of itself.
+/// A latency is kept to about a thousandth of itself; none is longer than an
+/// hour.
 const DIGITS: u8 = 3;
+const LATENCY_NS_MAX: u64 = 3_600_000_000_000;
 
 /// What is sent and where.
 pub struct Load {
@@ -168,10 +170,7 @@ impl Driver {
     /// Counts what came of a request; returns the number of the one to send.
     async fn settle(&mut self, exchanged: Exchanged) -> Option<u64> {
         match exchanged.outcome {
-            Outcome::Answered => {
-                let nanos = u64::try_from(exchanged.latency.as_nanos()).unwrap_or(u64::MAX);
-                self.tally.latencies.saturating_record(nanos);
-            }
+            Outcome::Answered => self.tally.succeed(exchanged.latency),
             Outcome::Failed(code, message) => self.tally.fail(code, message),
             // The server never saw it: it is sent again over a new connection.
             Outcome::Unsent => {
@@ -285,9 +284,14 @@ fn broken(error: &dyn std::error::Error) -> Outcome {
 impl Tally {
     fn new() -> anyhow::Result<Self> {
         Ok(Self {
-            latencies: Histogram::new(DIGITS)?,
+            latencies: Histogram::new_with_bounds(1, LATENCY_NS_MAX, DIGITS)?,
             errors: BTreeMap::new(),
         })
+    }
+
+    fn succeed(&mut self, latency: Duration) {
+        let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        self.latencies.saturating_record(nanos);
     }
 
     fn fail(&mut self, code: &'static str, message: String) {
@@ -312,7 +316,7 @@ pub mod tests {
     pub fn tally(latencies_ns: &[u64], errors: u64) -> Tally {
         let mut tally = Tally::new().unwrap();
         for &latency in latencies_ns {
-            tally.latencies.record(latency).unwrap();
+            tally.succeed(Duration::from_nanos(latency));
         }
         for _ in 0..errors {
             tally.fail("UNAVAILABLE", "full".to_owned());

@@ -121,6 +121,8 @@ def measure_one(processes, target, case, concurrency, options):
     rate = report["requests_per_second"]
     if not rate:
         raise Failure(f"{target.name} answered nothing within {options.seconds} s")
+    if report["p50_us"] <= 0:
+        raise Failure(f"{target.name}: a median latency of {report['p50_us']} us was reported")
     report["cpu_us"] = spent / (rate * options.seconds) * 1e6
     return report
 
@@ -201,7 +203,7 @@ def gateway_scenario(options, folder):
 
         def level(port):
             def call(payload, concurrency, seconds):
-                extent = ["--duration", seconds] if seconds else ["--requests", 1]
+                extent = ["--duration", f"{seconds}s"] if seconds else ["--requests", 1]
                 load = ["--payload-bytes", payload]
                 return andon_bench(f"127.0.0.1:{port}", "echo", concurrency, load, extent)
 
@@ -244,7 +246,7 @@ def minilm_scenario(options, folder):
         wait_for_http(processes, "fastapi", f"http://127.0.0.1:{peer}/health")
 
         def andon_level(case, concurrency, seconds):
-            extent = ["--duration", seconds] if seconds else ["--requests", 1]
+            extent = ["--duration", f"{seconds}s"] if seconds else ["--requests", 1]
             load = ["--texts", SENTENCES]
             return andon_bench(f"127.0.0.1:{serve}", case, concurrency, load, extent)
 

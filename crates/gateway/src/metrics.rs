@@ -91,6 +91,9 @@ impl GatewayMetrics {
             shed: Family::default(),
             balance: BalanceMetrics::default(),
         };
+        for reason in ["unavailable", "not_found", "not_sent", "broken", "too_large"] {
+            drop(made.balance.retries.get_or_create(&ReasonLabel { reason }));
+        }
         metrics.register(|registry| {
             let name = |name: &str| format!("andon_gateway_{name}");
             registry.register(name("requests"), "Calls answered", made.requests.clone());
@@ -126,8 +129,12 @@ impl GatewayMetrics {
         self.shed.get_or_create_owned(&ReasonLabel { reason })
     }
 
-    /// The durations of calls to one worker.
+    /// The durations of calls to one worker. Its other numbers begin at zero.
     pub fn upstream(&self, worker: String) -> Histogram {
+        let label = WorkerLabel {
+            worker: worker.clone(),
+        };
+        drop(self.balance.ejections.get_or_create(&label));
         self.upstream_durations
             .get_or_create_owned(&WorkerLabel { worker })
     }

@@ -25,6 +25,7 @@ use crate::upstream::Answer;
 #[derive(Debug, Clone)]
 pub struct Stack(pub(crate) Arc<Layers>);
 
+/// The layers in the order that a call meets them, and what they share.
 #[derive(Debug)]
 pub struct Layers {
     pub(crate) shed: Arc<Shed>,

@@ -58,8 +58,10 @@ pub fn with_file(command: Command, arguments: &[OsString]) -> Result<Command, Co
         .iter()
         .skip(1)
         .filter_map(|argument| argument.to_str())
-        .find(|argument| command.find_subcommand(argument).is_some())
-        .map(str::to_owned);
+        .find_map(|argument| command.find_subcommand(argument))
+        // A tool takes no file, even where a role's variable names one.
+        .filter(|subcommand| subcommand.get_arguments().any(|a| a.get_id() == "config"))
+        .map(|subcommand| subcommand.get_name().to_owned());
     let Some(role) = role else {
         return Ok(command);
     };

@@ -135,6 +135,16 @@ impl ConnectionMetrics {
         made
     }
 
+    /// Lets a listener's numbers begin at zero, so that their rates are right.
+    fn begin(&self, listener: &'static str) {
+        let label = ListenerLabel { listener };
+        drop(self.open.get_or_create(&label));
+        drop(self.accepted.get_or_create(&label));
+        for reason in ["cap", "not_http2", "preface_timeout"] {
+            drop(self.refused.get_or_create(&RefusedLabels { listener, reason }));
+        }
+    }
+
     fn refuse(&self, listener: &'static str, reason: &'static str) {
         self.refused
             .get_or_create(&RefusedLabels { listener, reason })
@@ -163,6 +173,7 @@ impl Server {
     /// Accepts connections until the drain closes, then lets calls finish, and
     /// returns when all have or the hard deadline has passed.
     pub async fn run<H: Handler>(&self, mut listener: Listener, handler: H, mut drain: Drain) {
+        self.metrics.begin(self.name);
         let places = Arc::new(Semaphore::new(self.settings.connections_max as usize));
         let mut connections = JoinSet::new();
         let mut closing = drain.clone();

@@ -112,6 +112,15 @@ impl WorkerMetrics {
             version: version.to_string(),
         };
         let statistics = Arc::new(Statistics::new(queue));
+        // Numbers begin at zero, so that their rates are right.
+        for reason in ["queue_full", "deadline", "abandoned"] {
+            let refused = RefusedLabels {
+                model: labels.model.clone(),
+                version: labels.version.clone(),
+                reason,
+            };
+            drop(self.refused.get_or_create(&refused));
+        }
         self.models
             .0
             .lock()

@@ -98,7 +98,7 @@ refused() {
   fi
 }
 
-refused bad_datatype 3 /inference.GRPCInferenceService/ModelInfer -d "${request/FP32/FP64}"
+refused bad_datatype 3 /inference.GRPCInferenceService/ModelInfer -d "${request/FP32/FP33}"
 expect bad_datatype invalid_argument google.rpc.BadRequest 'inputs[0].datatype'
 
 refused unknown_model 5 /inference.GRPCInferenceService/ModelInfer -d "${request/digits/nobody}"

@@ -320,7 +320,10 @@ def check_predict(checks, tei, model):
             wanted = tei.call("Predict/Predict", request, model)
             expect_same_predictions(predictions(answer), predictions(wanted))
     with checks.check("predict_pair"):
-        pairs = [tei.message("PredictPairRequest", inputs=[TEXTS[1], t], truncate=True) for t in TEXTS[2:6]]
+        pairs = [
+            tei.message("PredictPairRequest", inputs=[TEXTS[1], text], truncate=True)
+            for text in TEXTS[2:6]
+        ]
         wanted = [predictions(tei.call("Predict/PredictPair", pair, model)) for pair in pairs]
         expect(all(len(entry) == len(found) for entry in wanted), f"predictions {wanted}")
         answers = tei.call("Predict/PredictPairStream", pairs, model)

@@ -1,6 +1,7 @@
 //! The roles: ports are opened when everything has been checked.
 
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use platform::drain::{self, Trigger};
 use platform::health::Health;
 use platform::metrics::Metrics;
 use platform::server::{ConnectionMetrics, Listener, ServerSettings, bind};
+use platform::shards::Shards;
 use platform::tasks::{Owned, owned};
 use platform::telemetry::{self, Telemetry};
 use platform::{Process, admin, memory};
@@ -34,9 +36,11 @@ impl Role {
         let telemetry = telemetry::start(&common.telemetry, name)?;
         let (trigger, drain) = drain::channel();
         let metrics = Arc::new(Metrics::default());
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let process = Process {
             connections: ConnectionMetrics::register(&metrics),
             telemetry: telemetry.control.clone(),
+            shards: Arc::new(Shards::start(cores)?),
             drain,
             metrics,
         };

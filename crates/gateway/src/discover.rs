@@ -9,6 +9,7 @@ use std::time::Duration;
 use http_body_util::BodyExt;
 use platform::channel::{Channel, Target};
 use platform::grpc::decode;
+use platform::shards::Shards;
 use platform::tasks::{Owned, owned};
 use protocol::andon::v1::{ModelReport, WatchReportRequest, WatchReportResponse};
 use protocol::inference::{RepositoryIndexRequest, RepositoryIndexResponse};
@@ -38,8 +39,10 @@ pub struct DiscoverSettings {
     pub names: Vec<String>,
     /// How often names are resolved.
     pub interval: Duration,
-    /// Connections to each worker.
+    /// Connections to each worker from each shard.
     pub connections: usize,
+    /// Where calls run.
+    pub shards: Arc<Shards>,
 }
 
 /// The workers that are known now.
@@ -48,6 +51,7 @@ pub struct Discovery {
     routes: Arc<Routes>,
     metrics: GatewayMetrics,
     connections: usize,
+    shards: Arc<Shards>,
     workers: Mutex<BTreeMap<String, (Arc<Upstream>, Owned)>>,
 }
 
@@ -61,6 +65,7 @@ pub fn start(
         routes,
         metrics,
         connections: settings.connections,
+        shards: settings.shards,
         workers: Mutex::default(),
     });
     for target in settings.targets {
@@ -90,14 +95,14 @@ impl Discovery {
         let key = target.to_string();
         let upstream = Arc::new(Upstream::new(target, self.metrics.upstream(key.clone())));
         let (discovery, kept) = (Arc::downgrade(self), upstream.clone());
-        let connections = self.connections;
+        let (connections, shards) = (self.connections, self.shards.clone());
         let task = owned(async move {
             let changed = || {
                 if let Some(discovery) = discovery.upgrade() {
                     discovery.rebuild();
                 }
             };
-            attend(&kept, connections, changed).await;
+            attend(&kept, (connections, &shards), changed).await;
         });
         self.lock().insert(key, (upstream, task));
         self.rebuild();
@@ -144,10 +149,14 @@ impl Discovery {
 }
 
 /// Keeps a worker connected and follows what it serves.
-async fn attend(upstream: &Upstream, connections: usize, changed: impl Fn()) {
+async fn attend(
+    upstream: &Upstream,
+    (connections, shards): (usize, &Shards),
+    changed: impl Fn(),
+) {
     let mut backoff = BACKOFF;
     loop {
-        match connect(upstream, connections).await {
+        match connect(upstream, connections, shards).await {
             Ok(first) => {
                 backoff = BACKOFF;
                 upstream.returned();
@@ -168,19 +177,27 @@ async fn attend(upstream: &Upstream, connections: usize, changed: impl Fn()) {
     }
 }
 
-async fn connect(upstream: &Upstream, connections: usize) -> std::io::Result<Arc<Channel>> {
-    let mut channels = Vec::new();
-    for _ in 0..connections {
-        channels.push(Arc::new(
-            Channel::connect(&upstream.target, CONNECT_TIMEOUT).await?,
-        ));
+/// Connects from each shard; the first connection carries the reports too.
+async fn connect(
+    upstream: &Upstream,
+    connections: usize,
+    shards: &Shards,
+) -> std::io::Result<Arc<Channel>> {
+    let mut all = Vec::new();
+    for shard in 0..shards.count() {
+        let mut own = Vec::new();
+        for _ in 0..connections {
+            let target = upstream.target.clone();
+            let connect = async move { Channel::connect(&target, CONNECT_TIMEOUT).await };
+            // Driven where it is made.
+            let channel = shards.handle(shard).spawn(connect).await??;
+            own.push(Arc::new(channel));
+        }
+        all.push(own);
     }
-    let first = channels
-        .first()
-        .cloned()
-        .ok_or(std::io::ErrorKind::InvalidInput)?;
-    upstream.connected(channels);
-    Ok(first)
+    let first = all.first().and_then(|own| own.first()).cloned();
+    upstream.connected(all);
+    first.ok_or_else(|| std::io::ErrorKind::InvalidInput.into())
 }
 
 /// Follows a worker's reports until it ends, breaks or falls silent.

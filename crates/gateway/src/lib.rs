@@ -52,8 +52,8 @@ pub struct GatewaySettings {
     /// Failures that may be sent again in a row, as in gRFC A6
     #[arg(long, value_name = "COUNT", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub retry_tokens: u32,
-    /// Connections to each worker
-    #[arg(long, value_name = "COUNT", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    /// Connections to each worker from each of the gateway's threads
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub worker_connections: u32,
 }
 
@@ -140,11 +140,13 @@ impl Gateway {
                 names: fleet.worker_dns,
                 interval: fleet.dns_interval,
                 connections: settings.worker_connections as usize,
+                shards: process.shards.clone(),
             },
             server: Server {
                 name: "gateway",
                 settings: server,
                 metrics: process.connections.clone(),
+                shards: process.shards.clone(),
             },
             process,
             health,

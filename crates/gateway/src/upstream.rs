@@ -12,6 +12,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use http_body_util::BodyExt;
 use platform::channel::{Channel, Target};
 use platform::grpc::{Body, Reply, head_code, head_status};
+use platform::shards;
 use prometheus_client::metrics::histogram::Histogram;
 use protocol::{Error, MODEL_KEY};
 use protocol::andon::v1::WatchReportResponse;
@@ -31,7 +32,8 @@ pub struct Upstream {
     /// Where it is.
     pub target: Target,
     authority: Authority,
-    channels: RwLock<Vec<Arc<Channel>>>,
+    /// By shard: a call stays on the thread that its caller's connection is on.
+    channels: RwLock<Vec<Vec<Arc<Channel>>>>,
     turn: AtomicUsize,
     report: RwLock<Arc<WatchReportResponse>>,
     in_flight: AtomicUsize,
@@ -115,15 +117,15 @@ impl Upstream {
         }
     }
 
-    /// Replaces the connections.
-    pub fn connected(&self, channels: Vec<Arc<Channel>>) {
+    /// Replaces the connections of each shard.
+    pub fn connected(&self, channels: Vec<Vec<Arc<Channel>>>) {
         *self.channels.write().unwrap_or_else(PoisonError::into_inner) = channels;
     }
 
     /// Whether a call can be sent.
     pub fn reachable(&self) -> bool {
         let channels = self.channels.read().unwrap_or_else(PoisonError::into_inner);
-        channels.iter().any(|channel| !channel.closed())
+        channels.iter().flatten().any(|channel| !channel.closed())
     }
 
     /// What the worker said last.
@@ -219,11 +221,19 @@ impl Upstream {
 
     fn channel(&self) -> Option<Arc<Channel>> {
         let channels = self.channels.read().unwrap_or_else(PoisonError::into_inner);
-        let start = self.turn.fetch_add(1, Ordering::Relaxed);
-        (0..channels.len())
-            .filter_map(|step| channels.get((start + step) % channels.len()))
-            .find(|channel| !channel.closed())
-            .cloned()
+        let open = |channel: &&Arc<Channel>| !channel.closed();
+        let own = channels.get(shards::current()).filter(|own| !own.is_empty());
+        if let Some(own) = own {
+            let start = match own.len() {
+                1 => 0,
+                _ => self.turn.fetch_add(1, Ordering::Relaxed),
+            };
+            let mut turns = (0..own.len()).filter_map(|step| own.get((start + step) % own.len()));
+            if let Some(channel) = turns.find(open) {
+                return Some(channel.clone());
+            }
+        }
+        channels.iter().flatten().find(open).cloned()
     }
 
     /// Sends a call and reads its whole answer, so that a worker that dies in

@@ -13,6 +13,7 @@ pub mod metrics;
 
 mod process;
 pub mod server;
+pub mod shards;
 pub mod tasks;
 pub mod telemetry;
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::drain::Drain;
 use crate::metrics::Metrics;
 use crate::server::ConnectionMetrics;
+use crate::shards::Shards;
 use crate::telemetry::TelemetryControl;
 
 /// What all roles of a process share. Cheap to clone.
@@ -16,6 +17,8 @@ pub struct Process {
     pub connections: ConnectionMetrics,
     /// What is logged and traced.
     pub telemetry: TelemetryControl,
+    /// Where connections and their calls run.
+    pub shards: Arc<Shards>,
     /// The way out.
     pub drain: Drain,
 }

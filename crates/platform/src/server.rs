@@ -23,6 +23,7 @@ use crate::drain::{Drain, Phase};
 use crate::grpc::{Call, MessageLimits, Reply};
 use crate::memory;
 use crate::metrics::Metrics;
+use crate::shards::Shards;
 
 /// What every gRPC port is held to.
 #[derive(Debug, Clone, clap::Args)]
@@ -167,6 +168,8 @@ pub struct Server {
     pub settings: ServerSettings,
     /// Where its connections are counted.
     pub metrics: ConnectionMetrics,
+    /// Where its connections run.
+    pub shards: Arc<Shards>,
 }
 
 impl Server {
@@ -220,20 +223,25 @@ impl Server {
         self.metrics.accepted.get_or_create(&label).inc();
         let open = self.metrics.open.get_or_create_owned(&label);
         let server = self.clone();
-        connections.spawn(async move {
+        let serving = async move {
             open.inc();
             match io {
-                Connection::Tcp(io) => connection::serve(&server, io, handler, drain).await,
+                // The socket wakes the thread that it was registered on.
+                Connection::Tcp(io) => match TcpStream::from_std(io) {
+                    Ok(io) => connection::serve(&server, io, handler, drain).await,
+                    Err(error) => tracing::warn!(%error, "a connection could not be served"),
+                },
                 Connection::Memory(io) => connection::serve(&server, io, handler, drain).await,
             }
             open.dec();
             drop(place);
-        });
+        };
+        connections.spawn_on(serving, self.shards.next());
     }
 }
 
 enum Connection {
-    Tcp(TcpStream),
+    Tcp(std::net::TcpStream),
     Memory(tokio::io::DuplexStream),
 }
 
@@ -251,7 +259,10 @@ impl Listener {
                     // Without it a small answer waits for the peer's ACK; a
                     // socket that refuses still works.
                     let _ = stream.set_nodelay(true);
-                    Accepted::Connection(Connection::Tcp(stream))
+                    match stream.into_std() {
+                        Ok(stream) => Accepted::Connection(Connection::Tcp(stream)),
+                        Err(error) => Accepted::Failed(error),
+                    }
                 }
                 Err(error) => Accepted::Failed(error),
             },

@@ -73,6 +73,7 @@ impl Worker {
                 name: "worker",
                 settings: server,
                 metrics: process.connections.clone(),
+                shards: process.shards.clone(),
             },
             process,
             health,

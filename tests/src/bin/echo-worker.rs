@@ -10,6 +10,7 @@ use clap::Parser;
 use platform::drain::{self, Phase};
 use platform::grpc::{Call, MessageLimits, Metadata, Reply, decode, frame, reject, reply, unary};
 use platform::metrics::Metrics;
+use platform::shards::Shards;
 use platform::server::{ConnectionMetrics, Handler, Listener, Server, ServerSettings, bind};
 use platform::{admin, health::Health, tasks::owned};
 use protocol::inference::model_infer_response::InferOutputTensor;
@@ -112,12 +113,14 @@ async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let (trigger, drain) = drain::channel();
     let metrics = Arc::new(Metrics::default());
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let health = Health::default();
     health.replace(true, &[], []);
     let server = Server {
         name: "echo",
         settings: arguments.server.clone(),
         metrics: ConnectionMetrics::register(&metrics),
+        shards: Arc::new(Shards::start(cores)?),
     };
     let limits = arguments.server.message_limits();
     let handler = Echo(Arc::new((limits, arguments.delay)));

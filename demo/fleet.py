@@ -1,0 +1,210 @@
+"""Runs a fleet on loopback: `python3 demo/fleet.py target/release/andon`.
+
+    gateway    127.0.0.1:8001, admin 8002
+    worker 1   127.0.0.1:9001, admin 9011
+    worker 2   127.0.0.1:9002, admin 9012
+    worker 3   127.0.0.1:9003, admin 9013
+
+Each is a process of its own and writes its logs here. SIGINT and SIGTERM drain all of them; a
+second one kills them. Needs Python's standard library only.
+"""
+
+import argparse
+import os
+import pathlib
+import queue
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+HOST = "127.0.0.1"
+WORKERS = (1, 2, 3)
+READY_SECONDS_MAX = 60
+# The roles' own hard end is at drain_delay + drain_deadline + 2 s, 69 s by default.
+DRAIN_SECONDS_MAX = 75
+
+
+class Child:
+    """One role of the fleet and its two ports."""
+
+    def __init__(self, name, command, grpc, admin):
+        self.name, self.grpc, self.admin = name, grpc, admin
+        ports = ["--grpc-addr", f"{HOST}:{grpc}", "--admin-addr", f"{HOST}:{admin}"]
+        self.command = command + ports
+        self.process = None
+
+    def start(self, events):
+        environment = os.environ.copy()
+        # They share one machine, and each would take all of its processors.
+        threads = max(1, (os.cpu_count() or 1) // len(WORKERS))
+        environment.setdefault("RAYON_NUM_THREADS", str(threads))
+        if not sys.stderr.isatty():
+            environment["NO_COLOR"] = "1"
+        self.process = subprocess.Popen(
+            self.command,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            # A terminal's Ctrl-C reaches this program alone, which passes it on once.
+            start_new_session=True,
+        )
+        threading.Thread(target=self.follow, args=(events,), daemon=True).start()
+
+    def follow(self, events):
+        for line in self.process.stderr:
+            print(f"{self.name} | {line}", end="", file=sys.stderr, flush=True)
+        self.process.wait()
+        events.put(self)
+
+    def is_ready(self):
+        try:
+            with urllib.request.urlopen(f"http://{HOST}:{self.admin}/readyz", timeout=1) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def how_it_ended(self):
+        code = self.process.returncode
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def main():
+    arguments = parse()
+    gateway, workers = plan(arguments)
+    children = [gateway, *workers]
+    refuse_taken_ports(children)
+    events = queue.Queue()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _frame: events.put(number))
+    try:
+        for child in children:
+            child.start(events)
+        outcome = run(gateway, children, events, arguments.andon)
+    finally:
+        # However this program ends, nothing of it stays behind.
+        for child in children:
+            if child.process and child.process.poll() is None:
+                child.process.kill()
+                child.process.wait()
+    sys.exit(outcome)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description="A gateway and three workers on loopback.")
+    parser.add_argument("andon", help="the binary, for example target/release/andon")
+    parser.add_argument("--repository", default="models", help="the model repository")
+    parser.add_argument(
+        "--port-base",
+        type=int,
+        default=8000,
+        help="P for the ports P+1, P+2, P+1001 to P+1003 and P+1011 to P+1013",
+    )
+    arguments = parser.parse_args()
+    if not os.access(arguments.andon, os.X_OK):
+        parser.error(f"{arguments.andon} is no program: run `make build`")
+    if not pathlib.Path(arguments.repository).is_dir():
+        parser.error(f"{arguments.repository} is no folder: run `make models`")
+    if not 0 < arguments.port_base <= 64000:
+        parser.error("--port-base must be from 1 to 64000")
+    return arguments
+
+
+def plan(arguments):
+    andon, base = os.path.abspath(arguments.andon), arguments.port_base
+    serves = [andon, "worker", "--repository", arguments.repository]
+    workers = [
+        Child(f"worker {number}", serves, base + 1000 + number, base + 1010 + number)
+        for number in WORKERS
+    ]
+    forwards = [andon, "gateway"]
+    for worker in workers:
+        forwards += ["--worker", f"{HOST}:{worker.grpc}"]
+    return Child("gateway ", forwards, base + 1, base + 2), workers
+
+
+def refuse_taken_ports(children):
+    taken = []
+    for child in children:
+        for use, port in (("gRPC", child.grpc), ("admin", child.admin)):
+            with socket.socket() as probe:
+                # As the roles do: a port in TIME_WAIT is free.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((HOST, port))
+                except OSError as error:
+                    taken.append(f"  {port}, {use} of {child.name.strip()}: {error.strerror}")
+    if taken:
+        sys.exit("these ports cannot be had; end what holds them, or give --port-base:\n" + "\n".join(taken))
+
+
+def run(gateway, children, events, andon):
+    """Waits for readiness, then for an end; returns the exit code."""
+    waits_until = time.monotonic() + READY_SECONDS_MAX
+    waiting = True
+    while True:
+        if waiting and all(child.is_ready() for child in children):
+            waiting = False
+            print(examples(gateway, children, andon), flush=True)
+        if waiting and time.monotonic() > waits_until:
+            late = [child.name.strip() for child in children if not child.is_ready()]
+            print(f"not ready after {READY_SECONDS_MAX} s: {', '.join(late)}", file=sys.stderr)
+            return drain(children, events, 1)
+        try:
+            event = events.get(timeout=0.1 if waiting else None)
+        except queue.Empty:
+            continue
+        if not isinstance(event, Child):
+            return drain(children, events, 0)
+        print(f"{event.name} | ended: {event.how_it_ended()}", file=sys.stderr, flush=True)
+        if waiting or event is gateway:
+            return drain(children, events, 1)
+        print(f"to bring it back:\n  {shlex.join(event.command)}", file=sys.stderr, flush=True)
+
+
+def drain(children, events, outcome):
+    """Asks what still runs to end, and kills it at a second signal or when it takes too long."""
+    print("draining the fleet; once more kills it", file=sys.stderr, flush=True)
+    for child in children:
+        child.process.send_signal(signal.SIGTERM)
+    ends_at = time.monotonic() + DRAIN_SECONDS_MAX
+    while any(child.process.poll() is None for child in children):
+        try:
+            event = events.get(timeout=max(0.0, ends_at - time.monotonic()))
+        except queue.Empty:
+            print("it takes too long", file=sys.stderr)
+            return 1
+        if not isinstance(event, Child):
+            return 1
+        print(f"{event.name} | ended: {event.how_it_ended()}", file=sys.stderr, flush=True)
+    return outcome
+
+
+def examples(gateway, children, andon):
+    address = f"{HOST}:{gateway.grpc}"
+    pids = "\n".join(f"  {c.name}  pid {c.process.pid:<8} {HOST}:{c.grpc}" for c in children)
+    worker = children[-1]
+    return f"""
+A gateway and {len(WORKERS)} workers are ready: gRPC on {address}, metrics on http://{HOST}:{gateway.admin}/metrics
+{pids}
+
+Try it in another terminal:
+  {andon} models list --address {address}
+  {andon} infer minilm "A lantern around a candle" --address {address}
+  grpcurl -plaintext -d '{{"inputs":"A lantern around a candle","normalize":true}}' {address} tei.v1.Embed/Embed
+Kill a worker under load; no request fails:
+  {andon} bench digits --concurrency 32 --duration 10s --address {address} & sleep 3; kill -9 {worker.process.pid}; wait
+See who is left:
+  curl -s http://{HOST}:{gateway.admin}/metrics | grep andon_gateway_workers
+End the fleet with Ctrl-C.
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -141,7 +141,8 @@ def refuse_taken_ports(children):
                 except OSError as error:
                     taken.append(f"  {port}, {use} of {child.name.strip()}: {error.strerror}")
     if taken:
-        sys.exit("these ports cannot be had; end what holds them, or give --port-base:\n" + "\n".join(taken))
+        print("these ports cannot be had; end what holds them, or give --port-base:", file=sys.stderr)
+        sys.exit("\n".join(taken))
 
 
 def run(gateway, children, events, andon):

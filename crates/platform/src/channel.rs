@@ -11,8 +11,10 @@ use http::Request;
 use hyper::body::Incoming;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
+use crate::coalesce::Coalesced;
 use crate::grpc::Body;
 use crate::memory;
 use crate::tasks::{ConnectionExecutor, Owned, owned};
@@ -55,10 +57,10 @@ impl Channel {
                 Target::Tcp(address) => {
                     let stream = TcpStream::connect(address).await?;
                     stream.set_nodelay(true)?;
-                    Self::over(TokioIo::new(stream)).await
+                    Self::over(stream).await
                 }
                 Target::Memory(connector) => {
-                    Self::over(TokioIo::new(connector.connect().await?)).await
+                    Self::over(connector.connect().await?).await
                 }
             }
         };
@@ -69,7 +71,7 @@ impl Channel {
 
     async fn over<I>(io: I) -> io::Result<Self>
     where
-        I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+        I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (sender, connection) = http2::Builder::new(ConnectionExecutor)
             .timer(TokioTimer::new())
@@ -80,7 +82,7 @@ impl Channel {
             .keep_alive_interval(Duration::from_secs(10))
             .keep_alive_timeout(Duration::from_secs(5))
             .keep_alive_while_idle(true)
-            .handshake(io)
+            .handshake(TokioIo::new(Coalesced::new(io)))
             .await
             .map_err(io::Error::other)?;
         let closed = Arc::new(AtomicBool::new(false));

@@ -3,6 +3,7 @@
 
 pub mod admin;
 pub mod channel;
+mod coalesce;
 mod common;
 pub mod config;
 pub mod drain;

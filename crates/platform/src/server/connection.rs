@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::time::{sleep, timeout};
 
 use super::{Handler, Io, Server};
+use crate::coalesce::Coalesced;
 use crate::drain::{Drain, Phase};
 use crate::grpc::{Call, reject};
 use crate::tasks::ConnectionExecutor;
@@ -39,13 +40,14 @@ pub(super) async fn serve<H: Handler>(server: &Server, mut io: impl Io, handler:
     let deadline_max = settings.deadline_max;
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         let handler = handler.clone();
-        async move {
+        // Boxed, since hyper moves it several times before it runs.
+        Box::pin(async move {
             let reply = match Call::new(request, deadline_max) {
                 Ok(call) => handler.handle(call).await,
                 Err(status) => reject(&status),
             };
             Ok::<_, Infallible>(reply)
-        }
+        })
     });
     let connection = http2::Builder::new(ConnectionExecutor)
         .timer(TokioTimer::new())
@@ -56,7 +58,7 @@ pub(super) async fn serve<H: Handler>(server: &Server, mut io: impl Io, handler:
         .max_header_list_size(64 << 10)
         .keep_alive_interval(settings.keepalive_interval)
         .keep_alive_timeout(Duration::from_secs(20))
-        .serve_connection(TokioIo::new(Rewound::new(io)), service);
+        .serve_connection(TokioIo::new(Coalesced::new(Rewound::new(io))), service);
     run(connection, server, drain).await;
 }
 

@@ -1,4 +1,4 @@
-"""What clippy does not see: the structure that DESIGN, ARCHITECTURE and STYLE promise.
+"""What clippy does not see: the structure that ARCHITECTURE.md and STYLE.md promise.
 
     python3 tests/tidy.py              checks the repository
     python3 tests/tidy.py --self-test  shows that each rule can fail
@@ -236,7 +236,7 @@ def tasks_have_owners(tree):
     for _, _, name, code in tree.library_code():
         if name == TASKS:
             continue
-        for line, _ in found(r"\btokio::(task::)?spawn\(|\btask::spawn\(", code):
+        for line, _ in found(r"\b(tokio|task)::spawn(_local)?\(", code):
             yield name, line, "a detached task outlives its owner: use platform::tasks"
 
 

@@ -75,15 +75,15 @@ pub async fn patient_infer(
 ) -> Result<Code> {
     let target = platform::channel::Target::Tcp(address.to_string());
     let channel = platform::channel::Channel::connect(&target, Duration::from_secs(5)).await?;
-    let body = platform::grpc::Body::request(platform::grpc::frame(request));
     let call = http::Request::post(format!(
         "http://{address}/inference.GRPCInferenceService/ModelInfer"
     ))
     .header("content-type", "application/grpc")
     .header("te", "trailers")
     .header("grpc-timeout", format!("{}u", timeout.as_micros()))
-    .body(body)?;
-    let (head, body) = channel.send(call).await?.into_parts();
+    .body(())?;
+    let framed = platform::grpc::frame(request);
+    let (head, body) = channel.send(call, framed).await?.into_parts();
     let rest = http_body_util::BodyExt::collect(body).await?;
     let trailers = rest.trailers().cloned().unwrap_or_default();
     let status = Status::from_header_map(&head.headers).or_else(|| Status::from_header_map(&trailers));

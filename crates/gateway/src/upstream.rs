@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use http_body_util::BodyExt;
-use platform::channel::{Channel, Target};
+use platform::channel::{Channel, ChannelError, Incoming, Target};
 use platform::grpc::{Body, Reply, head_code, head_status};
 use platform::shards;
 use prometheus_client::metrics::histogram::Histogram;
@@ -254,12 +254,12 @@ impl Upstream {
         if let Some(chosen) = attempt.chosen {
             headers.insert(HeaderName::from_static(MODEL_KEY), chosen.clone());
         }
-        let body = Body::request(request.message.framed().clone());
-        let http = self.request(request.path.clone(), headers, body);
+        let head = self.head(request.path.clone(), headers);
+        let framed = request.message.framed().clone();
         let _busy = Busy::new(&self.in_flight);
         let started = Instant::now();
         let answered = async {
-            let response = channel.send(http).await.map_err(|error| unsent(&error))?;
+            let response = channel.send(head, framed).await?;
             read(response, attempt.answer_bytes_max).await
         }
         .await;
@@ -294,11 +294,10 @@ impl Upstream {
         &self,
         channel: &Channel,
         request: &Request,
-    ) -> Result<hyper::body::Incoming, Status> {
-        let body = Body::request(request.message.framed().clone());
-        let http = self.request(request.path.clone(), request.headers.clone(), body);
+    ) -> Result<Incoming, Status> {
+        let head = self.head(request.path.clone(), request.headers.clone());
         let response = channel
-            .send(http)
+            .send(head, request.message.framed().clone())
             .await
             .map_err(|error| Status::unavailable(error.to_string()))?;
         match head_status(response.headers()) {
@@ -307,12 +306,12 @@ impl Upstream {
         }
     }
 
-    fn request(&self, path: PathAndQuery, headers: HeaderMap, body: Body) -> http::Request<Body> {
+    fn head(&self, path: PathAndQuery, headers: HeaderMap) -> http::Request<()> {
         let mut parts = http::uri::Parts::default();
         parts.scheme = Some(Scheme::HTTP);
         parts.authority = Some(self.authority.clone());
         parts.path_and_query = Some(path);
-        let mut request = http::Request::new(body);
+        let mut request = http::Request::new(());
         *request.method_mut() = http::Method::POST;
         // All three parts are there, so that they always make an address.
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
@@ -355,23 +354,17 @@ impl Drop for Busy<'_> {
     }
 }
 
-/// A call that hyper had not sent, or that the worker had not begun, costs
-/// nothing to send again.
-fn unsent(error: &hyper::Error) -> Unanswered {
-    if error.is_canceled() {
-        return Unanswered::NotSent("the connection closed".to_owned());
+impl From<ChannelError> for Unanswered {
+    fn from(error: ChannelError) -> Self {
+        match error {
+            ChannelError::NotBegun(error) => Self::NotSent(error.to_string()),
+            ChannelError::Broken(error) => Self::Broken(error.to_string()),
+        }
     }
-    Unanswered::Broken(describe(error))
-}
-
-fn describe(error: &dyn std::error::Error) -> String {
-    error
-        .source()
-        .map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 async fn read(
-    response: http::Response<hyper::body::Incoming>,
+    response: http::Response<Incoming>,
     bytes_max: usize,
 ) -> Result<Answer, Unanswered> {
     let (head, mut body) = response.into_parts();
@@ -383,7 +376,7 @@ async fn read(
     };
     let mut bytes = 0;
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| Unanswered::Broken(describe(&error)))?;
+        let frame = frame?;
         match frame.into_data() {
             Ok(data) => {
                 bytes += data.len();

@@ -1,26 +1,32 @@
 //! One connection to another gRPC server. Which server, when to connect again
 //! and where to send instead is the caller's to decide.
+//!
+//! A call's message is whole when it is sent, so that the h2 crate can be used
+//! without hyper's client, which hands each call and each body to other tasks.
 
 use std::fmt;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use http::Request;
-use hyper::body::Incoming;
-use hyper::client::conn::http2;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use bytes::Bytes;
+use h2::client::{Builder, SendRequest};
+use h2::{Reason, RecvStream};
+use http::{Request, Response};
+use http_body::Frame;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use crate::coalesce::Coalesced;
-use crate::grpc::Body;
 use crate::memory;
-use crate::tasks::{ConnectionExecutor, Owned, owned};
+use crate::tasks::{Owned, owned};
 
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+const FRAME_BYTES_MAX: u32 = 256 << 10;
 
 /// Whom to connect to.
 #[derive(Debug, Clone)]
@@ -40,17 +46,45 @@ impl fmt::Display for Target {
     }
 }
 
+/// Why a call has no reply, or not all of it.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The server has not begun the call: it can be sent again for nothing.
+    #[error("the call was not begun: {0}")]
+    NotBegun(h2::Error),
+    /// The connection or the call broke; the server may have begun it.
+    #[error("the connection broke: {0}")]
+    Broken(h2::Error),
+}
+
+impl From<h2::Error> for ChannelError {
+    fn from(error: h2::Error) -> Self {
+        // A server that ends says which calls it has begun; h2 fails the rest
+        // with what the server said.
+        let refused = error.reason() == Some(Reason::REFUSED_STREAM);
+        let ended = error.is_go_away() && error.is_remote();
+        if refused || ended {
+            return Self::NotBegun(error);
+        }
+        Self::Broken(error)
+    }
+}
+
 /// A connection that takes calls until it closes.
-#[derive(Debug)]
 pub struct Channel {
-    sender: http2::SendRequest<Body>,
+    sender: SendRequest<Bytes>,
     closed: Arc<AtomicBool>,
     _connection: Owned,
 }
 
+impl fmt::Debug for Channel {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Channel")
+    }
+}
+
 impl Channel {
-    /// Connects within `timeout`. An idle peer is asked every 10 s whether it
-    /// lives, so that a frozen or vanished one is noticed.
+    /// Connects within `timeout`.
     pub async fn connect(target: &Target, timeout: Duration) -> io::Result<Self> {
         let connect = async {
             match target {
@@ -59,9 +93,7 @@ impl Channel {
                     stream.set_nodelay(true)?;
                     Self::over(stream).await
                 }
-                Target::Memory(connector) => {
-                    Self::over(connector.connect().await?).await
-                }
+                Target::Memory(connector) => Self::over(connector.connect().await?).await,
             }
         };
         tokio::time::timeout(timeout, connect)
@@ -73,16 +105,12 @@ impl Channel {
     where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (sender, connection) = http2::Builder::new(ConnectionExecutor)
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        let (sender, connection) = Builder::new()
+            .initial_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .max_frame_size(256 << 10)
-            .max_concurrent_reset_streams(1024)
-            .keep_alive_interval(Duration::from_secs(10))
-            .keep_alive_timeout(Duration::from_secs(5))
-            .keep_alive_while_idle(true)
-            .handshake(TokioIo::new(Coalesced::new(io)))
+            .max_frame_size(FRAME_BYTES_MAX)
+            .enable_push(false)
+            .handshake(Coalesced::new(io))
             .await
             .map_err(io::Error::other)?;
         let closed = Arc::new(AtomicBool::new(false));
@@ -102,17 +130,60 @@ impl Channel {
 
     /// Whether the connection takes no more calls.
     pub fn closed(&self) -> bool {
-        self.closed.load(Ordering::Acquire) || self.sender.is_closed()
+        self.closed.load(Ordering::Acquire)
     }
 
-    /// Sends one call and returns the head of its reply. Dropping the future,
-    /// or the reply's body, tells the server that nobody waits.
+    /// Sends one call with its framed message and returns the head of its
+    /// reply. Dropping the future, or the reply's body, tells the server that
+    /// nobody waits.
     pub async fn send(
         &self,
-        request: Request<Body>,
-    ) -> Result<http::Response<Incoming>, hyper::Error> {
-        let mut sender = self.sender.clone();
-        sender.ready().await?;
-        sender.send_request(request).await
+        head: Request<()>,
+        framed: Bytes,
+    ) -> Result<Response<Incoming>, ChannelError> {
+        let mut sender = self.sender.clone().ready().await.map_err(ChannelError::NotBegun)?;
+        let (reply, mut message) = sender
+            .send_request(head, false)
+            .map_err(ChannelError::NotBegun)?;
+        message.send_data(framed, true)?;
+        let reply = reply.await?;
+        Ok(reply.map(|stream| Incoming {
+            stream,
+            data_ended: false,
+        }))
+    }
+}
+
+/// The body of a reply as it comes.
+#[derive(Debug)]
+pub struct Incoming {
+    stream: RecvStream,
+    data_ended: bool,
+}
+
+impl http_body::Body for Incoming {
+    type Data = Bytes;
+    type Error = ChannelError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ChannelError>>> {
+        let own = self.get_mut();
+        if !own.data_ended {
+            match ready!(own.stream.poll_data(context)) {
+                Some(Ok(data)) => {
+                    // Room for the next; an error is seen at the next poll.
+                    let _ = own.stream.flow_control().release_capacity(data.len());
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+                None => own.data_ended = true,
+            }
+        }
+        match ready!(own.stream.poll_trailers(context)) {
+            Ok(trailers) => Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers)))),
+            Err(error) => Poll::Ready(Some(Err(error.into()))),
+        }
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! HTTP/2 libraries flush the head of a message, its data and its trailers one
 //! by one, since different tasks make them: each becomes a system call here, a
-//! packet, and a wake-up there. On a single-threaded runtime the other tasks
-//! that are ready have run when a woken task's turn comes again; what they
-//! wrote in the meantime goes out in the same system call.
+//! packet, and a wake-up there. A task that yields on a single-threaded runtime
+//! runs again when every task that is ready has run; what they wrote in the
+//! meantime goes out in the same system call.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -12,6 +12,8 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::task::yield_now;
+use tokio_util::sync::ReusableBoxFuture;
 
 /// Longer writes are not copied: they go out at once, after what waits.
 const COPIED_BYTES_MAX: usize = 16 << 10;
@@ -23,8 +25,16 @@ const WAITING_BYTES_MAX: usize = 64 << 10;
 pub struct Coalesced<T> {
     io: T,
     waiting: BytesMut,
-    /// Whether the turn has been waited for.
-    waited: bool,
+    turn: Turn,
+    yielded: ReusableBoxFuture<'static, ()>,
+}
+
+/// How far a flush has come.
+#[derive(Debug, PartialEq)]
+enum Turn {
+    None,
+    Waiting,
+    Over,
 }
 
 impl<T> Coalesced<T> {
@@ -33,7 +43,8 @@ impl<T> Coalesced<T> {
         Self {
             io,
             waiting: BytesMut::new(),
-            waited: false,
+            turn: Turn::None,
+            yielded: ReusableBoxFuture::new(yield_now()),
         }
     }
 }
@@ -48,7 +59,6 @@ impl<T: AsyncWrite + Unpin> Coalesced<T> {
             }
             self.waiting.advance(count);
         }
-        self.waited = false;
         Poll::Ready(Ok(()))
     }
 }
@@ -98,12 +108,18 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Coalesced<T> {
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let own = self.get_mut();
-        if !own.waiting.is_empty() && !own.waited {
-            own.waited = true;
-            context.waker().wake_by_ref();
-            return Poll::Pending;
+        if !own.waiting.is_empty() {
+            if own.turn == Turn::None {
+                own.yielded.set(yield_now());
+                own.turn = Turn::Waiting;
+            }
+            if own.turn == Turn::Waiting {
+                ready!(own.yielded.poll(context));
+                own.turn = Turn::Over;
+            }
         }
         ready!(own.poll_drain(context))?;
+        own.turn = Turn::None;
         Pin::new(&mut own.io).poll_flush(context)
     }
 

@@ -7,7 +7,6 @@ use anyhow::{Context, Result, ensure};
 use fleet_tests::Fleet;
 use fleet_tests::calls::{client, infer, pixels, texts};
 use platform::channel::{Channel, Target};
-use platform::grpc::Body;
 use prost::Message;
 
 /// Numbers that look random and are the same in every run (xorshift64).
@@ -61,8 +60,9 @@ async fn send(channel: &Channel, address: SocketAddr, path: &str, framed: Vec<u8
         .header("content-type", "application/grpc")
         .header("te", "trailers")
         .header("grpc-timeout", "5S")
-        .body(Body::request(framed.into()))?;
-    let response = tokio::time::timeout(Duration::from_secs(10), channel.send(call)).await??;
+        .body(())?;
+    let sent = channel.send(call, framed.into());
+    let response = tokio::time::timeout(Duration::from_secs(10), sent).await??;
     let body = http_body_util::BodyExt::collect(response.into_body());
     tokio::time::timeout(Duration::from_secs(10), body).await??;
     Ok(())

@@ -40,11 +40,6 @@ impl Body {
         Self::whole(Some(framed), Vec::new(), Some(ok_trailers()))
     }
 
-    /// One framed message without trailers: a request.
-    pub fn request(framed: Bytes) -> Self {
-        Self::whole(Some(framed), Vec::new(), None)
-    }
-
     /// Data as it came, and its trailers.
     pub fn whole(first: Option<Bytes>, rest: Vec<Bytes>, trailers: Option<HeaderMap>) -> Self {
         Self {

@@ -14,8 +14,8 @@ use futures::stream::FuturesUnordered;
 use hdrhistogram::Histogram;
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
 use http_body_util::BodyExt;
-use platform::channel::{Channel, Target};
-use platform::grpc::{Body, code_name, head_code, head_status};
+use platform::channel::{Channel, ChannelError, Target};
+use platform::grpc::{code_name, head_code, head_status};
 use tokio::task::JoinSet;
 use tonic::Code;
 
@@ -212,13 +212,14 @@ enum Outcome {
 
 async fn exchange(load: Arc<Load>, channel: Arc<Channel>, number: u64) -> Exchanged {
     let place = number as usize % load.requests.len();
-    let mut request = Request::new(Body::request(load.requests[place].clone()));
+    let mut request = Request::new(());
     *request.method_mut() = Method::POST;
     *request.version_mut() = Version::HTTP_2;
     *request.uri_mut() = load.uri.clone();
     *request.headers_mut() = load.headers.clone();
     let started = Instant::now();
-    let answered = tokio::time::timeout(load.timeout, answer(&channel, request)).await;
+    let message = load.requests[place].clone();
+    let answered = tokio::time::timeout(load.timeout, answer(&channel, request, message)).await;
     let outcome = answered.unwrap_or_else(|_| {
         let message = format!("no answer within {:?}", load.timeout);
         Outcome::Failed(code_name(Code::DeadlineExceeded), message)
@@ -232,10 +233,10 @@ async fn exchange(load: Arc<Load>, channel: Arc<Channel>, number: u64) -> Exchan
 }
 
 /// Sends a request and reads its answer to the trailers, which have the status.
-async fn answer(channel: &Channel, request: Request<Body>) -> Outcome {
-    let response = match channel.send(request).await {
+async fn answer(channel: &Channel, head: Request<()>, message: Bytes) -> Outcome {
+    let response = match channel.send(head, message).await {
         Ok(response) => response,
-        Err(error) if error.is_canceled() || error.is_closed() => return Outcome::Unsent,
+        Err(ChannelError::NotBegun(_)) => return Outcome::Unsent,
         Err(error) => return broken(&error),
     };
     if response.status() != http::StatusCode::OK {
@@ -271,14 +272,8 @@ fn of_status(headers: &HeaderMap) -> Outcome {
     }
 }
 
-fn broken(error: &dyn std::error::Error) -> Outcome {
-    let reason = error
-        .source()
-        .map_or_else(|| error.to_string(), ToString::to_string);
-    Outcome::Failed(
-        code_name(Code::Unavailable),
-        format!("the connection broke: {reason}"),
-    )
+fn broken(error: &ChannelError) -> Outcome {
+    Outcome::Failed(code_name(Code::Unavailable), error.to_string())
 }
 
 impl Tally {

@@ -20,8 +20,12 @@ cargo build --release --locked --workspace --bins
 log=target/nextest.log
 status=0
 cargo nextest run --release --locked --workspace --no-fail-fast 2>&1 | tee "$log" || status=$?
-summary=$(grep -aE '^ *Summary' "$log" | tail -1 | sed 's/\x1b\[[0-9;]*m//g')
-passed=$(grep -oE '[0-9]+ passed' <<<"$summary" | grep -oE '[0-9]+' || echo 0)
-failed=$(grep -oE '[0-9]+ (failed|timed out|exec failed)' <<<"$summary" | grep -oE '[0-9]+' | paste -sd+ | bc || true)
-echo "${passed:-0} passed, ${failed:-0} failed"
+# The line that says it plainly, from nextest's summary.
+python3 - "$log" <<'END'
+import re, sys
+text = re.sub(r"\x1b\[[0-9;]*m", "", open(sys.argv[1], errors="replace").read())
+summary = next((l for l in reversed(text.splitlines()) if l.strip().startswith("Summary")), "")
+count = lambda words: sum(int(n) for n in re.findall(rf"(\d+) (?:{words})", summary))
+print(f"{count('passed')} passed, {count('failed|timed out|exec failed')} failed")
+END
 exit "$status"

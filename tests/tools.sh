@@ -22,7 +22,8 @@ debian() { # COMMAND PACKAGE: installs a Debian package if the command is missin
 cargo_tool() { # COMMAND CRATE: builds a cargo tool if it is missing
     command -v "$1" >/dev/null && return
     echo "building $2, once" >&2
-    CARGO_TARGET_DIR=$tools/build cargo install --quiet --locked --root "$tools" "$2"
+    cargo install --quiet --locked "$2"
+    export PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
     need "$1" "cargo install $2 did not bring it"
 }
 

@@ -7,8 +7,8 @@ use anyhow::Result;
 use protocol::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
 use protocol::inference::model_infer_request::InferInputTensor;
 use protocol::inference::{ModelInferRequest, ModelInferResponse};
-use tonic::{Code, Status};
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
 
 /// The generated client.
 pub type Client = GrpcInferenceServiceClient<Channel>;
@@ -40,7 +40,11 @@ pub fn texts<T: AsRef<[u8]>>(texts: &[T]) -> ModelInferRequest {
 
 /// A request for the labels of images of 8 by 8 pixels.
 pub fn pixels(rows: &[[f32; 64]]) -> ModelInferRequest {
-    let raw: Vec<u8> = rows.iter().flatten().flat_map(|v| v.to_le_bytes()).collect();
+    let raw: Vec<u8> = rows
+        .iter()
+        .flatten()
+        .flat_map(|v| v.to_le_bytes())
+        .collect();
     ModelInferRequest {
         model_name: "digits".to_owned(),
         inputs: vec![InferInputTensor {
@@ -86,7 +90,8 @@ pub async fn patient_infer(
     let (head, body) = channel.send(call, framed).await?.into_parts();
     let rest = http_body_util::BodyExt::collect(body).await?;
     let trailers = rest.trailers().cloned().unwrap_or_default();
-    let status = Status::from_header_map(&head.headers).or_else(|| Status::from_header_map(&trailers));
+    let status =
+        Status::from_header_map(&head.headers).or_else(|| Status::from_header_map(&trailers));
     Ok(status.map_or(Code::Unknown, |status| status.code()))
 }
 

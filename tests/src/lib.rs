@@ -54,7 +54,11 @@ impl Fleet {
     }
 
     /// The same with further flags.
-    pub async fn with(workers: usize, worker_flags: &[&str], gateway_flags: &[&str]) -> Result<Self> {
+    pub async fn with(
+        workers: usize,
+        worker_flags: &[&str],
+        gateway_flags: &[&str],
+    ) -> Result<Self> {
         let worker_flags: Vec<String> = worker_flags.iter().map(ToString::to_string).collect();
         let mut started = Vec::new();
         for _ in 0..workers {
@@ -81,13 +85,17 @@ impl Fleet {
     /// Waits until the gateway counts so many ready workers.
     pub async fn all_connected(&self, workers: usize) -> Result<()> {
         let wanted = workers as f64;
-        until(Duration::from_secs(20), "the gateway sees its workers", || async {
-            let ready = self
-                .gateway
-                .metric("andon_gateway_workers{state=\"ready\"}")
-                .await?;
-            Ok(ready == Some(wanted))
-        })
+        until(
+            Duration::from_secs(20),
+            "the gateway sees its workers",
+            || async {
+                let ready = self
+                    .gateway
+                    .metric("andon_gateway_workers{state=\"ready\"}")
+                    .await?;
+                Ok(ready == Some(wanted))
+            },
+        )
         .await
     }
 

@@ -38,7 +38,10 @@ impl Load {
         in_flight: usize,
         requests_max: usize,
     ) -> Self {
-        let (answered, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let (answered, stop) = (
+            Arc::new(AtomicUsize::new(0)),
+            Arc::new(AtomicBool::new(false)),
+        );
         let sent = Arc::new(AtomicUsize::new(0));
         let mut slots = JoinSet::new();
         for _ in 0..in_flight {

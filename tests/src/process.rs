@@ -40,7 +40,10 @@ impl Andon {
     /// A worker of the demo models.
     pub fn worker(flags: &[String], grpc: Option<SocketAddr>) -> Result<Self> {
         let mut all = Vec::from(flags);
-        if !flags.iter().any(|flag| flag == "--repository" || flag == "--model") {
+        if !flags
+            .iter()
+            .any(|flag| flag == "--repository" || flag == "--model")
+        {
             all.push("--repository".to_owned());
             all.push(crate::models()?.display().to_string());
         }
@@ -103,7 +106,9 @@ impl Andon {
     /// The value of one metric, named with its labels as the page has them.
     pub async fn metric(&self, name: &str) -> Result<Option<f64>> {
         let page = self.get("/metrics").await?;
-        let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        let line = page
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         Ok(line.and_then(|value| value.trim().parse().ok()))
     }
 
@@ -127,7 +132,10 @@ impl Andon {
     }
 
     /// Sends a signal, for example `libc::SIGTERM`.
-    #[allow(unsafe_code, reason = "kill(2) takes two integers and touches no memory")]
+    #[allow(
+        unsafe_code,
+        reason = "kill(2) takes two integers and touches no memory"
+    )]
     pub fn signal(&self, signal: i32) -> Result<()> {
         let id = i32::try_from(self.id())?;
         // SAFETY: the process is our child and has not been waited for, so
@@ -166,7 +174,10 @@ impl Drop for Andon {
 fn get(address: SocketAddr, path: &str) -> Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: andon\r\nconnection: close\r\n\r\n")?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nhost: andon\r\nconnection: close\r\n\r\n"
+    )?;
     let mut response = String::new();
     stream.read_to_string(&mut response)?;
     let (_, body) = response.split_once("\r\n\r\n").context("no answer")?;

@@ -85,11 +85,7 @@ impl Role {
 pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
     let role = Role::new(arguments.common, "serve")?;
     let (connector, acceptor) = memory::pair();
-    let worker = worker::Worker::new(
-        arguments.models,
-        role.server.clone(),
-        role.process.clone(),
-    )?;
+    let worker = worker::Worker::new(arguments.models, role.server.clone(), role.process.clone())?;
     let fleet = FleetSettings {
         worker: Vec::new(),
         worker_dns: Vec::new(),
@@ -97,8 +93,13 @@ pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
     };
     let inside = vec![Target::Memory(connector)];
     let server = role.server.clone();
-    let gateway =
-        gateway::Gateway::new(fleet, &arguments.gateway, server, role.process.clone(), inside)?;
+    let gateway = gateway::Gateway::new(
+        fleet,
+        &arguments.gateway,
+        server,
+        role.process.clone(),
+        inside,
+    )?;
     let (admin, grpc) = role.bind()?;
     let addresses = (grpc.local_addr()?, admin.local_addr()?);
     // Both follow the same models; the worker's also waits for all of them.
@@ -134,12 +135,8 @@ pub async fn gateway(arguments: arguments::Gateway) -> anyhow::Result<()> {
 /// `andon worker`
 pub async fn worker(arguments: arguments::Worker) -> anyhow::Result<()> {
     let role = Role::new(arguments.common, "worker")?;
-    let worker = worker::Worker::new(
-        arguments.models,
-        role.server.clone(),
-        role.process.clone(),
-    )
-    .context("the worker cannot start")?;
+    let worker = worker::Worker::new(arguments.models, role.server.clone(), role.process.clone())
+        .context("the worker cannot start")?;
     let (admin, grpc) = role.bind()?;
     tracing::info!(grpc = %grpc.local_addr()?, admin = %admin.local_addr()?, "worker");
     let _admin = role.admin(admin, worker.health.clone());

@@ -199,7 +199,9 @@ fn pick<'r>(route: &'r Route, tried: &[usize]) -> Option<(&'r Arc<Upstream>, boo
     let reachable = || route.upstreams().iter().filter(|u| u.reachable());
     let untried = |upstream: &&Arc<Upstream>| !tried.contains(&Arc::as_ptr(upstream).addr());
     let well = lesser(route.name(), || {
-        reachable().filter(untried).filter(|upstream| !upstream.ejected())
+        reachable()
+            .filter(untried)
+            .filter(|upstream| !upstream.ejected())
     });
     if let Some(upstream) = well {
         return Some((upstream, false));

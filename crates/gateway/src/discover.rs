@@ -149,11 +149,7 @@ impl Discovery {
 }
 
 /// Keeps a worker connected and follows what it serves.
-async fn attend(
-    upstream: &Upstream,
-    (connections, shards): (usize, &Shards),
-    changed: impl Fn(),
-) {
+async fn attend(upstream: &Upstream, (connections, shards): (usize, &Shards), changed: impl Fn()) {
     let mut backoff = BACKOFF;
     loop {
         match connect(upstream, connections, shards).await {
@@ -161,7 +157,9 @@ async fn attend(
                 backoff = BACKOFF;
                 upstream.returned();
                 let ended = listen(upstream, &first, &changed).await;
-                let reason = ended.err().unwrap_or_else(|| Status::unavailable("it ended"));
+                let reason = ended
+                    .err()
+                    .unwrap_or_else(|| Status::unavailable("it ended"));
                 tracing::info!(worker = %upstream.target, reason = reason.message(), "lost");
             }
             Err(error) => {
@@ -201,11 +199,7 @@ async fn connect(
 }
 
 /// Follows a worker's reports until it ends, breaks or falls silent.
-async fn listen(
-    upstream: &Upstream,
-    channel: &Channel,
-    changed: &impl Fn(),
-) -> Result<(), Status> {
+async fn listen(upstream: &Upstream, channel: &Channel, changed: &impl Fn()) -> Result<(), Status> {
     let deadline = Instant::now() + Duration::from_secs(365 * 24 * 3600);
     let path = "/andon.v1.ReportService/WatchReport";
     let request = Request::own(path, &WatchReportRequest {}, deadline);

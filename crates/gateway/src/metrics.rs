@@ -91,7 +91,13 @@ impl GatewayMetrics {
             shed: Family::default(),
             balance: BalanceMetrics::default(),
         };
-        for reason in ["unavailable", "not_found", "not_sent", "broken", "too_large"] {
+        for reason in [
+            "unavailable",
+            "not_found",
+            "not_sent",
+            "broken",
+            "too_large",
+        ] {
             drop(made.balance.retries.get_or_create(&ReasonLabel { reason }));
         }
         metrics.register(|registry| {
@@ -195,7 +201,11 @@ impl Collector for Readings {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let number = |count: usize| ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX));
         for (name, help, count) in [
-            ("andon_gateway_in_flight", "Calls under way", self.shed.in_flight()),
+            (
+                "andon_gateway_in_flight",
+                "Calls under way",
+                self.shed.in_flight(),
+            ),
             (
                 "andon_gateway_bytes_in_flight",
                 "Message bytes in flight",

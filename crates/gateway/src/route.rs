@@ -93,9 +93,7 @@ impl Routes {
     /// what it has just changed.
     pub async fn settle(&self, settled: impl Fn(&Table) -> bool) {
         let mut changes = self.changes();
-        let wait = async {
-            while !settled(&self.table()) && changes.changed().await.is_ok() {}
-        };
+        let wait = async { while !settled(&self.table()) && changes.changed().await.is_ok() {} };
         // A worker that is slow to report is not the caller's fault.
         let _ = tokio::time::timeout(Duration::from_secs(2), wait).await;
     }

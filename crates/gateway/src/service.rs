@@ -45,55 +45,154 @@ const TEXT: &[&str] = &["embedding", "classification", "rerank"];
 
 /// Every call that the gateway knows.
 const METHODS: [(&str, Method); 37] = [
-    ("/inference.GRPCInferenceService/ModelInfer", Method::Forward(Door::Message)),
-    ("/inference.GRPCInferenceService/ModelStreamInfer", Method::Stream(Door::Message)),
-    ("/inference.GRPCInferenceService/ModelMetadata", Method::Forward(Door::Message)),
-    ("/inference.GRPCInferenceService/ModelConfig", Method::Forward(Door::Message)),
-    ("/inference.GRPCInferenceService/ModelReady", Method::Fleet("ModelReady")),
-    ("/inference.GRPCInferenceService/ServerLive", Method::Fleet("ServerLive")),
-    ("/inference.GRPCInferenceService/ServerReady", Method::Fleet("ServerReady")),
-    ("/inference.GRPCInferenceService/ServerMetadata", Method::Fleet("ServerMetadata")),
-    ("/inference.GRPCInferenceService/ModelStatistics", Method::Fleet("ModelStatistics")),
-    ("/inference.GRPCInferenceService/RepositoryIndex", Method::Fleet("RepositoryIndex")),
-    ("/inference.GRPCInferenceService/RepositoryModelLoad", Method::Fleet("RepositoryModelLoad")),
-    ("/inference.GRPCInferenceService/RepositoryModelUnload", Method::Fleet("RepositoryModelUnload")),
-    ("/inference.GRPCInferenceService/TraceSetting", Method::Fleet("TraceSetting")),
-    ("/inference.GRPCInferenceService/LogSettings", Method::Fleet("LogSettings")),
-    ("/inference.GRPCInferenceService/SystemSharedMemoryStatus", Method::Fleet("SharedMemory")),
-    ("/inference.GRPCInferenceService/SystemSharedMemoryRegister", Method::Fleet("SharedMemory")),
-    ("/inference.GRPCInferenceService/SystemSharedMemoryUnregister", Method::Fleet("SharedMemory")),
-    ("/inference.GRPCInferenceService/CudaSharedMemoryStatus", Method::Fleet("SharedMemory")),
-    ("/inference.GRPCInferenceService/CudaSharedMemoryRegister", Method::Fleet("SharedMemory")),
-    ("/inference.GRPCInferenceService/CudaSharedMemoryUnregister", Method::Fleet("SharedMemory")),
+    (
+        "/inference.GRPCInferenceService/ModelInfer",
+        Method::Forward(Door::Message),
+    ),
+    (
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+        Method::Stream(Door::Message),
+    ),
+    (
+        "/inference.GRPCInferenceService/ModelMetadata",
+        Method::Forward(Door::Message),
+    ),
+    (
+        "/inference.GRPCInferenceService/ModelConfig",
+        Method::Forward(Door::Message),
+    ),
+    (
+        "/inference.GRPCInferenceService/ModelReady",
+        Method::Fleet("ModelReady"),
+    ),
+    (
+        "/inference.GRPCInferenceService/ServerLive",
+        Method::Fleet("ServerLive"),
+    ),
+    (
+        "/inference.GRPCInferenceService/ServerReady",
+        Method::Fleet("ServerReady"),
+    ),
+    (
+        "/inference.GRPCInferenceService/ServerMetadata",
+        Method::Fleet("ServerMetadata"),
+    ),
+    (
+        "/inference.GRPCInferenceService/ModelStatistics",
+        Method::Fleet("ModelStatistics"),
+    ),
+    (
+        "/inference.GRPCInferenceService/RepositoryIndex",
+        Method::Fleet("RepositoryIndex"),
+    ),
+    (
+        "/inference.GRPCInferenceService/RepositoryModelLoad",
+        Method::Fleet("RepositoryModelLoad"),
+    ),
+    (
+        "/inference.GRPCInferenceService/RepositoryModelUnload",
+        Method::Fleet("RepositoryModelUnload"),
+    ),
+    (
+        "/inference.GRPCInferenceService/TraceSetting",
+        Method::Fleet("TraceSetting"),
+    ),
+    (
+        "/inference.GRPCInferenceService/LogSettings",
+        Method::Fleet("LogSettings"),
+    ),
+    (
+        "/inference.GRPCInferenceService/SystemSharedMemoryStatus",
+        Method::Fleet("SharedMemory"),
+    ),
+    (
+        "/inference.GRPCInferenceService/SystemSharedMemoryRegister",
+        Method::Fleet("SharedMemory"),
+    ),
+    (
+        "/inference.GRPCInferenceService/SystemSharedMemoryUnregister",
+        Method::Fleet("SharedMemory"),
+    ),
+    (
+        "/inference.GRPCInferenceService/CudaSharedMemoryStatus",
+        Method::Fleet("SharedMemory"),
+    ),
+    (
+        "/inference.GRPCInferenceService/CudaSharedMemoryRegister",
+        Method::Fleet("SharedMemory"),
+    ),
+    (
+        "/inference.GRPCInferenceService/CudaSharedMemoryUnregister",
+        Method::Fleet("SharedMemory"),
+    ),
     ("/tei.v1.Info/Info", Method::Forward(Door::Metadata(TEXT))),
-    ("/tei.v1.Embed/Embed", Method::Forward(Door::Metadata(EMBEDDING))),
-    ("/tei.v1.Embed/EmbedStream", Method::Stream(Door::Metadata(EMBEDDING))),
-    ("/tei.v1.Embed/EmbedAll", Method::Forward(Door::Metadata(EMBEDDING))),
-    ("/tei.v1.Embed/EmbedAllStream", Method::Stream(Door::Metadata(EMBEDDING))),
+    (
+        "/tei.v1.Embed/Embed",
+        Method::Forward(Door::Metadata(EMBEDDING)),
+    ),
+    (
+        "/tei.v1.Embed/EmbedStream",
+        Method::Stream(Door::Metadata(EMBEDDING)),
+    ),
+    (
+        "/tei.v1.Embed/EmbedAll",
+        Method::Forward(Door::Metadata(EMBEDDING)),
+    ),
+    (
+        "/tei.v1.Embed/EmbedAllStream",
+        Method::Stream(Door::Metadata(EMBEDDING)),
+    ),
     ("/tei.v1.Embed/EmbedSparse", Method::Fleet("Sparse")),
     ("/tei.v1.Embed/EmbedSparseStream", Method::Fleet("Sparse")),
-    ("/tei.v1.Predict/Predict", Method::Forward(Door::Metadata(CLASSIFICATION))),
-    ("/tei.v1.Predict/PredictStream", Method::Stream(Door::Metadata(CLASSIFICATION))),
-    ("/tei.v1.Predict/PredictPair", Method::Forward(Door::Metadata(CLASSIFICATION))),
-    ("/tei.v1.Predict/PredictPairStream", Method::Stream(Door::Metadata(CLASSIFICATION))),
-    ("/tei.v1.Rerank/Rerank", Method::Forward(Door::Metadata(RERANK))),
+    (
+        "/tei.v1.Predict/Predict",
+        Method::Forward(Door::Metadata(CLASSIFICATION)),
+    ),
+    (
+        "/tei.v1.Predict/PredictStream",
+        Method::Stream(Door::Metadata(CLASSIFICATION)),
+    ),
+    (
+        "/tei.v1.Predict/PredictPair",
+        Method::Forward(Door::Metadata(CLASSIFICATION)),
+    ),
+    (
+        "/tei.v1.Predict/PredictPairStream",
+        Method::Stream(Door::Metadata(CLASSIFICATION)),
+    ),
+    (
+        "/tei.v1.Rerank/Rerank",
+        Method::Forward(Door::Metadata(RERANK)),
+    ),
     ("/tei.v1.Rerank/RerankStream", Method::Gathered),
-    ("/tei.v1.Tokenize/Tokenize", Method::Forward(Door::Metadata(TEXT))),
-    ("/tei.v1.Tokenize/TokenizeStream", Method::Stream(Door::Metadata(TEXT))),
-    ("/tei.v1.Tokenize/Decode", Method::Forward(Door::Metadata(TEXT))),
-    ("/tei.v1.Tokenize/DecodeStream", Method::Stream(Door::Metadata(TEXT))),
+    (
+        "/tei.v1.Tokenize/Tokenize",
+        Method::Forward(Door::Metadata(TEXT)),
+    ),
+    (
+        "/tei.v1.Tokenize/TokenizeStream",
+        Method::Stream(Door::Metadata(TEXT)),
+    ),
+    (
+        "/tei.v1.Tokenize/Decode",
+        Method::Forward(Door::Metadata(TEXT)),
+    ),
+    (
+        "/tei.v1.Tokenize/DecodeStream",
+        Method::Stream(Door::Metadata(TEXT)),
+    ),
 ];
 
 /// The name that a path has in metrics, and what the gateway does with it. An
 /// unknown path has no name of its own: callers must not make new ones.
 pub fn method(path: &str) -> (&'static str, Method) {
-    METHODS
-        .iter()
-        .find(|(known, _)| *known == path)
-        .map_or(("other", Method::Common), |(known, method)| {
+    METHODS.iter().find(|(known, _)| *known == path).map_or(
+        ("other", Method::Common),
+        |(known, method)| {
             let name = known.rsplit_once('/').map_or(*known, |(_, name)| name);
             (name, *method)
-        })
+        },
+    )
 }
 
 /// The model that a request is for.

@@ -51,7 +51,9 @@ impl Handler for Stack {
                 Method::Forward(door) => {
                     // service: read and checked once.
                     let request = service::read(call, door, &layers.limits).await?;
-                    self.forward(&request, &mut record.model).await?.into_reply()
+                    self.forward(&request, &mut record.model)
+                        .await?
+                        .into_reply()
                 }
                 Method::Stream(door) => service::each_message(self.clone(), call, door)?,
                 Method::Gathered => service::rerank_stream(self, call).await?,

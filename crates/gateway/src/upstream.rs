@@ -14,8 +14,8 @@ use platform::channel::{Channel, ChannelError, Incoming, Target};
 use platform::grpc::{Body, Reply, head_code, head_status};
 use platform::shards;
 use prometheus_client::metrics::histogram::Histogram;
-use protocol::{Error, MODEL_KEY};
 use protocol::andon::v1::WatchReportResponse;
+use protocol::{Error, MODEL_KEY};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
@@ -119,7 +119,10 @@ impl Upstream {
 
     /// Replaces the connections of each shard.
     pub fn connected(&self, channels: Vec<Vec<Arc<Channel>>>) {
-        *self.channels.write().unwrap_or_else(PoisonError::into_inner) = channels;
+        *self
+            .channels
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = channels;
     }
 
     /// Whether a call can be sent.
@@ -141,7 +144,8 @@ impl Upstream {
     pub fn reported(&self, report: WatchReportResponse) -> bool {
         let serves = |report: &WatchReportResponse| {
             let models = report.models.iter();
-            let models = models.map(|m| (m.name.clone(), m.version.clone(), m.ready, m.task.clone()));
+            let models =
+                models.map(|m| (m.name.clone(), m.version.clone(), m.ready, m.task.clone()));
             (report.draining, models.collect::<Vec<_>>())
         };
         let mut current = self.report.write().unwrap_or_else(PoisonError::into_inner);
@@ -222,7 +226,9 @@ impl Upstream {
     fn channel(&self) -> Option<Arc<Channel>> {
         let channels = self.channels.read().unwrap_or_else(PoisonError::into_inner);
         let open = |channel: &&Arc<Channel>| !channel.closed();
-        let own = channels.get(shards::current()).filter(|own| !own.is_empty());
+        let own = channels
+            .get(shards::current())
+            .filter(|own| !own.is_empty());
         if let Some(own) = own {
             let start = match own.len() {
                 1 => 0,
@@ -290,11 +296,7 @@ impl Upstream {
     }
 
     /// Opens a stream of messages on one connection; they stay framed.
-    pub async fn open(
-        &self,
-        channel: &Channel,
-        request: &Request,
-    ) -> Result<Incoming, Status> {
+    pub async fn open(&self, channel: &Channel, request: &Request) -> Result<Incoming, Status> {
         let head = self.head(request.path.clone(), request.headers.clone());
         let response = channel
             .send(head, request.message.framed().clone())
@@ -363,10 +365,7 @@ impl From<ChannelError> for Unanswered {
     }
 }
 
-async fn read(
-    response: http::Response<Incoming>,
-    bytes_max: usize,
-) -> Result<Answer, Unanswered> {
+async fn read(response: http::Response<Incoming>, bytes_max: usize) -> Result<Answer, Unanswered> {
     let (head, mut body) = response.into_parts();
     let mut answer = Answer {
         headers: head.headers,
@@ -439,7 +438,9 @@ impl Answer {
         let framed = self.into_framed()?;
         match framed.get(..5) {
             Some([0, ..]) => Ok(framed.slice(5..)),
-            _ => Err(Status::internal("a worker answered with a message that cannot be read")),
+            _ => Err(Status::internal(
+                "a worker answered with a message that cannot be read",
+            )),
         }
     }
 }

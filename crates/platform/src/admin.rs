@@ -60,13 +60,17 @@ fn answer(path: &str, metrics: &Metrics, health: &Health) -> Response<Full<Bytes
         "/livez" => plain(StatusCode::OK, "live\n"),
         "/readyz" if health.ready() => plain(StatusCode::OK, "ready\n"),
         "/readyz" => plain(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
-        _ => plain(StatusCode::NOT_FOUND, "here are /metrics, /livez and /readyz\n"),
+        _ => plain(
+            StatusCode::NOT_FOUND,
+            "here are /metrics, /livez and /readyz\n",
+        ),
     };
     let mut response = Response::new(Full::from(text));
     *response.status_mut() = status;
-    response
-        .headers_mut()
-        .insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static(kind));
+    response.headers_mut().insert(
+        http::header::CONTENT_TYPE,
+        http::HeaderValue::from_static(kind),
+    );
     response
 }
 

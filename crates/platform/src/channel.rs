@@ -141,7 +141,12 @@ impl Channel {
         head: Request<()>,
         framed: Bytes,
     ) -> Result<Response<Incoming>, ChannelError> {
-        let mut sender = self.sender.clone().ready().await.map_err(ChannelError::NotBegun)?;
+        let mut sender = self
+            .sender
+            .clone()
+            .ready()
+            .await
+            .map_err(ChannelError::NotBegun)?;
         let (reply, mut message) = sender
             .send_request(head, false)
             .map_err(ChannelError::NotBegun)?;

@@ -129,9 +129,12 @@ fn apply(
         command = command.mut_arg(key.as_str(), |argument| {
             let one = !matches!(argument.get_action(), ArgAction::Append);
             let count = if one { 1 } else { texts.len() };
-            argument
-                .required(false)
-                .default_values(texts.into_iter().take(count).map(clap::builder::OsStr::from))
+            argument.required(false).default_values(
+                texts
+                    .into_iter()
+                    .take(count)
+                    .map(clap::builder::OsStr::from),
+            )
         });
     }
     (command, Ok(()))

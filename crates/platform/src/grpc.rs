@@ -156,10 +156,7 @@ fn until(
         let mut answers = answers?;
         match tokio::time::timeout_at(deadline, answers.next()).await {
             Ok(next) => next.map(|next| (next, Some(answers))),
-            Err(_) => Some((
-                Err(Status::deadline_exceeded("the deadline passed")),
-                None,
-            )),
+            Err(_) => Some((Err(Status::deadline_exceeded("the deadline passed")), None)),
         }
     })
     .boxed()

@@ -90,7 +90,9 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
         socket.listen(1024)?;
         TcpListener::from_std(socket.into())
     };
-    bind().map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
+    bind().map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"))
+    })
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -142,7 +144,10 @@ impl ConnectionMetrics {
         drop(self.open.get_or_create(&label));
         drop(self.accepted.get_or_create(&label));
         for reason in ["cap", "not_http2", "preface_timeout"] {
-            drop(self.refused.get_or_create(&RefusedLabels { listener, reason }));
+            drop(
+                self.refused
+                    .get_or_create(&RefusedLabels { listener, reason }),
+            );
         }
     }
 
@@ -203,8 +208,14 @@ impl Server {
         drop(listener);
         let finish = async { while connections.join_next().await.is_some() {} };
         drain.reached(Phase::Closing).await;
-        if tokio::time::timeout(self.settings.drain_deadline, finish).await.is_err() {
-            tracing::warn!(listener = self.name, "calls were cut off at the drain deadline");
+        if tokio::time::timeout(self.settings.drain_deadline, finish)
+            .await
+            .is_err()
+        {
+            tracing::warn!(
+                listener = self.name,
+                "calls were cut off at the drain deadline"
+            );
         }
     }
 
@@ -219,7 +230,9 @@ impl Server {
             self.metrics.refuse(self.name, "cap");
             return;
         };
-        let label = ListenerLabel { listener: self.name };
+        let label = ListenerLabel {
+            listener: self.name,
+        };
         self.metrics.accepted.get_or_create(&label).inc();
         let open = self.metrics.open.get_or_create_owned(&label);
         let server = self.clone();

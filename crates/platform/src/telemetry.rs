@@ -2,6 +2,7 @@
 //! when one is configured. What is logged and traced can be changed while the
 //! process runs.
 
+use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -179,7 +180,8 @@ impl TelemetryControl {
             caller.is_sampled()
         } else {
             let rate = u64::from(self.0.trace_rate.load(Ordering::Relaxed));
-            self.0.untraced.fetch_add(1, Ordering::Relaxed) % rate == 0
+            let number = self.0.untraced.fetch_add(1, Ordering::Relaxed);
+            number.is_multiple_of(rate)
         };
         if !traced {
             return Span::none();
@@ -266,6 +268,7 @@ pub fn start(settings: &TelemetrySettings, role: &str) -> Result<Telemetry, Tele
         .transpose()?;
     let written = match settings.log_format {
         LogFormat::Text => tracing_subscriber::fmt::layer()
+            .with_ansi(std::io::stderr().is_terminal())
             .with_writer(std::io::stderr)
             .boxed(),
         LogFormat::Json => tracing_subscriber::fmt::layer()

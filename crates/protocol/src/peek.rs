@@ -76,9 +76,9 @@ pub fn with_final_response_flag(response: &[u8]) -> Bytes {
         parameters: [(
             "triton_final_response".to_owned(),
             inference::InferParameter {
-                parameter_choice: Some(
-                    inference::infer_parameter::ParameterChoice::BoolParam(true),
-                ),
+                parameter_choice: Some(inference::infer_parameter::ParameterChoice::BoolParam(
+                    true,
+                )),
             },
         )]
         .into(),

@@ -9,10 +9,8 @@ use tensor::{Datatype, Shape, Tensor, TensorError, TypedContents, encode_typed};
 
 use crate::inference::{
     DataType, InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse,
-    RepositoryModelLoadRequest, RepositoryModelUnloadRequest,
-    infer_parameter::ParameterChoice,
-    model_infer_request::InferInputTensor,
-    model_infer_response::InferOutputTensor,
+    RepositoryModelLoadRequest, RepositoryModelUnloadRequest, infer_parameter::ParameterChoice,
+    model_infer_request::InferInputTensor, model_infer_response::InferOutputTensor,
 };
 use crate::{Error, ModelName, ModelVersion};
 
@@ -287,9 +285,15 @@ pub fn load_target(request: &RepositoryModelLoadRequest) -> Result<ModelName, Er
 
 /// The model that an unload names, in Triton's dialect or KServe's.
 pub fn unload_target(request: &RepositoryModelUnloadRequest) -> Result<ModelName, Error> {
-    let unknown = request.parameters.keys().find(|key| *key != "unload_dependents");
+    let unknown = request
+        .parameters
+        .keys()
+        .find(|key| *key != "unload_dependents");
     if let Some(key) = unknown {
-        return Err(Error::invalid(format!("parameters[{key}]"), "unknown parameter"));
+        return Err(Error::invalid(
+            format!("parameters[{key}]"),
+            "unknown parameter",
+        ));
     }
     target(&request.repository_name, &request.model_name)
 }

@@ -60,7 +60,10 @@ impl LogSettings {
             ("log_error", flag(self.error)),
             ("log_warning", flag(self.warning)),
             ("log_info", flag(self.info)),
-            ("log_verbose_level", Answered::Uint32Param(self.verbose_level)),
+            (
+                "log_verbose_level",
+                Answered::Uint32Param(self.verbose_level),
+            ),
         ];
         LogSettingsResponse {
             settings: settings
@@ -132,7 +135,10 @@ impl TraceSettings {
     /// These settings as an answer.
     pub fn to_response(self) -> TraceSettingResponse {
         let settings: HashMap<_, _> = [
-            ("trace_level", if self.on { "TIMESTAMPS" } else { "OFF" }.to_owned()),
+            (
+                "trace_level",
+                if self.on { "TIMESTAMPS" } else { "OFF" }.to_owned(),
+            ),
             ("trace_rate", self.rate.to_string()),
             ("trace_mode", "opentelemetry".to_owned()),
         ]

@@ -10,7 +10,10 @@ pub fn add_statistics(sum: &mut ModelStatistics, other: &ModelStatistics) {
     }
     for batch in &other.batch_stats {
         let own = sum.batch_stats.iter_mut();
-        match own.into_iter().find(|own| own.batch_size == batch.batch_size) {
+        match own
+            .into_iter()
+            .find(|own| own.batch_size == batch.batch_size)
+        {
             Some(own) => add_batch(own, batch),
             None => sum.batch_stats.push(*batch),
         }

@@ -84,7 +84,8 @@ fn options(model: &ServedModel, request: &InferRequest) -> Result<Options, Error
     };
     let task = model.card.task;
     for (name, value) in &request.parameters {
-        let wrong = |description: String| Error::invalid(format!("parameters[{name}]"), description);
+        let wrong =
+            |description: String| Error::invalid(format!("parameters[{name}]"), description);
         match (name.as_str(), value) {
             ("truncate", Value::Bool(on)) if task != Task::Tabular => {
                 if *on {
@@ -104,7 +105,12 @@ fn options(model: &ServedModel, request: &InferRequest) -> Result<Options, Error
             ("dimensions", _) if task == Task::Embedding => {
                 return Err(wrong("must be an integer".into()));
             }
-            _ => return Err(wrong(format!("model '{}' has no such parameter", model.name))),
+            _ => {
+                return Err(wrong(format!(
+                    "model '{}' has no such parameter",
+                    model.name
+                )));
+            }
         }
     }
     Ok(options)

@@ -20,8 +20,8 @@ use protocol::Error;
 use protocol::{DESCRIPTORS, SERVICES};
 
 use metrics::WorkerMetrics;
-use repository::{Repository, State};
 pub use repository::{BareModel, RepositorySettings};
+use repository::{Repository, State};
 use service::Service;
 
 /// A worker that has not opened its port yet.
@@ -102,7 +102,9 @@ impl Worker {
                 }
             };
             if names.is_empty() {
-                tracing::warn!("the repository is empty: models can be loaded by RepositoryModelLoad");
+                tracing::warn!(
+                    "the repository is empty: models can be loaded by RepositoryModelLoad"
+                );
             }
             for name in names {
                 // What went wrong is logged and stands in the repository index.

@@ -86,10 +86,26 @@ impl WorkerMetrics {
             let refused = made.refused.clone();
             registry.register("andon_worker_refused", "Rows not computed", refused);
             for (name, help, family) in [
-                ("request_duration_seconds", "From call to answer", &made.request_duration),
-                ("queue_duration_seconds", "Waiting for the device", &made.queue_duration),
-                ("compute_duration_seconds", "One batch on the device", &made.compute_duration),
-                ("tokenize_duration_seconds", "Tokenizing a request", &made.tokenize_duration),
+                (
+                    "request_duration_seconds",
+                    "From call to answer",
+                    &made.request_duration,
+                ),
+                (
+                    "queue_duration_seconds",
+                    "Waiting for the device",
+                    &made.queue_duration,
+                ),
+                (
+                    "compute_duration_seconds",
+                    "One batch on the device",
+                    &made.compute_duration,
+                ),
+                (
+                    "tokenize_duration_seconds",
+                    "Tokenizing a request",
+                    &made.tokenize_duration,
+                ),
                 ("batch_rows", "Rows of a batch", &made.batch_rows),
                 ("batch_tokens", "Tokens of a batch", &made.batch_tokens),
             ] {
@@ -366,24 +382,32 @@ const READINGS: [Reading; 12] = [
     ("nv_inference_request_success", "Requests answered", |s| {
         s.success.count.load(Relaxed)
     }),
-    ("nv_inference_request_failure", "Requests that failed", |s| {
-        s.fail.count.load(Relaxed)
-    }),
+    (
+        "nv_inference_request_failure",
+        "Requests that failed",
+        |s| s.fail.count.load(Relaxed),
+    ),
     ("nv_inference_count", "Rows computed", |s| {
         s.rows.load(Relaxed)
     }),
     ("nv_inference_exec_count", "Batches computed", |s| {
         s.batches.load(Relaxed)
     }),
-    ("nv_inference_pending_request_count", "Rows that wait", |s| {
-        s.queue_of.load().0 as u64
-    }),
-    ("nv_inference_request_duration_us", "Requests, altogether", |s| {
-        s.success.us()
-    }),
-    ("nv_inference_queue_duration_us", "Waiting, altogether", |s| {
-        s.queue.us()
-    }),
+    (
+        "nv_inference_pending_request_count",
+        "Rows that wait",
+        |s| s.queue_of.load().0 as u64,
+    ),
+    (
+        "nv_inference_request_duration_us",
+        "Requests, altogether",
+        |s| s.success.us(),
+    ),
+    (
+        "nv_inference_queue_duration_us",
+        "Waiting, altogether",
+        |s| s.queue.us(),
+    ),
     (
         "nv_inference_compute_input_duration_us",
         "Preparing inputs, altogether",
@@ -402,7 +426,11 @@ const READINGS: [Reading; 12] = [
     ("andon_worker_queue_rows", "Rows that wait", |s| {
         s.queue_of.load().0 as u64
     }),
-    ("andon_worker_model_ready", "Models that can be called", |_| 1),
+    (
+        "andon_worker_model_ready",
+        "Models that can be called",
+        |_| 1,
+    ),
 ];
 
 impl Collector for Models {

@@ -305,9 +305,17 @@ fn warm_up(model: &mut engine::Model) -> Result<(), EngineError> {
         };
         model.network.forward_text(&[row], &|| true)?;
     } else {
-        let width = model.card.inputs.first().and_then(|input| input.shape.last().copied());
-        let width = width.and_then(|width| usize::try_from(width).ok()).unwrap_or(0);
-        model.network.forward_features(&vec![0.0; width], 1, &|| true)?;
+        let width = model
+            .card
+            .inputs
+            .first()
+            .and_then(|input| input.shape.last().copied());
+        let width = width
+            .and_then(|width| usize::try_from(width).ok())
+            .unwrap_or(0);
+        model
+            .network
+            .forward_features(&vec![0.0; width], 1, &|| true)?;
     }
     Ok(())
 }

@@ -303,7 +303,9 @@ impl Queue {
         let by_delay = oldest.map_or(now, |at| at + self.limits.delay);
         // Half of the compute time again, since the estimate is one.
         let compute = state.compute(tokens).mul_f64(1.5);
-        let by_deadline = earliest.and_then(|at| at.checked_sub(compute)).unwrap_or(now);
+        let by_deadline = earliest
+            .and_then(|at| at.checked_sub(compute))
+            .unwrap_or(now);
         (count, full, by_delay.min(by_deadline))
     }
 }

@@ -72,7 +72,8 @@ fn existing_folder(text: &str) -> Result<PathBuf, String> {
 }
 
 fn device(text: &str) -> Result<DeviceChoice, String> {
-    text.parse().map_err(|error: engine::EngineError| error.to_string())
+    text.parse()
+        .map_err(|error: engine::EngineError| error.to_string())
 }
 
 /// Where a model version stands.
@@ -420,7 +421,10 @@ impl State {
 }
 
 fn unloadable(name: &ModelName, reason: &str) -> Error {
-    Error::invalid("model_name", format!("model '{name}' cannot be loaded: {reason}"))
+    Error::invalid(
+        "model_name",
+        format!("model '{name}' cannot be loaded: {reason}"),
+    )
 }
 
 async fn stop(state: Option<State>) {

@@ -34,7 +34,10 @@ fn row(fault: &str, outcome: &Outcome, what: &str, times: &mut [Duration]) {
     times.sort();
     let failed: usize = outcome.failed.values().sum();
     let median = times.get(times.len() / 2).copied().unwrap_or_default();
-    println!("| {fault} | {} | {failed} | {what} | {median:.1?} |", outcome.answered);
+    println!(
+        "| {fault} | {} | {failed} | {what} | {median:.1?} |",
+        outcome.answered
+    );
     for (said, count) in &outcome.failed {
         println!("  {count} x {said}");
     }
@@ -60,7 +63,12 @@ async fn kill() -> Result<()> {
         times.push(started.elapsed());
         add(&mut sum, load.finished().await);
     }
-    row("kill -9 of one of three workers", &sum, "until the gateway counts two", &mut times);
+    row(
+        "kill -9 of one of three workers",
+        &sum,
+        "until the gateway counts two",
+        &mut times,
+    );
     Ok(())
 }
 
@@ -80,7 +88,12 @@ async fn freeze() -> Result<()> {
         fleet.all_connected(3).await?;
         add(&mut sum, load.stopped().await);
     }
-    row("one of three workers frozen", &sum, "until it is left alone", &mut times);
+    row(
+        "one of three workers frozen",
+        &sum,
+        "until it is left alone",
+        &mut times,
+    );
     Ok(())
 }
 
@@ -102,7 +115,12 @@ async fn restart() -> Result<()> {
         }
         add(&mut sum, load.stopped().await);
     }
-    row("rolling restart of three workers", &sum, "SIGTERM to exit", &mut times);
+    row(
+        "rolling restart of three workers",
+        &sum,
+        "SIGTERM to exit",
+        &mut times,
+    );
     Ok(())
 }
 
@@ -121,19 +139,40 @@ async fn all_dead() -> Result<()> {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         fleet.restart(0, worker.grpc)?;
-        fleet.workers[0].as_ref().context("a worker")?.ready().await?;
+        fleet.workers[0]
+            .as_ref()
+            .context("a worker")?
+            .ready()
+            .await?;
         let started = Instant::now();
         until(Duration::from_secs(20), "served again", || async {
-            Ok(infer(&client, digits(), Duration::from_secs(5)).await.is_ok())
+            Ok(infer(&client, digits(), Duration::from_secs(5))
+                .await
+                .is_ok())
         })
         .await?;
         returns.push(started.elapsed());
     }
     let worst = refusals.iter().max().copied().unwrap_or_default();
     let none = Outcome::default();
-    row("all workers dead", &none, "until UNAVAILABLE", &mut refusals);
-    row("all workers dead", &none, "the longest of these", &mut [worst]);
-    row("all workers dead", &none, "from a worker's return to service", &mut returns);
+    row(
+        "all workers dead",
+        &none,
+        "until UNAVAILABLE",
+        &mut refusals,
+    );
+    row(
+        "all workers dead",
+        &none,
+        "the longest of these",
+        &mut [worst],
+    );
+    row(
+        "all workers dead",
+        &none,
+        "from a worker's return to service",
+        &mut returns,
+    );
     Ok(())
 }
 
@@ -154,8 +193,18 @@ async fn deadline() -> Result<()> {
         frees.push(started.elapsed());
     }
     let none = Outcome::default();
-    row("50 ms deadline against seconds of work", &none, "until the caller is told", &mut times);
-    row("50 ms deadline against seconds of work", &none, "the next caller's answer", &mut frees);
+    row(
+        "50 ms deadline against seconds of work",
+        &none,
+        "until the caller is told",
+        &mut times,
+    );
+    row(
+        "50 ms deadline against seconds of work",
+        &none,
+        "the next caller's answer",
+        &mut frees,
+    );
     Ok(())
 }
 
@@ -173,7 +222,12 @@ async fn drain() -> Result<()> {
         fleet.gateway.ended(Duration::from_secs(30)).await?;
         times.push(started.elapsed());
     }
-    row("SIGTERM of the gateway under load", &sum, "SIGTERM to exit", &mut times);
+    row(
+        "SIGTERM of the gateway under load",
+        &sum,
+        "SIGTERM to exit",
+        &mut times,
+    );
     Ok(())
 }
 
@@ -190,9 +244,15 @@ async fn flood() -> Result<()> {
         let answered = load.answered.load(std::sync::atomic::Ordering::Relaxed);
         let outcome = load.stopped().await;
         rates.push(answered as f64 / 15.0);
-        let what = format!("{in_flight} in flight: {:.1} requests/s", answered as f64 / 15.0);
+        let what = format!(
+            "{in_flight} in flight: {:.1} requests/s",
+            answered as f64 / 15.0
+        );
         row("flood", &outcome, &what, &mut []);
     }
-    println!("goodput of the flood against the lightest load: {:.2}", rates[2] / rates[0]);
+    println!(
+        "goodput of the flood against the lightest load: {:.2}",
+        rates[2] / rates[0]
+    );
     Ok(())
 }

@@ -10,8 +10,8 @@ use clap::Parser;
 use platform::drain::{self, Phase};
 use platform::grpc::{Call, MessageLimits, Metadata, Reply, decode, frame, reject, reply, unary};
 use platform::metrics::Metrics;
-use platform::shards::Shards;
 use platform::server::{ConnectionMetrics, Handler, Listener, Server, ServerSettings, bind};
+use platform::shards::Shards;
 use platform::{admin, health::Health, tasks::owned};
 use protocol::inference::model_infer_response::InferOutputTensor;
 use protocol::inference::model_metadata_response::TensorMetadata;
@@ -39,7 +39,9 @@ struct Echo(Arc<(MessageLimits, Duration)>);
 
 impl Handler for Echo {
     async fn handle(&self, call: Call) -> Reply {
-        self.answer(call).await.unwrap_or_else(|status| reject(&status))
+        self.answer(call)
+            .await
+            .unwrap_or_else(|status| reject(&status))
     }
 }
 
@@ -56,7 +58,10 @@ impl Echo {
                 Ok(reply(frame(&answered), Metadata::new()))
             }
             Some("ModelMetadata") => {
-                unary(call, limits, |_: ModelMetadataRequest| async { Ok(metadata()) }).await
+                unary(call, limits, |_: ModelMetadataRequest| async {
+                    Ok(metadata())
+                })
+                .await
             }
             Some("RepositoryIndex") => {
                 unary(call, limits, |_: RepositoryIndexRequest| async {
@@ -66,7 +71,9 @@ impl Echo {
                         state: "READY".to_owned(),
                         reason: String::new(),
                     };
-                    Ok(RepositoryIndexResponse { models: vec![model] })
+                    Ok(RepositoryIndexResponse {
+                        models: vec![model],
+                    })
                 })
                 .await
             }

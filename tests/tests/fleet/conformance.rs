@@ -75,7 +75,12 @@ async fn triton_client_against_serve() -> Result<()> {
 #[tokio::test]
 async fn triton_client_against_a_fleet() -> Result<()> {
     let fleet = Fleet::start(2).await?;
-    script("triton_client.py", fleet.gateway.grpc, &["--repository-control"]).await
+    script(
+        "triton_client.py",
+        fleet.gateway.grpc,
+        &["--repository-control"],
+    )
+    .await
 }
 
 #[tokio::test]
@@ -97,7 +102,14 @@ async fn text_calls_of_every_role() -> Result<()> {
     let minilm = format!("minilm={}", models()?.join("minilm/1").display());
     let classifier = model("classifier", "bert-classification");
     let reranker = model("reranker", "bert-rerank");
-    let flags = ["--model", &minilm, "--model", &classifier, "--model", &reranker];
+    let flags = [
+        "--model",
+        &minilm,
+        "--model",
+        &classifier,
+        "--model",
+        &reranker,
+    ];
     let fleet = Fleet::with(1, &flags, &[]).await?;
     let asked = ["--classifier", "classifier", "--reranker", "reranker"];
     script("tei_client.py", fleet.gateway.grpc, &asked).await?;

@@ -25,7 +25,8 @@ fn slow() -> ModelInferRequest {
 
 async fn abandoned(fleet: &Fleet) -> Result<f64> {
     let worker = fleet.workers[0].as_ref().context("a worker")?;
-    let abandoned = "andon_worker_refused_total{model=\"minilm\",version=\"1\",reason=\"abandoned\"}";
+    let abandoned =
+        "andon_worker_refused_total{model=\"minilm\",version=\"1\",reason=\"abandoned\"}";
     let late = "andon_worker_refused_total{model=\"minilm\",version=\"1\",reason=\"deadline\"}";
     let (abandoned, late) = (worker.metric(abandoned).await?, worker.metric(late).await?);
     Ok(abandoned.unwrap_or(0.0) + late.unwrap_or(0.0))
@@ -46,7 +47,11 @@ async fn a_deadline_ends_the_call_and_the_compute() -> Result<()> {
     // The instance is free again at once: a short text is answered.
     let started = Instant::now();
     infer(&client, texts(&["short"]), Duration::from_secs(5)).await?;
-    ensure!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    ensure!(
+        started.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        started.elapsed()
+    );
     ensure!(abandoned(&fleet).await? > 0.0, "no row was given up");
     Ok(())
 }

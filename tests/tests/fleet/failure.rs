@@ -29,7 +29,12 @@ async fn a_killed_worker_fails_no_request() -> Result<()> {
 #[tokio::test]
 async fn a_frozen_worker_fails_no_request() -> Result<()> {
     let fleet = Fleet::start(3).await?;
-    let load = Load::start(&client(fleet.gateway.grpc).await?, &digits(), 16, usize::MAX);
+    let load = Load::start(
+        &client(fleet.gateway.grpc).await?,
+        &digits(),
+        16,
+        usize::MAX,
+    );
     load.reached(1_000).await?;
     let frozen = fleet.workers[0].as_ref().context("a worker")?;
     frozen.signal(libc::SIGSTOP)?;
@@ -47,7 +52,12 @@ async fn a_frozen_worker_fails_no_request() -> Result<()> {
 #[tokio::test]
 async fn a_rolling_restart_fails_no_request() -> Result<()> {
     let mut fleet = Fleet::start(3).await?;
-    let load = Load::start(&client(fleet.gateway.grpc).await?, &digits(), 16, usize::MAX);
+    let load = Load::start(
+        &client(fleet.gateway.grpc).await?,
+        &digits(),
+        16,
+        usize::MAX,
+    );
     load.reached(500).await?;
     for place in 0..3 {
         let mut old = fleet.workers[place].take().context("a worker")?;
@@ -69,17 +79,28 @@ async fn a_replaced_set_of_workers_fails_no_request() -> Result<()> {
     let mut fleet = Fleet::start(1).await?;
     let address = fleet.workers[0].as_ref().context("a worker")?.grpc;
     let dns = format!("localhost:{}", address.port());
-    let flags = ["--worker-dns".to_owned(), dns, "--dns-interval".into(), "200ms".into()];
+    let flags = [
+        "--worker-dns".to_owned(),
+        dns,
+        "--dns-interval".into(),
+        "200ms".into(),
+    ];
     let gateway = fleet_tests::process::Andon::start("gateway", &flags, None)?;
     gateway.ready().await?;
     let client = client(gateway.grpc).await?;
-    ensure!(infer(&client, digits(), Duration::from_secs(5)).await.is_ok());
+    ensure!(
+        infer(&client, digits(), Duration::from_secs(5))
+            .await
+            .is_ok()
+    );
     let mut old = fleet.workers[0].take().context("a worker")?;
     old.signal(libc::SIGTERM)?;
     old.ended(Duration::from_secs(20)).await?;
     fleet.restart(0, address)?;
     until(Duration::from_secs(20), "served again", || async {
-        Ok(infer(&client, digits(), Duration::from_secs(5)).await.is_ok())
+        Ok(infer(&client, digits(), Duration::from_secs(5))
+            .await
+            .is_ok())
     })
     .await
 }
@@ -98,17 +119,27 @@ async fn all_workers_dead_is_said_at_once_and_ends_with_their_return() -> Result
         let refused = infer(&client, digits(), Duration::from_secs(10)).await;
         let code = refused.err().map(|status| status.code());
         ensure!(code == Some(Code::Unavailable), "{code:?}");
-        ensure!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
+        ensure!(
+            started.elapsed() < Duration::from_millis(500),
+            "{:?}",
+            started.elapsed()
+        );
     }
     fleet.restart(0, address)?;
     let worker = fleet.workers[0].as_ref().context("a worker")?;
     worker.ready().await?;
     let returned = Instant::now();
     until(Duration::from_secs(10), "served again", || async {
-        Ok(infer(&client, digits(), Duration::from_secs(5)).await.is_ok())
+        Ok(infer(&client, digits(), Duration::from_secs(5))
+            .await
+            .is_ok())
     })
     .await?;
-    ensure!(returned.elapsed() < Duration::from_secs(5), "{:?}", returned.elapsed());
+    ensure!(
+        returned.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        returned.elapsed()
+    );
     Ok(())
 }
 

@@ -70,7 +70,8 @@ async fn send(channel: &Channel, address: SocketAddr, path: &str, framed: Vec<u8
 
 async fn attack(address: SocketAddr, seed: u64) -> Result<()> {
     let mut numbers = Numbers(seed);
-    let channel = Channel::connect(&Target::Tcp(address.to_string()), Duration::from_secs(5)).await?;
+    let channel =
+        Channel::connect(&Target::Tcp(address.to_string()), Duration::from_secs(5)).await?;
     let messages = [
         pixels(&[[3.0; 64]; 2]).encode_to_vec(),
         texts(&["a text", "日本語", ""]).encode_to_vec(),
@@ -107,11 +108,17 @@ async fn mutated_messages_get_a_status_and_nobody_panics() -> Result<()> {
     let fleet = Fleet::start(1).await?;
     let worker = fleet.workers[0].as_ref().context("a worker")?;
     let (gateway, direct) = (fleet.gateway.grpc, worker.grpc);
-    tokio::try_join!(attack(gateway, 0x9e37_79b9_7f4a_7c15), attack(direct, 0xd1b5_4a32_d192_ed03))?;
+    tokio::try_join!(
+        attack(gateway, 0x9e37_79b9_7f4a_7c15),
+        attack(direct, 0xd1b5_4a32_d192_ed03)
+    )?;
     for andon in [&fleet.gateway, worker] {
         let logged = andon.logged();
         ensure!(!logged.contains("panicked"), "{logged}");
-        ensure!(andon.get("/readyz").await?.starts_with("ready"), "not ready");
+        ensure!(
+            andon.get("/readyz").await?.starts_with("ready"),
+            "not ready"
+        );
         let client = client(andon.grpc).await?;
         infer(&client, pixels(&[[3.0; 64]]), Duration::from_secs(5)).await?;
         infer(&client, texts(&["a text"]), Duration::from_secs(5)).await?;

@@ -32,7 +32,10 @@ fn wrong_configuration_is_refused_before_a_port_opens() -> Result<()> {
         refused(&["worker", "--config", &config], &[])
     };
     let said = wrong("no_such_key = 1")?;
-    ensure!(said.contains("no_such_key") && said.contains("grpc_addr"), "{said}");
+    ensure!(
+        said.contains("no_such_key") && said.contains("grpc_addr"),
+        "{said}"
+    );
     ensure!(wrong("grpc_addr = \"nowhere\"")?.contains("grpc-addr"));
     ensure!(wrong("grpc_addr = ")?.contains("not TOML"));
     ensure!(wrong("[grpc_addr]")?.contains("grpc_addr"));
@@ -40,7 +43,10 @@ fn wrong_configuration_is_refused_before_a_port_opens() -> Result<()> {
     ensure!(said.contains("is not a folder"), "{said}");
     let said = refused(&["worker"], &[("ANDON_REPOSITORY", "/nowhere")])?;
     ensure!(said.contains("is not a folder"), "{said}");
-    let said = refused(&["worker", "--repository", &repository, "--models", "nobody"], &[])?;
+    let said = refused(
+        &["worker", "--repository", &repository, "--models", "nobody"],
+        &[],
+    )?;
     ensure!(said.contains("nobody"), "{said}");
     ensure!(refused(&["gateway"], &[])?.contains("--worker"));
     ensure!(refused(&["gateway", "--worker", "nowhere"], &[])?.contains("HOST:PORT"));
@@ -64,13 +70,24 @@ async fn a_file_configures_and_variables_and_flags_override_it() -> Result<()> {
         .env("ANDON_GRPC_ADDR", from_variable.to_string())
         .kill_on_drop(true)
         .spawn()?;
-    until(Duration::from_secs(20), "served where the variable says", || async {
-        let client = client(from_variable).await?;
-        Ok(infer(&client, pixels(&[[0.0; 64]]), Duration::from_secs(5)).await.is_ok())
-    })
+    until(
+        Duration::from_secs(20),
+        "served where the variable says",
+        || async {
+            let client = client(from_variable).await?;
+            Ok(infer(&client, pixels(&[[0.0; 64]]), Duration::from_secs(5))
+                .await
+                .is_ok())
+        },
+    )
     .await?;
     ensure!(client(from_file).await.is_err(), "the file's port is open");
-    let other = infer(&client(from_variable).await?, texts(&["a"]), Duration::from_secs(5)).await;
+    let other = infer(
+        &client(from_variable).await?,
+        texts(&["a"]),
+        Duration::from_secs(5),
+    )
+    .await;
     ensure!(other.err().map(|status| status.code()) == Some(Code::NotFound));
     child.kill().await?;
     std::fs::remove_file(&file)?;
@@ -87,7 +104,10 @@ async fn every_metric_that_dashboards_name_is_there() -> Result<()> {
     let mut page = fleet.gateway.get("/metrics").await?;
     page.push_str(&worker.get("/metrics").await?);
     let names = std::fs::read_to_string(root().join("tests/manifests/metrics.txt"))?;
-    for name in names.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+    for name in names
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+    {
         let family = name
             .strip_suffix("_total")
             .or_else(|| name.strip_suffix("_bucket"))
@@ -117,9 +137,11 @@ async fn a_model_comes_and_goes_while_another_serves() -> Result<()> {
     let gone = infer(&client, texts(&["a"]), Duration::from_secs(5)).await;
     ensure!(gone.err().map(|status| status.code()) == Some(Code::NotFound));
     // The weights are 90 MB.
-    until(Duration::from_secs(10), "the memory is given back", || async {
-        Ok(worker.resident_bytes()? + (60 << 20) < loaded)
-    })
+    until(
+        Duration::from_secs(10),
+        "the memory is given back",
+        || async { Ok(worker.resident_bytes()? + (60 << 20) < loaded) },
+    )
     .await
     .with_context(|| format!("{} of {loaded} bytes", worker.resident_bytes().unwrap_or(0)))?;
     // KServe's dialect: the name stands in the first field.
@@ -151,7 +173,10 @@ async fn a_full_queue_refuses_at_once_and_says_when_to_come_back() -> Result<()>
     let load = Load::start(&client, &request, 8, 40);
     let outcome = load.finished().await;
     ensure!(outcome.answered > 0, "{outcome:?}");
-    let full = outcome.failed.keys().all(|said| said.starts_with("Unavailable"));
+    let full = outcome
+        .failed
+        .keys()
+        .all(|said| said.starts_with("Unavailable"));
     ensure!(full && !outcome.failed.is_empty(), "{:?}", outcome.failed);
     std::fs::remove_dir_all(&repository)?;
     Ok(())
@@ -214,17 +239,26 @@ async fn traces_reach_a_collector_and_follow_the_call() -> Result<()> {
     let mut request = tonic::Request::new(pixels(&[[0.0; 64]]));
     let trace = "0af7651916cd43dd8448eb211c80319c";
     let parent = format!("00-{trace}-b7ad6b7169203331-01");
-    request.metadata_mut().insert("traceparent", parent.parse()?);
-    client(fleet.gateway.grpc).await?.model_infer(request).await?;
+    request
+        .metadata_mut()
+        .insert("traceparent", parent.parse()?);
+    client(fleet.gateway.grpc)
+        .await?
+        .model_infer(request)
+        .await?;
     fleet.gateway.signal(libc::SIGTERM)?;
     let worker = fleet.workers[0].as_mut().context("a worker")?;
     worker.signal(libc::SIGTERM)?;
-    until(Duration::from_secs(20), "both spans of the trace arrive", || async {
-        let spans = std::fs::read_to_string(&seen)?;
-        let of_trace: Vec<&str> = spans.lines().filter(|line| line.contains(trace)).collect();
-        Ok(of_trace.iter().any(|line| line.contains("andon-gateway"))
-            && of_trace.iter().any(|line| line.contains("andon-worker")))
-    })
+    until(
+        Duration::from_secs(20),
+        "both spans of the trace arrive",
+        || async {
+            let spans = std::fs::read_to_string(&seen)?;
+            let of_trace: Vec<&str> = spans.lines().filter(|line| line.contains(trace)).collect();
+            Ok(of_trace.iter().any(|line| line.contains("andon-gateway"))
+                && of_trace.iter().any(|line| line.contains("andon-worker")))
+        },
+    )
     .await?;
     child.kill().await?;
     std::fs::remove_file(&seen)?;

@@ -59,9 +59,11 @@ async fn connections_over_the_cap_are_closed_and_the_others_serve() -> Result<()
         .map(|_| TcpStream::connect(address))
         .collect::<Result<_, _>>()?;
     let refused = "andon_connections_refused_total{listener=\"gateway\",reason=\"cap\"}";
-    until(Duration::from_secs(5), "connections are refused", || async {
-        Ok(fleet.gateway.metric(refused).await? >= Some(7.0))
-    })
+    until(
+        Duration::from_secs(5),
+        "connections are refused",
+        || async { Ok(fleet.gateway.metric(refused).await? >= Some(7.0)) },
+    )
     .await?;
     infer(&client, digits(), Duration::from_secs(5)).await?;
     drop(open);
@@ -75,9 +77,11 @@ async fn old_connections_are_asked_to_end_and_no_call_fails() -> Result<()> {
     let load = fleet_tests::load::Load::start(&client, &digits(), 4, usize::MAX);
     let accepted = "andon_connections_accepted_total{listener=\"gateway\"}";
     // The client connects again each time that its connection is told to end.
-    until(Duration::from_secs(20), "the client connects again", || async {
-        Ok(fleet.gateway.metric(accepted).await? >= Some(4.0))
-    })
+    until(
+        Duration::from_secs(20),
+        "the client connects again",
+        || async { Ok(fleet.gateway.metric(accepted).await? >= Some(4.0)) },
+    )
     .await?;
     let mut outcome = load.stopped().await;
     // What tonic's client says of a call that it had not sent yet when its
@@ -89,7 +93,12 @@ async fn old_connections_are_asked_to_end_and_no_call_fails() -> Result<()> {
 
 #[tokio::test]
 async fn messages_over_the_limits_are_refused_and_small_ones_served() -> Result<()> {
-    let limits = ["--message-bytes-max", "1MiB", "--bytes-in-flight-max", "2MiB"];
+    let limits = [
+        "--message-bytes-max",
+        "1MiB",
+        "--bytes-in-flight-max",
+        "2MiB",
+    ];
     let fleet = Fleet::with(1, &limits, &limits).await?;
     let client = client(fleet.gateway.grpc).await?;
     let large = texts(&[vec![b'a'; 2 << 20]]);
@@ -112,9 +121,17 @@ async fn messages_over_the_limits_are_refused_and_small_ones_served() -> Result<
         }
     }
     ensure!(answered > 0, "none was answered");
-    until(Duration::from_secs(5), "no bytes are left in flight", || async {
-        Ok(fleet.gateway.metric("andon_gateway_bytes_in_flight").await? == Some(0.0))
-    })
+    until(
+        Duration::from_secs(5),
+        "no bytes are left in flight",
+        || async {
+            Ok(fleet
+                .gateway
+                .metric("andon_gateway_bytes_in_flight")
+                .await?
+                == Some(0.0))
+        },
+    )
     .await?;
     infer(&client, digits(), Duration::from_secs(5)).await?;
     Ok(())
@@ -125,7 +142,8 @@ async fn calls_over_the_cap_are_shed_at_once() -> Result<()> {
     let fleet = Fleet::with(1, &[], &["--calls-max", "1"]).await?;
     let client = client(fleet.gateway.grpc).await?;
     let slow = texts(&vec!["words that take a while to compute ".repeat(5); 128]);
-    let busy = tokio::spawn({
+    let mut busy = tokio::task::JoinSet::new();
+    busy.spawn({
         let client = client.clone();
         async move { infer(&client, slow, Duration::from_secs(30)).await }
     });
@@ -138,6 +156,6 @@ async fn calls_over_the_cap_are_shed_at_once() -> Result<()> {
     ensure!(status.code() == Code::Unavailable, "{status:?}");
     let details = tonic_types::StatusExt::get_error_details(&status);
     ensure!(details.retry_info().is_some(), "no RetryInfo");
-    busy.await??;
+    busy.join_next().await.context("the busy call")??.context("it failed")?;
     Ok(())
 }

@@ -53,18 +53,37 @@ pub async fn fleet(stack: &Stack, method: &str, call: Call) -> Result<Reply, Sta
             })
             .await
         }
-        "ModelReady" => unary(call, limits, |asked| async move { stack.model_ready(&asked) }).await,
+        "ModelReady" => {
+            unary(
+                call,
+                limits,
+                |asked| async move { stack.model_ready(&asked) },
+            )
+            .await
+        }
         "ModelStatistics" => {
-            unary(call, limits, |asked| async move { stack.statistics(&asked, deadline).await }).await
+            unary(call, limits, |asked| async move {
+                stack.statistics(&asked, deadline).await
+            })
+            .await
         }
         "RepositoryIndex" => {
-            unary(call, limits, |asked| async move { stack.index(&asked, deadline).await }).await
+            unary(call, limits, |asked| async move {
+                stack.index(&asked, deadline).await
+            })
+            .await
         }
         "RepositoryModelLoad" => {
-            unary(call, limits, |asked| async move { stack.load(&asked, deadline).await }).await
+            unary(call, limits, |asked| async move {
+                stack.load(&asked, deadline).await
+            })
+            .await
         }
         "RepositoryModelUnload" => {
-            unary(call, limits, |asked| async move { stack.unload(&asked, deadline).await }).await
+            unary(call, limits, |asked| async move {
+                stack.unload(&asked, deadline).await
+            })
+            .await
         }
         "TraceSetting" => unary(call, limits, |asked| async move { stack.trace(&asked) }).await,
         "LogSettings" => unary(call, limits, |asked| async move { stack.log(&asked) }).await,
@@ -118,9 +137,14 @@ impl Stack {
         deadline: Instant,
     ) -> Result<ModelStatisticsResponse, Status> {
         let path = "/inference.GRPCInferenceService/ModelStatistics";
-        let answers = self.ask::<_, ModelStatisticsResponse>(path, asked, deadline).await?;
+        let answers = self
+            .ask::<_, ModelStatisticsResponse>(path, asked, deadline)
+            .await?;
         let mut sums: BTreeMap<(String, String), ModelStatistics> = BTreeMap::new();
-        for statistics in unless_all_failed(answers)?.into_iter().flat_map(|a| a.model_stats) {
+        for statistics in unless_all_failed(answers)?
+            .into_iter()
+            .flat_map(|a| a.model_stats)
+        {
             let key = (statistics.name.clone(), statistics.version.clone());
             match sums.get_mut(&key) {
                 Some(sum) => protocol::add_statistics(sum, &statistics),
@@ -141,9 +165,14 @@ impl Stack {
         deadline: Instant,
     ) -> Result<RepositoryIndexResponse, Status> {
         let path = "/inference.GRPCInferenceService/RepositoryIndex";
-        let answers = self.ask::<_, RepositoryIndexResponse>(path, asked, deadline).await?;
+        let answers = self
+            .ask::<_, RepositoryIndexResponse>(path, asked, deadline)
+            .await?;
         let mut models: BTreeMap<(String, String), ModelIndex> = BTreeMap::new();
-        for model in unless_all_failed(answers)?.into_iter().flat_map(|a| a.models) {
+        for model in unless_all_failed(answers)?
+            .into_iter()
+            .flat_map(|a| a.models)
+        {
             let key = (model.name.clone(), model.version.clone());
             let known = models.get(&key).is_some_and(|known| known.state == "READY");
             if !known {

@@ -146,10 +146,14 @@ fn beneath(root: &Path, folder: &Path) -> Result<PathBuf, String> {
 fn settings(folder: &Path) -> Result<Settings, String> {
     let path = folder.join(SETTINGS);
     match std::fs::metadata(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Settings::default()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(Settings::default());
+        }
         Err(error) => return Err(format!("{SETTINGS}: {}", error.kind())),
         Ok(metadata) if metadata.len() > SETTINGS_BYTES_MAX => {
-            return Err(format!("{SETTINGS}: longer than {SETTINGS_BYTES_MAX} bytes"));
+            return Err(format!(
+                "{SETTINGS}: longer than {SETTINGS_BYTES_MAX} bytes"
+            ));
         }
         Ok(_) => {}
     }
@@ -164,7 +168,11 @@ fn made(
 ) -> Result<Plan, String> {
     let wrong = |error: engine::EngineError| format!("{SETTINGS}: {error}");
     let task = settings.task.as_deref().map(str::parse::<Task>).transpose();
-    let dtype = settings.dtype.as_deref().map(str::parse::<Dtype>).transpose();
+    let dtype = settings
+        .dtype
+        .as_deref()
+        .map(str::parse::<Dtype>)
+        .transpose();
     let options = LoadOptions {
         device: defaults.device,
         dtype: dtype.map_err(wrong)?.unwrap_or(Dtype::F32),

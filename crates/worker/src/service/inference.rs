@@ -1,5 +1,6 @@
 //! `inference.GRPCInferenceService`.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -8,8 +9,8 @@ use platform::telemetry::LogLevels;
 use prost::Message as _;
 use protocol::inference::{
     ModelConfig, ModelConfigRequest, ModelConfigResponse, ModelInferRequest, ModelInferResponse,
-    ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest, ModelReadyResponse,
-    ModelStatisticsRequest, ModelStatisticsResponse, ModelStreamInferResponse,
+    ModelMetadataRequest, ModelMetadataResponse, ModelParameter, ModelReadyRequest,
+    ModelReadyResponse, ModelStatisticsRequest, ModelStatisticsResponse, ModelStreamInferResponse,
     RepositoryIndexRequest, RepositoryIndexResponse, RepositoryModelLoadResponse,
     RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
     ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
@@ -34,9 +35,11 @@ impl Service {
             "ServerLive" => one!(self, call, |_: ServerLiveRequest| Ok(ServerLiveResponse {
                 live: true
             })),
-            "ServerReady" => one!(self, call, |_: ServerReadyRequest| Ok(ServerReadyResponse {
-                ready: self.ready()
-            })),
+            "ServerReady" => one!(self, call, |_: ServerReadyRequest| Ok(
+                ServerReadyResponse {
+                    ready: self.ready()
+                }
+            )),
             "ModelReady" => one!(self, call, |asked: ModelReadyRequest| {
                 let ready = match self.model(&asked.name, &asked.version) {
                     Ok(_) => true,
@@ -87,9 +90,9 @@ impl Service {
                 Ok(settings.to_response())
             }),
             "LogSettings" => one!(self, call, |asked| self.log_settings(&asked)),
-            method if method.contains("SharedMemory") => Err(Status::unimplemented(
-                protocol::SHARED_MEMORY_UNSUPPORTED,
-            )),
+            method if method.contains("SharedMemory") => {
+                Err(Status::unimplemented(protocol::SHARED_MEMORY_UNSUPPORTED))
+            }
             _ => Err(Status::unimplemented(format!("unknown method {method}"))),
         }
     }
@@ -188,7 +191,8 @@ impl Service {
         let newest = self.model(&asked.name, &asked.version)?;
         let models = self.0.repository.ready();
         let wanted = models.iter().filter(|model| {
-            model.name == newest.name && (asked.version.is_empty() || model.version == newest.version)
+            model.name == newest.name
+                && (asked.version.is_empty() || model.version == newest.version)
         });
         Ok(ModelStatisticsResponse {
             model_stats: wanted.map(|model| model.metrics.statistics()).collect(),
@@ -280,9 +284,11 @@ fn server_metadata() -> ServerMetadataResponse {
 
 fn config(model: &ServedModel) -> ModelConfig {
     use protocol::inference::{
-        ModelDynamicBatching, ModelInput, ModelInstanceGroup, ModelOutput, ModelParameter,
-        ModelTransactionPolicy, ModelVersionPolicy, model_config::SchedulingChoice,
-        model_instance_group::Kind as DeviceKind, model_version_policy::{PolicyChoice, Specific},
+        ModelDynamicBatching, ModelInput, ModelInstanceGroup, ModelOutput, ModelTransactionPolicy,
+        ModelVersionPolicy,
+        model_config::SchedulingChoice,
+        model_instance_group::Kind as DeviceKind,
+        model_version_policy::{PolicyChoice, Specific},
     };
     let (card, limits) = (&model.card, &model.limits);
     let data_type = |spec: &engine::TensorSpec| protocol::data_type(spec.datatype).into();
@@ -291,15 +297,10 @@ fn config(model: &ServedModel) -> ModelConfig {
         Some([]) | None => vec![1],
         Some(dims) => dims.to_vec(),
     };
-    let gpu = card.device.strip_prefix("cuda:").and_then(|n| n.parse().ok());
-    let parameters = [
-        ("task", card.task.to_string()),
-        ("dtype", card.dtype.to_string()),
-        ("device", card.device.clone()),
-        ("tokens_max", card.tokens_max.to_string()),
-        ("batch_tokens_max", limits.queue.batch_tokens_max.to_string()),
-        ("queue_rows_max", limits.queue.rows_max.to_string()),
-    ];
+    let gpu = card
+        .device
+        .strip_prefix("cuda:")
+        .and_then(|n| n.parse().ok());
     ModelConfig {
         name: model.name.to_string(),
         platform: format!("andon_{}", card.family),
@@ -335,9 +336,7 @@ fn config(model: &ServedModel) -> ModelConfig {
             gpus: gpu.into_iter().collect(),
             kind: gpu.map_or(DeviceKind::Cpu, |_| DeviceKind::Gpu).into(),
         }],
-        parameters: parameters
-            .map(|(name, string_value)| (name.to_owned(), ModelParameter { string_value }))
-            .into(),
+        parameters: config_parameters(model),
         model_transaction_policy: Some(ModelTransactionPolicy { decoupled: false }),
         scheduling_choice: Some(SchedulingChoice::DynamicBatching(ModelDynamicBatching {
             preferred_batch_size: Vec::new(),
@@ -345,4 +344,20 @@ fn config(model: &ServedModel) -> ModelConfig {
                 .unwrap_or(u64::MAX),
         })),
     }
+}
+
+/// What is worth knowing of a model and has no place of its own in Triton's
+/// configuration.
+fn config_parameters(model: &ServedModel) -> HashMap<String, ModelParameter> {
+    let (card, queue) = (&model.card, &model.limits.queue);
+    [
+        ("task", card.task.to_string()),
+        ("dtype", card.dtype.to_string()),
+        ("device", card.device.clone()),
+        ("tokens_max", card.tokens_max.to_string()),
+        ("batch_tokens_max", queue.batch_tokens_max.to_string()),
+        ("queue_rows_max", queue.rows_max.to_string()),
+    ]
+    .map(|(name, string_value)| (name.to_owned(), ModelParameter { string_value }))
+    .into()
 }

@@ -272,7 +272,9 @@ impl Service {
                 }
                 tei::Rank {
                     index: u32::try_from(index).unwrap_or(u32::MAX),
-                    text: returned.as_ref().and_then(|texts| texts.get(index).cloned()),
+                    text: returned
+                        .as_ref()
+                        .and_then(|texts| texts.get(index).cloned()),
                     score: scores.first().copied().unwrap_or_default(),
                 }
             })

@@ -45,7 +45,9 @@ impl Target {
         let name = call.metadata_text(MODEL_KEY);
         let version = call.metadata_text(VERSION_KEY).unwrap_or_default();
         Ok(Self {
-            name: name.map(|name| ModelName::checked(name, MODEL_KEY)).transpose()?,
+            name: name
+                .map(|name| ModelName::checked(name, MODEL_KEY))
+                .transpose()?,
             version: ModelVersion::optional(version, VERSION_KEY)?,
             started: Instant::now(),
             deadline: call.deadline.into_std(),
@@ -85,7 +87,10 @@ impl Target {
     }
 
     /// The model whose tokenizer answers: named, or the only one.
-    pub(super) fn any_text_model(&self, repository: &Repository) -> Result<Arc<ServedModel>, Error> {
+    pub(super) fn any_text_model(
+        &self,
+        repository: &Repository,
+    ) -> Result<Arc<ServedModel>, Error> {
         if let Some(name) = &self.name {
             return repository.find(name, self.version);
         }
@@ -195,7 +200,10 @@ impl<A> Answered<A> {
         let ms = |ns: u64| HeaderValue::from(ns / 1_000_000);
         let mut metadata = Metadata::new();
         for (name, value) in [
-            ("x-compute-type", HeaderValue::from_static(self.compute_type)),
+            (
+                "x-compute-type",
+                HeaderValue::from_static(self.compute_type),
+            ),
             ("x-compute-time", ms(cost.total_time_ns)),
             ("x-compute-characters", cost.compute_chars.into()),
             ("x-compute-tokens", cost.compute_tokens.into()),
@@ -211,7 +219,11 @@ impl<A> Answered<A> {
 }
 
 fn compute_type(model: &ServedModel) -> &'static str {
-    if model.card.device == "cpu" { "cpu" } else { "gpu" }
+    if model.card.device == "cpu" {
+        "cpu"
+    } else {
+        "gpu"
+    }
 }
 
 fn ns(duration: Duration) -> u64 {
@@ -247,9 +259,8 @@ fn listed(models: &[Arc<ServedModel>]) -> String {
 
 /// What happens to a text that is too long; an unknown direction is an error.
 pub(super) fn truncation(truncate: bool, direction: i32) -> Result<Truncation, Error> {
-    let direction = tei::TruncationDirection::try_from(direction).map_err(|_| {
-        Error::invalid("truncation_direction", "must be 0 (right) or 1 (left)")
-    })?;
+    let direction = tei::TruncationDirection::try_from(direction)
+        .map_err(|_| Error::invalid("truncation_direction", "must be 0 (right) or 1 (left)"))?;
     Ok(match (truncate, direction) {
         (false, _) => Truncation::Refuse,
         (true, tei::TruncationDirection::Right) => Truncation::Right,
@@ -270,7 +281,10 @@ pub(super) fn prompted(
         let known: Vec<&str> = model.card.prompts.keys().map(String::as_str).collect();
         Error::invalid(
             "prompt_name",
-            format!("unknown prompt; the model's prompts are: {}", known.join(", ")),
+            format!(
+                "unknown prompt; the model's prompts are: {}",
+                known.join(", ")
+            ),
         )
     })?;
     Ok(format!("{prompt}{text}"))
@@ -290,7 +304,8 @@ pub(super) fn check_length(model: &ServedModel, field: &str, text: &str) -> Resu
 }
 
 pub(super) fn tokenizer(model: &ServedModel) -> Result<&Tokenizer, Error> {
-    model.tokenizer.as_deref().ok_or_else(|| {
-        Error::invalid(MODEL_KEY, format!("model '{}' reads no text", model.name))
-    })
+    model
+        .tokenizer
+        .as_deref()
+        .ok_or_else(|| Error::invalid(MODEL_KEY, format!("model '{}' reads no text", model.name)))
 }

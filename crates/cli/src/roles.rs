@@ -47,7 +47,7 @@ impl Role {
         Ok(Self {
             process,
             trigger,
-            server: common.server,
+            server: common.server.checked().map_err(anyhow::Error::msg)?,
             grpc_addr: common.grpc_addr,
             admin_addr: common.admin_addr,
             _telemetry: telemetry,
@@ -156,14 +156,21 @@ async fn print_examples((grpc, admin): (SocketAddr, SocketAddr), health: Health)
         }
     };
     let (grpc, admin) = (local(grpc), local(admin));
+    let andon = std::env::args()
+        .next()
+        .unwrap_or_else(|| "andon".to_owned());
     println!(
-        "\nAndon is ready: gRPC on {grpc}, metrics on http://{admin}/metrics\n\n\
-         Try it:\n  \
-         andon models list --address {grpc}\n  \
-         andon infer minilm \"A lantern around a candle\" --address {grpc}\n  \
-         grpcurl -plaintext {grpc} list\n  \
-         grpcurl -plaintext -d '{{\"inputs\":\"A lantern around a candle\",\"normalize\":true}}' {grpc} tei.v1.Embed/Embed\n  \
-         grpcurl -plaintext -d '{{\"model_name\":\"minilm\",\"inputs\":[{{\"name\":\"text\",\"datatype\":\"BYTES\",\"shape\":[1],\
-         \"contents\":{{\"bytes_contents\":[\"aGVsbG8=\"]}}}}]}}' {grpc} inference.GRPCInferenceService/ModelInfer\n"
+        "\nAndon is ready: gRPC on {grpc}, metrics on http://{admin}/metrics\n\nTry it:\n  \
+         {andon} models list --address {grpc}\n  \
+         grpcurl -plaintext {grpc} list"
     );
+    if health.serving("minilm") {
+        println!(
+            "  {andon} infer minilm \"A lantern around a candle\" --address {grpc}\n  \
+             grpcurl -plaintext -H 'andon-model: minilm' -d '{{\"inputs\":\"A lantern around a candle\",\"normalize\":true}}' {grpc} tei.v1.Embed/Embed\n  \
+             grpcurl -plaintext -d '{{\"model_name\":\"minilm\",\"inputs\":[{{\"name\":\"text\",\"datatype\":\"BYTES\",\"shape\":[1],\
+             \"contents\":{{\"bytes_contents\":[\"aGVsbG8=\"]}}}}]}}' {grpc} inference.GRPCInferenceService/ModelInfer"
+        );
+    }
+    println!();
 }

@@ -71,6 +71,14 @@ pub enum DeviceChoice {
 }
 
 impl DeviceChoice {
+    /// Whether this build and this machine have the device.
+    ///
+    /// # Errors
+    /// [`EngineError::Unsupported`] when they do not.
+    pub fn check(self) -> Result<(), EngineError> {
+        self.open().map(drop)
+    }
+
     pub(crate) fn open(self) -> Result<Device, EngineError> {
         match self {
             Self::Cpu => Ok(Device::Cpu),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
+use platform::grpc::MessageLimits;
 use prometheus_client::metrics::counter::Counter;
 use protocol::{Error, Kind};
 use tokio::time::Instant;
@@ -31,7 +32,7 @@ const TOKEN: i64 = 10;
 #[derive(Debug)]
 pub struct Balance {
     budget: Budget,
-    answer_bytes_max: usize,
+    limits: MessageLimits,
     metrics: BalanceMetrics,
 }
 
@@ -68,6 +69,8 @@ impl Budget {
 enum Outcome {
     /// The caller gets this.
     Answered(Answer),
+    /// The caller gets this: no other worker would do better.
+    Failed(Error),
     /// Another worker may do better.
     Elsewhere(Failure),
 }
@@ -81,8 +84,8 @@ struct Failure {
 }
 
 impl Balance {
-    /// A budget of so many tokens, and answers of at most so many bytes.
-    pub fn new(retry_tokens: u32, answer_bytes_max: usize, metrics: BalanceMetrics) -> Self {
+    /// A budget of so many tokens, and what answers are held to.
+    pub fn new(retry_tokens: u32, limits: MessageLimits, metrics: BalanceMetrics) -> Self {
         let tenths_max = i64::from(retry_tokens) * TOKEN;
         Self {
             budget: Budget {
@@ -90,7 +93,7 @@ impl Balance {
                 tenths_max,
                 exhausted: metrics.budget_exhausted.clone(),
             },
-            answer_bytes_max,
+            limits,
             metrics,
         }
     }
@@ -113,11 +116,12 @@ impl Balance {
             let attempt = Attempt {
                 number,
                 chosen: route.chosen.as_ref(),
-                answer_bytes_max: self.answer_bytes_max,
+                limits: Some(&self.limits),
             };
             let sent = upstream.send(request, attempt).await;
             let failure = match self.judge(upstream, sent) {
                 Outcome::Answered(answer) => return Ok(answer),
+                Outcome::Failed(error) => return Err(error),
                 Outcome::Elsewhere(failure) => failure,
             };
             last = failure.last;
@@ -141,19 +145,21 @@ impl Balance {
             Ok(answer) => answer,
             Err(unanswered) => return self.unanswered(upstream, unanswered),
         };
+        if matches!(
+            answer.code(),
+            Code::Internal | Code::Unknown | Code::DataLoss
+        ) {
+            upstream.failed();
+            return Outcome::Answered(answer);
+        }
+        // Any other answer is one of a worker that is well.
+        upstream.succeeded();
         let reason = match answer.code() {
-            // Full: another worker may have room. The worker itself is well.
+            // Full: another worker may have room.
             Code::Unavailable => "unavailable",
             // The model left this worker a moment ago.
             Code::NotFound => "not_found",
-            Code::Internal | Code::Unknown | Code::DataLoss => {
-                if upstream.failed() {
-                    self.metrics.ejected(upstream);
-                }
-                return Outcome::Answered(answer);
-            }
             _ => {
-                upstream.succeeded();
                 self.budget.succeeded();
                 return Outcome::Answered(answer);
             }
@@ -174,17 +180,23 @@ impl Balance {
     }
 
     fn unanswered(&self, upstream: &Upstream, unanswered: Unanswered) -> Outcome {
-        if upstream.failed() {
-            self.metrics.ejected(upstream);
-        }
         let message = format!("worker {}: {unanswered}", upstream.target);
-        let (kind, reason, costs) = match unanswered {
-            Unanswered::NotSent(_) => (Kind::NotReady, "not_sent", false),
-            Unanswered::Broken(_) => (Kind::NotReady, "broken", true),
-            Unanswered::TooLarge(_) => (Kind::TooLarge, "too_large", true),
+        let (reason, costs) = match unanswered {
+            Unanswered::NotSent(_) => ("not_sent", false),
+            Unanswered::Broken(_) => ("broken", true),
+            Unanswered::TooLarge(_) => {
+                upstream.succeeded();
+                return Outcome::Failed(Error::new(Kind::TooLarge, message));
+            }
+            Unanswered::NoRoom => {
+                upstream.succeeded();
+                let retry_after = Duration::from_millis(100);
+                return Outcome::Failed(Error::overloaded(message, retry_after));
+            }
         };
+        upstream.failed();
         Outcome::Elsewhere(Failure {
-            last: Err(Error::new(kind, message)),
+            last: Err(Error::new(Kind::NotReady, message)),
             reason,
             costs,
             pause: None,

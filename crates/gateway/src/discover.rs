@@ -52,8 +52,20 @@ pub struct Discovery {
     metrics: GatewayMetrics,
     connections: usize,
     shards: Arc<Shards>,
-    workers: Mutex<BTreeMap<String, (Arc<Upstream>, Owned)>>,
+    workers: Mutex<BTreeMap<String, Known>>,
 }
+
+/// A worker that something names.
+#[derive(Debug)]
+struct Known {
+    upstream: Arc<Upstream>,
+    /// What names it; when nothing does any more, it is forgotten.
+    sources: BTreeSet<String>,
+    _task: Owned,
+}
+
+/// The source of workers that are named one by one.
+const STATIC: &str = "";
 
 /// Keeps finding workers until the returned tasks are dropped.
 pub fn start(
@@ -69,7 +81,7 @@ pub fn start(
         workers: Mutex::default(),
     });
     for target in settings.targets {
-        discovery.add(target);
+        discovery.add(target, STATIC);
     }
     settings
         .names
@@ -91,8 +103,12 @@ fn keep(discovery: Arc<Discovery>) -> Owned {
 }
 
 impl Discovery {
-    fn add(self: &Arc<Self>, target: Target) {
+    fn add(self: &Arc<Self>, target: Target, source: &str) {
         let key = target.to_string();
+        if let Some(known) = self.lock().get_mut(&key) {
+            known.sources.insert(source.to_owned());
+            return;
+        }
         let upstream = Arc::new(Upstream::new(target, self.metrics.upstream(key.clone())));
         let (discovery, kept) = (Arc::downgrade(self), upstream.clone());
         let (connections, shards) = (self.connections, self.shards.clone());
@@ -104,17 +120,35 @@ impl Discovery {
             };
             attend(&kept, (connections, &shards), changed).await;
         });
-        self.lock().insert(key, (upstream, task));
+        let known = Known {
+            upstream,
+            sources: [source.to_owned()].into(),
+            _task: task,
+        };
+        self.lock().insert(key, known);
         self.rebuild();
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, (Arc<Upstream>, Owned)>> {
+    /// A source names a worker no more. Calls that it still has hold its
+    /// connection.
+    fn remove(&self, address: &str, source: &str) {
+        let mut workers = self.lock();
+        let unnamed = workers.get_mut(address).is_some_and(|known| {
+            known.sources.remove(source);
+            known.sources.is_empty()
+        });
+        if unnamed {
+            workers.remove(address);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Known>> {
         self.workers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn rebuild(&self) {
         let workers = self.lock();
-        let upstreams = workers.values().map(|(upstream, _)| upstream.clone());
+        let upstreams = workers.values().map(|known| known.upstream.clone());
         // Under the lock, so that an older table never replaces a newer one.
         self.routes.rebuild(upstreams.collect());
     }
@@ -128,12 +162,11 @@ impl Discovery {
                     let found: BTreeSet<String> = found.map(|a| a.to_string()).collect();
                     for address in found.difference(&known) {
                         tracing::info!(worker = address, name, "found");
-                        self.add(Target::Tcp(address.clone()));
+                        self.add(Target::Tcp(address.clone()), &name);
                     }
                     for address in known.difference(&found) {
                         tracing::info!(worker = address, name, "gone");
-                        // Calls that it still has hold its connection.
-                        self.lock().remove(address);
+                        self.remove(address, &name);
                     }
                     if found != known {
                         self.rebuild();

@@ -39,7 +39,7 @@ pub struct FleetSettings {
     #[arg(long, value_name = "NAME:PORT", value_parser = host_and_port)]
     pub worker_dns: Vec<String>,
     /// How often those names are resolved
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = platform::config::duration)]
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = platform::config::positive_duration)]
     pub dns_interval: Duration,
 }
 
@@ -126,7 +126,7 @@ impl Gateway {
         let stack = Stack(Arc::new(Layers {
             shed,
             routes,
-            balance: Balance::new(settings.retry_tokens, limits.message_bytes_max, balance),
+            balance: Balance::new(settings.retry_tokens, limits.clone(), balance),
             limits,
             common,
             metrics,

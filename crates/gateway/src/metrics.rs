@@ -15,7 +15,6 @@ use tokio::time::Instant;
 
 use crate::route::Routes;
 use crate::shed::Shed;
-use crate::upstream::Upstream;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
@@ -57,6 +56,15 @@ pub struct GatewayMetrics {
     pub balance: BalanceMetrics,
 }
 
+/// What is counted of one worker.
+#[derive(Debug, Clone)]
+pub struct UpstreamNumbers {
+    /// From sending a call to its whole answer.
+    pub duration: Histogram,
+    /// Times that it was left alone because it failed.
+    pub ejections: Counter,
+}
+
 /// What the balancer counts.
 #[derive(Debug, Clone, Default)]
 pub struct BalanceMetrics {
@@ -70,12 +78,6 @@ impl BalanceMetrics {
     /// A call is sent again.
     pub fn retried(&self, reason: &'static str) {
         self.retries.get_or_create(&ReasonLabel { reason }).inc();
-    }
-
-    /// A worker is left alone from now on.
-    pub fn ejected(&self, upstream: &Upstream) {
-        let worker = upstream.target.to_string();
-        self.ejections.get_or_create(&WorkerLabel { worker }).inc();
     }
 }
 
@@ -135,14 +137,13 @@ impl GatewayMetrics {
         self.shed.get_or_create_owned(&ReasonLabel { reason })
     }
 
-    /// The durations of calls to one worker. Its other numbers begin at zero.
-    pub fn upstream(&self, worker: String) -> Histogram {
-        let label = WorkerLabel {
-            worker: worker.clone(),
-        };
-        drop(self.balance.ejections.get_or_create(&label));
-        self.upstream_durations
-            .get_or_create_owned(&WorkerLabel { worker })
+    /// What is counted of one worker.
+    pub fn upstream(&self, worker: String) -> UpstreamNumbers {
+        let label = WorkerLabel { worker };
+        UpstreamNumbers {
+            ejections: self.balance.ejections.get_or_create_owned(&label),
+            duration: self.upstream_durations.get_or_create_owned(&label),
+        }
     }
 
     /// A call began.

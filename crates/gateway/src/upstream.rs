@@ -11,14 +11,14 @@ use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use http_body_util::BodyExt;
 use platform::channel::{Channel, ChannelError, Incoming, Target};
-use platform::grpc::{Body, Reply, head_code, head_status};
+use platform::grpc::{Body, BytesHeld, MessageLimits, Reply, head_code, head_status};
 use platform::shards;
-use prometheus_client::metrics::histogram::Histogram;
 use protocol::andon::v1::WatchReportResponse;
 use protocol::{Error, MODEL_KEY};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
+use crate::metrics::UpstreamNumbers;
 use crate::service::Request;
 
 /// Failures in a row after which a worker is left alone.
@@ -43,7 +43,7 @@ pub struct Upstream {
     ejected_until_us: AtomicU64,
     probing: AtomicBool,
     born: Instant,
-    duration: Histogram,
+    numbers: UpstreamNumbers,
 }
 
 impl fmt::Debug for Upstream {
@@ -59,6 +59,8 @@ pub struct Answer {
     first: Option<Bytes>,
     rest: Vec<Bytes>,
     trailers: Option<HeaderMap>,
+    /// Its bytes count as in flight until they have been sent on.
+    held: Vec<BytesHeld>,
 }
 
 /// One sending of a call.
@@ -68,8 +70,8 @@ pub struct Attempt<'a> {
     pub number: usize,
     /// The model's name, for a call that named none.
     pub chosen: Option<&'a HeaderValue>,
-    /// The longest answer.
-    pub answer_bytes_max: usize,
+    /// What answers are held to.
+    pub limits: Option<&'a MessageLimits>,
 }
 
 impl Attempt<'_> {
@@ -77,7 +79,7 @@ impl Attempt<'_> {
         Self {
             number: 0,
             chosen: None,
-            answer_bytes_max: usize::MAX,
+            limits: None,
         }
     }
 }
@@ -92,11 +94,13 @@ pub enum Unanswered {
     Broken(String),
     /// The answer is over the limit.
     TooLarge(usize),
+    /// There is no room for the answer among the messages in flight.
+    NoRoom,
 }
 
 impl Upstream {
     /// A worker that is not connected yet.
-    pub fn new(target: Target, duration: Histogram) -> Self {
+    pub fn new(target: Target, numbers: UpstreamNumbers) -> Self {
         let authority = match &target {
             Target::Tcp(address) => address.parse().ok(),
             Target::Memory(_) => None,
@@ -113,7 +117,7 @@ impl Upstream {
             ejected_until_us: AtomicU64::new(0),
             probing: AtomicBool::new(false),
             born: Instant::now(),
-            duration,
+            numbers,
         }
     }
 
@@ -168,16 +172,10 @@ impl Upstream {
     }
 
     /// Whether the worker is left alone because it failed. When its time is
-    /// over, one call may try it.
+    /// over, one call at a time may try it.
     pub fn ejected(&self) -> bool {
         let until_us = self.ejected_until_us.load(Ordering::Acquire);
-        if until_us == 0 {
-            return false;
-        }
-        if self.now_us() < until_us {
-            return true;
-        }
-        self.probing.swap(true, Ordering::AcqRel)
+        until_us != 0 && (self.now_us() < until_us || self.probing.load(Ordering::Acquire))
     }
 
     /// Whether the worker is being left alone, without trying it.
@@ -199,12 +197,13 @@ impl Upstream {
         }
     }
 
-    /// The worker failed; true when it is left alone from now on.
-    pub fn failed(&self) -> bool {
+    /// The worker failed: after several times, or when it was being tried, it
+    /// is left alone.
+    pub fn failed(&self) {
         let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
         let probed = self.probing.swap(false, Ordering::AcqRel);
         if failures < FAILURES_MAX && !probed {
-            return false;
+            return;
         }
         let times = self.ejections.fetch_add(1, Ordering::Relaxed).min(10);
         let rest = EJECTION.saturating_mul(1 << times).min(EJECTION_MAX);
@@ -212,8 +211,8 @@ impl Upstream {
         self.failures.store(0, Ordering::Relaxed);
         let until_us = self.now_us().saturating_add(rest_us);
         self.ejected_until_us.store(until_us, Ordering::Release);
+        self.numbers.ejections.inc();
         tracing::warn!(worker = %self.target, ?rest, "left alone: it failed repeatedly");
-        true
     }
 
     /// Forgets that the worker was left alone: its connection is new.
@@ -262,14 +261,13 @@ impl Upstream {
         }
         let head = self.head(request.path.clone(), headers);
         let framed = request.message.framed().clone();
-        let _busy = Busy::new(&self.in_flight);
-        let started = Instant::now();
+        let mut sending = Sending::begin(self, request.deadline);
         let answered = async {
             let response = channel.send(head, framed).await?;
-            read(response, attempt.answer_bytes_max).await
+            read(response, attempt.limits).await
         }
         .await;
-        self.duration.observe(started.elapsed().as_secs_f64());
+        sending.ended = true;
         answered
     }
 
@@ -340,19 +338,46 @@ fn set_timeout(headers: &mut HeaderMap, deadline: Instant) {
     }
 }
 
-/// Counts a call for as long as it is under way.
-struct Busy<'c>(&'c AtomicUsize);
+/// A call that is under way, however it ends.
+struct Sending<'u> {
+    upstream: &'u Upstream,
+    started: Instant,
+    deadline: Instant,
+    /// Whether the worker answered or broke, and not the caller's patience.
+    ended: bool,
+}
 
-impl<'c> Busy<'c> {
-    fn new(count: &'c AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count)
+impl<'u> Sending<'u> {
+    fn begin(upstream: &'u Upstream, deadline: Instant) -> Self {
+        upstream.in_flight.fetch_add(1, Ordering::Relaxed);
+        if upstream.out() {
+            upstream.probing.store(true, Ordering::Release);
+        }
+        Self {
+            upstream,
+            started: Instant::now(),
+            deadline,
+            ended: false,
+        }
     }
 }
 
-impl Drop for Busy<'_> {
+impl Drop for Sending<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        let upstream = self.upstream;
+        upstream.in_flight.fetch_sub(1, Ordering::Relaxed);
+        let took = self.started.elapsed();
+        upstream.numbers.duration.observe(took.as_secs_f64());
+        if self.ended {
+            return;
+        }
+        // A worker that keeps callers waiting past their deadlines, call after
+        // call, is as bad as one that breaks; a caller who left proves nothing.
+        if Instant::now() >= self.deadline {
+            upstream.failed();
+        } else {
+            upstream.probing.store(false, Ordering::Release);
+        }
     }
 }
 
@@ -365,13 +390,17 @@ impl From<ChannelError> for Unanswered {
     }
 }
 
-async fn read(response: http::Response<Incoming>, bytes_max: usize) -> Result<Answer, Unanswered> {
+async fn read(
+    response: http::Response<Incoming>,
+    limits: Option<&MessageLimits>,
+) -> Result<Answer, Unanswered> {
     let (head, mut body) = response.into_parts();
     let mut answer = Answer {
         headers: head.headers,
         first: None,
         rest: Vec::new(),
         trailers: None,
+        held: Vec::new(),
     };
     let mut bytes = 0;
     while let Some(frame) = body.frame().await {
@@ -379,8 +408,12 @@ async fn read(response: http::Response<Incoming>, bytes_max: usize) -> Result<An
         match frame.into_data() {
             Ok(data) => {
                 bytes += data.len();
-                if bytes > bytes_max {
-                    return Err(Unanswered::TooLarge(bytes));
+                if let Some(limits) = limits {
+                    if bytes > limits.message_bytes_max {
+                        return Err(Unanswered::TooLarge(bytes));
+                    }
+                    let held = limits.budget.take(data.len());
+                    answer.held.extend(held.map_err(|_| Unanswered::NoRoom)?);
                 }
                 if answer.first.is_none() {
                     answer.first = Some(data);
@@ -412,7 +445,8 @@ impl Answer {
 
     /// The reply that passes the answer on, untouched.
     pub fn into_reply(self) -> Reply {
-        let mut reply = Reply::new(Body::whole(self.first, self.rest, self.trailers));
+        let body = Body::whole(self.first, self.rest, self.trailers);
+        let mut reply = Reply::new(body.guarded(self.held));
         *reply.headers_mut() = self.headers;
         reply
     }
@@ -451,6 +485,7 @@ impl fmt::Display for Unanswered {
             Self::NotSent(reason) => write!(formatter, "the call was not sent: {reason}"),
             Self::Broken(reason) => write!(formatter, "the connection broke: {reason}"),
             Self::TooLarge(bytes) => write!(formatter, "the answer has over {bytes} bytes"),
+            Self::NoRoom => formatter.write_str("there is no room for the answer"),
         }
     }
 }

@@ -173,6 +173,14 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; write 50ms, 5s or 1h"))
 }
 
+/// Reads a duration that is more than nothing.
+pub fn positive_duration(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("must be more than nothing".to_owned()),
+        duration => Ok(duration),
+    }
+}
+
 /// Reads a size such as `64MiB`.
 pub fn bytes(text: &str) -> Result<usize, String> {
     text.parse::<bytesize::ByteSize>()

@@ -7,7 +7,7 @@ mod message;
 
 pub use body::Body;
 pub use call::{Call, grpc_timeout};
-pub use message::{ByteBudget, Message, MessageLimits, Messages, frame, frame_bytes};
+pub use message::{ByteBudget, BytesHeld, Message, MessageLimits, Messages, frame, frame_bytes};
 
 use std::future::Future;
 

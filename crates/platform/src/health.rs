@@ -67,6 +67,11 @@ impl Health {
         self.status("").is_some_and(|serving| serving)
     }
 
+    /// Whether a name is known and serving.
+    pub fn serving(&self, name: &str) -> bool {
+        self.status(name) == Some(true)
+    }
+
     fn status(&self, name: &str) -> Option<bool> {
         self.0.borrow().serving.get(name).copied()
     }

@@ -35,14 +35,14 @@ pub struct ServerSettings {
     #[arg(long, value_name = "COUNT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub streams_max: u32,
     /// How long a new connection may take to say that it speaks HTTP/2
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = crate::config::duration)]
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = crate::config::positive_duration)]
     pub preface_timeout: Duration,
     /// How old a connection gets, give or take a tenth, before it is asked to
     /// end, so that callers spread over new servers
-    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = crate::config::duration)]
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = crate::config::positive_duration)]
     pub connection_age: Duration,
     /// How often an idle connection is asked whether it lives
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = crate::config::duration)]
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = crate::config::positive_duration)]
     pub keepalive_interval: Duration,
     /// The longest message, for example 64MiB
     #[arg(long, value_name = "BYTES", default_value = "64MiB", value_parser = crate::config::bytes)]
@@ -52,18 +52,35 @@ pub struct ServerSettings {
     pub bytes_in_flight_max: usize,
     /// The longest deadline a call may have, and the deadline of calls that
     /// bring none
-    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = crate::config::duration)]
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = crate::config::positive_duration)]
     pub deadline_max: Duration,
     /// How long the server stays open after it is told to end and has become
     /// not ready
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = crate::config::duration)]
     pub drain_delay: Duration,
     /// How long calls under way may then take to finish
-    #[arg(long, value_name = "DURATION", default_value = "65s", value_parser = crate::config::duration)]
+    #[arg(long, value_name = "DURATION", default_value = "65s", value_parser = crate::config::positive_duration)]
     pub drain_deadline: Duration,
 }
 
 impl ServerSettings {
+    /// Checks what the flags cannot check one by one.
+    pub fn checked(self) -> Result<Self, String> {
+        if self.message_bytes_max > self.bytes_in_flight_max {
+            return Err(format!(
+                "--message-bytes-max ({}) is more than --bytes-in-flight-max ({}): its longest messages would never fit",
+                self.message_bytes_max, self.bytes_in_flight_max
+            ));
+        }
+        if self.deadline_max > self.drain_deadline {
+            return Err(format!(
+                "--deadline-max ({:?}) is more than --drain-deadline ({:?}): its longest calls would be cut off when the server ends",
+                self.deadline_max, self.drain_deadline
+            ));
+        }
+        Ok(self)
+    }
+
     /// The limits on messages.
     pub fn message_limits(&self) -> MessageLimits {
         MessageLimits::new(self.message_bytes_max, self.bytes_in_flight_max)

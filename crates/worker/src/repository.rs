@@ -72,8 +72,9 @@ fn existing_folder(text: &str) -> Result<PathBuf, String> {
 }
 
 fn device(text: &str) -> Result<DeviceChoice, String> {
-    text.parse()
-        .map_err(|error: engine::EngineError| error.to_string())
+    let device = text.parse::<DeviceChoice>();
+    let usable = device.and_then(|device| device.check().map(|()| device));
+    usable.map_err(|error| error.to_string())
 }
 
 /// Where a model version stands.

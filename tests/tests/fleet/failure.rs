@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use fleet_tests::calls::{client, infer, pixels};
+use fleet_tests::calls::{client, infer, patient_infer, pixels, texts};
 use fleet_tests::load::Load;
+use fleet_tests::process::Andon;
 use fleet_tests::{Fleet, until};
 use protocol::inference::ModelInferRequest;
 use tonic::Code;
@@ -74,35 +75,77 @@ async fn a_rolling_restart_fails_no_request() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_replaced_set_of_workers_fails_no_request() -> Result<()> {
-    // `localhost` stands for the set: its port is taken over by new processes.
-    let mut fleet = Fleet::start(1).await?;
-    let address = fleet.workers[0].as_ref().context("a worker")?.grpc;
-    let dns = format!("localhost:{}", address.port());
-    let flags = [
-        "--worker-dns".to_owned(),
-        dns,
-        "--dns-interval".into(),
-        "200ms".into(),
-    ];
-    let gateway = fleet_tests::process::Andon::start("gateway", &flags, None)?;
+async fn a_replaced_upstream_set_fails_no_request() -> Result<()> {
+    // Two names, each of which stands for one worker after another.
+    let mut fleet = Fleet::start(2).await?;
+    let mut flags = vec!["--dns-interval".to_owned(), "200ms".to_owned()];
+    for worker in fleet.workers.iter().flatten() {
+        let name = format!("localhost:{}", worker.grpc.port());
+        flags.extend(["--worker-dns".to_owned(), name]);
+    }
+    let gateway = Andon::start("gateway", &flags, None)?;
     gateway.ready().await?;
-    let client = client(gateway.grpc).await?;
-    ensure!(
-        infer(&client, digits(), Duration::from_secs(5))
-            .await
-            .is_ok()
-    );
-    let mut old = fleet.workers[0].take().context("a worker")?;
-    old.signal(libc::SIGTERM)?;
-    old.ended(Duration::from_secs(20)).await?;
-    fleet.restart(0, address)?;
-    until(Duration::from_secs(20), "served again", || async {
-        Ok(infer(&client, digits(), Duration::from_secs(5))
-            .await
-            .is_ok())
-    })
-    .await
+    let ready = "andon_gateway_workers{state=\"ready\"}";
+    let both = || async { Ok(gateway.metric(ready).await? == Some(2.0)) };
+    until(Duration::from_secs(20), "both workers are found", both).await?;
+    let load = Load::start(&client(gateway.grpc).await?, &digits(), 16, usize::MAX);
+    load.reached(500).await?;
+    for place in 0..2 {
+        let mut old = fleet.workers[place].take().context("a worker")?;
+        old.signal(libc::SIGTERM)?;
+        old.ended(Duration::from_secs(20)).await?;
+        fleet.restart(place, old.grpc)?;
+        until(Duration::from_secs(20), "the new worker is found", both).await?;
+    }
+    let outcome = load.stopped().await;
+    ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+    ensure!(outcome.answered > 1_000, "{} answered", outcome.answered);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_stuck_worker_is_left_alone_and_tried_again() -> Result<()> {
+    // Both are servers of another make; one answers nothing in time.
+    let echo = |delay: &str| {
+        let program = fleet_tests::program("echo-worker")?;
+        let flags = ["--delay".to_owned(), delay.to_owned()];
+        Andon::run(&mut std::process::Command::new(program), &flags, None)
+    };
+    let (well, stuck) = (echo("0s")?, echo("1h")?);
+    let worker = |andon: &Andon| ["--worker".to_owned(), andon.grpc.to_string()];
+    let flags = [worker(&well), worker(&stuck)].concat();
+    let gateway = Andon::start("gateway", &flags, None)?;
+    let ready = "andon_gateway_workers{state=\"ready\"}";
+    let both = || async { Ok(gateway.metric(ready).await? == Some(2.0)) };
+    until(Duration::from_secs(20), "both workers are found", both).await?;
+    let request = ModelInferRequest {
+        model_name: "echo".to_owned(),
+        ..texts(&["a text"])
+    };
+    let out = "andon_gateway_ejections_total";
+    let patience = Duration::from_millis(30);
+    let mut calls = 0;
+    while gateway.metric_sum(out).await? < 1.0 {
+        patient_infer(gateway.grpc, &request, patience).await?;
+        calls += 1;
+        ensure!(calls < 200, "the stuck worker is not left alone");
+    }
+    // While it is left alone, every call goes to the other.
+    for _ in 0..10 {
+        let code = patient_infer(gateway.grpc, &request, Duration::from_secs(5)).await?;
+        ensure!(code == Code::Ok, "{code:?}");
+    }
+    // Its time passes, one call tries it, and it is left alone again.
+    let before = gateway.metric_sum(out).await?;
+    let started = Instant::now();
+    while gateway.metric_sum(out).await? <= before {
+        patient_infer(gateway.grpc, &request, patience).await?;
+        ensure!(
+            started.elapsed() < Duration::from_secs(20),
+            "it is not tried again"
+        );
+    }
+    Ok(())
 }
 
 #[tokio::test]
@@ -150,10 +193,29 @@ async fn sigterm_under_load_drains_without_an_error() -> Result<()> {
     let client = client(fleet.gateway.grpc).await?;
     let load = Load::start(&client, &digits(), 8, 1_000_000);
     load.reached(500).await?;
+    // Calls that are still under way when the gateway closes.
+    let mut slow = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let client = client.clone();
+        let text = "words that take a while to compute ".repeat(12);
+        let request = texts(&vec![text; 16]);
+        slow.spawn(async move { infer(&client, request, Duration::from_secs(30)).await });
+    }
+    let in_flight =
+        || async { Ok(fleet.gateway.metric("andon_gateway_in_flight").await? >= Some(4.0)) };
+    until(
+        Duration::from_secs(5),
+        "the slow calls are under way",
+        in_flight,
+    )
+    .await?;
     fleet.gateway.signal(libc::SIGTERM)?;
     tokio::time::sleep(Duration::from_millis(200)).await;
     let outcome = load.stopped().await;
     ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+    while let Some(answered) = slow.join_next().await {
+        answered??;
+    }
     let status = fleet.gateway.ended(Duration::from_secs(20)).await?;
     ensure!(status.success(), "it ended with {status}");
     Ok(())

@@ -48,6 +48,14 @@ fn wrong_configuration_is_refused_before_a_port_opens() -> Result<()> {
         &[],
     )?;
     ensure!(said.contains("nobody"), "{said}");
+    let worker = |flags: &[&str]| -> Result<String> {
+        let fixed = ["worker", "--repository", &repository];
+        refused(&[&fixed, flags].concat(), &[])
+    };
+    ensure!(worker(&["--device", "cuda:0"])?.contains("CUDA"));
+    ensure!(worker(&["--keepalive-interval", "0s"])?.contains("more than nothing"));
+    ensure!(worker(&["--deadline-max", "1h"])?.contains("--drain-deadline"));
+    ensure!(worker(&["--message-bytes-max", "2GiB"])?.contains("--bytes-in-flight-max"));
     ensure!(refused(&["gateway"], &[])?.contains("--worker"));
     ensure!(refused(&["gateway", "--worker", "nowhere"], &[])?.contains("HOST:PORT"));
     std::fs::remove_file(&file)?;

@@ -156,6 +156,9 @@ async fn calls_over_the_cap_are_shed_at_once() -> Result<()> {
     ensure!(status.code() == Code::Unavailable, "{status:?}");
     let details = tonic_types::StatusExt::get_error_details(&status);
     ensure!(details.retry_info().is_some(), "no RetryInfo");
-    busy.join_next().await.context("the busy call")??.context("it failed")?;
+    busy.join_next()
+        .await
+        .context("the busy call")??
+        .context("it failed")?;
     Ok(())
 }

@@ -15,6 +15,9 @@ use tonic_types::{ErrorDetails, StatusExt};
 /// A message's flag and length.
 const PREFIX_BYTES: usize = 5;
 
+/// Bytes that count as in flight until this is dropped.
+pub type BytesHeld = OwnedSemaphorePermit;
+
 /// Bounds the bytes of all messages in flight together.
 #[derive(Debug, Clone)]
 pub struct ByteBudget {
@@ -39,7 +42,7 @@ impl ByteBudget {
 
     /// Takes a message's bytes at once or refuses: waiting would hold a
     /// connection's window with the message half read.
-    fn take(&self, bytes: usize) -> Result<Option<OwnedSemaphorePermit>, Status> {
+    pub fn take(&self, bytes: usize) -> Result<Option<BytesHeld>, Status> {
         if bytes == 0 {
             return Ok(None);
         }

@@ -92,7 +92,7 @@ pub fn versions(root: &Path, name: &ModelName) -> BTreeMap<ModelVersion, PathBuf
 /// Reads a model's settings and chooses its versions. Errors name files, not
 /// paths.
 pub fn plan(root: &Path, name: &ModelName, defaults: Defaults) -> Result<Plan, String> {
-    let settings = settings(&root.join(name.as_str()))?;
+    let settings = settings(root, &root.join(name.as_str()))?;
     let found = versions(root, name);
     let newest = || found.last_key_value().map(|(version, _)| *version);
     let wanted: Vec<ModelVersion> = match &settings.versions {
@@ -120,7 +120,12 @@ pub fn plan(root: &Path, name: &ModelName, defaults: Defaults) -> Result<Plan, S
     let versions = wanted
         .into_iter()
         .filter_map(|version| Some((version, found.get(&version)?.clone())))
-        .map(|(version, folder)| Ok((version, beneath(root, &folder)?)))
+        .map(|(version, folder)| {
+            let folder = beneath(root, &folder);
+            folder
+                .map(|folder| (version, folder))
+                .map_err(|error| format!("the folder of version {version} {error}"))
+        })
         .collect::<Result<_, String>>()?;
     made(versions, &settings, defaults)
 }
@@ -129,21 +134,22 @@ pub fn plan(root: &Path, name: &ModelName, defaults: Defaults) -> Result<Plan, S
 pub fn bare_plan(folder: &Path, defaults: Defaults) -> Result<Plan, String> {
     let version = ModelVersion::checked("1", "version").map_err(|error| error.to_string())?;
     let versions = [(version, folder.to_owned())].into();
-    made(versions, &settings(folder)?, defaults)
+    made(versions, &settings(folder, folder)?, defaults)
 }
 
-/// A folder's real place, if it is in the root: a link may not lead out.
+/// The real place of a folder or file, if it is in the root: a link may not
+/// lead out.
 fn beneath(root: &Path, folder: &Path) -> Result<PathBuf, String> {
-    let unreadable = |error: std::io::Error| format!("the version's folder: {}", error.kind());
+    let unreadable = |error: std::io::Error| format!("cannot be read: {}", error.kind());
     let root = root.canonicalize().map_err(unreadable)?;
     let real = folder.canonicalize().map_err(unreadable)?;
     if real.starts_with(&root) {
         return Ok(real);
     }
-    Err("the version's folder is a link out of the repository".to_owned())
+    Err("is a link out of the repository".to_owned())
 }
 
-fn settings(folder: &Path) -> Result<Settings, String> {
+fn settings(root: &Path, folder: &Path) -> Result<Settings, String> {
     let path = folder.join(SETTINGS);
     match std::fs::metadata(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -157,6 +163,7 @@ fn settings(folder: &Path) -> Result<Settings, String> {
         }
         Ok(_) => {}
     }
+    let path = beneath(root, &path).map_err(|error| format!("{SETTINGS}: {error}"))?;
     let text = std::fs::read_to_string(&path).map_err(|e| format!("{SETTINGS}: {}", e.kind()))?;
     toml::from_str(&text).map_err(|error| format!("{SETTINGS}: {}", error.message()))
 }

@@ -11,7 +11,7 @@ cargo_tool cargo-deny cargo-deny
 
 echo "== format";    cargo fmt --all --check
 echo "== protos";    buf lint proto
-echo "== licences";  cargo deny --offline --log-level error check bans licenses sources
+echo "== licences";  cargo fetch --locked --quiet; cargo deny --offline --log-level error check bans licenses sources
 echo "== structure"; target/venv/bin/python tests/tidy.py
 target/venv/bin/python tests/tidy.py --self-test | tail -1
 echo "== manifests"; target/venv/bin/python tests/manifests/check.py

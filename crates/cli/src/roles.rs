@@ -59,7 +59,7 @@ impl Role {
         Ok((bind(self.admin_addr)?, bind(self.grpc_addr)?))
     }
 
-    fn admin(&self, listener: TcpListener, health: Health) -> Owned {
+    fn admin(&self, listener: TcpListener, health: Vec<Health>) -> Owned {
         owned(admin::run(listener, self.process.metrics.clone(), health))
     }
 
@@ -85,7 +85,13 @@ impl Role {
 pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
     let role = Role::new(arguments.common, "serve")?;
     let (connector, acceptor) = memory::pair();
-    let worker = worker::Worker::new(arguments.models, role.server.clone(), role.process.clone())?;
+    // The worker drains when the gateway has: until then it has calls to answer.
+    let (worker_trigger, worker_drain) = drain::channel();
+    let worker_process = Process {
+        drain: worker_drain,
+        ..role.process.clone()
+    };
+    let worker = worker::Worker::new(arguments.models, role.server.clone(), worker_process)?;
     let fleet = FleetSettings {
         worker: Vec::new(),
         worker_dns: Vec::new(),
@@ -102,15 +108,15 @@ pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
     )?;
     let (admin, grpc) = role.bind()?;
     let addresses = (grpc.local_addr()?, admin.local_addr()?);
-    // Both follow the same models; the worker's also waits for all of them.
-    let health = worker.health.clone();
-    let _admin = role.admin(admin, health.clone());
-    let _examples = owned(print_examples(addresses, health));
+    // The worker's waits for all models; the gateway's follows the drain.
+    let _admin = role.admin(admin, vec![worker.health.clone(), gateway.health.clone()]);
+    let _examples = owned(print_examples(addresses, worker.health.clone()));
     let serving = async {
-        tokio::join!(
-            worker.run(Listener::Memory(acceptor)),
-            gateway.run(Listener::Tcp(grpc)),
-        );
+        let gateway = async {
+            gateway.run(Listener::Tcp(grpc)).await;
+            worker_trigger.drain(Duration::ZERO).await;
+        };
+        tokio::join!(worker.run(Listener::Memory(acceptor)), gateway);
     };
     role.run(serving).await
 }
@@ -128,7 +134,7 @@ pub async fn gateway(arguments: arguments::Gateway) -> anyhow::Result<()> {
     )?;
     let (admin, grpc) = role.bind()?;
     tracing::info!(grpc = %grpc.local_addr()?, admin = %admin.local_addr()?, "gateway");
-    let _admin = role.admin(admin, gateway.health.clone());
+    let _admin = role.admin(admin, vec![gateway.health.clone()]);
     role.run(gateway.run(Listener::Tcp(grpc))).await
 }
 
@@ -139,7 +145,7 @@ pub async fn worker(arguments: arguments::Worker) -> anyhow::Result<()> {
         .context("the worker cannot start")?;
     let (admin, grpc) = role.bind()?;
     tracing::info!(grpc = %grpc.local_addr()?, admin = %admin.local_addr()?, "worker");
-    let _admin = role.admin(admin, worker.health.clone());
+    let _admin = role.admin(admin, vec![worker.health.clone()]);
     role.run(worker.run(Listener::Tcp(grpc))).await
 }
 

@@ -25,6 +25,7 @@ use crate::upstream::{Answer, Attempt, Unanswered, Upstream};
 const ATTEMPTS_MAX: usize = 5;
 /// Before a worker is asked that has just failed the same call.
 const PAUSE: Duration = Duration::from_millis(20);
+const NOT_FOUND: &str = "not_found";
 /// Tokens are counted in tenths.
 const TOKEN: i64 = 10;
 
@@ -107,7 +108,12 @@ impl Balance {
         let mut last = Err(nobody());
         for number in 0..ATTEMPTS_MAX {
             let Some((upstream, again)) = pick(route, &tried) else {
-                break;
+                // A connection that ended is replaced within some milliseconds.
+                if tried.is_empty() || number + 1 == ATTEMPTS_MAX {
+                    break;
+                }
+                tokio::time::sleep(PAUSE).await;
+                continue;
             };
             if again && number > 0 {
                 tokio::time::sleep(PAUSE * (1 << number.min(4))).await;
@@ -130,6 +136,9 @@ impl Balance {
             }
             let pause = failure.pause.unwrap_or_default();
             if Instant::now() + pause >= request.deadline {
+                break;
+            }
+            if failure.reason == NOT_FOUND && number > 0 {
                 break;
             }
             if number + 1 < ATTEMPTS_MAX {
@@ -157,8 +166,8 @@ impl Balance {
         let reason = match answer.code() {
             // Full: another worker may have room.
             Code::Unavailable => "unavailable",
-            // The model left this worker a moment ago.
-            Code::NotFound => "not_found",
+            // The model left this worker a moment ago; once is enough to see.
+            Code::NotFound => NOT_FOUND,
             _ => {
                 self.budget.succeeded();
                 return Outcome::Answered(answer);
@@ -173,7 +182,7 @@ impl Balance {
             pushback => Outcome::Elsewhere(Failure {
                 last: Ok(answer),
                 reason,
-                costs: true,
+                costs: reason != NOT_FOUND,
                 pause: pushback.and_then(Result::ok).map(Duration::from_millis),
             }),
         }
@@ -194,7 +203,10 @@ impl Balance {
                 return Outcome::Failed(Error::overloaded(message, retry_after));
             }
         };
-        upstream.failed();
+        // A connection that ended in order is no fault of the worker's.
+        if costs {
+            upstream.failed();
+        }
         Outcome::Elsewhere(Failure {
             last: Err(Error::new(Kind::NotReady, message)),
             reason,

@@ -27,6 +27,8 @@ const BACKOFF: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// A worker reports every second: silence for longer is a frozen one.
 const SILENCE_MAX: Duration = Duration::from_secs(3);
+/// How often connections are looked after.
+const MAINTAIN: Duration = Duration::from_millis(20);
 /// How often a worker that does not report is asked.
 const ASK: Duration = Duration::from_secs(1);
 
@@ -186,21 +188,19 @@ async fn attend(upstream: &Upstream, (connections, shards): (usize, &Shards), ch
     let mut backoff = BACKOFF;
     loop {
         match connect(upstream, connections, shards).await {
-            Ok(first) => {
+            Ok(()) => {
                 backoff = BACKOFF;
                 upstream.returned();
-                let ended = listen(upstream, &first, &changed).await;
-                let reason = ended
-                    .err()
-                    .unwrap_or_else(|| Status::unavailable("it ended"));
+                let reason = tokio::select! {
+                    reason = follow(upstream, &changed) => reason,
+                    reason = maintain(upstream, shards) => reason,
+                };
                 tracing::info!(worker = %upstream.target, reason = reason.message(), "lost");
             }
             Err(error) => {
                 tracing::debug!(worker = %upstream.target, %error, "cannot be reached");
             }
         }
-        // Calls under way on a frozen worker's connections end here, and go
-        // elsewhere.
         upstream.connected(Vec::new());
         changed();
         tokio::time::sleep(backoff.mul_f64(rand::random_range(0.5..1.5))).await;
@@ -208,27 +208,62 @@ async fn attend(upstream: &Upstream, (connections, shards): (usize, &Shards), ch
     }
 }
 
-/// Connects from each shard; the first connection carries the reports too.
-async fn connect(
-    upstream: &Upstream,
-    connections: usize,
-    shards: &Shards,
-) -> std::io::Result<Arc<Channel>> {
+/// Connects from each shard.
+async fn connect(upstream: &Upstream, connections: usize, shards: &Shards) -> std::io::Result<()> {
     let mut all = Vec::new();
     for shard in 0..shards.count() {
         let mut own = Vec::new();
         for _ in 0..connections {
-            let target = upstream.target.clone();
-            let connect = async move { Channel::connect(&target, CONNECT_TIMEOUT).await };
-            // Driven where it is made.
-            let channel = shards.handle(shard).spawn(connect).await??;
-            own.push(Arc::new(channel));
+            own.push(connect_from(shard, upstream, shards).await?);
         }
         all.push(own);
     }
-    let first = all.first().and_then(|own| own.first()).cloned();
     upstream.connected(all);
-    first.ok_or_else(|| std::io::ErrorKind::InvalidInput.into())
+    Ok(())
+}
+
+/// Connects from one shard, which drives the connection.
+async fn connect_from(
+    shard: usize,
+    upstream: &Upstream,
+    shards: &Shards,
+) -> std::io::Result<Arc<Channel>> {
+    let target = upstream.target.clone();
+    let connect = async move { Channel::connect(&target, CONNECT_TIMEOUT).await };
+    Ok(Arc::new(shards.handle(shard).spawn(connect).await??))
+}
+
+/// Replaces connections that have come to their age.
+async fn maintain(upstream: &Upstream, shards: &Shards) -> Status {
+    loop {
+        tokio::time::sleep(MAINTAIN).await;
+        for place in upstream.closed_places() {
+            // A worker that cannot be reached is seen by its reports.
+            if let Ok(channel) = connect_from(place.0, upstream, shards).await {
+                upstream.replace(place, channel);
+            }
+        }
+    }
+}
+
+/// Follows a worker's reports, on a connection of their own, for as long as
+/// there can be one. Returns why there cannot.
+async fn follow(upstream: &Upstream, changed: &impl Fn()) -> Status {
+    loop {
+        let channel = match Channel::connect(&upstream.target, CONNECT_TIMEOUT).await {
+            Ok(channel) => channel,
+            Err(error) => return Status::unavailable(error.to_string()),
+        };
+        match listen(upstream, &channel, changed).await {
+            Err(status) if status.code() == Code::DeadlineExceeded => {
+                // Frozen: its calls end here, and go elsewhere.
+                upstream.abort();
+                return status;
+            }
+            // Its connection came to its age, or it ended: the next says.
+            _ => tokio::time::sleep(MAINTAIN).await,
+        }
+    }
 }
 
 /// Follows a worker's reports until it ends, breaks or falls silent.
@@ -249,7 +284,7 @@ async fn listen(upstream: &Upstream, channel: &Channel, changed: &impl Fn()) -> 
     loop {
         let frame = tokio::time::timeout(SILENCE_MAX, body.frame())
             .await
-            .map_err(|_| Status::unavailable("it is silent"))?;
+            .map_err(|_| Status::deadline_exceeded("it is silent"))?;
         let Some(frame) = frame else {
             return Ok(());
         };

@@ -33,6 +33,8 @@ pub struct ModelRoute {
 struct VersionRoute {
     /// Who can answer.
     upstreams: Vec<Arc<Upstream>>,
+    /// Who can answer but is about to end: asked only when nobody else can.
+    leaving: Vec<Arc<Upstream>>,
     /// Whether a worker that has it ready is out of reach or leaving.
     lost: bool,
 }
@@ -57,7 +59,7 @@ impl Route {
         self.model
             .versions
             .get(&self.version)
-            .map_or(&[], |version| version.upstreams.as_slice())
+            .map_or(&[], VersionRoute::able)
     }
 }
 
@@ -134,7 +136,7 @@ impl Table {
             None => model.newest().ok_or_else(|| model.not_ready())?,
             Some(version) => match model.versions.get(&version) {
                 None => return Err(Error::unknown_model(&model.name, Some(version))),
-                Some(route) if route.upstreams.is_empty() => {
+                Some(route) if route.able().is_empty() => {
                     return Err(Error::new(
                         Kind::NotReady,
                         format!("version {version} of model '{name}' is not ready"),
@@ -190,10 +192,19 @@ pub fn nobody() -> Error {
     Error::new(Kind::NotReady, "no worker can be reached")
 }
 
+impl VersionRoute {
+    fn able(&self) -> &[Arc<Upstream>] {
+        if self.upstreams.is_empty() {
+            return &self.leaving;
+        }
+        &self.upstreams
+    }
+}
+
 impl ModelRoute {
     fn newest(&self) -> Option<ModelVersion> {
         let ready = |(version, route): (&ModelVersion, &VersionRoute)| {
-            (!route.upstreams.is_empty()).then_some(*version)
+            (!route.able().is_empty()).then_some(*version)
         };
         self.versions.iter().rev().find_map(ready)
     }
@@ -220,7 +231,7 @@ fn build(upstreams: Vec<Arc<Upstream>>) -> Table {
     let mut models: HashMap<String, ModelRoute> = HashMap::new();
     for upstream in &upstreams {
         let report = upstream.report();
-        let open = !report.draining && upstream.reachable();
+        let reachable = upstream.reachable();
         for reported in &report.models {
             let name = ModelName::checked(&reported.name, "name");
             let version = ModelVersion::checked(&reported.version, "version");
@@ -239,10 +250,12 @@ fn build(upstreams: Vec<Arc<Upstream>>) -> Table {
                 model.task.clone_from(&reported.task);
             }
             let route = model.versions.entry(version).or_default();
-            if reported.ready && open {
-                route.upstreams.push(upstream.clone());
+            match (reported.ready, reachable, report.draining) {
+                (true, true, false) => route.upstreams.push(upstream.clone()),
+                (true, true, true) => route.leaving.push(upstream.clone()),
+                (true, false, _) => route.lost = true,
+                (false, ..) => {}
             }
-            route.lost |= reported.ready && !open;
         }
     }
     Table {

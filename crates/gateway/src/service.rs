@@ -38,6 +38,17 @@ pub enum Method {
     Common,
 }
 
+impl Method {
+    /// Whether a probe may depend on it: then it is answered under overload
+    /// too, or a busy gateway would be taken for a dead one.
+    pub fn is_probe(self) -> bool {
+        matches!(
+            self,
+            Self::Common | Self::Fleet("ServerLive" | "ServerReady")
+        )
+    }
+}
+
 const EMBEDDING: &[&str] = &["embedding"];
 const CLASSIFICATION: &[&str] = &["classification"];
 const RERANK: &[&str] = &["rerank"];
@@ -306,6 +317,9 @@ fn wanted(door: Door, message: &Message, headers: &HeaderMap) -> Result<Wanted, 
                     version: text(VERSION_KEY).transpose()?.unwrap_or_default(),
                     field: MODEL_KEY,
                 },
+                None if headers.contains_key(VERSION_KEY) => {
+                    return Err(Error::invalid(VERSION_KEY, "name the model too"));
+                }
                 None => Wanted::Doing(tasks),
             })
         }

@@ -46,7 +46,10 @@ impl Handler for Stack {
         let mut record = layers.metrics.begin(name, call.arrived);
         let reply = rescue(call.deadline, async {
             // shed: more calls than the gateway may hold are refused at once.
-            let place = layers.shed.admit()?;
+            let place = match method.is_probe() {
+                true => None,
+                false => Some(layers.shed.admit()?),
+            };
             let reply = match method {
                 Method::Forward(door) => {
                     // service: read and checked once.

@@ -263,12 +263,62 @@ impl Upstream {
         let framed = request.message.framed().clone();
         let mut sending = Sending::begin(self, request.deadline);
         let answered = async {
-            let response = channel.send(head, framed).await?;
+            let response = self.send_on_any(channel, head, framed).await?;
             read(response, attempt.limits).await
         }
         .await;
         sending.ended = true;
         answered
+    }
+
+    /// Sends on a connection, or on the next when it turns out to be ending.
+    async fn send_on_any(
+        &self,
+        mut channel: Arc<Channel>,
+        head: http::Request<()>,
+        framed: Bytes,
+    ) -> Result<http::Response<Incoming>, ChannelError> {
+        loop {
+            match channel.send(head.clone(), framed.clone()).await {
+                Err(ChannelError::NotBegun(error)) if channel.closed() => {
+                    channel = self.channel().ok_or(ChannelError::NotBegun(error))?;
+                }
+                sent => return sent,
+            }
+        }
+    }
+
+    /// Breaks every connection, so that the calls that they have go elsewhere.
+    pub fn abort(&self) {
+        let channels = self.channels.read().unwrap_or_else(PoisonError::into_inner);
+        channels
+            .iter()
+            .flatten()
+            .for_each(|channel| channel.abort());
+    }
+
+    /// The places of the connections that take no more calls.
+    pub fn closed_places(&self) -> Vec<(usize, usize)> {
+        let channels = self.channels.read().unwrap_or_else(PoisonError::into_inner);
+        let places = channels.iter().enumerate().flat_map(|(shard, own)| {
+            let closed = own
+                .iter()
+                .enumerate()
+                .filter(|(_, channel)| channel.closed());
+            closed.map(move |(index, _)| (shard, index))
+        });
+        places.collect()
+    }
+
+    /// Puts a new connection in a place. Calls that the old one has go on.
+    pub fn replace(&self, (shard, index): (usize, usize), channel: Arc<Channel>) {
+        let mut channels = self
+            .channels
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = channels.get_mut(shard).and_then(|own| own.get_mut(index)) {
+            *place = channel;
+        }
     }
 
     /// Calls the worker with a message of the gateway's own.

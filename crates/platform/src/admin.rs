@@ -17,8 +17,9 @@ use crate::metrics::Metrics;
 /// Probes and scrapers: more connections than these are a mistake.
 const CONNECTIONS_MAX: usize = 64;
 
-/// Answers `/metrics`, `/livez` and `/readyz` for as long as it is polled.
-pub async fn run(listener: TcpListener, metrics: Arc<Metrics>, health: Health) {
+/// Answers `/metrics`, `/livez` and `/readyz` for as long as it is polled. The
+/// process is ready when all of `health` are.
+pub async fn run(listener: TcpListener, metrics: Arc<Metrics>, health: Vec<Health>) {
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -47,7 +48,7 @@ pub async fn run(listener: TcpListener, metrics: Arc<Metrics>, health: Health) {
     }
 }
 
-fn answer(path: &str, metrics: &Metrics, health: &Health) -> Response<Full<Bytes>> {
+fn answer(path: &str, metrics: &Metrics, health: &[Health]) -> Response<Full<Bytes>> {
     let (status, kind, text) = match path {
         "/metrics" => match metrics.to_text() {
             Ok(text) => (
@@ -58,7 +59,7 @@ fn answer(path: &str, metrics: &Metrics, health: &Health) -> Response<Full<Bytes
             Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         },
         "/livez" => plain(StatusCode::OK, "live\n"),
-        "/readyz" if health.ready() => plain(StatusCode::OK, "ready\n"),
+        "/readyz" if health.iter().all(Health::ready) => plain(StatusCode::OK, "ready\n"),
         "/readyz" => plain(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
         _ => plain(
             StatusCode::NOT_FOUND,

@@ -74,7 +74,7 @@ impl From<h2::Error> for ChannelError {
 pub struct Channel {
     sender: SendRequest<Bytes>,
     closed: Arc<AtomicBool>,
-    _connection: Owned,
+    connection: Owned,
 }
 
 impl fmt::Debug for Channel {
@@ -110,6 +110,9 @@ impl Channel {
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(FRAME_BYTES_MAX)
             .enable_push(false)
+            // Callers who leave reset streams, and many share a connection.
+            .max_concurrent_reset_streams(4096)
+            .max_local_error_reset_streams(None)
             .handshake(Coalesced::new(io))
             .await
             .map_err(io::Error::other)?;
@@ -124,8 +127,14 @@ impl Channel {
         Ok(Self {
             sender,
             closed,
-            _connection: driven,
+            connection: driven,
         })
+    }
+
+    /// Breaks the connection: the calls that it has fail at once.
+    pub fn abort(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.connection.abort();
     }
 
     /// Whether the connection takes no more calls.
@@ -141,17 +150,19 @@ impl Channel {
         head: Request<()>,
         framed: Bytes,
     ) -> Result<Response<Incoming>, ChannelError> {
-        let mut sender = self
-            .sender
-            .clone()
-            .ready()
-            .await
-            .map_err(ChannelError::NotBegun)?;
-        let (reply, mut message) = sender
-            .send_request(head, false)
-            .map_err(ChannelError::NotBegun)?;
-        message.send_data(framed, true)?;
-        let reply = reply.await?;
+        // A connection that was told to end says so here first, though the
+        // calls that it has may go on for long.
+        let ended = |error: h2::Error| {
+            if error.is_go_away() {
+                self.closed.store(true, Ordering::Release);
+            }
+            error
+        };
+        let not_begun = |error| ChannelError::NotBegun(ended(error));
+        let mut sender = self.sender.clone().ready().await.map_err(not_begun)?;
+        let (reply, mut message) = sender.send_request(head, false).map_err(not_begun)?;
+        message.send_data(framed, true).map_err(ended)?;
+        let reply = reply.await.map_err(ended)?;
         Ok(reply.map(|stream| Incoming {
             stream,
             data_ended: false,

@@ -20,6 +20,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::drain::{Drain, Phase};
+use crate::tasks::awaited;
 
 /// The HTTP response that answers a call.
 pub type Reply = http::Response<Body>;
@@ -110,7 +111,7 @@ pub struct EachSettings {
 
 /// Answers each message of a stream with one message, in order. An error ends
 /// the stream with its status. Nothing runs once the caller is gone: the
-/// reply's body drives it all.
+/// reply's body owns it all.
 pub fn each<F>(
     messages: Messages,
     settings: EachSettings,
@@ -136,8 +137,13 @@ where
     });
     let answers = requests
         .map(move |message| {
-            let answered = message.map(&answer);
-            async move { answered?.await }
+            // A task of its own: a caller who reads slowly must not keep an
+            // answer in the connection that it shares with other callers.
+            let answered = message.map(|message| awaited(answer(message)));
+            async move {
+                let ended = || Err(Status::internal("the answer was given up"));
+                answered?.await.unwrap_or_else(ended)
+            }
         })
         .buffered(concurrency)
         .boxed();

@@ -111,7 +111,7 @@ pub enum Refusal {
 }
 
 /// Why parts left the queue without being computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Dropped {
     /// Rows whose deadline passed.
     pub late_rows: usize,
@@ -137,6 +137,8 @@ struct State {
     token_seconds: f64,
     /// Tokens of the batch that the device computes now.
     busy_tokens: usize,
+    /// What was dropped since the last batch.
+    dropped: Dropped,
 }
 
 impl State {
@@ -199,11 +201,19 @@ impl Queue {
         if state.closed {
             return Err(Refusal::Closed);
         }
+        let now = Instant::now();
+        let crowded = |state: &State| {
+            state.rows.saturating_add(rows) > self.limits.rows_max
+                || parts.iter().any(|part| now + state.wait() >= part.deadline)
+        };
+        if crowded(&state) {
+            // Rows that nobody waits for must not crowd out others.
+            drop_unawaited(&mut state);
+        }
         let wait = state.wait();
         if state.rows.saturating_add(rows) > self.limits.rows_max {
             return Err(Refusal::Full(wait));
         }
-        let now = Instant::now();
         if parts.iter().any(|part| now + wait >= part.deadline) {
             return Err(Refusal::TooLate);
         }
@@ -249,12 +259,8 @@ impl Queue {
     /// miss its earliest deadline. None when the queue is closed and empty.
     pub fn next_batch(&self) -> Option<Batch> {
         let mut state = self.lock();
-        let mut dropped = Dropped {
-            late_rows: 0,
-            abandoned_rows: 0,
-        };
         loop {
-            drop_unawaited(&mut state, &mut dropped);
+            drop_unawaited(&mut state);
             if state.parts.is_empty() {
                 if state.closed {
                     return None;
@@ -268,7 +274,7 @@ impl Queue {
             let (count, full, closes_at) = self.candidate(&state);
             let now = Instant::now();
             if full || state.closed || now >= closes_at {
-                return Some(take(&mut state, count, dropped));
+                return Some(take(&mut state, count));
             }
             (state, _) = self
                 .changed
@@ -310,7 +316,7 @@ impl Queue {
     }
 }
 
-fn drop_unawaited(state: &mut State, dropped: &mut Dropped) {
+fn drop_unawaited(state: &mut State) {
     let now = Instant::now();
     let mut index = 0;
     while let Some(part) = state.parts.get(index) {
@@ -320,9 +326,9 @@ fn drop_unawaited(state: &mut State, dropped: &mut Dropped) {
         }
         let rows = part.rows.count();
         if part.reply.is_closed() {
-            dropped.abandoned_rows += rows;
+            state.dropped.abandoned_rows += rows;
         } else {
-            dropped.late_rows += rows;
+            state.dropped.late_rows += rows;
         }
         if let Some(part) = state.remove(index) {
             // Who waits may be gone: then nobody needs the answer.
@@ -331,7 +337,7 @@ fn drop_unawaited(state: &mut State, dropped: &mut Dropped) {
     }
 }
 
-fn take(state: &mut State, count: usize, dropped: Dropped) -> Batch {
+fn take(state: &mut State, count: usize) -> Batch {
     let parts: Vec<Part> = (0..count).filter_map(|_| state.remove(0)).collect();
     let rows = parts.iter().map(|part| part.rows.count()).sum();
     let tokens = parts.iter().map(|part| part.rows.tokens()).sum();
@@ -340,7 +346,7 @@ fn take(state: &mut State, count: usize, dropped: Dropped) -> Batch {
         parts,
         rows,
         tokens,
-        dropped,
+        dropped: std::mem::take(&mut state.dropped),
     }
 }
 

@@ -7,10 +7,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use engine::{DeviceChoice, Task};
 use protocol::{Error, Kind, ModelName, ModelVersion};
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, oneshot, watch};
+use tokio::task::JoinSet;
 
 use crate::metrics::WorkerMetrics;
 use crate::model::ServedModel;
@@ -90,6 +92,11 @@ pub enum State {
     Unavailable(String),
 }
 
+/// Loads and unloads that may be under way.
+const JOBS_MAX: usize = 64;
+/// How long requests may take from finding a model to queueing their rows.
+const UNQUEUED: Duration = Duration::from_secs(5);
+
 type Versions = BTreeMap<ModelVersion, State>;
 
 /// The models of a worker.
@@ -101,6 +108,8 @@ pub struct Repository {
     /// Loads and unloads of one model take turns.
     turns: std::sync::Mutex<HashMap<ModelName, Arc<Mutex<()>>>>,
     changed: watch::Sender<u64>,
+    /// Loads and unloads that run, whether their callers wait or not.
+    jobs: std::sync::Mutex<JoinSet<()>>,
     /// Whether the models of the start have been loaded, or have failed.
     started: AtomicBool,
 }
@@ -114,6 +123,7 @@ impl Repository {
             models: RwLock::default(),
             turns: std::sync::Mutex::default(),
             changed: watch::Sender::new(0),
+            jobs: std::sync::Mutex::default(),
             started: AtomicBool::new(false),
         }
     }
@@ -271,6 +281,12 @@ impl Repository {
     /// Loads a model, or loads it again: the old version serves until the new
     /// one is ready. Returns when it is.
     pub async fn load(self: &Arc<Self>, name: &ModelName) -> Result<(), Error> {
+        let name = name.clone();
+        self.finish(|own| async move { own.load_now(&name).await })
+            .await
+    }
+
+    async fn load_now(self: &Arc<Self>, name: &ModelName) -> Result<(), Error> {
         let turn = self.turn(name);
         let _turn = turn.lock().await;
         if !self.names()?.contains(name) {
@@ -313,16 +329,49 @@ impl Repository {
                 }
             }
         }
+        // What serves goes on serving when what should follow it cannot.
+        if let Some(reason) = failed {
+            return Err(unloadable(name, &reason));
+        }
         for version in self.versions_of(name) {
             if !served.contains(&version) {
-                self.drop_version(name, version).await;
+                self.drop_version(name, version, None).await;
             }
         }
-        failed.map_or(Ok(()), |reason| Err(unloadable(name, &reason)))
+        Ok(())
+    }
+
+    /// Runs a load or an unload to its end, even if its caller leaves.
+    async fn finish<F>(self: &Arc<Self>, job: impl FnOnce(Arc<Self>) -> F) -> Result<(), Error>
+    where
+        F: Future<Output = Result<(), Error>> + Send + 'static,
+    {
+        let (done, result) = oneshot::channel();
+        let job = job(self.clone());
+        {
+            let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+            while jobs.try_join_next().is_some() {}
+            if jobs.len() >= JOBS_MAX {
+                let message = format!("{JOBS_MAX} loads and unloads are under way already");
+                return Err(Error::overloaded(message, Duration::from_secs(1)));
+            }
+            jobs.spawn(async move {
+                // A caller who left does not hear it; the index tells.
+                let _ = done.send(job.await);
+            });
+        }
+        let ended = || Error::new(Kind::Internal, "the load was given up");
+        result.await.unwrap_or_else(|_| Err(ended()))
     }
 
     /// Unloads every version of a model; returns when its memory is given back.
-    pub async fn unload(&self, name: &ModelName) -> Result<(), Error> {
+    pub async fn unload(self: &Arc<Self>, name: &ModelName) -> Result<(), Error> {
+        let name = name.clone();
+        self.finish(|own| async move { own.unload_now(&name).await })
+            .await
+    }
+
+    async fn unload_now(&self, name: &ModelName) -> Result<(), Error> {
         let turn = self.turn(name);
         let _turn = turn.lock().await;
         let versions = self.versions_of(name);
@@ -330,9 +379,8 @@ impl Repository {
             return Err(Error::unknown_model(name, None));
         }
         for version in versions {
-            self.drop_version(name, version).await;
             let state = State::Unavailable("unloaded".to_owned());
-            self.set(name, version, Some(state));
+            self.drop_version(name, version, Some(state)).await;
         }
         tracing::info!(model = %name, "unloaded");
         Ok(())
@@ -394,10 +442,10 @@ impl Repository {
         }
     }
 
-    async fn drop_version(&self, name: &ModelName, version: ModelVersion) {
+    async fn drop_version(&self, name: &ModelName, version: ModelVersion, then: Option<State>) {
         let old = self.set(name, version, Some(State::Unloading));
         stop(old).await;
-        self.set(name, version, None);
+        self.set(name, version, then);
     }
 }
 
@@ -430,6 +478,11 @@ fn unloadable(name: &ModelName, reason: &str) -> Error {
 
 async fn stop(state: Option<State>) {
     if let Some(State::Ready(model)) = state {
+        // Requests that found it a moment ago may not have queued their rows.
+        let patience = Instant::now() + UNQUEUED;
+        while Arc::strong_count(&model) > 1 && Instant::now() < patience {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         // Joining the thread blocks: not here.
         let stopped = tokio::task::spawn_blocking(move || model.stop()).await;
         if let Err(error) = stopped {

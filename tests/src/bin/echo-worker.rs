@@ -132,7 +132,11 @@ async fn main() -> anyhow::Result<()> {
     let limits = arguments.server.message_limits();
     let handler = Echo(Arc::new((limits, arguments.delay)));
     let listener = Listener::Tcp(bind(arguments.grpc_addr)?);
-    let _admin = owned(admin::run(bind(arguments.admin_addr)?, metrics, health));
+    let _admin = owned(admin::run(
+        bind(arguments.admin_addr)?,
+        metrics,
+        vec![health],
+    ));
     let mut closing = drain.clone();
     let serving = server.run(listener, handler, drain);
     let ending = async {

@@ -43,10 +43,46 @@ async fn a_frozen_worker_fails_no_request() -> Result<()> {
     fleet.all_connected(2).await?;
     let before = load.answered.load(std::sync::atomic::Ordering::Relaxed);
     load.reached(before + 1_000).await?;
-    frozen.signal(libc::SIGCONT)?;
-    fleet.all_connected(3).await?;
+    // Still frozen: the calls that it had must have been answered by others.
     let outcome = load.stopped().await;
     ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+    frozen.signal(libc::SIGCONT)?;
+    fleet.all_connected(3).await
+}
+
+#[tokio::test]
+async fn workers_whose_connections_come_to_their_age_fail_no_request() -> Result<()> {
+    let fleet = Fleet::with(1, &["--connection-age", "400ms"], &[]).await?;
+    let client = client(fleet.gateway.grpc).await?;
+    let load = Load::start(&client, &digits(), 8, usize::MAX);
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let outcome = load.stopped().await;
+    ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+    ensure!(outcome.answered > 1_000, "{} answered", outcome.answered);
+    let ejections = fleet
+        .gateway
+        .metric_sum("andon_gateway_ejections_total")
+        .await?;
+    ensure!(ejections == 0.0, "a healthy worker was left alone");
+    Ok(())
+}
+
+#[tokio::test]
+async fn all_in_one_drains_without_an_error() -> Result<()> {
+    let flags = [
+        "--repository".to_owned(),
+        fleet_tests::models()?.display().to_string(),
+    ];
+    let mut serve = Andon::start("serve", &flags, None)?;
+    serve.ready().await?;
+    let load = Load::start(&client(serve.grpc).await?, &digits(), 8, usize::MAX);
+    load.reached(500).await?;
+    serve.signal(libc::SIGTERM)?;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let outcome = load.stopped().await;
+    ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+    let status = serve.ended(Duration::from_secs(20)).await?;
+    ensure!(status.success(), "it ended with {status}");
     Ok(())
 }
 

@@ -190,6 +190,37 @@ async fn a_full_queue_refuses_at_once_and_says_when_to_come_back() -> Result<()>
     Ok(())
 }
 
+#[tokio::test]
+async fn a_broken_new_version_leaves_the_old_one_serving() -> Result<()> {
+    let repository = scratch("repository")?;
+    copy_folder(&models()?.join("digits/1"), &repository.join("digits/1"))?;
+    let flags = ["--repository".to_owned(), repository.display().to_string()];
+    let worker = Andon::start("worker", &flags, None)?;
+    worker.ready().await?;
+    let mut client = client(worker.grpc).await?;
+    let load = RepositoryModelLoadRequest {
+        model_name: "digits".to_owned(),
+        ..Default::default()
+    };
+    let broken = repository.join("digits/2");
+    copy_folder(&models()?.join("digits/1"), &broken)?;
+    std::fs::write(broken.join("model.safetensors"), b"\x80\x02not weights")?;
+    let refused = client.repository_model_load(load.clone()).await;
+    let said = refused.err().context("it was loaded")?;
+    ensure!(said.message().contains("model.safetensors"), "{said:?}");
+    ensure!(
+        !said.message().contains(&repository.display().to_string()),
+        "{said:?}"
+    );
+    infer(&client, pixels(&[[0.0; 64]]), Duration::from_secs(5)).await?;
+    copy_folder(&models()?.join("digits/1"), &broken)?;
+    client.repository_model_load(load).await?;
+    let answer = infer(&client, pixels(&[[0.0; 64]]), Duration::from_secs(5)).await?;
+    ensure!(answer.model_version == "2", "{}", answer.model_version);
+    std::fs::remove_dir_all(&repository)?;
+    Ok(())
+}
+
 fn copy_folder(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
     std::fs::create_dir_all(to)?;
     for entry in std::fs::read_dir(from)? {

@@ -15,6 +15,11 @@ use tonic_types::{ErrorDetails, StatusExt};
 /// A message's flag and length.
 const PREFIX_BYTES: usize = 5;
 
+/// Room for a message before all of it is there.
+const GATHERED_BYTES: usize = 1 << 20;
+/// How long a message that has begun may pause.
+const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Bytes that count as in flight until this is dropped.
 pub type BytesHeld = OwnedSemaphorePermit;
 
@@ -168,11 +173,9 @@ impl Messages {
             self.limits.refused.fetch_add(1, Ordering::Relaxed);
             return Err(too_large(length, self.limits.message_bytes_max));
         }
-        // The bytes are counted before they are given room.
-        let permit = self.limits.budget.take(length).inspect_err(|_| {
+        let (framed, permit) = self.read(PREFIX_BYTES + length).await.inspect_err(|_| {
             self.limits.refused.fetch_add(1, Ordering::Relaxed);
         })?;
-        let framed = self.read(PREFIX_BYTES + length).await?;
         if compressed {
             return self.inflate(&framed[PREFIX_BYTES..]).map(Some);
         }
@@ -183,23 +186,34 @@ impl Messages {
     }
 
     /// Exactly `length` bytes: a slice of one chunk where they fit in it, else
-    /// gathered.
-    async fn read(&mut self, length: usize) -> Result<Bytes, Status> {
+    /// gathered. Bytes are counted as they arrive, and given room then: a
+    /// message that only says it is long takes nothing from others.
+    async fn read(&mut self, length: usize) -> Result<(Bytes, Option<BytesHeld>), Status> {
         if self.rest.len() >= length {
-            return Ok(self.rest.split_to(length));
+            let held = self.limits.budget.take(length)?;
+            return Ok((self.rest.split_to(length), held));
         }
-        let mut gathered = BytesMut::with_capacity(length);
+        let mut held = self.limits.budget.take(self.rest.len())?;
+        let mut gathered = BytesMut::with_capacity(length.min(GATHERED_BYTES));
         gathered.put_slice(&self.rest);
         self.rest = Bytes::new();
         while gathered.len() < length {
-            let mut chunk = self.chunk().await?.ok_or_else(cut)?;
+            let mut chunk = tokio::time::timeout(CHUNK_TIMEOUT, self.chunk())
+                .await
+                .map_err(|_| Status::deadline_exceeded("the rest of a message did not come"))??
+                .ok_or_else(cut)?;
             let wanted = length - gathered.len();
             if chunk.len() > wanted {
                 self.rest = chunk.split_off(wanted);
             }
+            let more = self.limits.budget.take(chunk.len())?;
+            match (&mut held, more) {
+                (Some(held), Some(more)) => held.merge(more),
+                (held, more) => *held = held.take().or(more),
+            }
             gathered.put_slice(&chunk);
         }
-        Ok(gathered.freeze())
+        Ok((gathered.freeze(), held))
     }
 
     async fn chunk(&mut self) -> Result<Option<Bytes>, Status> {

@@ -52,6 +52,8 @@ pub(super) async fn serve<H: Handler>(server: &Server, mut io: impl Io, handler:
     let connection = http2::Builder::new(ConnectionExecutor)
         .timer(TokioTimer::new())
         .max_concurrent_streams(settings.streams_max)
+        // Callers who leave reset streams; a gateway has those of many.
+        .max_pending_accept_reset_streams(settings.streams_max as usize)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES_MAX)

@@ -156,6 +156,7 @@ fn settings(root: &Path, folder: &Path) -> Result<Settings, String> {
             return Ok(Settings::default());
         }
         Err(error) => return Err(format!("{SETTINGS}: {}", error.kind())),
+        Ok(metadata) if !metadata.is_file() => return Err(format!("{SETTINGS}: is no file")),
         Ok(metadata) if metadata.len() > SETTINGS_BYTES_MAX => {
             return Err(format!(
                 "{SETTINGS}: longer than {SETTINGS_BYTES_MAX} bytes"

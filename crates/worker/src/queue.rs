@@ -386,3 +386,6 @@ pub fn split(rows: Rows, limits: &QueueLimits) -> Vec<Rows> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,141 @@
+//! When batches close, what is refused, and in which order rows go.
+
+use super::*;
+
+type Reply = oneshot::Receiver<Result<Computed, ModelError>>;
+
+fn limits() -> QueueLimits {
+    QueueLimits {
+        batch_tokens_max: 100,
+        batch_rows_max: 4,
+        delay: Duration::ZERO,
+        rows_max: 10,
+    }
+}
+
+fn part(tokens: &[usize], patience: Duration) -> (Part, Reply) {
+    let (reply, wait) = oneshot::channel();
+    let row = |length: &usize| {
+        let tokens = TokenRow {
+            ids: vec![1; *length],
+            type_ids: vec![0; *length],
+        };
+        (tokens, Wanted::Pooled)
+    };
+    let now = Instant::now();
+    let part = Part {
+        rows: Rows::Text(tokens.iter().map(row).collect()),
+        priority: 0,
+        deadline: now + patience,
+        queued_at: now,
+        reply,
+    };
+    (part, wait)
+}
+
+const LONG: Duration = Duration::from_secs(60);
+
+#[test]
+fn a_batch_closes_on_the_token_budget_and_on_the_row_budget() {
+    let queue = Queue::new(limits());
+    let (parts, _waits): (Vec<_>, Vec<_>) =
+        [60, 30, 30].map(|t| part(&[t], LONG)).into_iter().unzip();
+    queue.push(parts).unwrap();
+    assert_eq!(queue.next_batch().map(|batch| batch.tokens), Some(90));
+    assert_eq!(queue.next_batch().map(|batch| batch.tokens), Some(30));
+    let (parts, _waits): (Vec<_>, Vec<_>) =
+        [1; 6].map(|t| part(&[t], LONG)).into_iter().unzip();
+    queue.push(parts).unwrap();
+    assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(4));
+    assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(2));
+}
+
+#[test]
+fn a_batch_waits_for_its_delay_but_not_past_a_deadline() {
+    let queue = Queue::new(QueueLimits {
+        delay: Duration::from_millis(200),
+        ..limits()
+    });
+    let started = Instant::now();
+    let (waits_long, _wait) = part(&[1], LONG);
+    queue.push(vec![waits_long]).unwrap();
+    assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(1));
+    assert!(started.elapsed() >= Duration::from_millis(200));
+    // A token takes 10 ms: the batch must close 15 ms before the deadline.
+    queue.finished(1, Duration::from_millis(10));
+    let started = Instant::now();
+    let (hurried, _wait) = part(&[1], Duration::from_millis(80));
+    queue.push(vec![hurried]).unwrap();
+    assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(1));
+    assert!(started.elapsed() < Duration::from_millis(80));
+}
+
+#[test]
+fn a_full_queue_refuses_and_rows_nobody_waits_for_make_room() {
+    let queue = Queue::new(limits());
+    let (first, wait) = part(&[1; 10], LONG);
+    queue.push(vec![first]).unwrap();
+    let (second, _wait) = part(&[1], LONG);
+    assert!(matches!(queue.push(vec![second]), Err(Refusal::Full(_))));
+    drop(wait);
+    let (third, _wait) = part(&[1; 2], LONG);
+    queue.push(vec![third]).unwrap();
+    let batch = queue.next_batch().unwrap();
+    assert_eq!((batch.rows, batch.dropped.abandoned_rows), (2, 10));
+}
+
+#[test]
+fn a_wait_longer_than_the_deadline_is_refused_at_once() {
+    let queue = Queue::new(limits());
+    queue.finished(1, Duration::from_secs(1));
+    let (first, _wait) = part(&[5], LONG);
+    queue.push(vec![first]).unwrap();
+    let (hurried, _wait) = part(&[1], Duration::from_millis(100));
+    assert_eq!(queue.push(vec![hurried]), Err(Refusal::TooLate));
+}
+
+#[test]
+fn priorities_go_first_and_zero_goes_last() {
+    let queue = Queue::new(QueueLimits {
+        batch_rows_max: 1,
+        ..limits()
+    });
+    let mut waits = Vec::new();
+    for (tokens, priority) in [(1, 0), (2, 2), (3, 1), (4, 2)] {
+        let (mut next, wait) = part(&[tokens], LONG);
+        next.priority = priority;
+        waits.push(wait);
+        queue.push(vec![next]).unwrap();
+    }
+    let order: Vec<usize> = (0..4)
+        .filter_map(|_| queue.next_batch())
+        .map(|b| b.tokens)
+        .collect();
+    assert_eq!(order, [3, 2, 4, 1]);
+}
+
+#[test]
+fn a_closed_queue_finishes_what_waits_and_takes_no_more() {
+    let queue = Queue::new(limits());
+    let (first, _wait) = part(&[1], LONG);
+    queue.push(vec![first]).unwrap();
+    queue.close();
+    let (second, _wait) = part(&[1], LONG);
+    assert_eq!(queue.push(vec![second]), Err(Refusal::Closed));
+    assert!(queue.next_batch().is_some());
+    assert!(queue.next_batch().is_none());
+}
+
+#[test]
+fn large_requests_are_cut_into_parts_that_fit() {
+    let (text, _) = part(&[60, 30, 30, 5, 1, 1, 1], LONG);
+    let cut = split(text.rows, &limits());
+    let tokens: Vec<usize> = cut.iter().map(Rows::tokens).collect();
+    assert_eq!(tokens, [90, 37, 1]);
+    let features = Rows::Features {
+        values: vec![0.5; 9 * 3],
+        rows: 9,
+    };
+    let rows: Vec<usize> = split(features, &limits()).iter().map(Rows::count).collect();
+    assert_eq!(rows, [4, 4, 1]);
+}

@@ -103,6 +103,8 @@ class Tree:
     def library_code(self):
         """(crate, module path, file, code) of each crate's sources."""
         for name in self.named(r"crates/[^/]+/src/.+\.rs"):
+            if name.endswith("/tests.rs"):
+                continue  # A test module in a file of its own.
             _, crate, _, module = name.split("/", 3)
             yield crate, module.removesuffix(".rs"), name, code_only(self.text(name))
 

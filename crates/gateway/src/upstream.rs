@@ -1,6 +1,10 @@
 //! One worker as the gateway sees it: its connections, what it reports, how it
 //! fares, and how a call is sent to it.
 
+mod answer;
+
+pub use answer::{Answer, Unanswered};
+
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -9,9 +13,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
-use http_body_util::BodyExt;
 use platform::channel::{Channel, ChannelError, Incoming, Target};
-use platform::grpc::{Body, BytesHeld, MessageLimits, Reply, head_code, head_status};
+use platform::grpc::{MessageLimits, head_status};
 use platform::shards;
 use protocol::andon::v1::WatchReportResponse;
 use protocol::{Error, MODEL_KEY};
@@ -20,6 +23,7 @@ use tonic::{Code, Status};
 
 use crate::metrics::UpstreamNumbers;
 use crate::service::Request;
+use answer::read;
 
 /// Failures in a row after which a worker is left alone.
 const FAILURES_MAX: u32 = 5;
@@ -52,17 +56,6 @@ impl fmt::Debug for Upstream {
     }
 }
 
-/// What a worker answered, whatever its status.
-#[derive(Debug)]
-pub struct Answer {
-    headers: HeaderMap,
-    first: Option<Bytes>,
-    rest: Vec<Bytes>,
-    trailers: Option<HeaderMap>,
-    /// Its bytes count as in flight until they have been sent on.
-    held: Vec<BytesHeld>,
-}
-
 /// One sending of a call.
 #[derive(Debug, Clone, Copy)]
 pub struct Attempt<'a> {
@@ -82,20 +75,6 @@ impl Attempt<'_> {
             limits: None,
         }
     }
-}
-
-/// Why a worker gave no answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unanswered {
-    /// The call did not reach the worker, or was not begun: sending it again
-    /// is free.
-    NotSent(String),
-    /// The connection broke with the call under way.
-    Broken(String),
-    /// The answer is over the limit.
-    TooLarge(usize),
-    /// There is no room for the answer among the messages in flight.
-    NoRoom,
 }
 
 impl Upstream {
@@ -427,115 +406,6 @@ impl Drop for Sending<'_> {
             upstream.failed();
         } else {
             upstream.probing.store(false, Ordering::Release);
-        }
-    }
-}
-
-impl From<ChannelError> for Unanswered {
-    fn from(error: ChannelError) -> Self {
-        match error {
-            ChannelError::NotBegun(error) => Self::NotSent(error.to_string()),
-            ChannelError::Broken(error) => Self::Broken(error.to_string()),
-        }
-    }
-}
-
-async fn read(
-    response: http::Response<Incoming>,
-    limits: Option<&MessageLimits>,
-) -> Result<Answer, Unanswered> {
-    let (head, mut body) = response.into_parts();
-    let mut answer = Answer {
-        headers: head.headers,
-        first: None,
-        rest: Vec::new(),
-        trailers: None,
-        held: Vec::new(),
-    };
-    let mut bytes = 0;
-    while let Some(frame) = body.frame().await {
-        let frame = frame?;
-        match frame.into_data() {
-            Ok(data) => {
-                bytes += data.len();
-                if let Some(limits) = limits {
-                    if bytes > limits.message_bytes_max {
-                        return Err(Unanswered::TooLarge(bytes));
-                    }
-                    let held = limits.budget.take(data.len());
-                    answer.held.extend(held.map_err(|_| Unanswered::NoRoom)?);
-                }
-                if answer.first.is_none() {
-                    answer.first = Some(data);
-                } else {
-                    answer.rest.push(data);
-                }
-            }
-            Err(frame) => answer.trailers = frame.into_trailers().ok(),
-        }
-    }
-    if answer.trailers.is_none() && !answer.headers.contains_key("grpc-status") {
-        // A reply without a status was cut off.
-        return Err(Unanswered::Broken("the answer has no status".to_owned()));
-    }
-    Ok(answer)
-}
-
-impl Answer {
-    /// The status's code.
-    pub fn code(&self) -> Code {
-        head_code(self.trailers.as_ref().unwrap_or(&self.headers))
-    }
-
-    /// One entry of the metadata that came with the status.
-    pub fn status_metadata(&self, name: &str) -> Option<&str> {
-        let headers = self.trailers.as_ref().unwrap_or(&self.headers);
-        headers.get(name)?.to_str().ok()
-    }
-
-    /// The reply that passes the answer on, untouched.
-    pub fn into_reply(self) -> Reply {
-        let body = Body::whole(self.first, self.rest, self.trailers);
-        let mut reply = Reply::new(body.guarded(self.held));
-        *reply.headers_mut() = self.headers;
-        reply
-    }
-
-    /// The framed message, or the status that came instead.
-    pub fn into_framed(self) -> Result<Bytes, Status> {
-        let status = head_status(self.trailers.as_ref().unwrap_or(&self.headers));
-        if let Some(status) = status
-            && status.code() != Code::Ok
-        {
-            return Err(status);
-        }
-        let first = self.first.unwrap_or_default();
-        if self.rest.is_empty() {
-            return Ok(first);
-        }
-        let chunks = std::iter::once(first).chain(self.rest);
-        Ok(chunks.collect::<Vec<_>>().concat().into())
-    }
-
-    /// The message, or the status that came instead.
-    pub fn into_message(self) -> Result<Bytes, Status> {
-        let framed = self.into_framed()?;
-        match framed.get(..5) {
-            Some([0, ..]) => Ok(framed.slice(5..)),
-            _ => Err(Status::internal(
-                "a worker answered with a message that cannot be read",
-            )),
-        }
-    }
-}
-
-impl fmt::Display for Unanswered {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotSent(reason) => write!(formatter, "the call was not sent: {reason}"),
-            Self::Broken(reason) => write!(formatter, "the connection broke: {reason}"),
-            Self::TooLarge(bytes) => write!(formatter, "the answer has over {bytes} bytes"),
-            Self::NoRoom => formatter.write_str("there is no room for the answer"),
         }
     }
 }

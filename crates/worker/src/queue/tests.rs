@@ -43,8 +43,7 @@ fn a_batch_closes_on_the_token_budget_and_on_the_row_budget() {
     queue.push(parts).unwrap();
     assert_eq!(queue.next_batch().map(|batch| batch.tokens), Some(90));
     assert_eq!(queue.next_batch().map(|batch| batch.tokens), Some(30));
-    let (parts, _waits): (Vec<_>, Vec<_>) =
-        [1; 6].map(|t| part(&[t], LONG)).into_iter().unzip();
+    let (parts, _waits): (Vec<_>, Vec<_>) = [1; 6].map(|t| part(&[t], LONG)).into_iter().unzip();
     queue.push(parts).unwrap();
     assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(4));
     assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(2));

@@ -19,8 +19,8 @@ fn digits() -> ModelInferRequest {
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    println!("| fault | answered | failed | what was measured | median |");
-    println!("|---|---|---|---|---|");
+    println!("| fault | answered | failed | what was measured | least | median | most |");
+    println!("|---|---|---|---|---|---|---|");
     kill().await?;
     freeze().await?;
     restart().await?;
@@ -33,9 +33,11 @@ async fn main() -> Result<()> {
 fn row(fault: &str, outcome: &Outcome, what: &str, times: &mut [Duration]) {
     times.sort();
     let failed: usize = outcome.failed.values().sum();
-    let median = times.get(times.len() / 2).copied().unwrap_or_default();
+    let at = |place: usize| times.get(place).copied().unwrap_or_default();
+    let last = times.len().saturating_sub(1);
+    let (least, median, most) = (at(0), at(times.len() / 2), at(last));
     println!(
-        "| {fault} | {} | {failed} | {what} | {median:.1?} |",
+        "| {fault} | {} | {failed} | {what} | {least:.1?} | {median:.1?} | {most:.1?} |",
         outcome.answered
     );
     for (said, count) in &outcome.failed {
@@ -153,19 +155,12 @@ async fn all_dead() -> Result<()> {
         .await?;
         returns.push(started.elapsed());
     }
-    let worst = refusals.iter().max().copied().unwrap_or_default();
     let none = Outcome::default();
     row(
         "all workers dead",
         &none,
         "until UNAVAILABLE",
         &mut refusals,
-    );
-    row(
-        "all workers dead",
-        &none,
-        "the longest of these",
-        &mut [worst],
     );
     row(
         "all workers dead",

@@ -108,12 +108,7 @@ impl Balance {
         let mut last = Err(nobody());
         for number in 0..ATTEMPTS_MAX {
             let Some((upstream, again)) = pick(route, &tried) else {
-                // A connection that ended is replaced within some milliseconds.
-                if tried.is_empty() || number + 1 == ATTEMPTS_MAX {
-                    break;
-                }
-                tokio::time::sleep(PAUSE).await;
-                continue;
+                break;
             };
             if again && number > 0 {
                 tokio::time::sleep(PAUSE * (1 << number.min(4))).await;

@@ -108,10 +108,11 @@ impl Upstream {
             .unwrap_or_else(PoisonError::into_inner) = channels;
     }
 
-    /// Whether a call can be sent.
+    /// Whether calls can be sent: it has not been lost. For some milliseconds
+    /// all its connections may be at their age and not replaced yet.
     pub fn reachable(&self) -> bool {
         let channels = self.channels.read().unwrap_or_else(PoisonError::into_inner);
-        channels.iter().flatten().any(|channel| !channel.closed())
+        !channels.is_empty()
     }
 
     /// What the worker said last.

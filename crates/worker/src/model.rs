@@ -178,6 +178,9 @@ impl ServedModel {
         let Some(tokenizer) = self.tokenizer.clone() else {
             return Err(ModelError::Engine("the model reads no text".to_owned()));
         };
+        self.queue
+            .admits(texts.len(), urgency.deadline)
+            .map_err(|refusal| self.refuse(&refusal, texts.len()))?;
         let started = Instant::now();
         let bytes: usize = texts.iter().map(OwnedText::bytes).sum();
         let tokenize = move || tokenize(&tokenizer, &texts, wanted, truncation);

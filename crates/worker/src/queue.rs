@@ -193,6 +193,29 @@ impl Queue {
         (state.rows, state.wait())
     }
 
+    /// Whether so many rows would find a place now: asked before they are
+    /// tokenized, so that a flood costs no more than its refusal.
+    pub fn admits(&self, rows: usize, deadline: Instant) -> Result<(), Refusal> {
+        let mut state = self.lock();
+        if state.closed {
+            return Err(Refusal::Closed);
+        }
+        let crowded = |state: &State| {
+            state.rows.saturating_add(rows) > self.limits.rows_max
+                || Instant::now() + state.wait() >= deadline
+        };
+        if crowded(&state) {
+            drop_unawaited(&mut state);
+        }
+        if state.rows.saturating_add(rows) > self.limits.rows_max {
+            return Err(Refusal::Full(state.wait()));
+        }
+        if Instant::now() + state.wait() >= deadline {
+            return Err(Refusal::TooLate);
+        }
+        Ok(())
+    }
+
     /// Queues the parts of one request together, or refuses them at once.
     pub fn push(&self, parts: Vec<Part>) -> Result<(), Refusal> {
         let rows: usize = parts.iter().map(|part| part.rows.count()).sum();

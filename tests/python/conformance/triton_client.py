@@ -264,9 +264,13 @@ def check_calling(checks, client, digits):
         client.infer("digits", pixel_input(digits.data[:1]), client_timeout=30.0)
         inputs = text_input(["a lantern in the rain " * 40] * 64)
         begin = time.monotonic()
-        expect_refusal(
-            lambda: client.infer("minilm", inputs, client_timeout=0.002), "DEADLINE_EXCEEDED"
-        )
+        # A server that knows that it cannot answer in time may say so sooner.
+        try:
+            client.infer("minilm", inputs, client_timeout=0.002)
+            raise AssertionError("64 long texts were answered within 2 ms")
+        except InferenceServerException as error:
+            allowed = ("StatusCode.DEADLINE_EXCEEDED", "StatusCode.UNAVAILABLE")
+            expect(error.status() in allowed, f"{error.status()}: {error}")
         expect(time.monotonic() - begin < 2, "the deadline of 2 ms took over 2 s")
         expect(client.is_server_ready(), "the server is not ready after a missed deadline")
     with checks.check("concurrent_callers"):

@@ -10,8 +10,8 @@ use clap::{CommandFactory, FromArgMatches};
 
 use arguments::{Andon, Command};
 
-/// Calls allocate and free small buffers on many threads; this allocator is
-/// about a tenth faster at that than the system's, and gives memory back.
+/// Calls allocate and free small buffers on many threads, and an unloaded model
+/// must give its memory back. See docs/decisions/mimalloc.md.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

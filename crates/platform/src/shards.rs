@@ -1,7 +1,7 @@
 //! One single-threaded runtime per core. A connection and all its calls stay on
 //! one of them, so that the many small hand-overs of a call (connection, stream,
-//! channel and back) wake no other thread: at one call in flight those wake-ups
-//! were more than half of what the gateway added.
+//! channel and back) wake no other thread, and small writes can wait for each
+//! other. See docs/decisions/one_thread_per_call.md.
 
 use std::cell::Cell;
 use std::io;

@@ -281,7 +281,7 @@ pub fn start(settings: &TelemetrySettings, role: &str) -> Result<Telemetry, Tele
         .as_ref()
         .map(|exporter| tracing_opentelemetry::layer().with_tracer(exporter.tracer("andon")));
     // One filter for all: with a filter for each layer, the spans that h2 opens
-    // for every frame are made and thrown away, which doubles a call's cost.
+    // for every frame are made and thrown away at every call.
     Registry::default()
         .with(filter_fn(move |metadata| {
             metadata.target() == REQUEST_TARGET || filter.logs(metadata)

@@ -10,6 +10,7 @@
 mod card;
 mod error;
 mod families;
+pub mod kernels;
 pub mod layers;
 mod load;
 mod network;

@@ -1,0 +1,139 @@
+//! Rows of activations, rounded to the format of the weights that they meet next.
+
+use super::instructions::Isa;
+use super::kernel;
+use super::matrix::{Format, Matrix};
+use super::pack::{BYTE_MAX, BYTE_ZERO, Packed, Precision};
+
+/// Rounds `input` to the words of `weights`, `[rows, words]`, and for 8-bit integers puts the
+/// scale of each row into `scales`. Both must have room for all rows.
+pub(super) fn convert(input: &Matrix, weights: &Packed, words: *mut u32, scales: *mut f32) {
+    let job = Job {
+        input,
+        words: weights.words,
+        precision: weights.precision,
+        output: words,
+        scales,
+    };
+    // SAFETY: packing has asked the processor for the set, and the caller has the room.
+    unsafe {
+        run_job(weights.instructions, &job);
+    }
+}
+
+struct Job<'a> {
+    input: &'a Matrix,
+    words: usize,
+    precision: Precision,
+    output: *mut u32,
+    scales: *mut f32,
+}
+
+kernel! {
+    /// Runs a conversion.
+    fn run_job(job: &Job<'_>) = rows
+}
+
+/// # Safety
+/// The processor has the set; the job's output and scales have room for the input's rows.
+#[inline(always)]
+unsafe fn rows<I: Isa, const V: usize, const R: usize>(job: &Job<'_>) {
+    let width = job.input.width();
+    for row in 0..job.input.rows() {
+        // SAFETY: the row is there on both sides. What lies between the row's last number and
+        // its last word is cleared first.
+        unsafe {
+            let output = job.output.add(row * job.words);
+            if job.words > 0 {
+                *output.add(job.words - 1) = 0;
+            }
+            let row_start = Row::<I>::new(job.input, row);
+            match job.precision {
+                Precision::F32 => {
+                    for at in (0..width).step_by(I::LANES) {
+                        let count = (width - at).min(I::LANES);
+                        let values = row_start.load(at, count);
+                        I::store_first(output.cast::<f32>().add(at), count, values);
+                    }
+                }
+                Precision::Bf16 => {
+                    for at in (0..width).step_by(I::LANES) {
+                        let count = (width - at).min(I::LANES);
+                        let to = output.cast::<u16>().add(at);
+                        let values = row_start.load(at, count);
+                        if count == I::LANES {
+                            I::store_bf16(to, values);
+                        } else {
+                            I::store_bf16_first(to, count, values);
+                        }
+                    }
+                }
+                Precision::Int8 => {
+                    let most = row_start.largest(width);
+                    let scale = most / BYTE_MAX;
+                    *job.scales.add(row) = scale;
+                    let inverse = I::splat(if most > 0.0 { BYTE_MAX / most } else { 0.0 });
+                    let zero = I::splat(BYTE_ZERO as f32);
+                    for at in (0..width).step_by(I::LANES) {
+                        let count = (width - at).min(I::LANES);
+                        let values = I::round(I::fma(row_start.load(at, count), inverse, zero));
+                        // Rounding of the inverse can reach past the end by one.
+                        let values = I::max(I::min(values, I::splat(255.0)), I::splat(1.0));
+                        I::store_bytes_first(output.cast::<u8>().add(at), count, values);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A row of a matrix of either format.
+pub(super) struct Row<I> {
+    start: *const u32,
+    format: Format,
+    set: std::marker::PhantomData<I>,
+}
+
+impl<I: Isa> Row<I> {
+    /// # Safety
+    /// The row is one of the matrix, which outlives this.
+    #[inline(always)]
+    pub(super) unsafe fn new(matrix: &Matrix, row: usize) -> Self {
+        Self {
+            // SAFETY: the row is there.
+            start: unsafe { matrix.pointer().add(row * matrix.words_per_row()) },
+            format: matrix.format(),
+            set: std::marker::PhantomData,
+        }
+    }
+
+    /// # Safety
+    /// The processor has the set, and the row `count` numbers from `at` on.
+    #[inline(always)]
+    pub(super) unsafe fn load(&self, at: usize, count: usize) -> I::F {
+        // SAFETY: the caller's.
+        unsafe {
+            match self.format {
+                Format::F32 if count == I::LANES => I::load(self.start.cast::<f32>().add(at)),
+                Format::F32 => I::load_first(self.start.cast::<f32>().add(at), count),
+                Format::Bf16 if count == I::LANES => I::load_bf16(self.start.cast::<u16>().add(at)),
+                Format::Bf16 => I::load_bf16_first(self.start.cast::<u16>().add(at), count),
+            }
+        }
+    }
+
+    /// The largest size of a number in the row.
+    #[inline(always)]
+    unsafe fn largest(&self, width: usize) -> f32 {
+        // SAFETY: the caller has the set and `width` numbers.
+        unsafe {
+            let mut most = I::splat(0.0);
+            for at in (0..width).step_by(I::LANES) {
+                let values = self.load(at, (width - at).min(I::LANES));
+                let size = I::max(values, I::sub(I::splat(0.0), values));
+                most = I::max(most, size);
+            }
+            I::largest(most)
+        }
+    }
+}

@@ -38,6 +38,8 @@ pub struct Card {
     pub dtype: Dtype,
     /// `cpu`, or `cuda:` and the device's index.
     pub device: String,
+    /// What computes: an instruction set of our kernels by its name, or `candle`.
+    pub kernels: &'static str,
     /// Width of an embedding, or the number of labels.
     pub width: usize,
     /// Width of one token's hidden state; 0 for a tabular model.

@@ -59,6 +59,11 @@ impl EngineError {
         matches!(self, Self::Unusable { .. } | Self::Unsupported(_))
     }
 
+    /// A defect of ours: the parts of one model are in different places.
+    pub(crate) fn apart() -> Self {
+        Self::Device("parts of the model are on different devices".to_owned())
+    }
+
     pub(crate) fn unusable(file: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Unusable {
             file: file.into(),

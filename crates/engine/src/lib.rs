@@ -10,8 +10,8 @@
 mod card;
 mod error;
 mod families;
-pub mod kernels;
-pub mod layers;
+mod kernels;
+mod layers;
 mod load;
 mod network;
 mod options;
@@ -20,8 +20,9 @@ mod tokenizer;
 
 pub use card::{Card, TensorSpec};
 pub use error::EngineError;
+pub use kernels::Instructions;
 pub use load::{Model, load};
 pub use network::{Network, TextRow, Wanted};
-pub use options::{DeviceChoice, Dtype, LoadOptions, Task};
+pub use options::{DeviceChoice, Dtype, Kernels, LoadOptions, Task};
 pub use post::{argmax, normalize, sigmoid, softmax};
 pub use tokenizer::{Text, Token, TokenRow, Tokenizer, Truncation};

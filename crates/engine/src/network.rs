@@ -1,12 +1,21 @@
 //! The forward pass: packed rows through a family's layers, then pooling or scores.
 
-use candle_core::{DType, Device, Tensor};
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::Device;
 
 use crate::families::Built;
 use crate::families::tabular::Tabular;
-use crate::layers::{Batch, Pooling};
-use crate::load::Dense;
-use crate::{EngineError, TokenRow};
+use crate::layers::{Batch, Pooling, States};
+use crate::load::{Dense, Placement};
+use crate::{EngineError, TokenRow, kernels};
+
+/// Tokens of a chunk: enough for the products to be near the processor's peak, and few enough
+/// for what lies between two of them to stay in its second-level cache.
+const CHUNK_TOKENS: usize = 192;
+/// Where the largest chunk has more than its thread's share by this factor, threads had better
+/// share each product.
+const SHARE_EXCESS_MAX: f64 = 1.4;
 
 /// What a row is to give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +40,7 @@ pub struct TextRow<'a> {
 /// The weights of one model and its forward pass. One thread owns it; the processor's other
 /// threads help where there is work for them.
 pub struct Network {
-    device: Device,
+    placement: Placement,
     kind: Kind,
 }
 
@@ -48,16 +57,16 @@ pub(crate) struct TextNetwork {
 }
 
 impl Network {
-    pub(crate) fn text(network: TextNetwork, device: Device) -> Self {
+    pub(crate) fn text(network: TextNetwork, placement: Placement) -> Self {
         Self {
-            device,
+            placement,
             kind: Kind::Text(Box::new(network)),
         }
     }
 
-    pub(crate) fn tabular(network: Tabular, device: Device) -> Self {
+    pub(crate) fn tabular(network: Tabular, placement: Placement) -> Self {
         Self {
-            device,
+            placement,
             kind: Kind::Tabular(network),
         }
     }
@@ -72,7 +81,7 @@ impl Network {
     pub fn forward_text(
         &mut self,
         rows: &[TextRow<'_>],
-        go_on: &dyn Fn() -> bool,
+        go_on: &(dyn Fn() -> bool + Sync),
     ) -> Result<Vec<Vec<f32>>, EngineError> {
         let Kind::Text(network) = &self.kind else {
             return Err(EngineError::WrongOutput("a tabular model takes no text"));
@@ -81,10 +90,12 @@ impl Network {
         if rows.is_empty() {
             return Ok(Vec::new());
         }
-        let batch = network.pack(rows, &self.device)?;
-        let hidden = network.hidden(&batch, &self.device, go_on)?;
-        self.device
-            .with_context(|| network.outputs(rows, &batch, &hidden))
+        match &self.placement {
+            Placement::Processor(_) => network.forward_chunks(rows, go_on),
+            Placement::Device { device, .. } => {
+                device.with_context(|| network.forward(rows, device, go_on))
+            }
+        }
     }
 
     /// Runs `rows` rows of features, row-major, to as many rows of logits.
@@ -96,7 +107,7 @@ impl Network {
         &mut self,
         features: &[f32],
         rows: usize,
-        go_on: &dyn Fn() -> bool,
+        go_on: &(dyn Fn() -> bool + Sync),
     ) -> Result<Vec<f32>, EngineError> {
         let Kind::Tabular(network) = &self.kind else {
             return Err(EngineError::WrongOutput("a text model takes no features"));
@@ -111,8 +122,8 @@ impl Network {
         if rows == 0 {
             return Ok(Vec::new());
         }
-        let logits = network.forward(features, &self.device, go_on)?;
-        values(&logits)
+        let logits = network.forward(features, &self.placement, go_on)?;
+        logits.values()
     }
 }
 
@@ -151,7 +162,65 @@ impl TextNetwork {
         Ok(())
     }
 
-    fn pack(&self, rows: &[TextRow<'_>], device: &Device) -> Result<Batch, EngineError> {
+    /// The processor's way: chunks of rows, each on a thread of its own from the first layer to
+    /// the last, so that no thread waits for another in between. Where rows cannot be shared out
+    /// evenly, above all where there is one alone, the threads share each product instead.
+    fn forward_chunks(
+        &self,
+        rows: &[TextRow<'_>],
+        go_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
+        let chunks = chunks(rows, kernels::threads());
+        if chunks.len() <= 1 {
+            return self.forward(rows, &Device::Cpu, go_on);
+        }
+        let outputs = Mutex::new(vec![Vec::new(); rows.len()]);
+        let failure = Mutex::new(None);
+        kernels::run(chunks.len(), &|number| {
+            let places = &chunks[number];
+            let of_chunk: Vec<_> = places.iter().map(|place| rows[*place]).collect();
+            match self.forward(&of_chunk, &Device::Cpu, go_on) {
+                Ok(of_chunk) => {
+                    let mut outputs = outputs.lock().unwrap_or_else(PoisonError::into_inner);
+                    for (place, output) in places.iter().zip(of_chunk) {
+                        outputs[*place] = output;
+                    }
+                }
+                Err(error) => {
+                    *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                }
+            }
+        });
+        let failure = failure.into_inner();
+        match failure.unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => Err(error),
+            None => Ok(outputs.into_inner().unwrap_or_else(PoisonError::into_inner)),
+        }
+    }
+
+    /// Rows as one batch, from ids to outputs.
+    fn forward(
+        &self,
+        rows: &[TextRow<'_>],
+        device: &Device,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
+        let batch = self.pack(rows, device);
+        let encoder = self.built.encoder.as_ref();
+        if !go_on() {
+            return Err(EngineError::Abandoned);
+        }
+        let mut hidden = encoder.embed(&batch)?;
+        for number in 0..encoder.depth() {
+            if !go_on() {
+                return Err(EngineError::Abandoned);
+            }
+            hidden = encoder.layer(number, hidden, &batch)?;
+        }
+        self.outputs(rows, &batch, &encoder.finish(hidden)?)
+    }
+
+    fn pack(&self, rows: &[TextRow<'_>], device: &Device) -> Batch {
         // A model with one token type was not taught the difference, whatever a tokenizer says.
         let types = self.built.token_types.unwrap_or(1);
         let longest = rows.iter().map(|row| row.tokens.ids.len()).max();
@@ -168,28 +237,7 @@ impl TextNetwork {
                 )
             })
             .collect();
-        Batch::pack_counting(&packed, self.built.encoder.counting(), device)
-    }
-
-    /// The hidden states of all tokens, layer by layer.
-    fn hidden(
-        &self,
-        batch: &Batch,
-        device: &Device,
-        go_on: &dyn Fn() -> bool,
-    ) -> Result<Tensor, EngineError> {
-        let encoder = self.built.encoder.as_ref();
-        if !go_on() {
-            return Err(EngineError::Abandoned);
-        }
-        let mut hidden = device.with_context(|| encoder.embed(batch))?;
-        for number in 0..encoder.depth() {
-            if !go_on() {
-                return Err(EngineError::Abandoned);
-            }
-            hidden = device.with_context(|| encoder.layer(number, hidden, batch))?;
-        }
-        device.with_context(|| encoder.finish(hidden))
+        Batch::pack(&packed, self.built.encoder.counting(), device)
     }
 
     /// What each row wants, in the caller's order.
@@ -197,7 +245,7 @@ impl TextNetwork {
         &self,
         rows: &[TextRow<'_>],
         batch: &Batch,
-        hidden: &Tensor,
+        hidden: &States,
     ) -> Result<Vec<Vec<f32>>, EngineError> {
         let mut outputs = vec![Vec::new(); rows.len()];
         let wants = |wanted| rows.iter().any(|row| row.wanted == wanted);
@@ -224,10 +272,10 @@ impl TextNetwork {
         outputs: &mut [Vec<f32>],
         rows: &[TextRow<'_>],
         batch: &Batch,
-        (wanted, tensor): (Wanted, &Tensor),
+        (wanted, states): (Wanted, &States),
     ) -> Result<(), EngineError> {
-        let width = tensor.dim(1)?;
-        let all = values(tensor)?;
+        let width = states.width()?;
+        let all = states.values()?;
         for (packed, (place, (start, length))) in batch.order.iter().zip(&batch.spans).enumerate() {
             let range = match wanted {
                 Wanted::AllTokens => start * width..(start + length) * width,
@@ -242,10 +290,29 @@ impl TextNetwork {
     }
 }
 
-/// A tensor's values as 32-bit floats, row-major.
-fn values(tensor: &Tensor) -> Result<Vec<f32>, EngineError> {
-    Ok(tensor
-        .to_dtype(DType::F32)?
-        .flatten_all()?
-        .to_vec1::<f32>()?)
+/// Cuts rows into chunks, by their places: the longest first, each to where the fewest tokens
+/// are. One chunk of all where that leaves a thread with much more than its share.
+fn chunks(rows: &[TextRow<'_>], threads: usize) -> Vec<Vec<usize>> {
+    let tokens = |place: usize| rows[place].tokens.ids.len();
+    let all: usize = (0..rows.len()).map(tokens).sum();
+    let whole = || vec![(0..rows.len()).collect()];
+    let count = all.div_ceil(CHUNK_TOKENS).next_multiple_of(threads);
+    let count = count.min(rows.len());
+    if count <= 1 || threads == 1 && all <= CHUNK_TOKENS {
+        return whole();
+    }
+    let mut places: Vec<usize> = (0..rows.len()).collect();
+    places.sort_by_key(|place| std::cmp::Reverse(tokens(*place)));
+    let mut chunks = vec![(0, Vec::new()); count];
+    for place in places {
+        if let Some((sum, chunk)) = chunks.iter_mut().min_by_key(|(sum, _)| *sum) {
+            *sum += tokens(place);
+            chunk.push(place);
+        }
+    }
+    let largest = chunks.iter().map(|(sum, _)| *sum).max().unwrap_or(0);
+    if (largest * threads) as f64 > all as f64 * SHARE_EXCESS_MAX {
+        return whole();
+    }
+    chunks.into_iter().map(|(_, chunk)| chunk).collect()
 }

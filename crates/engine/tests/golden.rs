@@ -8,10 +8,11 @@
 )]
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use engine::{
-    DeviceChoice, EngineError, LoadOptions, Model, Task, Text, TextRow, TokenRow, Truncation,
-    Wanted, load, normalize,
+    DeviceChoice, Dtype, EngineError, Instructions, Kernels, LoadOptions, Model, Task, Text,
+    TextRow, TokenRow, Truncation, Wanted, load, normalize,
 };
 use serde::Deserialize;
 
@@ -57,7 +58,44 @@ fn golden<T: for<'a> Deserialize<'a>>(name: &str) -> T {
 fn options() -> LoadOptions {
     LoadOptions {
         device: DeviceChoice::Cpu,
+        dtype: Dtype::F32,
         ..LoadOptions::default()
+    }
+}
+
+/// Every instruction set that this processor has in every number format, candle's operations,
+/// and where the build has it a CUDA device.
+fn ways() -> Vec<LoadOptions> {
+    let sets = Instructions::ALL.into_iter().filter(|set| set.supported());
+    let kernels: Vec<Kernels> = sets.map(Kernels::Only).collect();
+    assert!(kernels.contains(&Kernels::Only(Instructions::Portable)));
+    let way = |dtype, kernels| LoadOptions {
+        dtype,
+        kernels,
+        ..options()
+    };
+    let mut ways = vec![way(Dtype::F32, Kernels::Candle)];
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8] {
+        ways.extend(kernels.iter().map(|kernels| way(dtype, *kernels)));
+    }
+    #[cfg(feature = "cuda")]
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        ways.push(LoadOptions {
+            device: DeviceChoice::Cuda(0),
+            ..way(dtype, Kernels::Auto)
+        });
+    }
+    ways
+}
+
+/// How far a tiny checkpoint of random weights may be off: largest difference and least cosine.
+/// Its numbers are as large as a trained model's, but nothing averages the rounding out.
+fn tolerance(dtype: Dtype) -> (f32, f64) {
+    match dtype {
+        Dtype::Auto | Dtype::F32 => (2e-5, 0.999_999),
+        Dtype::F16 => (1e-2, 0.999_9),
+        Dtype::Bf16 => (1e-1, 0.999),
+        Dtype::Int8 => (2e-1, 0.98),
     }
 }
 
@@ -101,8 +139,16 @@ fn text(parts: &[String]) -> Text<'_> {
 
 /// Compares every output of a tiny checkpoint, in one batch and one by one.
 fn compare(name: &str, family: &str, task: Task) {
+    for way in ways() {
+        compare_way(name, family, task, &way);
+    }
+}
+
+fn compare_way(name: &str, family: &str, task: Task, way: &LoadOptions) {
     let expected: Vec<Expected> = golden(&format!("{name}/expected.json"));
-    let mut model = load(&root().join("target/golden").join(name), &options()).unwrap();
+    let mut model = load(&root().join("target/golden").join(name), way).unwrap();
+    let (largest, least) = tolerance(way.dtype);
+    let name = format!("{name} {} {}", way.dtype, way.kernels);
     assert_eq!((model.card.family, model.card.task), (family, task));
     let tokenizer = model.tokenizer.clone().unwrap();
     let rows: Vec<TokenRow> = expected
@@ -135,10 +181,12 @@ fn compare(name: &str, family: &str, task: Task) {
                 Wanted::Scores => &expected.logits,
             };
             let reference = reference.as_ref().unwrap();
-            assert_close(output, reference, 2e-5, &what);
-            assert!(cosine(output, reference) >= 0.999_999, "{what}: cosine");
+            assert_close(output, reference, largest, &what);
+            // The cosine of two single numbers says nothing.
+            let near = cosine(output, reference) >= least;
+            assert!(near || output.len() == 1, "{what}: cosine");
             let alone = forward(&mut model, &[*row]);
-            assert_close(&alone[0], output, 1e-5, &format!("{what}, alone"));
+            assert_close(&alone[0], output, largest / 2.0, &format!("{what}, alone"));
         }
         // A model that gives every text the same answer would agree with itself in any order.
         if *wanted == Wanted::Pooled {
@@ -190,7 +238,13 @@ fn modernbert() {
 #[test]
 fn minilm() {
     let expected: Vec<Sentence> = golden("minilm.json");
-    let mut model = load(&root().join("models/minilm/1"), &options()).unwrap();
+    for way in ways() {
+        minilm_way(&expected, &way);
+    }
+}
+
+fn minilm_way(expected: &[Sentence], way: &LoadOptions) {
+    let mut model = load(&root().join("models/minilm/1"), way).unwrap();
     assert_eq!((model.card.tokens_max, model.card.width), (256, 384));
     let tokenizer = model.tokenizer.clone().unwrap();
     let rows: Vec<TokenRow> = expected
@@ -208,27 +262,37 @@ fn minilm() {
         let rows: Vec<_> = rows.iter().map(|row| (row, Wanted::Pooled)).collect();
         together.extend(forward(&mut model, &rows));
     }
-    let (mut worst_cosine, mut worst_error, mut worst_batch) = (1.0f64, 0.0f32, 0.0f32);
+    let mut worst_batch = 0.0f32;
+    let mut worst_error = 0.0f32;
+    let mut cosines = Vec::new();
     let worst = |worst: f32, first: &[f32], second: &[f32]| {
         let pairs = first.iter().zip(second);
         pairs.fold(worst, |worst, (first, second)| {
             worst.max((first - second).abs())
         })
     };
-    for ((row, sentence), batched) in rows.iter().zip(&expected).zip(&mut together) {
+    for ((row, sentence), batched) in rows.iter().zip(expected).zip(&mut together) {
         let alone = forward(&mut model, &[(row, Wanted::Pooled)]);
         worst_batch = worst(worst_batch, &alone[0], batched);
         normalize(batched);
-        worst_cosine = worst_cosine.min(cosine(batched, &sentence.vector));
+        cosines.push(cosine(batched, &sentence.vector));
         worst_error = worst(worst_error, batched, &sentence.vector);
     }
-    println!("cosine {worst_cosine}, error {worst_error:e}, batched to single {worst_batch:e}");
-    assert!(worst_cosine >= 0.999_99, "cosine {worst_cosine}");
-    assert!(worst_error <= 1e-4, "absolute error {worst_error:e}");
-    assert!(
-        worst_batch <= 1e-5,
-        "batched differs from single by {worst_batch:e}"
+    let least = cosines.iter().copied().fold(1.0, f64::min);
+    let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
+    let name = format!("{} {}", way.dtype, way.kernels);
+    println!(
+        "{name}: cosine at least {least:.7}, mean {mean:.7}, error {worst_error:.1e}, \
+         batched to single {worst_batch:.1e}"
     );
+    let (least_due, mean_due, error_due, batch_due) = match way.dtype {
+        Dtype::Auto | Dtype::F32 => (0.999_99, 0.999_999, 1e-4, 1e-5),
+        Dtype::F16 | Dtype::Bf16 => (0.999_9, 0.999_9, 5e-3, 1e-2),
+        Dtype::Int8 => (0.98, 0.998, 5e-2, 1e-5),
+    };
+    assert!(least >= least_due && mean >= mean_due, "{name}: cosines");
+    assert!(worst_error <= error_due, "{name}: {worst_error:e}");
+    assert!(worst_batch <= batch_due, "{name}: {worst_batch:e}");
 }
 
 #[test]
@@ -266,14 +330,11 @@ fn nobody_waits_so_nothing_is_computed() {
         tokens: &tokens,
         wanted: Wanted::Pooled,
     };
-    let asked = std::cell::Cell::new(0);
-    let go_on = || {
-        asked.set(asked.get() + 1);
-        asked.get() < 3
-    };
+    let asked = AtomicUsize::new(0);
+    let go_on = || asked.fetch_add(1, Ordering::Relaxed) < 2;
     let outcome = model.network.forward_text(&[row], &go_on);
     assert_eq!(outcome, Err(EngineError::Abandoned));
-    assert_eq!(asked.get(), 3, "it stops at the first no");
+    assert_eq!(asked.into_inner(), 3, "it stops at the first no");
 }
 
 #[test]

@@ -88,7 +88,7 @@ fn compute(network: &mut Network, parts: &[Part]) -> Result<Outputs, EngineError
 fn text(
     network: &mut Network,
     parts: &[Part],
-    go_on: &dyn Fn() -> bool,
+    go_on: &(dyn Fn() -> bool + Sync),
 ) -> Result<Vec<Vec<Vec<f32>>>, EngineError> {
     let mut rows = Vec::new();
     for part in parts {
@@ -109,7 +109,7 @@ fn text(
 fn features(
     network: &mut Network,
     parts: &[Part],
-    go_on: &dyn Fn() -> bool,
+    go_on: &(dyn Fn() -> bool + Sync),
 ) -> Result<Vec<Vec<Vec<f32>>>, EngineError> {
     let rows_of = |part: &Part| part.rows.count();
     let rows: usize = parts.iter().map(rows_of).sum();

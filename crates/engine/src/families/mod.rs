@@ -7,10 +7,8 @@ mod modernbert;
 mod roberta;
 pub(crate) mod tabular;
 
-use candle_core::Tensor;
-
 use crate::EngineError;
-use crate::layers::{Batch, ClassificationHead, Counting};
+use crate::layers::{Batch, ClassificationHead, Counting, States};
 use crate::load::{RawConfig, Weights, bad_config};
 
 /// A stack of layers that turns packed token ids into packed hidden states. The network walks
@@ -25,13 +23,13 @@ pub(crate) trait Encoder: Send + Sync {
     fn depth(&self) -> usize;
 
     /// `[tokens, hidden]` before the first layer.
-    fn embed(&self, batch: &Batch) -> Result<Tensor, EngineError>;
+    fn embed(&self, batch: &Batch) -> Result<States, EngineError>;
 
     /// One layer, `[tokens, hidden]` to the same.
-    fn layer(&self, number: usize, hidden: Tensor, batch: &Batch) -> Result<Tensor, EngineError>;
+    fn layer(&self, number: usize, hidden: States, batch: &Batch) -> Result<States, EngineError>;
 
     /// What comes after the last layer.
-    fn finish(&self, hidden: Tensor) -> Result<Tensor, EngineError> {
+    fn finish(&self, hidden: States) -> Result<States, EngineError> {
         Ok(hidden)
     }
 }

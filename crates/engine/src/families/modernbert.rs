@@ -2,18 +2,13 @@
 //! positions, layers that see the whole row between layers that see a window, and gated
 //! feed-forward networks (GeGLU, Shazeer 2020). No biases.
 
-use candle_core::Tensor;
-
 use super::{Built, Encoder};
 use crate::EngineError;
-use crate::layers::attention::{Heads, attend, rotate};
 use crate::layers::{
-    Activation, Batch, ClassificationHead, EmbeddingNames, HeadNames, Linear, Norm, Pooling,
-    TokenEmbedding,
+    Activation, Attention, Batch, ClassificationHead, EmbeddingNames, HeadNames, Linear, Norm,
+    Pooling, Rotary, States, TokenEmbedding,
 };
 use crate::load::{Config, RawConfig, RotaryConfig, Weights, bad_config};
-
-const ROTARY_NUMBERS_MAX: usize = 1 << 24;
 
 const EMBEDDING: EmbeddingNames = EmbeddingNames {
     words: "embeddings.tok_embeddings.weight",
@@ -96,64 +91,34 @@ impl Encoder for ModernBert {
         self.blocks.len()
     }
 
-    fn embed(&self, batch: &Batch) -> Result<Tensor, EngineError> {
+    fn embed(&self, batch: &Batch) -> Result<States, EngineError> {
         self.embedding.forward(batch)
     }
 
-    fn layer(&self, number: usize, hidden: Tensor, batch: &Batch) -> Result<Tensor, EngineError> {
+    fn layer(&self, number: usize, hidden: States, batch: &Batch) -> Result<States, EngineError> {
         let Some(block) = self.blocks.get(number) else {
             return Ok(hidden);
         };
-        let rotary = match block.window {
-            Some(_) => &self.local,
-            None => &self.global,
+        let rotary = if block.is_global {
+            &self.global
+        } else {
+            &self.local
         };
-        block.forward(&hidden, batch, rotary)
+        block.forward(hidden, batch, rotary)
     }
 
-    fn finish(&self, hidden: Tensor) -> Result<Tensor, EngineError> {
+    fn finish(&self, hidden: States) -> Result<States, EngineError> {
         self.final_norm.forward(&hidden)
     }
 }
 
-/// Cosines and sines of every position's angles, `[positions, head width / 2]`.
-struct Rotary {
-    cosines: Tensor,
-    sines: Tensor,
-}
-
-impl Rotary {
-    fn new(weights: &mut Weights, config: &Config, theta: f64) -> Result<Self, EngineError> {
-        let half = config.hidden / config.heads / 2;
-        // No file backs this table: the configuration alone would size it.
-        if config.positions.saturating_mul(half) > ROTARY_NUMBERS_MAX {
-            return Err(bad_config("max_position_embeddings is too large"));
-        }
-        let frequency = |place: usize| (1.0 / theta.powf(place as f64 / half as f64)) as f32;
-        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
-        let mut cosines = Vec::new();
-        let mut sines = Vec::new();
-        for position in 0..config.positions {
-            for frequency in &frequencies {
-                let angle = position as f32 * frequency;
-                cosines.push(angle.cos());
-                sines.push(angle.sin());
-            }
-        }
-        Ok(Self {
-            cosines: weights.place(cosines, &[config.positions, half])?,
-            sines: weights.place(sines, &[config.positions, half])?,
-        })
-    }
-}
-
 struct Block {
-    heads: usize,
-    /// Tokens to each side that a token sees; none where it sees the whole row.
-    window: Option<usize>,
+    /// Whether a token sees its whole row, and not a window of it.
+    is_global: bool,
     /// The first block has none: the embedding's norm stands right before it.
     attention_norm: Option<Norm>,
     joined: Linear,
+    attention: Attention,
     attention_output: Linear,
     inner_norm: Norm,
     inner: Linear,
@@ -176,45 +141,40 @@ impl Block {
         let attention_norm = (number > 0)
             .then(|| Norm::load_unbiased(weights, &norm, hidden, config.epsilon))
             .transpose()?;
-        let joined = Linear::load_unbiased(weights, &[&full("attn.Wqkv")], [3 * hidden, hidden])?;
-        let output = Linear::load_unbiased(weights, &[&full("attn.Wo")], [hidden, hidden])?;
+        let joined = Linear::load_unbiased(weights, &full("attn.Wqkv"), [3 * hidden, hidden])?;
+        let output = Linear::load_unbiased(weights, &full("attn.Wo"), [hidden, hidden])?;
         let inner_norm = Norm::load_unbiased(weights, &full("mlp_norm"), hidden, config.epsilon)?;
         let both = [2 * inner, hidden];
         let wide = full("mlp.Wi");
         Ok(Self {
-            heads: config.heads,
-            window,
+            is_global: window.is_none(),
             attention_norm,
             joined,
+            attention: Attention::new(weights.placement(), config.heads, window),
             attention_output: output,
             inner_norm,
             inner: Linear::load_slice(weights, &wide, both, 0..inner)?,
             activation: config.activation,
             gate: Linear::load_slice(weights, &wide, both, inner..2 * inner)?,
-            output: Linear::load_unbiased(weights, &[&full("mlp.Wo")], [hidden, inner])?,
+            output: Linear::load_unbiased(weights, &full("mlp.Wo"), [hidden, inner])?,
         })
     }
 
     fn forward(
         &self,
-        hidden: &Tensor,
+        hidden: States,
         batch: &Batch,
         rotary: &Rotary,
-    ) -> Result<Tensor, EngineError> {
-        let normed = match &self.attention_norm {
-            Some(norm) => norm.forward(hidden)?,
-            None => hidden.clone(),
+    ) -> Result<States, EngineError> {
+        let joined = match &self.attention_norm {
+            Some(norm) => self.joined.forward(&norm.forward(&hidden)?)?,
+            None => self.joined.forward(&hidden)?,
         };
-        let mut heads = Heads::split(&self.joined.forward(&normed)?, self.heads)?;
-        let cosines = rotary.cosines.embedding(&batch.positions)?;
-        let sines = rotary.sines.embedding(&batch.positions)?;
-        heads.queries = rotate(&heads.queries, &cosines, &sines)?;
-        heads.keys = rotate(&heads.keys, &cosines, &sines)?;
-        let attended = attend(&heads, batch, self.window)?;
-        let hidden = (hidden + self.attention_output.forward(&attended)?)?;
+        let attended = self.attention.forward(joined, batch, Some(rotary))?;
+        let hidden = self.attention_output.forward(&attended)?.add(&hidden)?;
         let normed = self.inner_norm.forward(&hidden)?;
         let inner = self.inner.forward_activated(&normed, self.activation)?;
-        let gated = (inner * self.gate.forward(&normed)?)?;
-        Ok((hidden + self.output.forward(&gated)?)?)
+        let gated = inner.multiply_each(&self.gate.forward(&normed)?)?;
+        self.output.forward(&gated)?.add(&hidden)
     }
 }

@@ -4,14 +4,15 @@
 //! `hidden` lists the widths between; `activation`; `labels`; `outputs` names the two tensors.
 //! `model.safetensors`: `layers.<number>.weight` of `[outputs, inputs]`, and `.bias`.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use serde::Deserialize;
 use tensor::Datatype;
 
 use crate::EngineError;
 use crate::card::TensorSpec;
-use crate::layers::{Activation, Linear};
-use crate::load::{Weights, bad_config};
+use crate::kernels::Matrix;
+use crate::layers::{Activation, Linear, States};
+use crate::load::{Placement, Weights, bad_config};
 
 pub(crate) const MODEL_TYPE: &str = "andon_tabular";
 
@@ -105,14 +106,17 @@ impl Tabular {
     pub(crate) fn forward(
         &self,
         features: &[f32],
-        device: &Device,
+        placement: &Placement,
         go_on: &dyn Fn() -> bool,
-    ) -> Result<Tensor, EngineError> {
-        let rows = features.len() / self.width;
-        let mut values = Tensor::from_slice(features, (rows, self.width), device)?;
-        if let Some(first) = self.layers.first() {
-            values = values.to_dtype(first.dtype())?;
-        }
+    ) -> Result<States, EngineError> {
+        let mut values = match placement {
+            Placement::Processor(_) => States::Processor(Matrix::from_floats(features, self.width)),
+            Placement::Device { device, dtype } => {
+                let shape = (features.len() / self.width, self.width);
+                let features = Tensor::from_slice(features, shape, device)?;
+                States::Device(features.to_dtype(*dtype)?)
+            }
+        };
         for (number, layer) in self.layers.iter().enumerate() {
             if !go_on() {
                 return Err(EngineError::Abandoned);

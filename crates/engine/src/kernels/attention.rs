@@ -35,8 +35,14 @@ pub(crate) fn attend(instructions: Instructions, attention: &Attention<'_>) -> M
     let joined = attention.joined;
     let heads = attention.heads;
     let width = joined.width() / 3;
-    assert!(heads > 0 && joined.width() == 3 * width && width % heads == 0, "heads");
-    assert!(joined.format() == Format::F32, "queries, keys and values are floats");
+    assert!(
+        heads > 0 && joined.width() == 3 * width && width % heads == 0,
+        "heads"
+    );
+    assert!(
+        joined.format() == Format::F32,
+        "queries, keys and values are floats"
+    );
     let inside = |(start, length): &(usize, usize)| start + length <= joined.rows();
     assert!(attention.spans.iter().all(inside), "a row's tokens");
     assert!(instructions.supported(), "{instructions} is not here");
@@ -117,7 +123,10 @@ unsafe fn each_head<I: Isa, D: Dot<I, Sum = I::F>, const V: usize>(job: &Job<'_>
     for head in job.heads.clone() {
         // SAFETY: the row's tokens and the head's columns are inside of `joined`.
         unsafe {
-            let first = joined.pointer().cast::<f32>().add(start * 3 * hidden + head * width);
+            let first = joined
+                .pointer()
+                .cast::<f32>()
+                .add(start * 3 * hidden + head * width);
             let part = |number: usize| Floats {
                 start: first.add(number * hidden),
                 stride: 3 * hidden,
@@ -381,22 +390,52 @@ impl Plan {
                 let seen = seen.start..seen.end.min(self.length);
                 self.softmax::<I>(number, from..to, seen);
             }
-            for column in (0..self.value_columns).step_by(I::LANES) {
-                let first_word = from / self.per_word;
-                let values = self.values.pointer().add(first_word * self.value_columns);
-                let values = Words {
-                    start: values.add(column),
-                    stride: self.value_columns,
-                };
-                let weights = Words {
-                    start: self.weights.pointer().add(first_word),
-                    stride: self.weight_words,
-                };
-                let steps = (to - from) / self.per_word;
-                let sums = tile::<I, D, 1, TILE_ROWS>(weights, values, steps, [D::zero()]);
-                let start = self.outputs.pointer_mut().cast::<f32>().add(column);
-                for (number, [sum]) in sums.iter().enumerate() {
-                    I::store(start.add(number * self.value_columns), *sum);
+            let mut column = 0;
+            while column < self.value_columns {
+                let registers = ((self.value_columns - column) / I::LANES).min(V);
+                match registers {
+                    1 => self.add_values::<I, D, 1>(from..to, column),
+                    2 => self.add_values::<I, D, 2>(from..to, column),
+                    3 if V > 2 => self.add_values::<I, D, 3>(from..to, column),
+                    _ => self.add_values::<I, D, V>(from..to, column),
+                }
+                column += registers * I::LANES;
+            }
+        }
+    }
+
+    /// The values of some keys, weighted and summed: `V` registers of columns from `column` on.
+    ///
+    /// # Safety
+    /// As of `attend`.
+    #[inline(always)]
+    unsafe fn add_values<I: Isa, D: Dot<I, Sum = I::F>, const V: usize>(
+        &mut self,
+        keys: std::ops::Range<usize>,
+        column: usize,
+    ) {
+        let first = keys.start / self.per_word;
+        let steps = keys.len() / self.per_word;
+        // SAFETY: weights, values and outputs are there for these keys, columns and a tile's rows.
+        unsafe {
+            let values = Words {
+                start: self
+                    .values
+                    .pointer()
+                    .add(first * self.value_columns + column),
+                stride: self.value_columns,
+            };
+            let weights = Words {
+                start: self.weights.pointer().add(first),
+                stride: self.weight_words,
+            };
+            let zero = [D::zero(); V];
+            let sums = tile::<I, D, V, TILE_ROWS>(weights, values, steps, zero);
+            let start = self.outputs.pointer_mut().cast::<f32>().add(column);
+            for (number, sums) in sums.iter().enumerate() {
+                let start = start.add(number * self.value_columns);
+                for (place, sum) in sums.iter().enumerate() {
+                    I::store(start.add(place * I::LANES), *sum);
                 }
             }
         }
@@ -443,7 +482,8 @@ impl Plan {
         columns: std::ops::Range<usize>,
         seen: std::ops::Range<usize>,
     ) {
-        let scale = 1.0 / (self.width as f32).sqrt();
+        // Powers of two are cheaper than powers of e.
+        let scale = std::f32::consts::LOG2_E / (self.width as f32).sqrt();
         // SAFETY: the scores and the weights of this query are there for all columns.
         unsafe {
             let scores = self.scores.pointer_mut().cast::<f32>();
@@ -465,7 +505,7 @@ impl Plan {
             for column in columns.step_by(I::LANES) {
                 let score = I::fma(I::load(scores.add(column)), scale, most);
                 // Of a hidden column this is 1e-38, where the function ends.
-                let weight = functions::exp::<I>(score);
+                let weight = functions::power_of_two::<I>(score);
                 sum = I::add(sum, weight);
                 if self.per_word == 1 {
                     I::store(weights.cast::<f32>().add(column), weight);

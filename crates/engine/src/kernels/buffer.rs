@@ -67,7 +67,10 @@ impl Drop for Buffer {
         // A thread that ends has no arena any more: then the memory is simply freed.
         let _ = FREE.try_with(|free| {
             let mut free = free.borrow_mut();
-            let kept: usize = free.iter().map(|lines| lines.len() * size_of::<Line>()).sum();
+            let kept: usize = free
+                .iter()
+                .map(|lines| lines.len() * size_of::<Line>())
+                .sum();
             if kept + lines.len() * size_of::<Line>() <= KEPT_BYTES_MAX {
                 let place = free.partition_point(|other| other.len() < lines.len());
                 free.insert(place, lines);

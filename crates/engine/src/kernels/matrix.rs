@@ -53,9 +53,7 @@ impl Matrix {
     pub(crate) fn from_floats(values: &[f32], width: usize) -> Self {
         let rows = values.len().checked_div(width).unwrap_or(0);
         let mut matrix = Self::take(rows, width, Format::F32);
-        matrix
-            .floats_mut()
-            .copy_from_slice(&values[..rows * width]);
+        matrix.floats_mut().copy_from_slice(&values[..rows * width]);
         matrix
     }
 

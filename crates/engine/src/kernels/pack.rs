@@ -92,15 +92,18 @@ impl Packed {
         (lines * size_of::<Zeroed>()) as u64
     }
 
-    /// Numbers in an output row.
-    pub(crate) fn outputs(&self) -> usize {
-        self.outputs
+    /// The number format of the weights.
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
     }
 
     fn set_output(&mut self, output: usize, row: &[f32], bias: f32) {
         let panel = self.instructions.panel();
         let first = output / panel * panel * self.words + output % panel;
-        let (place, stride) = (|word: usize| first + word * panel, self.precision.per_word());
+        let (place, stride) = (
+            |word: usize| first + word * panel,
+            self.precision.per_word(),
+        );
         let pieces = row.chunks(stride).enumerate();
         match self.precision {
             Precision::F32 => {
@@ -111,7 +114,8 @@ impl Packed {
             }
             Precision::Bf16 => {
                 for (word, piece) in pieces {
-                    let bits = |at: usize| piece.get(at).map_or(0, |v| bf16::from_f32(*v).to_bits());
+                    let bits =
+                        |at: usize| piece.get(at).map_or(0, |v| bf16::from_f32(*v).to_bits());
                     let both = u32::from(bits(0)) | u32::from(bits(1)) << 16;
                     set(&mut self.values, place(word), both);
                 }

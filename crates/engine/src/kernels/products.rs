@@ -231,7 +231,7 @@ unsafe impl Sync for Shared<'_> {}
 struct Prepared {
     words: Words,
     /// What holds the words, where the matrix itself does not.
-    owned: Option<Buffer>,
+    _words: Option<Buffer>,
     scales: Option<Buffer>,
 }
 
@@ -249,20 +249,25 @@ impl Prepared {
             };
             return Self {
                 words,
-                owned: None,
+                _words: None,
                 scales: None,
             };
         }
         let mut owned = Buffer::take(input.rows() * weights.words);
         let mut scales = Buffer::take(input.rows());
-        convert(input, weights, owned.pointer_mut(), scales.pointer_mut().cast());
+        convert(
+            input,
+            weights,
+            owned.pointer_mut(),
+            scales.pointer_mut().cast(),
+        );
         let words = Words {
             start: owned.pointer(),
             stride: weights.words,
         };
         Self {
             words,
-            owned: Some(owned),
+            _words: Some(owned),
             scales: Some(scales),
         }
     }
@@ -365,6 +370,7 @@ unsafe fn part<I: Isa, D: Dot<I>, const V: usize, const R: usize>(
         }
         match job.activation {
             Activation::Identity => {}
+            Activation::Gelu if job.output.format == Format::Bf16 => apply!(gelu_rounded),
             Activation::Gelu => apply!(gelu),
             Activation::GeluTanh => apply!(gelu_tanh),
             Activation::Relu => apply!(relu),

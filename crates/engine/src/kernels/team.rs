@@ -222,7 +222,11 @@ mod tests {
                             counts[number].fetch_add(1, Ordering::Relaxed);
                             run(3, &|_| {});
                         });
-                        assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+                        assert!(
+                            counts
+                                .iter()
+                                .all(|count| count.load(Ordering::Relaxed) == 1)
+                        );
                     }
                 })
             })

@@ -2,7 +2,6 @@
 
 use candle_core::Tensor;
 
-use super::processor;
 use crate::EngineError;
 
 /// A function of one number, applied to each.
@@ -47,27 +46,15 @@ impl Activation {
         })
     }
 
-    /// Adds a bias to each row of `values`, where there is one, and applies the function.
-    /// `values` must be the caller's own: on the processor it is changed in place.
-    pub(crate) fn with_bias(
-        self,
-        values: Tensor,
-        bias: Option<&Tensor>,
-    ) -> Result<Tensor, EngineError> {
-        if processor::takes(&values) {
-            return Ok(processor::bias_activation(values, bias, self)?);
-        }
-        let biased = match bias {
-            Some(bias) => values.broadcast_add(bias)?,
-            None => values,
-        };
+    /// The function of each number, on a device.
+    pub(crate) fn forward(self, values: &Tensor) -> Result<Tensor, EngineError> {
         Ok(match self {
-            Self::Identity => biased,
-            Self::Gelu => biased.gelu_erf()?,
-            Self::GeluTanh => biased.gelu()?,
-            Self::Relu => biased.relu()?,
-            Self::Silu => biased.silu()?,
-            Self::Tanh => biased.tanh()?,
+            Self::Identity => values.clone(),
+            Self::Gelu => values.gelu_erf()?,
+            Self::GeluTanh => values.gelu()?,
+            Self::Relu => values.relu()?,
+            Self::Silu => values.silu()?,
+            Self::Tanh => values.tanh()?,
         })
     }
 }

@@ -8,17 +8,19 @@ use crate::EngineError;
 ///
 /// The rows are kept in order of length, so that equally long ones lie side by side: a device
 /// that wants few large operations takes each such group as one dense batch.
-pub struct Batch {
+pub(crate) struct Batch {
     /// Token ids, `[tokens]`.
-    pub(crate) ids: Tensor,
+    pub(crate) ids: Vec<u32>,
     /// Token types, `[tokens]`.
-    pub(crate) type_ids: Tensor,
+    pub(crate) type_ids: Vec<u32>,
     /// Rows of the position table, `[tokens]`.
-    pub(crate) positions: Tensor,
+    pub(crate) positions: Vec<u32>,
     /// First token and length of each packed row.
     pub(crate) spans: Vec<(usize, usize)>,
     /// For each packed row, its place among the caller's rows.
     pub(crate) order: Vec<usize>,
+    /// Where the model is.
+    device: Device,
 }
 
 /// How the positions of a row's tokens are counted.
@@ -33,18 +35,7 @@ pub(crate) enum Counting {
 
 impl Batch {
     /// Packs rows of token ids and token types.
-    ///
-    /// # Errors
-    /// When the device has no room for the ids.
-    pub fn pack(rows: &[(&[u32], &[u32])], device: &Device) -> Result<Self, EngineError> {
-        Self::pack_counting(rows, Counting::FromZero, device)
-    }
-
-    pub(crate) fn pack_counting(
-        rows: &[(&[u32], &[u32])],
-        counting: Counting,
-        device: &Device,
-    ) -> Result<Self, EngineError> {
+    pub(crate) fn pack(rows: &[(&[u32], &[u32])], counting: Counting, device: &Device) -> Self {
         let mut order: Vec<usize> = (0..rows.len()).collect();
         order.sort_by_key(|row| rows[*row].0.len());
         let tokens = rows.iter().map(|(ids, _)| ids.len()).sum();
@@ -59,17 +50,23 @@ impl Batch {
             type_ids.extend_from_slice(row_types);
             count(row_ids, counting, &mut positions);
         }
-        Ok(Self {
-            ids: Tensor::from_vec(ids, tokens, device)?,
-            type_ids: Tensor::from_vec(type_ids, tokens, device)?,
-            positions: Tensor::from_vec(positions, tokens, device)?,
+        Self {
+            ids,
+            type_ids,
+            positions,
             spans,
             order,
-        })
+            device: device.clone(),
+        }
+    }
+
+    /// Numbers of each token on the model's device, `[tokens]`.
+    pub(crate) fn on(&self, places: &[u32]) -> Result<Tensor, EngineError> {
+        Ok(Tensor::from_slice(places, places.len(), &self.device)?)
     }
 
     /// Tokens of all rows together.
-    pub fn tokens(&self) -> usize {
+    pub(crate) fn tokens(&self) -> usize {
         self.spans
             .last()
             .map_or(0, |(start, length)| start + length)

@@ -2,9 +2,10 @@
 
 use candle_core::Tensor;
 
-use super::{Batch, Norm};
+use super::{Batch, Norm, States};
 use crate::EngineError;
-use crate::load::{Config, Weights};
+use crate::kernels::{self, Lookup};
+use crate::load::{Config, Placement, Weights};
 
 /// What a family calls the tables, after the backbone's prefix.
 pub(crate) struct EmbeddingNames {
@@ -17,12 +18,19 @@ pub(crate) struct EmbeddingNames {
 /// The sum of a token's word, position and type vectors, normalized.
 pub(crate) struct TokenEmbedding {
     /// `[vocabulary, hidden]`.
-    words: Tensor,
+    words: Table,
     /// `[positions, hidden]`.
-    positions: Option<Tensor>,
+    positions: Option<Table>,
     /// `[types, hidden]`.
-    token_types: Option<Tensor>,
+    token_types: Option<Table>,
+    width: usize,
     norm: Norm,
+}
+
+/// A table of vectors.
+enum Table {
+    Processor(Vec<f32>),
+    Device(Tensor),
 }
 
 impl TokenEmbedding {
@@ -33,7 +41,17 @@ impl TokenEmbedding {
     ) -> Result<Self, EngineError> {
         let mut table = |name: &str, rows| {
             let name = weights.backbone(name);
-            weights.take(&name, &[rows, config.hidden])
+            let values = weights.values(&name, &[rows, config.hidden])?;
+            match weights.placement() {
+                Placement::Processor(_) => {
+                    weights.bytes += size_of_val(&*values) as u64;
+                    Ok(Table::Processor(values))
+                }
+                Placement::Device { .. } => {
+                    let table = weights.place(values, &[rows, config.hidden])?;
+                    Ok::<_, EngineError>(Table::Device(table))
+                }
+            }
         };
         let words = table(names.words, config.vocabulary)?;
         let positions = names.positions.map(|name| table(name, config.positions));
@@ -53,19 +71,37 @@ impl TokenEmbedding {
             words,
             positions,
             token_types,
+            width: config.hidden,
             norm,
         })
     }
 
     /// `[tokens, hidden]`.
-    pub(crate) fn forward(&self, batch: &Batch) -> Result<Tensor, EngineError> {
-        let mut sum = self.words.embedding(&batch.ids)?;
-        if let Some(positions) = &self.positions {
-            sum = (sum + positions.embedding(&batch.positions)?)?;
+    pub(crate) fn forward(&self, batch: &Batch) -> Result<States, EngineError> {
+        let parts = [
+            (Some(&self.words), &batch.ids),
+            (self.positions.as_ref(), &batch.positions),
+            (self.token_types.as_ref(), &batch.type_ids),
+        ];
+        let mut lookups = Vec::with_capacity(parts.len());
+        let mut sum: Option<Tensor> = None;
+        for (table, places) in parts {
+            match table {
+                Some(Table::Processor(table)) => lookups.push(Lookup { table, places }),
+                Some(Table::Device(table)) => {
+                    let found = table.embedding(&batch.on(places)?)?;
+                    sum = Some(match sum {
+                        Some(sum) => (sum + found)?,
+                        None => found,
+                    });
+                }
+                None => {}
+            }
         }
-        if let Some(token_types) = &self.token_types {
-            sum = (sum + token_types.embedding(&batch.type_ids)?)?;
-        }
+        let sum = match sum {
+            Some(sum) => States::Device(sum),
+            None => States::Processor(kernels::embed(&lookups, batch.tokens(), self.width)),
+        };
         self.norm.forward(&sum)
     }
 }

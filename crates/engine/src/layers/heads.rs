@@ -1,8 +1,6 @@
 //! The head that turns a row's hidden states into scores.
 
-use candle_core::Tensor;
-
-use super::{Activation, Batch, Linear, Norm, Pooling};
+use super::{Activation, Batch, Linear, Norm, Pooling, States};
 use crate::EngineError;
 use crate::load::{Config, Weights};
 
@@ -35,7 +33,7 @@ impl ClassificationHead {
         let dense = if names.dense_bias {
             Linear::load(weights, &names.dense, square)?
         } else {
-            Linear::load_unbiased(weights, &[&names.dense], square)?
+            Linear::load_unbiased(weights, &names.dense, square)?
         };
         let norm = names
             .norm
@@ -51,7 +49,7 @@ impl ClassificationHead {
     }
 
     /// `[tokens, hidden]` to logits of `[rows, labels]`, in the batch's packed order.
-    pub(crate) fn forward(&self, hidden: &Tensor, batch: &Batch) -> Result<Tensor, EngineError> {
+    pub(crate) fn forward(&self, hidden: &States, batch: &Batch) -> Result<States, EngineError> {
         let pooled = self.pooling.forward(hidden, batch)?;
         let mut features = self.dense.forward_activated(&pooled, self.activation)?;
         if let Some(norm) = &self.norm {

@@ -2,17 +2,24 @@
 
 use candle_core::Tensor;
 
-use super::Activation;
+use super::{Activation, States};
 use crate::EngineError;
-use crate::load::Weights;
+use crate::kernels::{self, Format, Packed, Precision};
+use crate::load::{Placement, Weights};
 
-/// `x · weightᵀ + bias`, on packed tokens.
-pub(crate) struct Linear {
-    /// `[inputs, outputs]`. On the processor it is laid out so, which makes small batches up to
-    /// six times faster; elsewhere it is a view of what checkpoints keep.
-    weight: Tensor,
-    /// `[outputs]`.
-    bias: Option<Tensor>,
+/// What queries, keys and values are kept in where a model is of 8-bit integers: rounding them
+/// costs more of an embedding's cosine than rounding all other layers does.
+const ATTENTION_IN_INT8: Option<Precision> = Some(Precision::Bf16);
+
+/// `x · weightᵀ + bias` and an activation, on packed tokens.
+pub(crate) enum Linear {
+    /// For the processor's kernels.
+    Processor(Packed),
+    /// For a device: weights of `[outputs, inputs]` and a bias of `[outputs]`.
+    Device {
+        weight: Tensor,
+        bias: Option<Tensor>,
+    },
 }
 
 impl Linear {
@@ -22,34 +29,31 @@ impl Linear {
         name: &str,
         [outputs, inputs]: [usize; 2],
     ) -> Result<Self, EngineError> {
-        Self::load_joined(weights, &[name], [outputs, inputs])
+        let bias = weights.values(&format!("{name}.bias"), &[outputs])?;
+        let values = weights.values(&format!("{name}.weight"), &[outputs, inputs])?;
+        Self::place(weights, (&values, Some(bias)), inputs, None)
     }
 
-    /// Takes several layers of the same shape as one whose outputs lie side by side: one large
-    /// product is faster than three small ones.
+    /// Takes queries, keys and values, layers of one shape, as one whose outputs lie side by
+    /// side: one large product is faster than three small ones.
     pub(crate) fn load_joined(
         weights: &mut Weights,
         names: &[&str],
         [outputs, inputs]: [usize; 2],
     ) -> Result<Self, EngineError> {
         let bias = joined(weights, names, "bias", &[outputs])?;
-        let bias = weights.place(bias, &[outputs * names.len()])?;
-        let joined = Self::load_unbiased(weights, names, [outputs, inputs])?;
-        Ok(Self {
-            bias: Some(bias),
-            ..joined
-        })
+        let values = joined(weights, names, "weight", &[outputs, inputs])?;
+        Self::place(weights, (&values, Some(bias)), inputs, ATTENTION_IN_INT8)
     }
 
     /// Takes the weights alone.
     pub(crate) fn load_unbiased(
         weights: &mut Weights,
-        names: &[&str],
+        name: &str,
         [outputs, inputs]: [usize; 2],
     ) -> Result<Self, EngineError> {
-        let values = joined(weights, names, "weight", &[outputs, inputs])?;
-        let weight = weights.place(values, &[outputs * names.len(), inputs])?;
-        Self::turned(&weight)
+        let values = weights.values(&format!("{name}.weight"), &[outputs, inputs])?;
+        Self::place(weights, (&values, None), inputs, None)
     }
 
     /// Takes rows `first .. first + outputs` of an unbiased layer that has `of` rows.
@@ -60,52 +64,95 @@ impl Linear {
         rows: std::ops::Range<usize>,
     ) -> Result<Self, EngineError> {
         let values = weights.values(&format!("{name}.weight"), &[of, inputs])?;
-        let part = values
-            .get(rows.start * inputs..rows.end * inputs)
-            .unwrap_or_default();
-        let weight = weights.place(part.to_vec(), &[rows.len(), inputs])?;
-        Self::turned(&weight)
+        let part = values.get(rows.start * inputs..rows.end * inputs);
+        Self::place(weights, (part.unwrap_or_default(), None), inputs, None)
     }
 
-    /// A layer of weights that are `[outputs, inputs]`.
-    fn turned(weight: &Tensor) -> Result<Self, EngineError> {
-        let view = weight.t()?;
-        let weight = if weight.device().is_cpu() {
-            view.contiguous()?
-        } else {
-            view
-        };
-        Ok(Self { weight, bias: None })
+    fn place(
+        weights: &mut Weights,
+        (values, bias): (&[f32], Option<Vec<f32>>),
+        inputs: usize,
+        in_int8: Option<Precision>,
+    ) -> Result<Self, EngineError> {
+        let outputs = values.len().checked_div(inputs).unwrap_or(0);
+        match weights.placement().clone() {
+            Placement::Processor(way) => {
+                let set = way.instructions;
+                let precision = match (way.precision, in_int8) {
+                    (Precision::Int8, Some(higher)) => higher,
+                    (precision, _) => precision,
+                };
+                let packed = Packed::new(set, precision, values, bias.as_deref(), inputs);
+                weights.bytes += packed.bytes();
+                Ok(Self::Processor(packed))
+            }
+            Placement::Device { .. } => {
+                let weight = weights.place(values.to_vec(), &[outputs, inputs])?;
+                let bias = bias.map(|bias| weights.place(bias, &[outputs]));
+                Ok(Self::Device {
+                    weight,
+                    bias: bias.transpose()?,
+                })
+            }
+        }
     }
 
     /// `[tokens, inputs]` to `[tokens, outputs]`.
-    pub(crate) fn forward(&self, input: &Tensor) -> Result<Tensor, EngineError> {
+    pub(crate) fn forward(&self, input: &States) -> Result<States, EngineError> {
         self.forward_activated(input, Activation::Identity)
     }
 
     /// The same, and an activation after it.
     pub(crate) fn forward_activated(
         &self,
-        input: &Tensor,
+        input: &States,
         activation: Activation,
-    ) -> Result<Tensor, EngineError> {
-        let product = input.matmul(&self.weight)?;
-        activation.with_bias(product, self.bias.as_ref())
+    ) -> Result<States, EngineError> {
+        self.product(input, activation, Format::F32)
     }
 
-    /// The product alone, for a layer after it that adds the bias itself.
-    pub(crate) fn product(&self, input: &Tensor) -> Result<Tensor, EngineError> {
-        Ok(input.matmul(&self.weight)?)
+    /// The same, in the number format of another linear layer that alone reads it.
+    pub(crate) fn forward_inner(
+        &self,
+        input: &States,
+        activation: Activation,
+    ) -> Result<States, EngineError> {
+        let format = match self {
+            Self::Processor(packed) => inner_format(packed.precision()),
+            Self::Device { .. } => Format::F32,
+        };
+        self.product(input, activation, format)
     }
 
-    /// The number format of the weights.
-    pub(crate) fn dtype(&self) -> candle_core::DType {
-        self.weight.dtype()
+    fn product(
+        &self,
+        input: &States,
+        activation: Activation,
+        format: Format,
+    ) -> Result<States, EngineError> {
+        match (self, input) {
+            (Self::Processor(packed), States::Processor(input)) => Ok(States::Processor(
+                kernels::multiply(packed, input, activation, format),
+            )),
+            (Self::Device { weight, bias }, States::Device(input)) => {
+                let product = input.matmul(&weight.t()?)?;
+                let biased = match bias {
+                    Some(bias) => product.broadcast_add(bias)?,
+                    None => product,
+                };
+                Ok(States::Device(activation.forward(&biased)?))
+            }
+            _ => Err(EngineError::apart()),
+        }
     }
+}
 
-    /// `[outputs]`.
-    pub(crate) fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref()
+/// The number format between two linear layers of this precision.
+pub(crate) fn inner_format(precision: Precision) -> Format {
+    match precision {
+        Precision::F32 => Format::F32,
+        // 8-bit inputs are rounded row by row from what is there: half the memory is enough.
+        Precision::Bf16 | Precision::Int8 => Format::Bf16,
     }
 }
 

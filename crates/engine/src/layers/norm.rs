@@ -2,17 +2,23 @@
 
 use candle_core::Tensor;
 
-use super::processor;
+use super::States;
 use crate::EngineError;
-use crate::load::Weights;
+use crate::kernels::{self, Instructions, NormParameters};
+use crate::load::{Placement, Weights};
 
 /// Scales each token to mean 0 and variance 1, then by a weight and a bias of its own.
 pub(crate) struct Norm {
-    /// `[width]`.
-    weight: Tensor,
-    /// `[width]`; zeros where the model has none.
-    bias: Tensor,
-    epsilon: f64,
+    parameters: Parameters,
+    epsilon: f32,
+}
+
+/// Weight and bias, `[width]` each.
+enum Parameters {
+    /// The bias is empty where the model has none.
+    Processor(Instructions, Vec<f32>, Vec<f32>),
+    /// The bias is zeros where the model has none.
+    Device(Tensor, Tensor),
 }
 
 impl Norm {
@@ -30,11 +36,9 @@ impl Norm {
         } else {
             (format!("{name}.weight"), format!("{name}.bias"))
         };
-        Ok(Self {
-            weight: weights.take(&weight, &[width])?,
-            bias: weights.take(&bias, &[width])?,
-            epsilon,
-        })
+        let weight = weights.values(&weight, &[width])?;
+        let bias = weights.values(&bias, &[width])?;
+        Self::place(weights, weight, bias, epsilon)
     }
 
     /// Takes `<name>.weight` alone.
@@ -44,57 +48,89 @@ impl Norm {
         width: usize,
         epsilon: f64,
     ) -> Result<Self, EngineError> {
-        let weight = weights.take(&format!("{name}.weight"), &[width])?;
+        let weight = weights.values(&format!("{name}.weight"), &[width])?;
+        Self::place(weights, weight, Vec::new(), epsilon)
+    }
+
+    fn place(
+        weights: &mut Weights,
+        weight: Vec<f32>,
+        bias: Vec<f32>,
+        epsilon: f64,
+    ) -> Result<Self, EngineError> {
+        let width = weight.len();
+        let parameters = match weights.placement().clone() {
+            Placement::Processor(way) => {
+                weights.bytes += size_of_val(&*weight) as u64 + size_of_val(&*bias) as u64;
+                Parameters::Processor(way.instructions, weight, bias)
+            }
+            Placement::Device { .. } => {
+                let weight = weights.place(weight, &[width])?;
+                let bias = if bias.is_empty() {
+                    weight.zeros_like()?
+                } else {
+                    weights.place(bias, &[width])?
+                };
+                Parameters::Device(weight, bias)
+            }
+        };
         Ok(Self {
-            bias: weight.zeros_like()?,
-            weight,
-            epsilon,
+            parameters,
+            epsilon: epsilon as f32,
         })
     }
 
     /// `[tokens, width]` to the same shape. Mean and variance are taken in 32 bits whatever the
     /// number format.
-    pub(crate) fn forward(&self, input: &Tensor) -> Result<Tensor, EngineError> {
-        if processor::takes(input) {
-            return Ok(processor::norm(input.copy()?, self.parameters(), None)?);
-        }
-        let input = input.contiguous()?;
-        let epsilon = self.epsilon as f32;
-        Ok(candle_nn::ops::layer_norm(
-            &input,
-            &self.weight,
-            &self.bias,
-            epsilon,
-        )?)
+    pub(crate) fn forward(&self, input: &States) -> Result<States, EngineError> {
+        self.normalize(input, None)
     }
 
-    /// Normalizes `input + added`, and a bias more where the layer before left it out. `input`
-    /// must be the caller's own: on the processor it is changed in place.
+    /// Normalizes `input + added`.
     pub(crate) fn forward_sum(
         &self,
-        input: Tensor,
-        bias: Option<&Tensor>,
-        added: &Tensor,
-    ) -> Result<Tensor, EngineError> {
-        if processor::takes(&input) && processor::takes(added) {
-            return Ok(processor::norm(
-                input,
-                self.parameters(),
-                Some((added, bias)),
-            )?);
-        }
-        let biased = match bias {
-            Some(bias) => input.broadcast_add(bias)?,
-            None => input,
-        };
-        self.forward(&(biased + added)?)
+        input: &States,
+        added: &States,
+    ) -> Result<States, EngineError> {
+        self.normalize(input, Some(added))
     }
 
-    fn parameters(&self) -> processor::NormParameters<'_> {
-        processor::NormParameters {
-            weight: &self.weight,
-            bias: &self.bias,
-            epsilon: self.epsilon as f32,
+    fn normalize(&self, input: &States, added: Option<&States>) -> Result<States, EngineError> {
+        match (&self.parameters, input, added) {
+            (Parameters::Processor(set, ..), States::Processor(input), None) => {
+                let output = kernels::norm(*set, self.of_processor(), input, None);
+                Ok(States::Processor(output))
+            }
+            (
+                Parameters::Processor(set, ..),
+                States::Processor(input),
+                Some(States::Processor(added)),
+            ) => {
+                let output = kernels::norm(*set, self.of_processor(), input, Some(added));
+                Ok(States::Processor(output))
+            }
+            (Parameters::Device(weight, bias), States::Device(input), added) => {
+                let input = match added {
+                    Some(States::Device(added)) => (input + added)?,
+                    None => input.contiguous()?,
+                    Some(States::Processor(_)) => return Err(EngineError::apart()),
+                };
+                let output = candle_nn::ops::layer_norm(&input, weight, bias, self.epsilon)?;
+                Ok(States::Device(output))
+            }
+            _ => Err(EngineError::apart()),
+        }
+    }
+
+    fn of_processor(&self) -> NormParameters<'_> {
+        let (weight, bias): (&[f32], &[f32]) = match &self.parameters {
+            Parameters::Processor(_, weight, bias) => (weight, bias),
+            Parameters::Device(..) => (&[], &[]),
+        };
+        NormParameters {
+            weight,
+            bias,
+            epsilon: self.epsilon,
         }
     }
 }

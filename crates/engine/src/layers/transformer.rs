@@ -1,11 +1,8 @@
 //! The encoder that BERT, RoBERTa and DistilBERT share: blocks of attention and a feed-forward
 //! network, each followed by a norm over its sum with what came in (Vaswani and others 2017).
 
-use candle_core::Tensor;
-
-use super::attention::{Heads, attend};
 use super::batch::Counting;
-use super::{Activation, Batch, EmbeddingNames, Linear, Norm, TokenEmbedding};
+use super::{Activation, Attention, Batch, EmbeddingNames, Linear, Norm, States, TokenEmbedding};
 use crate::EngineError;
 use crate::families::Encoder;
 use crate::load::{Config, Weights};
@@ -64,11 +61,11 @@ impl Encoder for Transformer {
         self.blocks.len()
     }
 
-    fn embed(&self, batch: &Batch) -> Result<Tensor, EngineError> {
+    fn embed(&self, batch: &Batch) -> Result<States, EngineError> {
         self.embedding.forward(batch)
     }
 
-    fn layer(&self, number: usize, hidden: Tensor, batch: &Batch) -> Result<Tensor, EngineError> {
+    fn layer(&self, number: usize, hidden: States, batch: &Batch) -> Result<States, EngineError> {
         match self.blocks.get(number) {
             Some(block) => block.forward(&hidden, batch),
             None => Ok(hidden),
@@ -77,9 +74,9 @@ impl Encoder for Transformer {
 }
 
 struct Block {
-    heads: usize,
     /// Queries, keys and values as one layer.
     joined: Linear,
+    attention: Attention,
     attention_output: Linear,
     attention_norm: Norm,
     up: Linear,
@@ -103,8 +100,8 @@ impl Block {
         let output = full(names.attention_output);
         let norm = full(names.attention_norm);
         Ok(Self {
-            heads: config.heads,
             joined: Linear::load_joined(weights, &joined, [hidden, hidden])?,
+            attention: Attention::new(weights.placement(), config.heads, None),
             attention_output: Linear::load(weights, &output, [hidden, hidden])?,
             attention_norm: Norm::load(weights, &norm, hidden, config.epsilon)?,
             up: Linear::load(weights, &full(names.up), [inner, hidden])?,
@@ -114,15 +111,13 @@ impl Block {
         })
     }
 
-    fn forward(&self, hidden: &Tensor, batch: &Batch) -> Result<Tensor, EngineError> {
-        let heads = Heads::split(&self.joined.forward(hidden)?, self.heads)?;
-        let attended = attend(&heads, batch, None)?;
-        let output = self.attention_output.product(&attended)?;
-        let bias = self.attention_output.bias();
-        let hidden = self.attention_norm.forward_sum(output, bias, hidden)?;
-        let inner = self.up.forward_activated(&hidden, self.activation)?;
-        let output = self.down.product(&inner)?;
-        self.output_norm
-            .forward_sum(output, self.down.bias(), &hidden)
+    fn forward(&self, hidden: &States, batch: &Batch) -> Result<States, EngineError> {
+        let joined = self.joined.forward(hidden)?;
+        let attended = self.attention.forward(joined, batch, None)?;
+        let output = self.attention_output.forward(&attended)?;
+        let hidden = self.attention_norm.forward_sum(&output, hidden)?;
+        let inner = self.up.forward_inner(&hidden, self.activation)?;
+        let output = self.down.forward(&inner)?;
+        self.output_norm.forward_sum(&output, &hidden)
     }
 }

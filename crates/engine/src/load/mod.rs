@@ -10,7 +10,7 @@ mod weights;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{Device, DeviceLocation};
+use candle_core::DeviceLocation;
 use serde::Deserialize;
 
 use crate::families::tabular::{self, Tabular, TabularConfig};
@@ -22,7 +22,7 @@ pub(crate) use config::{Config, RawConfig, RotaryConfig, bad as bad_config};
 use folder::Folder;
 pub(crate) use sentence::Dense;
 use sentence::Sentence;
-pub(crate) use weights::{Placement, Weights};
+pub(crate) use weights::{Placement, Way, Weights};
 
 const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_BYTES_MAX: u64 = 64 << 20;
@@ -48,17 +48,15 @@ pub struct Model {
 /// [`EngineError::OutOfMemory`] and [`EngineError::Device`] when the device fails.
 pub fn load(folder: &Path, options: &LoadOptions) -> Result<Model, EngineError> {
     let folder = Folder::open(folder)?;
-    let device = options.device.open()?;
-    let placement = Placement {
-        dtype: options.dtype.on(&device)?,
-        device,
-    };
+    let (placement, dtype) = options.placement()?;
     let raw = RawConfig::read(&folder)?;
-    if raw.model_type == tabular::MODEL_TYPE {
-        load_tabular(&folder, options, placement)
+    let mut model = if raw.model_type == tabular::MODEL_TYPE {
+        load_tabular(&folder, options, placement)?
     } else {
-        load_text(&folder, options, &raw, placement)
-    }
+        load_text(&folder, options, &raw, placement)?
+    };
+    model.card.dtype = dtype;
+    Ok(model)
 }
 
 fn load_tabular(
@@ -77,7 +75,8 @@ fn load_tabular(
         family: "tabular",
         task: Task::Tabular,
         dtype: options.dtype,
-        device: device_name(&placement.device),
+        device: device_name(&placement),
+        kernels: kernels_name(&placement),
         width: config.labels.len(),
         hidden: 0,
         feature_range: config.range()?,
@@ -93,7 +92,7 @@ fn load_tabular(
     Ok(Model {
         card,
         tokenizer: None,
-        network: Network::tabular(network, placement.device),
+        network: Network::tabular(network, placement),
     })
 }
 
@@ -122,7 +121,8 @@ fn load_text(
         family: built.family,
         task,
         dtype: options.dtype,
-        device: device_name(&placement.device),
+        device: device_name(&placement),
+        kernels: kernels_name(&placement),
         width,
         hidden: built.hidden,
         labels,
@@ -144,7 +144,7 @@ fn load_text(
     Ok(Model {
         card,
         tokenizer: Some(Arc::new(tokenizer)),
-        network: Network::text(network, placement.device),
+        network: Network::text(network, placement),
     })
 }
 
@@ -205,10 +205,21 @@ fn tokens_max(
     Ok(least)
 }
 
-fn device_name(device: &Device) -> String {
-    match device.location() {
+fn device_name(placement: &Placement) -> String {
+    let location = match placement {
+        Placement::Processor(_) => DeviceLocation::Cpu,
+        Placement::Device { device, .. } => device.location(),
+    };
+    match location {
         DeviceLocation::Cpu => "cpu".to_owned(),
         DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
         DeviceLocation::Metal { gpu_id } => format!("metal:{gpu_id}"),
+    }
+}
+
+fn kernels_name(placement: &Placement) -> &'static str {
+    match placement {
+        Placement::Processor(way) => way.instructions.as_str(),
+        Placement::Device { .. } => "candle",
     }
 }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::folder::Folder;
 use super::weights::{Placement, Weights};
 use crate::EngineError;
-use crate::layers::{Activation, Linear, Pooling};
+use crate::layers::{Activation, Linear, Pooling, States};
 
 const MODULES: &str = "modules.json";
 const MODULES_MAX: usize = 16;
@@ -22,10 +22,7 @@ pub(crate) struct Dense {
 }
 
 impl Dense {
-    pub(crate) fn forward(
-        &self,
-        input: &candle_core::Tensor,
-    ) -> Result<candle_core::Tensor, EngineError> {
+    pub(crate) fn forward(&self, input: &States) -> Result<States, EngineError> {
         self.linear.forward_activated(input, self.activation)
     }
 }
@@ -199,7 +196,7 @@ fn dense(
     let linear = if config.bias {
         Linear::load(&mut weights, "linear", [width, inputs])?
     } else {
-        Linear::load_unbiased(&mut weights, &["linear"], [width, inputs])?
+        Linear::load_unbiased(&mut weights, "linear", [width, inputs])?
     };
     let dense = Dense {
         linear,

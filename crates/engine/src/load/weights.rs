@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::folder::{Folder, refuse_pickle};
 use super::safetensors::Checkpoint;
 use crate::EngineError;
+use crate::kernels::{Instructions, Precision};
 
 const SHARDS_MAX: usize = 1_024;
 const WHOLE: &str = "model.safetensors";
@@ -15,9 +16,18 @@ const INDEX: &str = "model.safetensors.index.json";
 
 /// Where weights go and in which number format.
 #[derive(Clone)]
-pub(crate) struct Placement {
-    pub(crate) device: Device,
-    pub(crate) dtype: DType,
+pub(crate) enum Placement {
+    /// To the processor's kernels.
+    Processor(Way),
+    /// To a device of candle's.
+    Device { device: Device, dtype: DType },
+}
+
+/// How the kernels work.
+#[derive(Clone, Copy)]
+pub(crate) struct Way {
+    pub(crate) instructions: Instructions,
+    pub(crate) precision: Precision,
 }
 
 /// The opened checkpoint of a model.
@@ -95,10 +105,8 @@ impl Weights {
             .any(|checkpoint| checkpoint.entries.contains_key(name))
     }
 
-    /// A tensor by its full name, on the device, once its shape has been compared.
-    pub(crate) fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, EngineError> {
-        let values = self.values(name, shape)?;
-        self.place(values, shape)
+    pub(crate) fn placement(&self) -> &Placement {
+        &self.placement
     }
 
     /// The values of a tensor by its full name, before they go to the device.
@@ -131,10 +139,11 @@ impl Weights {
         values: Vec<f32>,
         shape: &[usize],
     ) -> Result<Tensor, EngineError> {
-        let tensor = Tensor::from_vec(values, shape, &self.placement.device)?;
-        let tensor = tensor.to_dtype(self.placement.dtype)?;
-        let element_bytes = self.placement.dtype.size_in_bytes();
-        self.bytes += (tensor.elem_count() * element_bytes) as u64;
+        let Placement::Device { device, dtype } = &self.placement else {
+            return Err(EngineError::apart());
+        };
+        let tensor = Tensor::from_vec(values, shape, device)?.to_dtype(*dtype)?;
+        self.bytes += (tensor.elem_count() * dtype.size_in_bytes()) as u64;
         Ok(tensor)
     }
 }

@@ -183,7 +183,7 @@ fn made(
         .transpose();
     let options = LoadOptions {
         device: defaults.device,
-        dtype: dtype.map_err(wrong)?.unwrap_or(Dtype::F32),
+        dtype: dtype.map_err(wrong)?.unwrap_or_default(),
         task: task.map_err(wrong)?,
         tokens_max: settings.tokens_max,
     };

@@ -106,9 +106,10 @@ impl Service {
             model_id: model.name.to_string(),
             model_sha: Some(model.version.to_string()),
             model_dtype: match card.dtype {
-                engine::Dtype::F32 => "float32",
+                engine::Dtype::F32 | engine::Dtype::Auto => "float32",
                 engine::Dtype::F16 => "float16",
                 engine::Dtype::Bf16 => "bfloat16",
+                engine::Dtype::Int8 => "int8",
             }
             .to_owned(),
             model_type: model_type.into(),

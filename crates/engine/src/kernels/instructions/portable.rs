@@ -17,7 +17,10 @@ fn each(value: impl FnMut(usize) -> f32) -> [f32; LANES] {
 
 #[inline(always)]
 fn pair(word: u32) -> [f32; 2] {
-    [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)]
+    [
+        f32::from_bits(word << 16),
+        f32::from_bits(word & 0xffff_0000),
+    ]
 }
 
 // SAFETY (whole block): the arithmetic needs nothing of the processor. The loads and stores touch
@@ -41,7 +44,13 @@ impl Isa for Portable {
     }
     #[inline(always)]
     unsafe fn load_first(from: *const f32, count: usize) -> Self::F {
-        each(|lane| if lane < count { unsafe { *from.add(lane) } } else { 0.0 })
+        each(|lane| {
+            if lane < count {
+                unsafe { *from.add(lane) }
+            } else {
+                0.0
+            }
+        })
     }
     #[inline(always)]
     unsafe fn store_first(to: *mut f32, count: usize, values: Self::F) {
@@ -158,7 +167,10 @@ impl Isa for Portable {
     unsafe fn add_byte_products(sum: Self::W, a: Self::W, b: Self::W) -> Self::W {
         std::array::from_fn(|lane| {
             let (a, b) = (a[lane].to_le_bytes(), b[lane].to_le_bytes());
-            let products = a.iter().zip(b).map(|(a, b)| i32::from(*a) * i32::from(b as i8));
+            let products = a
+                .iter()
+                .zip(b)
+                .map(|(a, b)| i32::from(*a) * i32::from(b as i8));
             (sum[lane] as i32 + products.sum::<i32>()) as u32
         })
     }

@@ -135,7 +135,8 @@ impl Isa for Avx2 {
     unsafe fn load_bf16_first(from: *const u16, count: usize) -> __m256 {
         unsafe {
             let mut all = [0u16; 8];
-            all.as_mut_ptr().copy_from_nonoverlapping(from, count.min(8));
+            all.as_mut_ptr()
+                .copy_from_nonoverlapping(from, count.min(8));
             Self::load_bf16(all.as_ptr())
         }
     }
@@ -411,6 +412,21 @@ unsafe fn native_bf16_products(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
     }
 }
 
-avx512!(Avx512, bf16_of_16, widened_bf16_products, widened_byte_products);
-avx512!(Avx512Vnni, bf16_of_16, widened_bf16_products, _mm512_dpbusd_epi32);
-avx512!(Avx512Bf16, native_bf16, native_bf16_products, _mm512_dpbusd_epi32);
+avx512!(
+    Avx512,
+    bf16_of_16,
+    widened_bf16_products,
+    widened_byte_products
+);
+avx512!(
+    Avx512Vnni,
+    bf16_of_16,
+    widened_bf16_products,
+    _mm512_dpbusd_epi32
+);
+avx512!(
+    Avx512Bf16,
+    native_bf16,
+    native_bf16_products,
+    _mm512_dpbusd_epi32
+);

@@ -5,18 +5,25 @@ ANDON := target/release/andon
 VENV  := target/venv
 GRPC  ?= 127.0.0.1:8001
 ADMIN ?= 127.0.0.1:8002
+# The oldest device that the build is for: 80 is the A100's generation.
+CUDA_COMPUTE_CAP ?= 80
 
 .DEFAULT_GOAL := help
-.PHONY: help run build models fleet test check bench chaos clean-models
+.PHONY: help run build build-cuda models fleet test check bench chaos clean-models
 
 help: ## Lists the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 run: build models ## Builds, brings the demo models, and serves them
 	$(ANDON) serve --repository models --grpc-addr $(GRPC) --admin-addr $(ADMIN)
 
 build: ## Builds the release binary
 	cargo build --release --locked -p cli
+
+build-cuda: ## Builds for NVIDIA devices; NVIDIA's compiler comes from PyPI
+	home=$$(bash deploy/cuda_toolkit.sh target/cuda/toolkit) && \
+	PATH=$$home/bin:$$PATH CUDA_HOME=$$home NVCC=$$home/bin/nvcc CUDA_COMPUTE_CAP=$(CUDA_COMPUTE_CAP) \
+	cargo build --release --locked -p cli --features cuda --target-dir target/cuda
 
 models: ## Brings the demo models into models/
 	python3 demo/fetch_models.py models

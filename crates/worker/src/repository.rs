@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use engine::{DeviceChoice, Task};
+use engine::{DeviceChoice, Dtype, Kernels, Task};
 use protocol::{Error, Kind, ModelName, ModelVersion};
 use tokio::sync::{Mutex, oneshot, watch};
 use tokio::task::JoinSet;
@@ -60,6 +60,12 @@ pub struct RepositorySettings {
     /// Where models run: cpu, cuda:N or auto
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
     pub device: DeviceChoice,
+    /// The number format of models whose andon.toml names none: f32, bf16, int8 (processor), f16 (CUDA), or auto, which is bf16 where the processor multiplies it itself and else f32
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    pub dtype: Dtype,
+    /// What computes on the processor: auto, which is the widest instruction set that it has; one of avx512bf16, avx512vnni, avx512, avx2 and portable; or candle
+    #[arg(long, value_name = "KERNELS", default_value = "auto")]
+    pub kernels: Kernels,
     /// The longest text in bytes, for example 1MiB
     #[arg(long, value_name = "BYTES", default_value = "1MiB", value_parser = platform::config::bytes)]
     pub text_bytes_max: usize,
@@ -317,7 +323,7 @@ impl Repository {
                 Ok(model) => {
                     let card = &model.card;
                     tracing::info!(model = %name, %version, family = card.family, task = %card.task,
-                        device = card.device, dtype = %card.dtype, "ready");
+                        device = card.device, kernels = card.kernels, dtype = %card.dtype, "ready");
                     let old = self.set(name, version, Some(State::Ready(Arc::new(model))));
                     stop(old).await;
                 }
@@ -389,6 +395,8 @@ impl Repository {
     fn plan(&self, name: &ModelName) -> Result<Plan, String> {
         let defaults = Defaults {
             device: self.settings.device,
+            dtype: self.settings.dtype,
+            kernels: self.settings.kernels,
             text_bytes_max: self.settings.text_bytes_max,
         };
         let mut bare = self.settings.model.iter();

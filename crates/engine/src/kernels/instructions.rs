@@ -148,6 +148,9 @@ pub(super) trait Isa: Copy + 'static {
     /// Stores whole numbers from 0 to 255 as bytes.
     unsafe fn store_bytes_first(to: *mut u8, count: usize, values: Self::F);
 
+    /// Asks for a line of memory to be brought to the second-level cache. Any address will do.
+    fn prefetch(from: *const u32);
+
     unsafe fn zero_words() -> Self::W;
     unsafe fn load_words(from: *const u32) -> Self::W;
     unsafe fn splat_word(from: *const u32) -> Self::W;

@@ -22,6 +22,8 @@ use crate::layers::Activation;
 pub(super) const TILE_ROWS: usize = 6;
 /// Registers of a tile, at most.
 const TILE: usize = TILE_ROWS * 4;
+/// Words in a line of the caches.
+const LINE_WORDS: usize = 16;
 /// Fewer steps than this, words of one input times words of one output, are not worth another
 /// thread: some ten microseconds.
 const WORDS_PER_SHARE_MIN: usize = 1 << 19;
@@ -299,9 +301,19 @@ unsafe fn product<I: Isa, const V: usize, const R: usize>(job: &Job<'_>) {
 
 #[inline(always)]
 unsafe fn panels<I: Isa, D: Dot<I>, const V: usize, const R: usize>(job: &Job<'_>) {
+    let panel_words = V * I::LANES * job.weights.words;
+    // Lines of the next panel that each tile brings nearer, so that its first tile need not wait
+    // for memory.
+    let tiles = job.rows.div_ceil(R);
+    let words_per_tile = panel_words.div_ceil(tiles.max(1));
     for panel in job.panels.clone() {
+        let next = job.weights.values().wrapping_add((panel + 1) * panel_words);
         let mut row = 0;
         while row < job.rows {
+            let first = row / R * words_per_tile;
+            for word in (first..(first + words_per_tile).min(panel_words)).step_by(LINE_WORDS) {
+                I::prefetch(next.wrapping_add(word));
+            }
             let rows = (job.rows - row).min(R);
             // SAFETY: these rows and this panel are there.
             unsafe {

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use crate::families::tabular::{self, Tabular, TabularConfig};
 use crate::families::{self, Built};
 use crate::network::TextNetwork;
-use crate::{Card, EngineError, LoadOptions, Network, Task, Tokenizer};
+use crate::{Card, Dtype, EngineError, LoadOptions, Network, Task, Tokenizer};
 
 pub(crate) use config::{Config, RawConfig, RotaryConfig, bad as bad_config};
 use folder::Folder;
@@ -48,9 +48,16 @@ pub struct Model {
 /// [`EngineError::OutOfMemory`] and [`EngineError::Device`] when the device fails.
 pub fn load(folder: &Path, options: &LoadOptions) -> Result<Model, EngineError> {
     let folder = Folder::open(folder)?;
-    let (placement, dtype) = options.placement()?;
     let raw = RawConfig::read(&folder)?;
-    let mut model = if raw.model_type == tabular::MODEL_TYPE {
+    let is_tabular = raw.model_type == tabular::MODEL_TYPE;
+    let mut options = options.clone();
+    if is_tabular && options.dtype == Dtype::Auto {
+        // Features are measurements, and the network is small: nothing is won by rounding.
+        options.dtype = Dtype::F32;
+    }
+    let options = &options;
+    let (placement, dtype) = options.placement()?;
+    let mut model = if is_tabular {
         load_tabular(&folder, options, placement)?
     } else {
         load_text(&folder, options, &raw, placement)?

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use engine::{DeviceChoice, Dtype, LoadOptions, Task};
+use engine::{DeviceChoice, Dtype, Kernels, LoadOptions, Task};
 use protocol::{ModelName, ModelVersion};
 use serde::Deserialize;
 
@@ -57,6 +57,10 @@ pub struct Plan {
 pub struct Defaults {
     /// Where models run.
     pub device: DeviceChoice,
+    /// The number format of a model that names none.
+    pub dtype: Dtype,
+    /// What computes on the processor.
+    pub kernels: Kernels,
     /// Bytes of one text.
     pub text_bytes_max: usize,
 }
@@ -183,7 +187,8 @@ fn made(
         .transpose();
     let options = LoadOptions {
         device: defaults.device,
-        dtype: dtype.map_err(wrong)?.unwrap_or_default(),
+        dtype: dtype.map_err(wrong)?.unwrap_or(defaults.dtype),
+        kernels: defaults.kernels,
         task: task.map_err(wrong)?,
         tokens_max: settings.tokens_max,
     };

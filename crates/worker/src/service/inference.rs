@@ -354,6 +354,7 @@ fn config_parameters(model: &ServedModel) -> HashMap<String, ModelParameter> {
         ("task", card.task.to_string()),
         ("dtype", card.dtype.to_string()),
         ("device", card.device.clone()),
+        ("kernels", card.kernels.to_owned()),
         ("tokens_max", card.tokens_max.to_string()),
         ("batch_tokens_max", queue.batch_tokens_max.to_string()),
         ("queue_rows_max", queue.rows_max.to_string()),

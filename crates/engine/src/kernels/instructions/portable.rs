@@ -137,6 +137,9 @@ impl Isa for Portable {
     }
 
     #[inline(always)]
+    fn prefetch(_from: *const u32) {}
+
+    #[inline(always)]
     unsafe fn zero_words() -> Self::W {
         [0; LANES]
     }

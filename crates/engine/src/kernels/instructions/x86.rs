@@ -153,6 +153,11 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch(from: *const u32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn zero_words() -> __m256i {
         unsafe { _mm256_setzero_si256() }
     }
@@ -335,6 +340,11 @@ macro_rules! avx512 {
                     let bytes = _mm512_cvtusepi32_epi8(_mm512_cvtps_epu32(values));
                     _mm_mask_storeu_epi8(to.cast(), first_of_16(count), bytes);
                 }
+            }
+
+            #[inline(always)]
+            fn prefetch(from: *const u32) {
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
             }
 
             #[inline(always)]

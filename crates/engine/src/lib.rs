@@ -10,7 +10,7 @@
 mod card;
 mod error;
 mod families;
-mod kernels;
+pub mod kernels;
 mod layers;
 mod load;
 mod network;

@@ -18,20 +18,21 @@ use super::team;
 const PRODUCTS_PER_SHARE_MIN: usize = 1 << 19;
 
 /// What attention is to do.
-pub(crate) struct Attention<'a> {
+pub struct Attention<'a> {
     /// Queries, keys and values side by side, `[tokens, 3 · heads · head width]`, of floats.
-    pub(crate) joined: &'a Matrix,
-    pub(crate) heads: usize,
+    pub joined: &'a Matrix,
+    /// Heads, side by side in each of the three.
+    pub heads: usize,
     /// First token and length of each row.
-    pub(crate) spans: &'a [(usize, usize)],
+    pub spans: &'a [(usize, usize)],
     /// Tokens to each side that a token sees; none where it sees its whole row.
-    pub(crate) window: Option<usize>,
+    pub window: Option<usize>,
     /// The number format of its products.
-    pub(crate) format: Format,
+    pub format: Format,
 }
 
 /// Attends within each row: `[tokens, heads · head width]`, in the attention's format.
-pub(crate) fn attend(instructions: Instructions, attention: &Attention<'_>) -> Matrix {
+pub fn attend(instructions: Instructions, attention: &Attention<'_>) -> Matrix {
     let joined = attention.joined;
     let heads = attention.heads;
     let width = joined.width() / 3;

@@ -2,6 +2,23 @@
 
 use super::instructions::Isa;
 
+/// A function of one number, applied to each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// No change.
+    Identity,
+    /// Gaussian error linear unit by the error function (Hendrycks and Gimpel 2016).
+    Gelu,
+    /// The same by its tanh approximation.
+    GeluTanh,
+    /// max(x, 0).
+    Relu,
+    /// x times its sigmoid.
+    Silu,
+    /// Hyperbolic tangent.
+    Tanh,
+}
+
 /// e^x to within 2 units in the last place for x from -87 to 88, and the ends beyond: e^x =
 /// 2^n · e^r with |r| at most half the logarithm of 2, and e^r by its Taylor series.
 ///

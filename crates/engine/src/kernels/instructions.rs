@@ -88,11 +88,13 @@ impl Instructions {
         }
     }
 
-    /// Output columns that the products take at a time: the width of a panel of packed weights.
-    pub(super) fn panel(self) -> usize {
+    /// Output columns that the products take at a time, which is the width of a panel of packed
+    /// weights, and input rows.
+    pub(super) fn tile(self) -> (usize, usize) {
         match self {
-            Self::Avx512Bf16 | Self::Avx512Vnni | Self::Avx512 => 64,
-            Self::Avx2 | Self::Portable => 16,
+            Self::Avx512Bf16 | Self::Avx512Vnni | Self::Avx512 => (64, 6),
+            Self::Avx2 => (16, 6),
+            Self::Portable => (16, 2),
         }
     }
 }

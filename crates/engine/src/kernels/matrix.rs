@@ -4,7 +4,7 @@ use super::buffer::Buffer;
 
 /// The number format of a matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Format {
+pub enum Format {
     /// 32-bit floats.
     F32,
     /// bfloat16, two to a word.
@@ -12,7 +12,7 @@ pub(crate) enum Format {
 }
 
 /// `[rows, width]` in memory of the arena, row after row.
-pub(crate) struct Matrix {
+pub struct Matrix {
     buffer: Buffer,
     rows: usize,
     width: usize,
@@ -50,7 +50,7 @@ impl Matrix {
     }
 
     /// Copies rows of floats.
-    pub(crate) fn from_floats(values: &[f32], width: usize) -> Self {
+    pub fn from_floats(values: &[f32], width: usize) -> Self {
         let rows = values.len().checked_div(width).unwrap_or(0);
         let mut matrix = Self::take(rows, width, Format::F32);
         matrix.floats_mut().copy_from_slice(&values[..rows * width]);
@@ -58,12 +58,12 @@ impl Matrix {
     }
 
     /// Rows.
-    pub(crate) fn rows(&self) -> usize {
+    pub fn rows(&self) -> usize {
         self.rows
     }
 
     /// Numbers in a row.
-    pub(crate) fn width(&self) -> usize {
+    pub fn width(&self) -> usize {
         self.width
     }
 
@@ -88,7 +88,7 @@ impl Matrix {
     }
 
     /// The numbers of a matrix of floats, row-major; nothing of any other.
-    pub(crate) fn floats(&self) -> &[f32] {
+    pub fn floats(&self) -> &[f32] {
         let count = self.float_count();
         // SAFETY: the buffer has at least `count` initialized words, and any bits are a float.
         unsafe { std::slice::from_raw_parts(self.buffer.pointer().cast(), count) }

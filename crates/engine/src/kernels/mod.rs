@@ -15,20 +15,22 @@ mod functions;
 mod instructions;
 mod matrix;
 mod pack;
+mod peak;
 mod products;
 mod rows;
 mod team;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use attention::{Attention, attend};
+pub use attention::{Attention, attend};
+pub use functions::Activation;
 pub use instructions::Instructions;
-pub(crate) use matrix::{Format, Matrix};
-pub(crate) use pack::{Packed, Precision};
-pub(crate) use products::multiply;
-pub(crate) use rows::{
-    Angles, Lookup, NormParameters, Pool, add, embed, multiply_each, norm, pool, rotate,
-};
+pub use matrix::{Format, Matrix};
+pub use pack::{Packed, Precision};
+pub use peak::peak;
+pub use products::multiply;
+pub(crate) use rows::{Angles, Lookup, Pool, add, embed, multiply_each, pool, rotate};
+pub use rows::{NormParameters, norm};
 pub(crate) use team::{run, threads};
 
 /// Translates a generic function for each instruction set and calls the one that is asked for.

@@ -7,7 +7,7 @@ use super::buffer::{Buffer, Zeroed};
 
 /// The number format of packed weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Precision {
+pub enum Precision {
     /// 32-bit floats.
     F32,
     /// bfloat16, added up in 32 bits.
@@ -38,7 +38,7 @@ pub(super) const BYTE_MAX: f32 = 127.0;
 /// Outputs are cut into panels as wide as the instruction set's sums. Within a panel, step by
 /// step of the product, the words of its outputs lie side by side: a product reads a panel from
 /// front to back and nothing else. The last panel is filled up with zeros.
-pub(crate) struct Packed {
+pub struct Packed {
     pub(super) instructions: Instructions,
     pub(super) precision: Precision,
     pub(super) outputs: usize,
@@ -56,7 +56,7 @@ pub(crate) struct Packed {
 
 impl Packed {
     /// Packs `[outputs, inputs]` weights, row-major, and a bias where there is one.
-    pub(crate) fn new(
+    pub fn new(
         instructions: Instructions,
         precision: Precision,
         weights: &[f32],
@@ -66,7 +66,7 @@ impl Packed {
         assert!(instructions.supported(), "{instructions} is not here");
         let outputs = weights.len().checked_div(inputs).unwrap_or(0);
         let words = inputs.div_ceil(precision.per_word());
-        let columns = outputs.next_multiple_of(instructions.panel());
+        let columns = outputs.next_multiple_of(instructions.tile().0);
         let mut packed = Self {
             instructions,
             precision,
@@ -98,7 +98,7 @@ impl Packed {
     }
 
     fn set_output(&mut self, output: usize, row: &[f32], bias: f32) {
-        let panel = self.instructions.panel();
+        let panel = self.instructions.tile().0;
         let first = output / panel * panel * self.words + output % panel;
         let (place, stride) = (
             |word: usize| first + word * panel,
@@ -143,7 +143,7 @@ impl Packed {
 
     /// Panels of outputs.
     pub(super) fn panels(&self) -> usize {
-        self.outputs.div_ceil(self.instructions.panel())
+        self.outputs.div_ceil(self.instructions.tile().0)
     }
 
     /// `panels · words · panel width` words.

@@ -10,13 +10,12 @@ use std::ops::Range;
 
 use super::buffer::Buffer;
 use super::convert::convert;
-use super::functions;
+use super::functions::{self, Activation};
 use super::instructions::Isa;
 use super::kernel;
 use super::matrix::{Format, Matrix};
 use super::pack::{Packed, Precision};
 use super::team;
-use crate::layers::Activation;
 
 /// Rows of a tile, at most.
 pub(super) const TILE_ROWS: usize = 6;
@@ -172,7 +171,7 @@ struct Job<'a> {
 
 /// `input · weightsᵀ + bias` and an activation, `[rows, outputs]` in the wanted format. Panels are
 /// shared with other threads where there is work for them.
-pub(crate) fn multiply(
+pub fn multiply(
     weights: &Packed,
     input: &Matrix,
     activation: Activation,

@@ -8,15 +8,17 @@ use super::matrix::{Format, Matrix};
 
 /// The parameters of a layer normalization: `[width]` each.
 #[derive(Clone, Copy)]
-pub(crate) struct NormParameters<'a> {
-    pub(crate) weight: &'a [f32],
-    /// Empty: none.
-    pub(crate) bias: &'a [f32],
-    pub(crate) epsilon: f32,
+pub struct NormParameters<'a> {
+    /// What a normalized number is multiplied by.
+    pub weight: &'a [f32],
+    /// What is added then; empty: nothing.
+    pub bias: &'a [f32],
+    /// What is added to the variance.
+    pub epsilon: f32,
 }
 
 /// Layer normalization of `input`, or of `input + added`, as a new matrix of floats.
-pub(crate) fn norm(
+pub fn norm(
     instructions: Instructions,
     parameters: NormParameters<'_>,
     input: &Matrix,

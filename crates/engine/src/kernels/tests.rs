@@ -5,7 +5,6 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use super::*;
-use crate::layers::Activation;
 
 fn sets() -> Vec<Instructions> {
     let sets = Instructions::ALL.into_iter();
@@ -325,32 +324,4 @@ fn norms_of_any_width() {
 fn a_plainer_set_is_always_there() {
     assert!(Instructions::best().supported());
     assert!(Instructions::Portable.supported());
-}
-
-#[test]
-#[ignore = "prints speeds"]
-fn speed() {
-    for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
-        for (rows, inputs, outputs) in [
-            (256, 384, 1536),
-            (256, 1536, 384),
-            (256, 384, 384),
-            (30, 384, 1152),
-            (8, 384, 384),
-        ] {
-            let input = Matrix::from_floats(&numbers(rows * inputs, 1), inputs);
-            let weights = numbers(outputs * inputs, 2);
-            let packed = Packed::new(Instructions::best(), precision, &weights, None, inputs);
-            for act in [Activation::Identity, Activation::Gelu] {
-                let mut best = f64::MAX;
-                for _ in 0..200 {
-                    let start = std::time::Instant::now();
-                    std::hint::black_box(multiply(&packed, &input, act, Format::F32));
-                    best = best.min(start.elapsed().as_secs_f64());
-                }
-                let rate = 2.0 * (rows * inputs * outputs) as f64 / best / 1e9;
-                println!("{precision:?} {rows}x{inputs}x{outputs} {act:?}: {rate:.0} GFLOP/s");
-            }
-        }
-    }
 }

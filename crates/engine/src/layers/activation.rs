@@ -2,24 +2,9 @@
 
 use candle_core::Tensor;
 
-use crate::EngineError;
+pub(crate) use crate::kernels::Activation;
 
-/// A function of one number, applied to each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Activation {
-    /// No change.
-    Identity,
-    /// Gaussian error linear unit by the error function (Hendrycks and Gimpel 2016).
-    Gelu,
-    /// The same by its tanh approximation.
-    GeluTanh,
-    /// max(x, 0).
-    Relu,
-    /// x times its sigmoid.
-    Silu,
-    /// Hyperbolic tangent.
-    Tanh,
-}
+use crate::EngineError;
 
 impl Activation {
     /// The activation that a `config.json` calls by this name.

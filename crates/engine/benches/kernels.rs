@@ -1,0 +1,171 @@
+//! The kernels beside what the processor could do, and the whole forward pass of MiniLM.
+//!
+//! `cargo bench -p engine --bench kernels`; needs `make models`. Products print their rate and its
+//! share of the peak that the same run measures.
+
+use std::hint::black_box;
+use std::path::Path;
+use std::time::Instant;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use engine::kernels::{
+    Activation, Attention, Format, Instructions, Matrix, NormParameters, Packed, Precision, attend,
+    multiply, norm, peak,
+};
+use engine::{DeviceChoice, Dtype, LoadOptions, Text, TextRow, TokenRow, Truncation, Wanted, load};
+
+const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Int8];
+/// Lengths of rows as they come from callers: most are a sentence, few are a page.
+const MIX: [usize; 16] = [
+    6, 9, 11, 12, 14, 15, 17, 18, 21, 24, 28, 33, 41, 60, 120, 256,
+];
+
+fn numbers(count: usize) -> Vec<f32> {
+    (0..count)
+        .map(|at| ((at * 7_919) % 1_000) as f32 / 500.0 - 1.0)
+        .collect()
+}
+
+fn sets() -> Vec<Instructions> {
+    Instructions::ALL
+        .into_iter()
+        .filter(|set| set.supported())
+        .collect()
+}
+
+/// The products of MiniLM's layers: rows by inputs by outputs.
+fn products(criterion: &mut Criterion) {
+    let shapes = [
+        (8, 384, 1152, Activation::Identity),
+        (30, 384, 1152, Activation::Identity),
+        (256, 384, 1152, Activation::Identity),
+        (256, 384, 1536, Activation::Gelu),
+        (256, 1536, 384, Activation::Identity),
+    ];
+    let mut group = criterion.benchmark_group("product");
+    for set in sets() {
+        for precision in PRECISIONS {
+            let peak = peak(set, precision);
+            for (rows, inputs, outputs, activation) in shapes {
+                let weights = Packed::new(set, precision, &numbers(inputs * outputs), None, inputs);
+                let input = Matrix::from_floats(&numbers(rows * inputs), inputs);
+                let work = 2 * rows * inputs * outputs;
+                let name = format!("{set} {precision:?} {rows}x{inputs}x{outputs} {activation:?}");
+                let best = (0..20)
+                    .map(|_| {
+                        let start = Instant::now();
+                        black_box(multiply(&weights, &input, activation, Format::F32));
+                        start.elapsed().as_secs_f64()
+                    })
+                    .fold(f64::MAX, f64::min);
+                let rate = work as f64 / best / 1e9;
+                println!("{name}: {rate:.0} of {peak:.0} GFLOP/s, {:.2}", rate / peak);
+                group.throughput(Throughput::Elements(work as u64));
+                group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
+                    bencher.iter(|| {
+                        black_box(multiply(&weights, &input, activation, Format::F32));
+                    });
+                });
+            }
+        }
+    }
+    group.finish();
+}
+
+/// Attention and norms of MiniLM's size: 12 heads of 32.
+fn rows(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("rows");
+    for set in sets() {
+        for (name, lengths) in [("32 of 16", vec![16; 32]), ("8 of 256", vec![256; 8])] {
+            let tokens: usize = lengths.iter().sum();
+            let mut start = 0;
+            let spans: Vec<(usize, usize)> = lengths
+                .iter()
+                .map(|length| {
+                    start += length;
+                    (start - length, *length)
+                })
+                .collect();
+            let joined = Matrix::from_floats(&numbers(tokens * 1152), 1152);
+            group.throughput(Throughput::Elements(tokens as u64));
+            for format in [Format::F32, Format::Bf16] {
+                let attention = Attention {
+                    joined: &joined,
+                    heads: 12,
+                    spans: &spans,
+                    window: None,
+                    format,
+                };
+                let name = format!("attention {set} {format:?} {name}");
+                group.bench_function(name, |bencher| {
+                    bencher.iter(|| black_box(attend(set, &attention)));
+                });
+            }
+            let hidden = Matrix::from_floats(&numbers(tokens * 384), 384);
+            let parameters = numbers(384);
+            let parameters = NormParameters {
+                weight: &parameters,
+                bias: &parameters,
+                epsilon: 1e-12,
+            };
+            group.bench_function(format!("norm of a sum {set} {name}"), |bencher| {
+                bencher.iter(|| black_box(norm(set, parameters, &hidden, Some(&hidden))));
+            });
+        }
+    }
+    group.finish();
+}
+
+/// The whole forward pass of MiniLM, in rows of each length.
+fn forward(criterion: &mut Criterion) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/minilm/1");
+    let batches = [
+        ("one of 16", vec![16]),
+        ("32 of 16", vec![16; 32]),
+        ("one of 256", vec![256]),
+        ("8 of 256", vec![256; 8]),
+        ("mix of 16", MIX.to_vec()),
+    ];
+    let mut group = criterion.benchmark_group("minilm");
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8] {
+        let options = LoadOptions {
+            device: DeviceChoice::Cpu,
+            dtype,
+            ..LoadOptions::default()
+        };
+        let Ok(mut model) = load(&folder, &options) else {
+            return eprintln!("models/minilm/1 is missing: run `make models`");
+        };
+        let Some(tokenizer) = model.tokenizer.clone() else {
+            return;
+        };
+        for (name, lengths) in &batches {
+            let texts = lengths.iter().map(|length| "lantern ".repeat(length - 2));
+            let tokens: Vec<TokenRow> = texts
+                .filter_map(|text| tokenizer.encode(Text::One(&text), Truncation::Right).ok())
+                .collect();
+            let rows: Vec<TextRow<'_>> = tokens
+                .iter()
+                .map(|tokens| TextRow {
+                    tokens,
+                    wanted: Wanted::Pooled,
+                })
+                .collect();
+            group.throughput(Throughput::Elements(rows.len() as u64));
+            group.bench_function(format!("{dtype} {name}"), |bencher| {
+                bencher.iter(|| black_box(model.network.forward_text(&rows, &|| true)));
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(std::time::Duration::from_millis(300))
+        .measurement_time(std::time::Duration::from_secs(1));
+    targets = products, rows, forward
+}
+criterion_main!(benches);

@@ -25,14 +25,22 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 
+from measure import (
+    ANDON,
+    BENCHES,
+    SENTENCES,
+    Target,
+    andon_level,
+    measure,
+    medians,
+    sentence_bodies,
+    wait_for_http,
+    wrk_level,
+)
 from page import (
     GATEWAY_CONCURRENCY,
     MINILM_CONCURRENCY,
@@ -48,113 +56,9 @@ from page import (
 )
 from processes import ROOT, Failure, Processes, free_port, run
 
-BENCHES = ROOT / "benches"
 REPORTS = ROOT / "target" / "bench"
-ANDON = ROOT / "target" / "release" / "andon"
 ECHO_WORKER = ROOT / "target" / "release" / "echo-worker"
 MODELS = ROOT / "models"
-SENTENCES = BENCHES / "sentences.txt"
-
-METRICS = ["requests_per_second", "p50_us", "p90_us", "p99_us", "cpu_us"]
-START_SECONDS_MAX = 120
-
-
-def andon_bench(address, model, concurrency, load, extent):
-    """One level of `andon bench`: its report as a dictionary."""
-    command = [ANDON, "bench", model, "--address", address, "--concurrency", concurrency]
-    output = run([*command, *load, *extent, "--output", "json"], seconds_max=300)
-    levels = json.loads(output)["levels"]
-    if len(levels) != 1:
-        raise Failure(f"`andon bench` reported {len(levels)} levels, wanted one")
-    return levels[0]
-
-
-def wrk(url, concurrency, seconds):
-    """One level of wrk with the sentences, in the shape of `andon bench`."""
-    output = run(
-        ["wrk", "--threads", 1, "--connections", concurrency, "--duration", f"{seconds}s",
-         "--timeout", "60s", "--script", BENCHES / "embed.lua", url, "--", SENTENCES],
-        seconds_max=seconds + 120,
-    )
-    found = re.search(r"^REPORT (.*)$", output, re.MULTILINE)
-    if not found:
-        raise Failure(f"wrk printed no report:\n{output[-1500:]}")
-    return json.loads(found.group(1))
-
-
-class Target:
-    """Something to measure: a name, the process that is the peer, a load."""
-
-    def __init__(self, name, process, level):
-        self.name = name
-        self.process = process
-        # level(case, concurrency, seconds) runs the load and returns a report.
-        self.level = level
-
-
-def wait_until_answers(processes, target, case):
-    """Sends single requests until one is answered."""
-    deadline = time.monotonic() + START_SECONDS_MAX
-    while True:
-        processes.expect_alive(target.process)
-        try:
-            if target.level(case, 1, None)["errors"] == 0:
-                return
-            problem = "requests fail"
-        except Failure as error:
-            problem = str(error)
-        if time.monotonic() > deadline:
-            raise Failure(f"{target.name} does not answer: {problem}")
-        time.sleep(0.3)
-
-
-def measure_one(processes, target, case, concurrency, options):
-    """One warm level with the processor time that its process spent."""
-    target.level(case, concurrency, options.warm_seconds)
-    processes.settle(target.process)
-    before = processes.cpu_seconds(target.process)
-    report = target.level(case, concurrency, options.seconds)
-    processes.settle(target.process)
-    spent = processes.cpu_seconds(target.process) - before
-    if report["errors"]:
-        raise Failure(f"{target.name}: {report['errors']} requests failed")
-    rate = report["requests_per_second"]
-    if not rate:
-        raise Failure(f"{target.name} answered nothing within {options.seconds} s")
-    if report["p50_us"] <= 0:
-        raise Failure(f"{target.name}: a median latency of {report['p50_us']} us was reported")
-    report["cpu_us"] = spent / (rate * options.seconds) * 1e6
-    return report
-
-
-def measure(processes, targets, cases, options):
-    """{(target, case, concurrency): {metric: [one value per round]}}."""
-    for target in targets:
-        wait_until_answers(processes, target, cases[0][0])
-    samples = {}
-    for number in range(options.rounds):
-        for case, concurrency in cases:
-            order = targets if number % 2 == 0 else list(reversed(targets))
-            for target in order:
-                report = measure_one(processes, target, case, concurrency, options)
-                entry = samples.setdefault((target.name, case, concurrency), {})
-                for metric in METRICS:
-                    entry.setdefault(metric, []).append(report[metric])
-                print(
-                    f"round {number + 1}  {target.name:8} {case!s:>7} x{concurrency:<3}"
-                    f" {report['requests_per_second']:10.1f}/s  p50 {report['p50_us']:9.0f} us"
-                    f"  p99 {report['p99_us']:9.0f} us",
-                    flush=True,
-                )
-    return samples
-
-
-def medians(samples):
-    """The samples with each list replaced by its median."""
-    return {
-        key: {metric: statistics.median(values) for metric, values in entry.items()}
-        for key, entry in samples.items()
-    }
 
 
 def fill(template, target, words):
@@ -203,9 +107,8 @@ def gateway_scenario(options, folder):
 
         def level(port):
             def call(payload, concurrency, seconds):
-                extent = ["--duration", f"{seconds}s"] if seconds else ["--requests", 1]
                 load = ["--payload-bytes", payload]
-                return andon_bench(f"127.0.0.1:{port}", "echo", concurrency, load, extent)
+                return andon_level(port, load)("echo", concurrency, seconds)
 
             return call
 
@@ -219,20 +122,6 @@ def gateway_scenario(options, folder):
         return measure(processes, targets, cases, options)
 
 
-def wait_for_http(processes, name, url):
-    """Until a GET succeeds: loading the model takes a while."""
-    deadline = time.monotonic() + START_SECONDS_MAX
-    while True:
-        processes.expect_alive(name)
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            if time.monotonic() > deadline:
-                raise Failure(f"{name} does not answer {url}") from None
-        time.sleep(0.3)
-
-
 def minilm_scenario(options, folder):
     """Samples of minilm in Andon and in the peer."""
     with Processes(folder) as processes:
@@ -241,21 +130,14 @@ def minilm_scenario(options, folder):
             ANDON, "serve", "--repository", MODELS,
             "--grpc-addr", f"127.0.0.1:{serve}", "--admin-addr", f"127.0.0.1:{admin}",
         ])
-        script, model = BENCHES / "fastapi_peer.py", MODELS / "minilm" / "1"
-        processes.start("fastapi", [PYTHON, script, "--model", model, "--port", peer])
+        processes.start("fastapi", [
+            PYTHON, BENCHES / "peers" / "server.py", "sentence-transformers", "--port", peer,
+        ])
         wait_for_http(processes, "fastapi", f"http://127.0.0.1:{peer}/health")
-
-        def andon_level(case, concurrency, seconds):
-            extent = ["--duration", f"{seconds}s"] if seconds else ["--requests", 1]
-            load = ["--texts", SENTENCES]
-            return andon_bench(f"127.0.0.1:{serve}", case, concurrency, load, extent)
-
-        def peer_level(_, concurrency, seconds):
-            return wrk(f"http://127.0.0.1:{peer}", concurrency, seconds or 1)
-
+        bodies = sentence_bodies(processes.folder)
         targets = [
-            Target("andon", "andon", andon_level),
-            Target("fastapi", "fastapi", peer_level),
+            Target("andon", "andon", andon_level(serve, ["--texts", SENTENCES])),
+            Target("fastapi", "fastapi", wrk_level(f"http://127.0.0.1:{peer}/embed", bodies)),
         ]
         cases = [("minilm", concurrency) for concurrency in MINILM_CONCURRENCY]
         return measure(processes, targets, cases, options)
@@ -305,7 +187,7 @@ def need(scenarios):
             missing.append("wrk (benches/setup.sh)")
         if not PYTHON.exists():
             missing.append("target/venv (benches/setup.sh)")
-        elif subprocess.run([PYTHON, "-c", "import fastapi, uvicorn, sentence_transformers"],
+        elif subprocess.run([PYTHON, "-c", "import fastapi, orjson, uvicorn, sentence_transformers"],
                             capture_output=True).returncode:
             missing.append("packages of benches/requirements.txt (benches/setup.sh)")
         if not (MODELS / "minilm" / "1" / "config.json").exists():

@@ -296,8 +296,7 @@ fn chunks(rows: &[TextRow<'_>], threads: usize) -> Vec<Vec<usize>> {
     let tokens = |place: usize| rows[place].tokens.ids.len();
     let all: usize = (0..rows.len()).map(tokens).sum();
     let whole = || vec![(0..rows.len()).collect()];
-    let ct: usize = std::env::var("CT").map_or(CHUNK_TOKENS, |v| v.parse().unwrap_or(192));
-    let count = all.div_ceil(ct).next_multiple_of(threads);
+    let count = all.div_ceil(CHUNK_TOKENS).next_multiple_of(threads);
     let count = count.min(rows.len());
     if count <= 1 || threads == 1 && all <= CHUNK_TOKENS {
         return whole();

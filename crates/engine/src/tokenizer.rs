@@ -1,5 +1,8 @@
 //! Texts to token ids and back. Shared by any number of threads.
 
+mod template;
+mod wordpiece;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tokenizers::utils::truncation::{
@@ -8,6 +11,8 @@ use tokenizers::utils::truncation::{
 use tokenizers::{PostProcessor, Tokenizer as Inner};
 
 use crate::EngineError;
+use template::{Template, cut, shares};
+use wordpiece::WordPiece;
 
 /// Probes of a new tokenizer: one that cannot take these is broken, whatever it is asked later.
 const PROBES: [&str; 3] = ["", "a", "one two, three"];
@@ -15,6 +20,8 @@ const PROBES: [&str; 3] = ["", "a", "one two, three"];
 /// The tokenizer of one model.
 pub struct Tokenizer {
     inner: Inner,
+    /// A shorter way for most texts, where the tokenizer is of BERT's kind.
+    short: Option<(WordPiece, Template)>,
     /// Ids below this have an embedding.
     vocabulary: usize,
     tokens_max: usize,
@@ -84,8 +91,9 @@ impl Tokenizer {
                 "it has token id {largest}, but the model's vocabulary ends at {vocabulary}"
             ));
         }
-        let tokenizer = Self {
+        let mut tokenizer = Self {
             inner,
+            short: None,
             vocabulary,
             tokens_max,
         };
@@ -95,6 +103,8 @@ impl Tokenizer {
                 row.map_err(|error| format!("it cannot take a simple text: {error}"))?;
             }
         }
+        let words = WordPiece::new(&tokenizer.inner);
+        tokenizer.short = words.zip(Template::learn(&tokenizer.inner));
         Ok(tokenizer)
     }
 
@@ -103,6 +113,53 @@ impl Tokenizer {
     /// # Errors
     /// [`EngineError::TooLong`] for a longer one under [`Truncation::Refuse`].
     pub fn encode(&self, text: Text<'_>, truncation: Truncation) -> Result<TokenRow, EngineError> {
+        let row = match self.encode_short(text, truncation) {
+            Some(row) => row?,
+            None => self.encode_whole(text, truncation)?,
+        };
+        self.known(&row.ids)?;
+        Ok(row)
+    }
+
+    /// The row by the short way. None where only the library may answer.
+    fn encode_short(
+        &self,
+        text: Text<'_>,
+        truncation: Truncation,
+    ) -> Option<Result<TokenRow, EngineError>> {
+        let (words, template) = self.short.as_ref()?;
+        let plain = |text: &str| {
+            // English has about five bytes per token.
+            let mut ids = Vec::with_capacity(text.len() / 4 + 1);
+            words.encode(text, &mut ids).then_some(ids)
+        };
+        let (mut first, mut second) = match text {
+            Text::One(text) => (plain(text)?, None),
+            Text::Pair(first, second) => (plain(first)?, Some(plain(second)?)),
+        };
+        let own = first.len() + second.as_ref().map_or(0, Vec::len);
+        let added = template.added(second.is_some());
+        if own + added > self.tokens_max {
+            let params = match self.truncation(truncation, own + added, added) {
+                Ok(params) => params,
+                Err(error) => return Some(Err(error)),
+            };
+            let others = second.as_ref().map_or(0, Vec::len);
+            let (kept, others) = shares(first.len(), others, params.max_length);
+            cut(&mut first, kept, params.direction);
+            if let Some(second) = &mut second {
+                cut(second, others, params.direction);
+            }
+        }
+        Some(Ok(template.row(&first, second.as_deref())))
+    }
+
+    /// The row by the library.
+    fn encode_whole(
+        &self,
+        text: Text<'_>,
+        truncation: Truncation,
+    ) -> Result<TokenRow, EngineError> {
         let (first, second) = match text {
             Text::One(text) => (text, None),
             Text::Pair(first, second) => (first, Some(second)),
@@ -135,7 +192,6 @@ impl Tokenizer {
                 .map_err(|error| error.to_string())
         });
         let row = row.map_err(EngineError::BadInput)?;
-        self.known(row.get_ids())?;
         Ok(TokenRow {
             ids: row.get_ids().to_vec(),
             type_ids: row.get_type_ids().to_vec(),

@@ -1,26 +1,21 @@
--- The load of wrk on the FastAPI peer: one sentence per request, in turn, from
--- the file that the first argument names. Prints one line of JSON at the end.
+-- The load of wrk on an HTTP peer: POST of JSON to the URL's path, the bodies in
+-- turn from the lines of the file that the first argument names. Prints one line
+-- of JSON at the end.
 
-local bodies = {}
+local requests = {}
 local turn = 0
-
-local function quote(text)
-  return '"' .. text:gsub('[\\"]', '\\%0'):gsub("%c", " ") .. '"'
-end
 
 function init(args)
   wrk.method = "POST"
   wrk.headers["Content-Type"] = "application/json"
   for line in io.lines(args[1]) do
-    if #line > 0 then
-      bodies[#bodies + 1] = wrk.format(nil, "/embed", nil, '{"inputs":[' .. quote(line) .. "]}")
-    end
+    requests[#requests + 1] = wrk.format(nil, nil, nil, line)
   end
 end
 
 function request()
-  turn = turn % #bodies + 1
-  return bodies[turn]
+  turn = turn % #requests + 1
+  return requests[turn]
 end
 
 function done(summary, latency)

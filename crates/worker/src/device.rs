@@ -1,8 +1,8 @@
-//! The thread that owns a model instance: it alone touches the network.
+//! A model instance: one thread at a time touches its network.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
@@ -12,25 +12,52 @@ use crate::error::ModelError;
 use crate::metrics::ModelMetrics;
 use crate::queue::{Batch, Computed, Part, Queue, Rows};
 
-/// Starts the thread of an instance. It ends, and the network's memory is given
-/// back, when the queue is closed and empty.
-pub fn start(
-    name: &str,
-    mut network: Network,
+/// A network and what it is fed from.
+pub struct Instance {
+    /// None once the queue is closed and empty: the memory is given back.
+    network: Mutex<Option<Network>>,
     queue: Arc<Queue>,
     metrics: ModelMetrics,
-) -> io::Result<JoinHandle<()>> {
-    Builder::new().name(format!("model-{name}")).spawn(move || {
-        while let Some(batch) = queue.next_batch() {
-            metrics.dropped(batch.dropped);
-            let (rows, tokens) = (batch.rows, batch.tokens);
-            let started = Instant::now();
-            answer(&mut network, batch, &metrics);
-            let computed = started.elapsed();
-            queue.finished(tokens, computed);
-            metrics.computed(rows, tokens, computed);
+}
+
+impl Instance {
+    pub fn new(network: Network, queue: Arc<Queue>, metrics: ModelMetrics) -> Self {
+        Self {
+            network: Mutex::new(Some(network)),
+            queue,
+            metrics,
         }
-    })
+    }
+
+    /// Starts the instance's thread, which takes batches until the queue is
+    /// closed and empty.
+    pub fn start(self: &Arc<Self>, name: &str) -> io::Result<JoinHandle<()>> {
+        let instance = Arc::clone(self);
+        Builder::new().name(format!("model-{name}")).spawn(move || {
+            while let Some(batch) = instance.queue.next_batch() {
+                instance.compute(batch);
+            }
+            let mut network = instance.network.lock();
+            *network
+                .as_deref_mut()
+                .unwrap_or_else(|poisoned| poisoned.get_mut()) = None;
+        })
+    }
+
+    /// Computes a batch and answers its parts.
+    pub fn compute(&self, batch: Batch) {
+        self.metrics.dropped(batch.dropped);
+        let (rows, tokens) = (batch.rows, batch.tokens);
+        let started = Instant::now();
+        let mut network = self.network.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(network) = network.as_mut() {
+            answer(network, batch, &self.metrics);
+        }
+        drop(network);
+        let computed = started.elapsed();
+        self.queue.finished(tokens, computed);
+        self.metrics.computed(rows, tokens, computed);
+    }
 }
 
 /// Computes a batch and answers its parts. When a batch of several parts fails,

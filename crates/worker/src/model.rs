@@ -11,7 +11,7 @@ use futures::future::try_join_all;
 use protocol::{ModelName, ModelVersion};
 use tokio::sync::oneshot;
 
-use crate::device;
+use crate::device::Instance;
 use crate::error::ModelError;
 use crate::metrics::{ModelMetrics, WorkerMetrics};
 use crate::queue::{Part, Queue, QueueLimits, Refusal, Rows, split};
@@ -19,6 +19,9 @@ use crate::queue::{Part, Queue, QueueLimits, Refusal, Rows, split};
 /// Texts shorter than this altogether are tokenized where they arrive; more go
 /// to a blocking thread, since the network's threads must not stall.
 const INLINE_BYTES_MAX: usize = 4096;
+/// Rows of numbers that take less are computed where they arrive: waking the
+/// model's thread and being woken by it takes about as long.
+const AT_ONCE: Duration = Duration::from_micros(50);
 
 /// What one model is held to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +49,7 @@ pub struct ServedModel {
     /// Its tokenizer, if it reads text.
     pub tokenizer: Option<Arc<Tokenizer>>,
     queue: Arc<Queue>,
+    instance: Arc<Instance>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -130,9 +134,16 @@ impl ServedModel {
     ) -> Result<Self, EngineError> {
         let mut model = engine::load(folder, options)?;
         warm_up(&mut model)?;
-        let queue = Arc::new(Queue::new(limits.queue.clone()));
+        let at_once = match model.card.task {
+            engine::Task::Tabular => AT_ONCE,
+            _ => Duration::ZERO,
+        };
+        let queue = Arc::new(Queue::new(limits.queue.clone(), at_once));
         let metrics = metrics.model(&name, version, queue.clone());
-        let thread = device::start(name.as_str(), model.network, queue.clone(), metrics.clone())
+        let instance = Instance::new(model.network, queue.clone(), metrics.clone());
+        let instance = Arc::new(instance);
+        let thread = instance
+            .start(name.as_str())
             .map_err(|error| EngineError::Device(format!("no thread could be started: {error}")))?;
         Ok(Self {
             name,
@@ -142,6 +153,7 @@ impl ServedModel {
             metrics,
             tokenizer: model.tokenizer,
             queue,
+            instance,
             thread: Mutex::new(Some(thread)),
         })
     }
@@ -232,9 +244,10 @@ impl ServedModel {
                 }
             })
             .collect();
-        self.queue
-            .push(parts)
-            .map_err(|refusal| self.refuse(&refusal, count))?;
+        let own = self.queue.push(parts);
+        if let Some(batch) = own.map_err(|refusal| self.refuse(&refusal, count))? {
+            self.instance.compute(batch);
+        }
         let answers = try_join_all(waits.into_iter().map(|wait| async {
             // The thread only drops a reply when it ends.
             wait.await.unwrap_or(Err(ModelError::Unloading))

@@ -123,6 +123,8 @@ pub struct Dropped {
 #[derive(Debug)]
 pub struct Queue {
     limits: QueueLimits,
+    /// What takes no longer, its caller may compute itself.
+    at_once: Duration,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -173,10 +175,11 @@ pub struct Batch {
 }
 
 impl Queue {
-    /// An empty queue.
-    pub fn new(limits: QueueLimits) -> Self {
+    /// An empty queue. `at_once`: see [`push`](Self::push).
+    pub fn new(limits: QueueLimits, at_once: Duration) -> Self {
         Self {
             limits,
+            at_once,
             state: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -217,7 +220,11 @@ impl Queue {
     }
 
     /// Queues the parts of one request together, or refuses them at once.
-    pub fn push(&self, parts: Vec<Part>) -> Result<(), Refusal> {
+    ///
+    /// Where nothing waits or computes and they take less than `at_once`,
+    /// they come back as a batch: the caller had better
+    /// compute it than wake another thread, which would take longer.
+    pub fn push(&self, parts: Vec<Part>) -> Result<Option<Batch>, Refusal> {
         let rows: usize = parts.iter().map(|part| part.rows.count()).sum();
         let tokens: usize = parts.iter().map(|part| part.rows.tokens()).sum();
         let mut state = self.lock();
@@ -240,6 +247,7 @@ impl Queue {
         if parts.iter().any(|part| now + wait >= part.deadline) {
             return Err(Refusal::TooLate);
         }
+        let at_once = state.parts.is_empty() && self.is_at_once(&state, rows, tokens);
         state.rows += rows;
         state.tokens += tokens;
         for part in parts {
@@ -251,9 +259,22 @@ impl Queue {
             }
             state.parts.insert(place, part);
         }
+        if at_once {
+            let count = state.parts.len();
+            return Ok(Some(take(&mut state, count)));
+        }
         drop(state);
         self.changed.notify_one();
-        Ok(())
+        Ok(None)
+    }
+
+    fn is_at_once(&self, state: &State, rows: usize, tokens: usize) -> bool {
+        let is_known = state.token_seconds > 0.0;
+        let fits = rows <= self.limits.batch_rows_max && tokens <= self.limits.batch_tokens_max;
+        fits && is_known
+            && state.busy_tokens == 0
+            && self.limits.delay.is_zero()
+            && state.compute(tokens) < self.at_once
     }
 
     /// Refuses every further part and wakes the device thread, which finishes

@@ -38,7 +38,7 @@ pub fn attend(instructions: Instructions, attention: &Attention<'_>) -> Matrix {
     let heads = attention.heads;
     let width = joined.width() / 3;
     assert!(
-        heads > 0 && joined.width() == 3 * width && width % heads == 0,
+        heads > 0 && joined.width() == 3 * width && width.is_multiple_of(heads),
         "heads"
     );
     assert!(

@@ -43,7 +43,7 @@ class Child:
         environment = os.environ.copy()
         # They share one machine, and each would take all of its processors.
         threads = max(1, (os.cpu_count() or 1) // len(WORKERS))
-        environment.setdefault("RAYON_NUM_THREADS", str(threads))
+        environment.setdefault("ANDON_THREADS", str(threads))
         if not sys.stderr.isatty():
             environment["NO_COLOR"] = "1"
         self.process = subprocess.Popen(

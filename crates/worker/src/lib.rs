@@ -59,6 +59,9 @@ impl Worker {
         if settings.repository.is_none() && settings.model.is_empty() {
             return Err(WorkerError::NoModels);
         }
+        if let Some(threads) = settings.threads {
+            engine::kernels::set_threads(threads.get());
+        }
         let metrics = WorkerMetrics::register(&process.metrics);
         let repository = Arc::new(Repository::new(settings, metrics));
         repository.wanted()?;

@@ -31,6 +31,7 @@ pub use peak::peak;
 pub use products::multiply;
 pub(crate) use rows::{Angles, Lookup, Pool, add, embed, multiply_each, pool, rotate};
 pub use rows::{NormParameters, norm};
+pub use team::set_threads;
 pub(crate) use team::{run, threads};
 
 /// Translates a generic function for each instruction set and calls the one that is asked for.

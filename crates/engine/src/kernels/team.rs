@@ -22,9 +22,16 @@ thread_local! {
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Cores that work on a batch, helpers and caller together.
+static THREADS: OnceLock<usize> = OnceLock::new();
+
+/// Sets how many threads work on a batch, before the first batch: not less than one, and all
+/// cores that the process may use if this is never called.
+pub fn set_threads(threads: usize) {
+    let _ = THREADS.set(threads.max(1));
+}
+
+/// Threads that work on a batch, helpers and caller together.
 pub(crate) fn threads() -> usize {
-    static THREADS: OnceLock<usize> = OnceLock::new();
     *THREADS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 

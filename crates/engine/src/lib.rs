@@ -1,9 +1,10 @@
-//! Models on candle: from a folder of files to vectors and scores.
+//! Models: from a folder of files to vectors and scores.
 //!
 //! The way of a text: [`Tokenizer::encode`] makes a row of token ids, a batch of rows goes
 //! through [`Network::forward_text`] on the thread that owns the network, and the functions of
 //! `post` turn raw vectors and logits into what a caller asked for. Rows are packed one behind
-//! the other and never padded.
+//! the other and never padded. On a processor the layers compute with `kernels`, on a device with
+//! candle.
 //!
 //! Synchronous: no runtime, no network, and no file is read after [`load`] returns.
 

@@ -95,7 +95,7 @@ fn tolerance(dtype: Dtype) -> (f32, f64) {
         Dtype::Auto | Dtype::F32 => (2e-5, 0.999_999),
         Dtype::F16 => (1e-2, 0.999_9),
         Dtype::Bf16 => (1e-1, 0.999),
-        Dtype::Int8 => (2e-1, 0.98),
+        Dtype::Int8 => (3e-1, 0.98),
     }
 }
 
@@ -182,9 +182,9 @@ fn compare_way(name: &str, family: &str, task: Task, way: &LoadOptions) {
             };
             let reference = reference.as_ref().unwrap();
             assert_close(output, reference, largest, &what);
-            // The cosine of two single numbers says nothing.
+            // The cosine of a few numbers near zero says nothing.
             let near = cosine(output, reference) >= least;
-            assert!(near || output.len() == 1, "{what}: cosine");
+            assert!(near || output.len() < 8, "{what}: cosine");
             let alone = forward(&mut model, &[*row]);
             assert_close(&alone[0], output, largest / 2.0, &format!("{what}, alone"));
         }
@@ -239,7 +239,14 @@ fn modernbert() {
 fn minilm() {
     let expected: Vec<Sentence> = golden("minilm.json");
     for way in ways() {
-        minilm_way(&expected, &way);
+        // Where bfloat16 and bytes are widened by plain loops, half of the sentences will do.
+        let is_slow = way.kernels == Kernels::Only(Instructions::Portable);
+        let count = if is_slow && way.dtype != Dtype::F32 {
+            expected.len() / 2
+        } else {
+            expected.len()
+        };
+        minilm_way(&expected[..count], &way);
     }
 }
 
@@ -278,12 +285,15 @@ fn minilm_way(expected: &[Sentence], way: &LoadOptions) {
         cosines.push(cosine(batched, &sentence.vector));
         worst_error = worst(worst_error, batched, &sentence.vector);
     }
+    let references: Vec<&[f32]> = expected.iter().map(|s| s.vector.as_slice()).collect();
+    let vectors: Vec<&[f32]> = together.iter().map(Vec::as_slice).collect();
+    let ranking = rankings_kept(&references, &vectors);
     let least = cosines.iter().copied().fold(1.0, f64::min);
     let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
     let name = format!("{} {}", way.dtype, way.kernels);
     println!(
         "{name}: cosine at least {least:.7}, mean {mean:.7}, error {worst_error:.1e}, \
-         batched to single {worst_batch:.1e}"
+         ranking {ranking:.5}, batched to single {worst_batch:.1e}"
     );
     let (least_due, mean_due, error_due, batch_due) = match way.dtype {
         Dtype::Auto | Dtype::F32 => (0.999_99, 0.999_999, 1e-4, 1e-5),
@@ -291,8 +301,34 @@ fn minilm_way(expected: &[Sentence], way: &LoadOptions) {
         Dtype::Int8 => (0.98, 0.998, 5e-2, 1e-5),
     };
     assert!(least >= least_due && mean >= mean_due, "{name}: cosines");
+    assert!(ranking >= 0.99, "{name}: a ranking of {ranking}");
     assert!(worst_error <= error_due, "{name}: {worst_error:e}");
     assert!(worst_batch <= batch_due, "{name}: {worst_batch:e}");
+}
+
+/// Spearman's rank correlation of a search, averaged over the first 20 texts as queries among all
+/// others: 1 where the vectors put them in the reference's order.
+fn rankings_kept(references: &[&[f32]], vectors: &[&[f32]]) -> f64 {
+    let queries = 20;
+    let ranks = |vectors: &[&[f32]], query: usize| -> Vec<f64> {
+        let found = vectors[queries..].iter();
+        let scores: Vec<f64> = found.map(|text| cosine(vectors[query], text)).collect();
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+        let mut ranks = vec![0.0; scores.len()];
+        for (rank, text) in order.into_iter().enumerate() {
+            ranks[text] = rank as f64;
+        }
+        ranks
+    };
+    let correlation = |query: usize| {
+        let pairs = ranks(references, query).into_iter();
+        let squares = pairs.zip(ranks(vectors, query));
+        let squares: f64 = squares.map(|(a, b)| (a - b) * (a - b)).sum();
+        let texts = (references.len() - queries) as f64;
+        1.0 - 6.0 * squares / (texts * (texts * texts - 1.0))
+    };
+    (0..queries).map(correlation).sum::<f64>() / queries as f64
 }
 
 #[test]

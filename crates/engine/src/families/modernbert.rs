@@ -141,7 +141,8 @@ impl Block {
         let attention_norm = (number > 0)
             .then(|| Norm::load_unbiased(weights, &norm, hidden, config.epsilon))
             .transpose()?;
-        let joined = Linear::load_unbiased(weights, &full("attn.Wqkv"), [3 * hidden, hidden])?;
+        let joined =
+            Linear::load_joined_unbiased(weights, &full("attn.Wqkv"), [3 * hidden, hidden])?;
         let output = Linear::load_unbiased(weights, &full("attn.Wo"), [hidden, hidden])?;
         let inner_norm = Norm::load_unbiased(weights, &full("mlp_norm"), hidden, config.epsilon)?;
         let both = [2 * inner, hidden];

@@ -56,6 +56,16 @@ impl Linear {
         Self::place(weights, (&values, None), inputs, None)
     }
 
+    /// Takes queries, keys and values that the checkpoint keeps as one layer, without a bias.
+    pub(crate) fn load_joined_unbiased(
+        weights: &mut Weights,
+        name: &str,
+        [outputs, inputs]: [usize; 2],
+    ) -> Result<Self, EngineError> {
+        let values = weights.values(&format!("{name}.weight"), &[outputs, inputs])?;
+        Self::place(weights, (&values, None), inputs, ATTENTION_IN_INT8)
+    }
+
     /// Takes rows `first .. first + outputs` of an unbiased layer that has `of` rows.
     pub(crate) fn load_slice(
         weights: &mut Weights,

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the benchmarks are compared with: nginx, HAProxy and wrk from
-# Debian, FastAPI and sentence-transformers from PyPI into target/venv.
+# Debian, and from PyPI into target/venv what the arguments name, files of
+# requirements; without any, what `make bench` needs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,5 +32,7 @@ if [ ${#missing[@]} -gt 0 ]; then
     apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
+requirements=("${@:-benches/requirements.txt}")
 [ -x target/venv/bin/python ] || python3 -m venv target/venv
-target/venv/bin/pip install --quiet --disable-pip-version-check -r benches/requirements.txt
+target/venv/bin/pip install --quiet --disable-pip-version-check \
+  "${requirements[@]/#/--requirement=}"

@@ -39,13 +39,14 @@ kernel! {
 #[inline(always)]
 unsafe fn rows<I: Isa, const V: usize, const R: usize>(job: &Job<'_>) {
     let width = job.input.width();
+    let whole_words = width / job.precision.per_word();
     for row in 0..job.input.rows() {
         // SAFETY: the row is there on both sides. What lies between the row's last number and
-        // its last word is cleared first.
+        // its last word is cleared first: it is multiplied too.
         unsafe {
             let output = job.output.add(row * job.words);
-            if job.words > 0 {
-                *output.add(job.words - 1) = 0;
+            for word in whole_words..job.words {
+                *output.add(word) = 0;
             }
             let row_start = Row::<I>::new(job.input, row);
             match job.precision {

@@ -4,6 +4,8 @@
 //! [`kernel!`](super::kernel). Nothing here may be called before [`Instructions::supported`] has
 //! said that the processor has it.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(super) mod amx;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -17,6 +19,8 @@ pub(super) use x86::{Avx2, Avx512, Avx512Bf16, Avx512Vnni};
 /// An instruction set that the kernels are translated for, from the widest to the plainest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Instructions {
+    /// The next, with tiles of bfloat16 and of 8-bit integers (Intel AMX) for the products.
+    Amx,
     /// AVX-512 with products of bfloat16 and of 8-bit integers.
     Avx512Bf16,
     /// AVX-512 with products of 8-bit integers.
@@ -31,7 +35,8 @@ pub enum Instructions {
 
 impl Instructions {
     /// All of them, from the widest to the plainest.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
+        Self::Amx,
         Self::Avx512Bf16,
         Self::Avx512Vnni,
         Self::Avx512,
@@ -57,6 +62,10 @@ impl Instructions {
                     && Self::Avx2.supported()
             };
             match self {
+                #[cfg(target_os = "linux")]
+                Self::Amx => Self::Avx512Bf16.supported() && amx::supported(),
+                #[cfg(not(target_os = "linux"))]
+                Self::Amx => false,
                 Self::Avx512Bf16 => {
                     Self::Avx512Vnni.supported() && is_x86_feature_detected!("avx512bf16")
                 }
@@ -74,12 +83,13 @@ impl Instructions {
 
     /// Whether it multiplies bfloat16 itself; the others widen it to 32 bits first.
     pub fn multiplies_bf16(self) -> bool {
-        self == Self::Avx512Bf16
+        matches!(self, Self::Amx | Self::Avx512Bf16)
     }
 
     /// Its name in flags and in the log.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Amx => "amx",
             Self::Avx512Bf16 => "avx512bf16",
             Self::Avx512Vnni => "avx512vnni",
             Self::Avx512 => "avx512",
@@ -89,10 +99,10 @@ impl Instructions {
     }
 
     /// Output columns that the products take at a time, which is the width of a panel of packed
-    /// weights, and input rows.
+    /// weights, and input rows; of AMX, what its products of floats take.
     pub(super) fn tile(self) -> (usize, usize) {
         match self {
-            Self::Avx512Bf16 | Self::Avx512Vnni | Self::Avx512 => (64, 6),
+            Self::Amx | Self::Avx512Bf16 | Self::Avx512Vnni | Self::Avx512 => (64, 6),
             Self::Avx2 => (16, 6),
             Self::Portable => (16, 2),
         }

@@ -73,7 +73,9 @@ macro_rules! kernel {
                     unsafe { $body::<sets::Avx2, 2, 6>($($argument),*) }
                 }
                 match instructions {
-                    $crate::kernels::Instructions::Avx512Bf16 => {
+                    // Tiles are for products with narrow weights alone, which go their own way.
+                    $crate::kernels::Instructions::Amx
+                    | $crate::kernels::Instructions::Avx512Bf16 => {
                         return unsafe { avx512bf16($($argument),*) };
                     }
                     $crate::kernels::Instructions::Avx512Vnni => {

@@ -26,7 +26,15 @@ impl Precision {
             Self::Int8 => 4,
         }
     }
+
+    /// Whether a set multiplies these numbers in tiles.
+    pub(super) fn in_tiles(self, instructions: Instructions) -> bool {
+        instructions == Instructions::Amx && self != Self::F32
+    }
 }
+
+/// Words of one row of a tile of inputs, which is what each step of a product takes there.
+pub(super) const TILE_WORDS: usize = 16;
 
 /// What the middle of an input byte stands for: bytes are unsigned on that side.
 pub(super) const BYTE_ZERO: i32 = 128;
@@ -37,13 +45,14 @@ pub(super) const BYTE_MAX: f32 = 127.0;
 ///
 /// Outputs are cut into panels as wide as the instruction set's sums. Within a panel, step by
 /// step of the product, the words of its outputs lie side by side: a product reads a panel from
-/// front to back and nothing else. The last panel is filled up with zeros.
+/// front to back and nothing else. The last panel is filled up with zeros, and so is each output
+/// where products go in tiles.
 pub struct Packed {
     pub(super) instructions: Instructions,
     pub(super) precision: Precision,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
-    /// Words of one output.
+    /// Words of one output, in whole tiles where it is multiplied in tiles.
     pub(super) words: usize,
     values: Vec<Zeroed>,
     /// What sums start from, a word for each output: the bias, or for 8-bit integers what the
@@ -65,7 +74,10 @@ impl Packed {
     ) -> Self {
         assert!(instructions.supported(), "{instructions} is not here");
         let outputs = weights.len().checked_div(inputs).unwrap_or(0);
-        let words = inputs.div_ceil(precision.per_word());
+        let mut words = inputs.div_ceil(precision.per_word());
+        if precision.in_tiles(instructions) {
+            words = words.next_multiple_of(TILE_WORDS);
+        }
         let columns = outputs.next_multiple_of(instructions.tile().0);
         let mut packed = Self {
             instructions,

@@ -6,7 +6,9 @@ use super::Instructions;
 use super::instructions::Isa;
 use super::kernel;
 use super::pack::Precision;
-use super::products::{Bf16, Dot, F32, Int8, Words, tile};
+#[cfg(target_arch = "x86_64")]
+use super::products::amx;
+use super::products::{Bf16, Dot, F32, Int8, TILES_ROWS, Words, tile};
 use super::team;
 
 /// Steps of one measurement, on numbers that stay in the first-level cache.
@@ -21,6 +23,7 @@ pub fn peak(instructions: Instructions, precision: Precision) -> f64 {
         return 0.0;
     }
     let threads = team::threads();
+    let in_tiles = precision.in_tiles(instructions);
     let run = || {
         let start = Instant::now();
         team::run(threads, &|_| {
@@ -31,12 +34,19 @@ pub fn peak(instructions: Instructions, precision: Precision) -> f64 {
                 rounds: ROUNDS,
             };
             // SAFETY: the set is there; the words are a tile's rows, and a panel of any set.
-            unsafe { run_job(instructions, &job) }
+            unsafe {
+                #[cfg(target_arch = "x86_64")]
+                if in_tiles {
+                    return amx::repeat(precision, std::hint::black_box(&words), ROUNDS);
+                }
+                run_job(instructions, &job);
+            }
         });
         start.elapsed().as_secs_f64()
     };
     let best = (0..5).map(|_| run()).fold(f64::MAX, f64::min);
     let (columns, rows) = instructions.tile();
+    let rows = if in_tiles { TILES_ROWS } else { rows };
     let products = columns * rows * STEPS * precision.per_word() * ROUNDS * threads;
     2.0 * products as f64 / best / 1e9
 }

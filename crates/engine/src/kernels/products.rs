@@ -6,6 +6,9 @@
 //! the outer loop and rows the inner one, so that a panel is read from memory once and from the
 //! second-level cache after that.
 
+#[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+
 use std::ops::Range;
 
 use super::buffer::Buffer;
@@ -19,6 +22,8 @@ use super::team;
 
 /// Rows of a tile, at most.
 pub(super) const TILE_ROWS: usize = 6;
+/// Rows that are multiplied at a time where a processor has tiles of its own.
+pub(super) const TILES_ROWS: usize = 32;
 /// Registers of a tile, at most.
 const TILE: usize = TILE_ROWS * 4;
 /// Words in a line of the caches.
@@ -210,6 +215,10 @@ pub fn multiply(
         // weights' words, as `Prepared` made them, and the output `rows` rows of its width; each
         // share writes columns that no other does.
         unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if weights.precision.in_tiles(weights.instructions) {
+                return amx::run_job(&job);
+            }
             run_job(weights.instructions, &job);
         }
     });
@@ -243,7 +252,8 @@ impl Prepared {
             Precision::Bf16 => input.format() == Format::Bf16,
             Precision::Int8 => false,
         };
-        if same {
+        // Where products go in tiles, rows may have to be filled up.
+        if same && input.words_per_row() == weights.words {
             let words = Words {
                 start: input.pointer(),
                 stride: input.words_per_row(),
@@ -340,8 +350,8 @@ unsafe fn part<I: Isa, D: Dot<I>, const V: usize, const R: usize>(
     let width = V * I::LANES;
     let first = panel * width;
     let weights = job.weights;
-    // SAFETY: packing made whole panels, of values, starts, scales and biases; the rows `row` to
-    // `row + R` of the input are there; `finish` stores no further than the output's width.
+    // SAFETY: packing made whole panels of values and starts; the rows `row` to `row + R` of the
+    // input are there.
     unsafe {
         let mut starts = [D::zero(); V];
         for (place, start) in starts.iter_mut().enumerate() {
@@ -357,20 +367,40 @@ unsafe fn part<I: Isa, D: Dot<I>, const V: usize, const R: usize>(
         };
         let sums = tile::<I, D, V, R>(input, values, weights.words, starts);
         let mut results = [I::splat(0.0); TILE];
-        for (number, sums) in sums.iter().enumerate() {
-            for (place, sum) in sums.iter().enumerate() {
-                let mut result = D::floats(*sum);
-                if D::SCALED {
+        for (results, sums) in results.chunks_exact_mut(V).zip(&sums) {
+            for (result, sum) in results.iter_mut().zip(sums) {
+                *result = D::floats(*sum);
+            }
+        }
+        finish::<I, D, V>(job, (row, first), &mut results[..R * V]);
+    }
+}
+
+/// What comes after the sums of some rows of `V` registers, from a row and a column on: scales,
+/// the activation and the store.
+///
+/// # Safety
+/// The processor has the set; the rows are there, and the column is one of the weights' panels.
+#[inline(always)]
+unsafe fn finish<I: Isa, D: Dot<I>, const V: usize>(
+    job: &Job<'_>,
+    (row, first): (usize, usize),
+    results: &mut [I::F],
+) {
+    let weights = job.weights;
+    // SAFETY: packing made whole panels of scales and biases; `store` writes no further than the
+    // output's width.
+    unsafe {
+        if D::SCALED {
+            for (number, results) in results.chunks_exact_mut(V).enumerate() {
+                for (place, result) in results.iter_mut().enumerate() {
                     let column = first + place * I::LANES;
                     let scale = I::splat(*job.row_scales.add(row + number));
                     let scale = I::mul(scale, I::load(weights.scales().add(column)));
-                    result = I::fma(result, scale, I::load(weights.biases().add(column)));
+                    *result = I::fma(*result, scale, I::load(weights.biases().add(column)));
                 }
-                results[number * V + place] = result;
             }
         }
-        let place = (row, first);
-        let results = &mut results[..R * V];
         // Not closures: they would not be translated for the set.
         macro_rules! apply {
             ($function:ident) => {
@@ -388,7 +418,7 @@ unsafe fn part<I: Isa, D: Dot<I>, const V: usize, const R: usize>(
             Activation::Silu => apply!(silu),
             Activation::Tanh => apply!(tanh),
         }
-        store::<I, V>(&job.output, place, results);
+        store::<I, V>(&job.output, (row, first), results);
     }
 }
 

@@ -51,7 +51,7 @@ pub struct RepositorySettings {
     /// The number format of models whose andon.toml names none: f32, bf16, int8 (processor), f16 (CUDA), or auto, which is bf16 where the processor multiplies it itself and else f32
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     pub dtype: Dtype,
-    /// What computes on the processor: auto, which is the widest instruction set that it has; one of avx512bf16, avx512vnni, avx512, avx2 and portable; or candle
+    /// What computes on the processor: auto, which is the widest instruction set that it has; one of amx, avx512bf16, avx512vnni, avx512, avx2 and portable; or candle
     #[arg(long, value_name = "KERNELS", default_value = "auto")]
     pub kernels: Kernels,
     /// Threads that compute a batch on the processor; all cores that the process may use if not given

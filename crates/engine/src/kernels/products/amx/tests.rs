@@ -1,0 +1,358 @@
+//! Every form of the instructions, on tiles of many shapes; on a processor without tiles these
+//! test the emulation. The products themselves are tested beside those of the other sets.
+
+use std::arch::asm;
+
+use half::bf16;
+
+use super::super::super::Instructions;
+use super::Shapes;
+use super::emulated::{self, Tiles};
+
+/// Whether there is AVX-512, of which AMX is an extension.
+fn here() -> bool {
+    emulated::where_missing();
+    Instructions::Amx.supported()
+}
+
+fn shapes(of: impl Fn(usize) -> (usize, usize)) -> Shapes {
+    let mut shapes = Shapes {
+        palette: 1,
+        start_row: 0,
+        reserved: [0; 14],
+        bytes: [0; 16],
+        rows: [0; 16],
+    };
+    for tile in 0..8 {
+        let (rows, bytes) = of(tile);
+        shapes.rows[tile] = rows as u8;
+        shapes.bytes[tile] = bytes as u16;
+    }
+    shapes
+}
+
+fn load_shapes(shapes: &Shapes) {
+    // SAFETY: 64 bytes are there; the caller has asked for the set.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) shapes, options(nostack)) }
+}
+
+fn release() {
+    // SAFETY: no tile is in use.
+    unsafe { super::release() }
+}
+
+/// Bytes from one row of memory to the next, where an instruction does not say otherwise.
+const LINE: usize = 256;
+
+#[repr(C, align(64))]
+struct Memory([u8; 16 * LINE]);
+
+impl Memory {
+    fn counted() -> Self {
+        let mut memory = Self([0; 16 * LINE]);
+        for (place, byte) in memory.0.iter_mut().enumerate() {
+            *byte = (place * 7 + place / LINE * 3 + 1) as u8;
+        }
+        memory
+    }
+}
+
+/// A shape that no other tile has: rows, and bytes of each.
+fn shape_of(tile: usize) -> (usize, usize) {
+    (2 * tile + 2, 64 - 4 * tile)
+}
+
+/// What a tile was loaded with must be in `to`, and all else as it was.
+fn check_copy(tile: usize, from: &Memory, stride: usize, to: &Memory) {
+    let (rows, bytes) = shape_of(tile);
+    for (place, byte) in to.0.iter().enumerate() {
+        let (row, column) = (place / LINE, place % LINE);
+        let inside = row < rows && column < bytes;
+        let due = if inside {
+            from.0[row * stride + column]
+        } else {
+            0xee
+        };
+        assert_eq!(*byte, due, "tile {tile}, row {row}, byte {column}");
+    }
+}
+
+/// Loads a tile from one address and stores it to another. An address is what the instruction
+/// says, the register of its base and what is added to it, the register of its index and the
+/// index.
+macro_rules! copy {
+    ($tile:literal, $load:literal,
+     [$from:literal, $base:tt $offset:literal, $index:tt $count:literal], $stride:literal,
+     [$to:literal, $to_base:tt $to_offset:literal, $to_index:tt $to_count:literal]) => {{
+        let (from, mut to) = (Memory::counted(), Memory([0xee; 16 * LINE]));
+        // SAFETY: all of a tile's rows are inside of the memory.
+        unsafe {
+            asm!(
+                concat!($load, " tmm", $tile, ", [", $from, "]"),
+                concat!("tilestored [", $to, "], tmm", $tile),
+                in($base) from.0.as_ptr().wrapping_offset(-$offset),
+                in($index) $count,
+                in($to_base) to.0.as_mut_ptr().wrapping_offset(-$to_offset),
+                in($to_index) $to_count,
+                options(nostack),
+            );
+        }
+        check_copy($tile, &from, $stride, &to);
+    }};
+}
+
+#[test]
+fn tiles_are_copied_by_any_address() {
+    if !here() {
+        return;
+    }
+    load_shapes(&shapes(shape_of));
+    copy!(0, "tileloadd", ["rax + rcx", "rax" 0, "rcx" 256u64], 256,
+        ["rdx + rsi", "rdx" 0, "rsi" 256u64]);
+    copy!(1, "tileloaddt1", ["r8 + 2*r9 + 64", "r8" 64, "r9" 32u64], 64,
+        ["r12 + 4*r13 - 64", "r12" -64, "r13" 64u64]);
+    copy!(2, "tileloadd", ["r13 + r12", "r13" 0, "r12" 128u64], 128,
+        ["r10 + 8*r11 + 4096", "r10" 4096, "r11" 32u64]);
+    copy!(3, "tileloadd", ["rdi", "rdi" 0, "rcx" 99u64], 0,
+        ["r14 + r15", "r14" 0, "r15" 256u64]);
+    copy!(4, "tileloaddt1", ["rsi + 8*rdi - 4096", "rsi" -4096, "rdi" 8u64], 64,
+        ["rax + 2*r12 + 127", "rax" 127, "r12" 128u64]);
+    copy!(5, "tileloadd", ["r15 + rax - 128", "r15" -128, "rax" 192u64], 192,
+        ["r13 + r14", "r13" 0, "r14" 256u64]);
+    copy!(6, "tileloadd", ["r12 + 4*rdx + 128", "r12" 128, "rdx" 64u64], 256,
+        ["rdi + r8", "rdi" 0, "r8" 256u64]);
+    copy!(7, "tileloadd", ["r11 + r10", "r11" 0, "r10" 60u64], 60,
+        ["rcx + rdx", "rcx" 0, "rdx" 256u64]);
+    release();
+}
+
+/// Shapes that have an address of their own.
+static FIXED: Shapes = Shapes {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [3, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// Loads the shapes from an address and stores one tile as it is then and as it is when it was
+/// filled and cleared: both times three rows of zeros.
+macro_rules! zeros {
+    ($address:literal, $($operand:tt)*) => {{
+        let from = Memory::counted();
+        let (mut fresh, mut cleared) = (Memory([0xee; 16 * LINE]), Memory([0xee; 16 * LINE]));
+        // SAFETY: shapes are at the address, and three rows in each memory.
+        unsafe {
+            asm!(
+                concat!("ldtilecfg [", $address, "]"),
+                "tilestored [{fresh} + {line}], tmm0",
+                "tileloadd tmm0, [{from} + {line}]",
+                "tilezero tmm0",
+                "tilestored [{cleared} + {line}], tmm0",
+                "tilerelease",
+                from = in(reg) &from,
+                fresh = in(reg) &raw mut fresh,
+                cleared = in(reg) &raw mut cleared,
+                line = in(reg) LINE,
+                $($operand)*,
+                options(nostack),
+            );
+        }
+        for memory in [&fresh, &cleared] {
+            for (place, byte) in memory.0.iter().enumerate() {
+                let inside = place / LINE < 3 && place % LINE < 64;
+                assert_eq!(*byte, if inside { 0 } else { 0xee }, "{} at {place}", $address);
+            }
+        }
+    }};
+}
+
+#[test]
+fn new_and_cleared_tiles_are_zeros() {
+    if !here() {
+        return;
+    }
+    let fixed = &raw const FIXED;
+    zeros!("rip + {shapes}", shapes = sym FIXED);
+    zeros!("rax", in("rax") fixed);
+    zeros!("r12 - 64", in("r12") fixed.wrapping_byte_add(64));
+    zeros!("r13", in("r13") fixed);
+    zeros!("rsi + 4*rdi + 256", in("rsi") fixed.wrapping_byte_sub(356), in("rdi") 25u64);
+}
+
+/// Sums, inputs and weights: 16 rows of 16 words each.
+#[derive(Clone)]
+struct Factors {
+    sums: [[u32; 16]; 16],
+    a: [[u32; 16]; 16],
+    b: [[u32; 16]; 16],
+}
+
+/// Loads three tiles, multiplies, and stores the sums.
+macro_rules! multiply {
+    ($multiply:literal, $sums:literal, $a:literal, $b:literal, $factors:expr) => {{
+        let factors: &mut Factors = $factors;
+        // SAFETY: each has 16 rows of 16 words.
+        unsafe {
+            asm!(
+                concat!("tileloadd tmm", $sums, ", [{sums} + {line}]"),
+                concat!("tileloadd tmm", $a, ", [{a} + {line}]"),
+                concat!("tileloadd tmm", $b, ", [{b} + {line}]"),
+                concat!($multiply, " tmm", $sums, ", tmm", $a, ", tmm", $b),
+                concat!("tilestored [{sums} + {line}], tmm", $sums),
+                sums = in(reg) factors.sums.as_mut_ptr(),
+                a = in(reg) factors.a.as_ptr(),
+                b = in(reg) factors.b.as_ptr(),
+                line = in(reg) 64u64,
+                options(nostack),
+            );
+        }
+    }};
+}
+
+/// Both products of tiles of this shape: rows, columns and steps. The numbers are few enough that
+/// every order of adding them up gives the same.
+macro_rules! check_products {
+    ($sums:literal, $a:literal, $b:literal, $rows:literal, $columns:literal, $steps:literal) => {{
+        let mut number = 0u32;
+        let mut next = || {
+            number = number.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            number >> 8
+        };
+        let mut words = |of: &mut dyn FnMut(u32) -> u32| {
+            [[0; 16]; 16].map(|row: [u32; 16]| row.map(|_| of(next())))
+        };
+        let small = |bits: u32| bf16::from_f32(bits as f32 % 32.0 - 16.0).to_bits();
+        let mut pair = |bits: u32| u32::from(small(bits)) | u32::from(small(bits >> 8)) << 16;
+        let numbers = Factors {
+            sums: words(&mut |bits| (bits as f32 % 64.0).to_bits()),
+            a: words(&mut pair),
+            b: words(&mut pair),
+        };
+        let bytes = Factors {
+            sums: words(&mut |bits| bits),
+            a: words(&mut |bits| bits.rotate_left(bits % 32)),
+            b: words(&mut |bits| bits.rotate_left(bits % 31)),
+        };
+        load_shapes(&shapes(|tile| match tile {
+            $sums => ($rows, 4 * $columns),
+            $a => ($rows, 4 * $steps),
+            $b => ($steps, 4 * $columns),
+            _ => (1, 4),
+        }));
+        let (mut number_sums, mut byte_sums) = (numbers.clone(), bytes.clone());
+        multiply!("tdpbf16ps", $sums, $a, $b, &mut number_sums);
+        multiply!("tdpbusd", $sums, $a, $b, &mut byte_sums);
+        release();
+        for (row, column) in (0..16).flat_map(|row| (0..16).map(move |column| (row, column))) {
+            let (mut number, mut byte) = (numbers.sums[row][column], bytes.sums[row][column]);
+            if row < $rows && column < $columns {
+                let steps = (0..$steps).map(|step| (step, row, column));
+                let added: f32 = steps.clone().map(|at| number_products(&numbers, at)).sum();
+                number = (f32::from_bits(number) + added).to_bits();
+                let added: i32 = steps.map(|at| byte_products(&bytes, at)).sum();
+                byte = byte.wrapping_add_signed(added);
+            }
+            assert_eq!(
+                number_sums.sums[row][column], number,
+                "numbers at {row}, {column}"
+            );
+            assert_eq!(
+                byte_sums.sums[row][column], byte,
+                "bytes at {row}, {column}"
+            );
+        }
+    }};
+}
+
+fn number_products(factors: &Factors, (step, row, column): (usize, usize, usize)) -> f32 {
+    let halves = |word: u32| [word << 16, word & 0xffff_0000].map(f32::from_bits);
+    let (a, b) = (
+        halves(factors.a[row][step]),
+        halves(factors.b[step][column]),
+    );
+    a[0] * b[0] + a[1] * b[1]
+}
+
+fn byte_products(factors: &Factors, (step, row, column): (usize, usize, usize)) -> i32 {
+    let a = factors.a[row][step].to_le_bytes();
+    let b = factors.b[step][column].to_le_bytes();
+    let products = a.into_iter().zip(b);
+    products
+        .map(|(a, b)| i32::from(a) * i32::from(b as i8))
+        .sum()
+}
+
+#[test]
+fn products_of_tiles_add_to_the_sums() {
+    if !here() {
+        return;
+    }
+    check_products!(0, 4, 6, 16, 16, 16);
+    check_products!(7, 1, 2, 1, 16, 3);
+    check_products!(3, 5, 0, 5, 7, 16);
+    check_products!(2, 7, 3, 16, 1, 9);
+    check_products!(6, 0, 7, 11, 13, 1);
+    check_products!(1, 2, 5, 15, 16, 2);
+}
+
+#[test]
+fn bfloat16_is_added_up_in_the_order_of_the_manual() {
+    if !here() {
+        return;
+    }
+    let zeros = [[0; 16]; 16];
+    let both = |low: f32, high: f32| {
+        let bits = |value| u32::from(bf16::from_f32(value).to_bits());
+        bits(low) | bits(high) << 16
+    };
+    let mut factors = Factors {
+        sums: zeros,
+        a: zeros,
+        b: zeros,
+    };
+    let least = 2f32.powi(-24);
+    factors.b[0].fill(both(1.0, 1.0));
+    // Each half alone would be lost in one; their sum is not.
+    factors.sums[0][0] = 1f32.to_bits();
+    factors.a[0][0] = both(least, least);
+    // The smallest number is below the normal ones: nothing.
+    factors.a[1][0] = 1;
+    // One that would be below the normal ones after the product: nothing.
+    factors.a[2][0] = both(2f32.powi(-126), 0.0);
+    factors.b[0][2] = both(0.5, 0.5);
+    load_shapes(&shapes(|_| (16, 64)));
+    multiply!("tdpbf16ps", 0, 1, 2, &mut factors);
+    release();
+    assert_eq!(f32::from_bits(factors.sums[0][0]), 1.0 + 2.0 * least);
+    assert_eq!(factors.sums[1][0], 0);
+    assert_eq!(f32::from_bits(factors.sums[2][1]), 2f32.powi(-126));
+    assert_eq!(factors.sums[2][2], 0);
+}
+
+#[test]
+fn the_emulation_refuses_what_a_processor_would() {
+    let refuses = |shapes: &[u8; 64]| Tiles::new().shape(shapes).is_none();
+    let mut good = [0; 64];
+    good[0] = 1;
+    for tile in 0..8 {
+        good[16 + 2 * tile] = 64;
+        good[48 + tile] = 16;
+    }
+    assert!(!refuses(&good));
+    // Another palette, a reserved byte, a ninth tile, 17 rows, 65 bytes, and rows of nothing.
+    for (place, byte) in [(0, 2), (5, 1), (32, 4), (50, 17), (20, 65), (20, 0)] {
+        let mut bad = good;
+        bad[place] = byte;
+        assert!(refuses(&bad), "byte {place} is {byte}");
+    }
+    let mut tiles = Tiles::new();
+    assert!(tiles.factors(0, 1, 2).is_none(), "there are no shapes");
+    good[48] = 3;
+    good[49] = 3;
+    tiles.shape(&good);
+    assert!(tiles.factors(0, 1, 2).is_some());
+    assert!(tiles.factors(0, 1, 1).is_none(), "a tile by itself");
+    assert!(tiles.factors(3, 1, 2).is_none(), "more sums than rows");
+    assert!(tiles.factors(8, 1, 2).is_none(), "there are eight tiles");
+}

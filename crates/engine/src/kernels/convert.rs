@@ -3,10 +3,10 @@
 use super::instructions::Isa;
 use super::kernel;
 use super::matrix::{Format, Matrix};
-use super::pack::{BYTE_MAX, BYTE_ZERO, Packed, Precision};
+use super::pack::{Packed, Precision};
 
-/// Rounds `input` to the words of `weights`, `[rows, words]`, and for 8-bit integers puts the
-/// scale of each row into `scales`. Both must have room for all rows.
+/// Rounds `input` to the words of `weights`, `[rows, words]`, and for 8-bit integers puts
+/// each row's scale and what stands for zero into `scales`. Both must have room for all rows.
 pub(super) fn convert(input: &Matrix, weights: &Packed, words: *mut u32, scales: *mut f32) {
     let job = Job {
         input,
@@ -20,6 +20,10 @@ pub(super) fn convert(input: &Matrix, weights: &Packed, words: *mut u32, scales:
         run_job(weights.instructions, &job);
     }
 }
+
+/// The largest input in 8 bits. Unlike weights, inputs use all of it: many have nearly no numbers
+/// below zero, and some a few very large ones on one side.
+const BYTE_MAX: f32 = 255.0;
 
 struct Job<'a> {
     input: &'a Matrix,
@@ -70,16 +74,19 @@ unsafe fn rows<I: Isa, const V: usize, const R: usize>(job: &Job<'_>) {
                     }
                 }
                 Precision::Int8 => {
-                    let most = row_start.largest(width);
-                    let scale = most / BYTE_MAX;
-                    *job.scales.add(row) = scale;
-                    let inverse = I::splat(if most > 0.0 { BYTE_MAX / most } else { 0.0 });
-                    let zero = I::splat(BYTE_ZERO as f32);
+                    let (low, high) = row_start.range(width);
+                    let scale = (high - low) / BYTE_MAX;
+                    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                    // Zero falls on a whole number, so that it stays exact.
+                    let zero = (-low * inverse).round();
+                    *job.scales.add(2 * row) = scale;
+                    *job.scales.add(2 * row + 1) = zero;
+                    let (inverse, zero) = (I::splat(inverse), I::splat(zero));
                     for at in (0..width).step_by(I::LANES) {
                         let count = (width - at).min(I::LANES);
                         let values = I::round(I::fma(row_start.load(at, count), inverse, zero));
                         // Rounding of the inverse can reach past the end by one.
-                        let values = I::max(I::min(values, I::splat(255.0)), I::splat(1.0));
+                        let values = I::max(I::min(values, I::splat(BYTE_MAX)), I::splat(0.0));
                         I::store_bytes_first(output.cast::<u8>().add(at), count, values);
                     }
                 }
@@ -123,18 +130,19 @@ impl<I: Isa> Row<I> {
         }
     }
 
-    /// The largest size of a number in the row.
+    /// The least and the largest number of the row and zero.
     #[inline(always)]
-    unsafe fn largest(&self, width: usize) -> f32 {
-        // SAFETY: the caller has the set and `width` numbers.
+    unsafe fn range(&self, width: usize) -> (f32, f32) {
+        // SAFETY: the caller has the set and `width` numbers. Lanes beyond them are zeros.
         unsafe {
-            let mut most = I::splat(0.0);
+            let zero = I::splat(0.0);
+            let (mut low, mut high) = (zero, zero);
             for at in (0..width).step_by(I::LANES) {
                 let values = self.load(at, (width - at).min(I::LANES));
-                let size = I::max(values, I::sub(I::splat(0.0), values));
-                most = I::max(most, size);
+                low = I::min(low, values);
+                high = I::max(high, values);
             }
-            I::largest(most)
+            (-I::largest(I::sub(zero, low)), I::largest(high))
         }
     }
 }

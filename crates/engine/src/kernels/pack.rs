@@ -36,10 +36,8 @@ impl Precision {
 /// Words of one row of a tile of inputs, which is what each step of a product takes there.
 pub(super) const TILE_WORDS: usize = 16;
 
-/// What the middle of an input byte stands for: bytes are unsigned on that side.
-pub(super) const BYTE_ZERO: i32 = 128;
-/// The largest weight or input in 8 bits.
-pub(super) const BYTE_MAX: f32 = 127.0;
+/// The largest weight in 8 bits.
+const BYTE_MAX: f32 = 127.0;
 
 /// A linear layer's weights and bias.
 ///
@@ -55,11 +53,11 @@ pub struct Packed {
     /// Words of one output, in whole tiles where it is multiplied in tiles.
     pub(super) words: usize,
     values: Vec<Zeroed>,
-    /// What sums start from, a word for each output: the bias, or for 8-bit integers what the
-    /// middle of the input bytes adds.
+    /// What sums start from, a word for each output: the bias, or zero for 8-bit integers.
     starts: Vec<Zeroed>,
-    /// For 8-bit integers: scale and bias of each output.
+    /// For 8-bit integers, of each output: its scale, the sum of its weights, its bias.
     scales: Vec<Zeroed>,
+    totals: Vec<Zeroed>,
     biases: Vec<Zeroed>,
 }
 
@@ -88,6 +86,7 @@ impl Packed {
             values: Buffer::zeros(columns * words),
             starts: Buffer::zeros(columns),
             scales: Buffer::zeros(columns),
+            totals: Buffer::zeros(columns),
             biases: Buffer::zeros(columns),
         };
         let bias = bias.unwrap_or_default();
@@ -100,7 +99,7 @@ impl Packed {
 
     /// Bytes of the weights.
     pub(crate) fn bytes(&self) -> u64 {
-        let lines = self.values.len() + self.starts.len() + self.scales.len() + self.biases.len();
+        let lines = self.values.len() + 4 * self.starts.len();
         (lines * size_of::<Zeroed>()) as u64
     }
 
@@ -146,7 +145,7 @@ impl Packed {
                     }
                     set(&mut self.values, place(word), u32::from_le_bytes(bytes));
                 }
-                set(&mut self.starts, output, (-BYTE_ZERO * sum) as u32);
+                set(&mut self.totals, output, (sum as f32).to_bits());
                 set(&mut self.scales, output, scale.to_bits());
                 set(&mut self.biases, output, bias.to_bits());
             }
@@ -163,13 +162,17 @@ impl Packed {
         self.values.as_ptr().cast()
     }
 
-    /// `panels · panel width` words, as are the next two.
+    /// `panels · panel width` words, as are the next three.
     pub(super) fn starts(&self) -> *const u32 {
         self.starts.as_ptr().cast()
     }
 
     pub(super) fn scales(&self) -> *const f32 {
         self.scales.as_ptr().cast()
+    }
+
+    pub(super) fn totals(&self) -> *const f32 {
+        self.totals.as_ptr().cast()
     }
 
     pub(super) fn biases(&self) -> *const f32 {

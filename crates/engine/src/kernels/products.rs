@@ -168,7 +168,7 @@ struct Job<'a> {
     panels: Range<usize>,
     input: Words,
     rows: usize,
-    /// For 8-bit integers, the scale of each input row.
+    /// For 8-bit integers, of each input row: its scale, and what stands for zero.
     row_scales: *const f32,
     output: Output,
     activation: Activation,
@@ -265,7 +265,7 @@ impl Prepared {
             };
         }
         let mut owned = Buffer::take(input.rows() * weights.words);
-        let mut scales = Buffer::take(input.rows());
+        let mut scales = Buffer::take(2 * input.rows());
         convert(
             input,
             weights,
@@ -388,14 +388,17 @@ unsafe fn finish<I: Isa, D: Dot<I>, const V: usize>(
     results: &mut [I::F],
 ) {
     let weights = job.weights;
-    // SAFETY: packing made whole panels of scales and biases; `store` writes no further than the
+    // SAFETY: packing made whole panels of scales, totals and biases; `store` writes no further than the
     // output's width.
     unsafe {
         if D::SCALED {
             for (number, results) in results.chunks_exact_mut(V).enumerate() {
                 for (place, result) in results.iter_mut().enumerate() {
                     let column = first + place * I::LANES;
-                    let scale = I::splat(*job.row_scales.add(row + number));
+                    let scale = I::splat(*job.row_scales.add(2 * (row + number)));
+                    let zero = I::splat(-*job.row_scales.add(2 * (row + number) + 1));
+                    // What stands for zero in the inputs has been added with each weight.
+                    *result = I::fma(zero, I::load(weights.totals().add(column)), *result);
                     let scale = I::mul(scale, I::load(weights.scales().add(column)));
                     *result = I::fma(*result, scale, I::load(weights.biases().add(column)));
                 }

@@ -72,29 +72,46 @@ fn exact_product(
     (bias, function): (&[f32], Activation),
     inputs: usize,
 ) -> Vec<f64> {
-    let round = |row: &[f32]| -> (Vec<f64>, f64) {
+    let float = |row: &[f32]| -> Vec<f64> { row.iter().map(|value| f64::from(*value)).collect() };
+    let narrow = |row: &[f32]| -> Vec<f64> {
+        row.iter()
+            .map(|value| bf16::from_f32(*value).to_f64())
+            .collect()
+    };
+    // Weights are rounded on both sides of zero alike, inputs from their least to their largest.
+    let weight = |row: &[f32]| -> Vec<f64> {
         let most = row.iter().fold(0f32, |most, value| most.max(value.abs()));
+        let scale = f64::from(most / 127.0);
+        float(row)
+            .iter()
+            .map(|value| (value / scale).round() * scale)
+            .collect()
+    };
+    let byte = |row: &[f32]| -> Vec<f64> {
+        let low = f64::from(row.iter().copied().fold(0.0, f32::min));
+        let high = f64::from(row.iter().copied().fold(0.0, f32::max));
+        let scale = (high - low) / 255.0;
+        let zero = (-low / scale).round();
+        let whole = |value: &f64| (value / scale + zero).round().clamp(0.0, 255.0);
+        float(row)
+            .iter()
+            .map(|value| (whole(value) - zero) * scale)
+            .collect()
+    };
+    let rounded = |numbers: &[f32], int8: &dyn Fn(&[f32]) -> Vec<f64>| -> Vec<Vec<f64>> {
+        let rows = numbers.chunks(inputs);
         match precision {
-            Precision::F32 => (row.iter().map(|value| f64::from(*value)).collect(), 1.0),
-            Precision::Bf16 => {
-                let rounded = row.iter().map(|value| bf16::from_f32(*value).to_f64());
-                (rounded.collect(), 1.0)
-            }
-            Precision::Int8 => {
-                let scale = f64::from(most / 127.0);
-                let whole = row.iter().map(|value| (f64::from(*value) / scale).round());
-                (whole.collect(), scale)
-            }
+            Precision::F32 => rows.map(float).collect(),
+            Precision::Bf16 => rows.map(narrow).collect(),
+            Precision::Int8 => rows.map(int8).collect(),
         }
     };
-    let rows: Vec<_> = input.chunks(inputs).map(round).collect();
-    let outputs: Vec<_> = weights.chunks(inputs).map(round).collect();
+    let (rows, outputs) = (rounded(input, &byte), rounded(weights, &weight));
     let mut results = Vec::new();
-    for (row, row_scale) in &rows {
-        for ((output, scale), bias) in outputs.iter().zip(bias) {
+    for row in &rows {
+        for (output, bias) in outputs.iter().zip(bias) {
             let sum: f64 = row.iter().zip(output).map(|(a, b)| a * b).sum();
-            let sum = sum * row_scale * scale + f64::from(*bias);
-            results.push(activation(sum, function));
+            results.push(activation(sum + f64::from(*bias), function));
         }
     }
     results

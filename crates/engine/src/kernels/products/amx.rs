@@ -254,8 +254,8 @@ unsafe fn add_up<D: InTiles>(block: &Block, sums: &mut Sums) {
     }
 }
 
-/// Runs a product with bfloat16 or 8-bit integers, whatever its rows: one row too is read from
-/// memory no faster without tiles.
+/// Runs a product with bfloat16 or 8-bit integers, of however few rows: those wait for the panels
+/// to come from memory, with tiles or without.
 ///
 /// # Safety
 /// The processor has AMX; the job's pointers have the rows that it says.

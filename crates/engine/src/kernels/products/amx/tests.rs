@@ -5,9 +5,10 @@ use std::arch::asm;
 
 use half::bf16;
 
-use super::super::super::Instructions;
-use super::Shapes;
+use super::super::super::{Activation, Format, Instructions, Matrix, Packed, Precision, multiply};
+use super::super::{Job, Output, Words};
 use super::emulated::{self, Tiles};
+use super::{Shapes, repeat, run_job};
 
 /// Whether there is AVX-512, of which AMX is an extension.
 fn here() -> bool {
@@ -328,6 +329,113 @@ fn bfloat16_is_added_up_in_the_order_of_the_manual() {
     assert_eq!(factors.sums[1][0], 0);
     assert_eq!(f32::from_bits(factors.sums[2][1]), 2f32.powi(-126));
     assert_eq!(factors.sums[2][2], 0);
+}
+
+/// Words in front of a page that nobody may read.
+struct Guarded {
+    start: *mut libc::c_void,
+    end: *mut u32,
+}
+
+const PAGES: usize = 1 << 16;
+
+impl Guarded {
+    fn new() -> Self {
+        // SAFETY: new memory, of which the last pages are closed.
+        unsafe {
+            let (protection, kind) = (
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            );
+            let start = libc::mmap(std::ptr::null_mut(), 2 * PAGES, protection, kind, -1, 0);
+            assert_ne!(start, libc::MAP_FAILED);
+            let end = start.byte_add(PAGES);
+            assert_eq!(libc::mprotect(end, PAGES, libc::PROT_NONE), 0);
+            Self {
+                start,
+                end: end.cast(),
+            }
+        }
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        // SAFETY: what was mapped, and nobody uses it any more.
+        unsafe { libc::munmap(self.start, 2 * PAGES) };
+    }
+}
+
+/// A share of three panels, of rows of 64 numbers that end where nobody may read.
+fn check_share(rows: usize, panels: std::ops::Range<usize>) {
+    let (inputs, outputs) = (64, 192);
+    let whole = |count: usize, of: usize| -> Vec<f32> {
+        (0..count).map(|at| (at * 7 % of) as f32 - 3.0).collect()
+    };
+    let (input, weights) = (whole(rows * inputs, 11), whole(outputs * inputs, 13));
+    let pack = |set| Packed::new(set, Precision::Bf16, &weights, None, inputs);
+    let due = multiply(
+        &pack(Instructions::Avx512Bf16),
+        &Matrix::from_floats(&input, inputs),
+        Activation::Identity,
+        Format::F32,
+    );
+    let guarded = Guarded::new();
+    let mut output = Matrix::from_floats(&vec![0.0; rows * outputs], outputs);
+    // SAFETY: there is room for the input, and each row has 32 words.
+    unsafe {
+        let start = guarded.end.sub(rows * inputs / 2);
+        for (at, value) in input.iter().enumerate() {
+            *start.cast::<u16>().add(at) = bf16::from_f32(*value).to_bits();
+        }
+        run_job(&Job {
+            weights: &pack(Instructions::Amx),
+            panels: panels.clone(),
+            input: Words {
+                start,
+                stride: inputs / 2,
+            },
+            rows,
+            row_scales: std::ptr::null(),
+            output: Output {
+                start: output.pointer_mut(),
+                width: outputs,
+                stride: outputs,
+                format: Format::F32,
+            },
+            activation: Activation::Identity,
+        });
+    }
+    for (at, (value, due)) in output.floats().iter().zip(due.floats()).enumerate() {
+        let inside = panels.contains(&(at % outputs / 64));
+        assert_eq!(
+            *value,
+            if inside { *due } else { 0.0 },
+            "{rows} rows, {panels:?}, at {at}"
+        );
+    }
+}
+
+#[test]
+fn no_row_beyond_the_last_is_read() {
+    if !here() {
+        return;
+    }
+    for rows in [1, 15, 16, 17, 31, 32, 33, 48, 60, 64, 65, 95] {
+        check_share(rows, 0..3);
+        check_share(rows, 1..3);
+    }
+}
+
+#[test]
+fn the_measure_of_the_peak_runs() {
+    if !here() {
+        return;
+    }
+    for precision in [Precision::Bf16, Precision::Int8] {
+        // SAFETY: the set is there.
+        unsafe { repeat(precision, &[0; 4096], 2) };
+    }
 }
 
 #[test]

@@ -23,9 +23,11 @@ share of the cores each. The ratios are to the fastest peer of the same number f
 the cosines to the vectors of sentence-transformers in f32."""
 SERVED_TEXT = """\
 One sentence a request. Andon answers gRPC under `andon bench`; the peers are FastAPI in
-one process of uvicorn, written in the style that was fastest, and answer JSON under
-wrk. *With a batcher* means that what waits is computed together. Server and load share
-the machine. The ratio is to the fastest peer at the same number in flight."""
+one process of uvicorn and answer JSON under wrk, each in the styles that were fastest at
+one level or another: *one at a time* and *two at once* are coroutines that call an
+executor, *a thread a call* is FastAPI's pool, and *a batcher* computes together what
+waits. Server and load share the machine. The ratio is to the fastest peer of the same
+number format at the same number in flight."""
 DIGITS_TEXT = """\
 64 numbers a request: the network of `digits`, in Andon over gRPC, and with the same
 weights in scikit-learn behind FastAPI over JSON."""
@@ -69,19 +71,21 @@ def served_tables(report):
     parts = []
     for concurrency in CONCURRENCY:
         entries = [e for e in report["entries"] if e["concurrency"] == concurrency]
-        best = max((e["median"]["requests_per_second"] for e in entries if not e["andon"]),
-                   default=0)
-        rows = [
-            [
-                entry["title"],
-                rate(entry["median"]["requests_per_second"]),
-                ratio(entry["median"]["requests_per_second"], best),
-                micros(entry["median"]["p50_us"]),
-                micros(entry["median"]["p99_us"]),
-                micros(entry["median"]["cpu_us"]),
+        rows = []
+        for entry in entries:
+            peers = [
+                other["median"]["requests_per_second"] for other in entries
+                if not other["andon"] and other["dtype"] == entry["dtype"]
             ]
-            for entry in entries
-        ]
+            median = entry["median"]
+            rows.append([
+                entry["title"],
+                rate(median["requests_per_second"]),
+                ratio(median["requests_per_second"], max(peers, default=0)),
+                micros(median["p50_us"]),
+                micros(median["p99_us"]),
+                micros(median["cpu_us"]),
+            ])
         columns = [f"{concurrency} in flight", "requests/s", "of best peer", "p50", "p99",
                    "processor per request"]
         parts.append(table(columns, rows))
@@ -109,7 +113,7 @@ def bars(reports):
 
 def plot(panels):
     """Horizontal bars as SVG, readable on a light and on a dark page."""
-    label, width, line = 250, 400, 22
+    label, width, line = 270, 400, 22
     parts, y = [], 10
     for title, entries in panels:
         most = max((value for _, value, _ in entries), default=0) or 1

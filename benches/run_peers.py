@@ -63,14 +63,23 @@ LIBRARIES = [
     ("openvino", "bf16"),
 ]
 REFERENCE = "sentence-transformers f32"
-# Library, dtype, and the style of benches/peers/server.py: the fastest of those that
-# were tried at 8 in flight for each, and the best library with a batcher as well.
+# Library, dtype, and the style of benches/peers/server.py with its streams. All styles
+# were tried for each; these are the fastest at one level or another.
 SERVERS = [
-    ("sentence-transformers", "f32", "executor", 1),
+    ("sentence-transformers", "f32", "batch", 1),
+    ("onnxruntime", "f32", "executor", 1),
     ("onnxruntime", "f32", "executor", 2),
-    ("openvino", "bf16", "executor", 2),
+    ("openvino", "bf16", "threads", 1),
     ("openvino", "bf16", "batch", 1),
+    ("onnxruntime", "int8", "executor", 2),
+    ("onnxruntime", "int8", "batch", 1),
 ]
+STYLES = {
+    ("threads", 1): "a thread a call",
+    ("executor", 1): "one at a time",
+    ("executor", 2): "two at once",
+    ("batch", 1): "a batcher",
+}
 TITLES = {
     "sentence-transformers": "sentence-transformers",
     "onnxruntime": "ONNX Runtime",
@@ -83,8 +92,8 @@ PACKAGES = {
     "digits": ["fastapi", "uvicorn", "scikit-learn"],
 }
 LIBRARY_COMMAND = (
-    "target/release/andon-library-bench --model models/minilm/1 --dtype {dtype}"
-    " --corpora target/peers"
+    "target/release/examples/library models/minilm/1 {dtype} auto"
+    " short=target/peers/short.txt long=target/peers/long.txt"
 )
 
 
@@ -238,10 +247,10 @@ def served_scenario(options, folder):
     with Processes(folder) as processes:
         bodies, targets = sentence_bodies(processes.folder), []
         for library, dtype, style, streams in SERVERS:
-            batcher = " with a batcher" if style == "batch" else ""
-            arguments = [library, "--dtype", dtype, "--style", style, "--streams", streams]
-            title = f"{TITLES[library]} {dtype}{batcher}"
-            targets.append(fastapi_target(processes, title, arguments, "/embed", bodies))
+            if dtype in options.formats:
+                arguments = [library, "--dtype", dtype, "--style", style, "--streams", streams]
+                title = f"{TITLES[library]} {dtype}, {STYLES[style, streams]}"
+                targets.append(fastapi_target(processes, title, arguments, "/embed", bodies))
         for dtype in [] if options.without_andon else options.formats:
             load = ["--texts", SENTENCES]
             targets.append(andon_target(processes, f"Andon {dtype}", repository(dtype), load))
@@ -266,10 +275,15 @@ def levels(processes, targets, model, options):
     samples = measure(processes, targets, cases, options)
     found = medians(samples)
     return {"entries": [
-        {"title": name, "andon": name.startswith("Andon"), "concurrency": concurrency,
-         "median": found[(name, case, concurrency)], "rounds": rounds}
+        {"title": name, "andon": name.startswith("Andon"), "dtype": dtype_of(name),
+         "concurrency": concurrency, "median": found[(name, case, concurrency)], "rounds": rounds}
         for (name, case, concurrency), rounds in samples.items()
     ]}
+
+
+def dtype_of(title):
+    """The number format in a title; none for the digits."""
+    return next((dtype for dtype in FORMATS if dtype in title), None)
 
 
 SCENARIOS = {"library": library_scenario, "served": served_scenario, "digits": digits_scenario}

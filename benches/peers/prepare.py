@@ -5,7 +5,9 @@
 short.txt          the sentences of benches/sentences.txt, 9 to 50 tokens, 29 on average
 long.txt           32 texts of joined sentences; each is a whole input of 256 tokens
 minilm.onnx        the model, with pooling and norm, from the exporter of PyTorch
-minilm-int8.onnx   its weights as int8, activations as they come (quantize_dynamic)
+minilm-int8.onnx   its weights as int8 with a scale for each channel, activations as they
+                   come (quantize_dynamic); one scale for all is 5 % faster, but its
+                   mean cosine is 0.96 instead of 0.99
 minilm.xml, .bin   OpenVINO's form. It is converted from PyTorch: OpenVINO then sees
                    the attention as one operation, which the ONNX file hides from it
 
@@ -94,7 +96,8 @@ def write_onnx(path):
 def write_int8(path):
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(PEERS / "minilm.onnx", path, weight_type=QuantType.QInt8)
+    source = PEERS / "minilm.onnx"
+    quantize_dynamic(source, path, per_channel=True, weight_type=QuantType.QInt8)
 
 
 def write_openvino(path):

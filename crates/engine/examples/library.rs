@@ -1,14 +1,20 @@
 //! What the engine computes in a second, without a server around it.
 //!
 //! `library MODEL DTYPE KERNELS NAME=TEXTS...` loads the folder MODEL, tokenizes each file of
-//! texts, one on a line, and answers lines `{"corpus": NAME, "seconds": S}` on its input with
-//! `{"texts_per_second": R, "tokens_per_second": T}`, so that a driver can ask it and its peers
-//! in turn. Tokenizing is not counted.
+//! texts, one on a line, says `{"ready": true, "vectors": true}`, and answers each line of its
+//! input with one, so that a driver can ask it and its peers in turn (`benches/run_peers.py`):
+//!
+//! - `{"corpus": NAME, "seconds": S}`: how many texts it computes in a second, in whole passes
+//!   over the corpus, at least one. Tokenizing is not counted.
+//! - `{"corpus": NAME, "vectors": FILE}`: writes the vectors, of length one, as little-endian
+//!   floats in the order of the corpus.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
 
 use engine::{DeviceChoice, LoadOptions, Model, Text, TextRow, TokenRow, Truncation, Wanted, load};
 
@@ -38,52 +44,68 @@ fn main() -> Result<(), Failure> {
         let rows = rows.map(|line| tokenizer.encode(Text::One(line), Truncation::Right));
         texts.insert(name.to_owned(), rows.collect::<Result<Vec<_>, _>>()?);
     }
+    println!("{}", json!({"ready": true, "vectors": true}));
     for line in std::io::stdin().lock().lines() {
-        let request: serde_json::Value = serde_json::from_str(&line?)?;
+        let request: Value = serde_json::from_str(&line?)?;
         let corpus = request["corpus"].as_str().ok_or("corpus")?;
-        let seconds = request["seconds"].as_f64().ok_or("seconds")?;
         let rows = texts.get(corpus).ok_or("no such corpus")?;
-        let answer = measure(&mut model, rows, Duration::from_secs_f64(seconds))?;
+        let answer = match (&request["vectors"], request["seconds"].as_f64()) {
+            (Value::String(file), _) => write_vectors(&mut model, rows, file)?,
+            (_, Some(seconds)) => measure(&mut model, rows, Duration::from_secs_f64(seconds))?,
+            _ => json!({"error": "ask for seconds or for vectors"}),
+        };
         println!("{answer}");
         std::io::stdout().flush()?;
     }
     Ok(())
 }
 
-/// Goes through the texts in batches again and again.
-fn measure(
-    model: &mut Model,
-    texts: &[TokenRow],
-    time: Duration,
-) -> Result<serde_json::Value, Failure> {
-    let mut batches: Vec<Vec<TextRow<'_>>> = vec![Vec::new()];
-    let mut tokens = 0;
+/// The texts as a server would compute them.
+fn batches(texts: &[TokenRow]) -> Vec<Vec<TextRow<'_>>> {
+    let (mut batches, mut batch, mut tokens) = (Vec::new(), Vec::new(), 0);
     for row in texts {
         if tokens + row.ids.len() > BATCH_TOKENS {
-            batches.push(Vec::new());
+            batches.push(std::mem::take(&mut batch));
             tokens = 0;
         }
         tokens += row.ids.len();
-        batches.last_mut().ok_or("no batch")?.push(TextRow {
+        batch.push(TextRow {
             tokens: row,
             wanted: Wanted::Pooled,
         });
     }
+    batches.push(batch);
+    batches
+}
+
+fn measure(model: &mut Model, texts: &[TokenRow], time: Duration) -> Result<Value, Failure> {
+    let batches = batches(texts);
     let start = Instant::now();
-    let (mut rows, mut tokens) = (0, 0);
-    while start.elapsed() < time {
+    let mut passes = 0;
+    while passes == 0 || start.elapsed() < time {
         for batch in &batches {
             model.network.forward_text(batch, &|| true)?;
-            rows += batch.len();
-            tokens += batch.iter().map(|row| row.tokens.ids.len()).sum::<usize>();
-            if start.elapsed() >= time {
-                break;
-            }
         }
+        passes += 1;
     }
     let seconds = start.elapsed().as_secs_f64();
-    Ok(serde_json::json!({
-        "texts_per_second": rows as f64 / seconds,
-        "tokens_per_second": tokens as f64 / seconds,
+    let tokens: usize = texts.iter().map(|row| row.ids.len()).sum();
+    Ok(json!({
+        "texts_per_second": (passes * texts.len()) as f64 / seconds,
+        "tokens_per_second": (passes * tokens) as f64 / seconds,
+        "texts": passes * texts.len(),
+        "seconds": seconds,
     }))
+}
+
+fn write_vectors(model: &mut Model, texts: &[TokenRow], file: &str) -> Result<Value, Failure> {
+    let mut bytes = Vec::new();
+    for batch in batches(texts) {
+        for mut vector in model.network.forward_text(&batch, &|| true)? {
+            engine::normalize(&mut vector);
+            bytes.extend(vector.iter().flat_map(|number| number.to_le_bytes()));
+        }
+    }
+    std::fs::write(file, bytes)?;
+    Ok(json!({"texts": texts.len(), "width": model.card.width}))
 }

@@ -9,7 +9,7 @@ ADMIN ?= 127.0.0.1:8002
 CUDA_COMPUTE_CAP ?= 80
 
 .DEFAULT_GOAL := help
-.PHONY: help run build build-cuda models fleet test check bench chaos clean-models
+.PHONY: help run build build-cuda models fleet test check bench bench-peers chaos
 
 help: ## Lists the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,11 @@ bench: build models ## Measures; writes docs/benchmarks.md
 	bash benches/setup.sh
 	cargo build --release --locked -p fleet-tests --bins
 	$(VENV)/bin/python benches/run.py
+
+bench-peers: build models ## Measures beside other libraries and servers; writes docs/benchmarks.md
+	bash benches/setup.sh benches/requirements.txt benches/peers/requirements.txt
+	cargo build --release --locked -p engine --example library
+	$(VENV)/bin/python benches/run_peers.py
 
 chaos: build models ## Breaks a fleet for some minutes and reports what was lost
 	cargo build --release --locked -p fleet-tests --bins

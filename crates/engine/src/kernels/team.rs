@@ -153,8 +153,10 @@ impl Team {
         // Under the lock: a helper that is about to sleep holds it from its last look on.
         self.count.fetch_add(1, Ordering::SeqCst);
         drop(offers);
-        if self.sleepers.load(Ordering::SeqCst) > 0 {
-            self.wake.notify_all();
+        // As many as there are tasks for: on a large machine most may sleep on.
+        let sleepers = self.sleepers.load(Ordering::SeqCst);
+        for _ in 0..sleepers.min(work.tasks - 1) {
+            self.wake.notify_one();
         }
     }
 

@@ -19,9 +19,10 @@ use crate::queue::{Part, Queue, QueueLimits, Refusal, Rows, split};
 /// Texts shorter than this altogether are tokenized where they arrive; more go
 /// to a blocking thread, since the network's threads must not stall.
 const INLINE_BYTES_MAX: usize = 4096;
-/// Rows of numbers that take less are computed where they arrive: waking the
-/// model's thread and being woken by it takes about as long.
-const AT_ONCE: Duration = Duration::from_micros(50);
+/// Rows of numbers that read fewer bytes of weights, counted once for each row,
+/// are computed where they arrive: some microseconds, where waking the model's
+/// thread and being woken by it takes tens.
+const AT_ONCE_BYTES: u64 = 4 << 20;
 
 /// What one model is held to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -134,11 +135,12 @@ impl ServedModel {
     ) -> Result<Self, EngineError> {
         let mut model = engine::load(folder, options)?;
         warm_up(&mut model)?;
-        let at_once = match model.card.task {
-            engine::Task::Tabular => AT_ONCE,
-            _ => Duration::ZERO,
+        let at_once_max = match model.card.task {
+            engine::Task::Tabular => AT_ONCE_BYTES / model.card.weight_bytes.max(1),
+            _ => 0,
         };
-        let queue = Arc::new(Queue::new(limits.queue.clone(), at_once));
+        let at_once_max = usize::try_from(at_once_max).unwrap_or(usize::MAX);
+        let queue = Arc::new(Queue::new(limits.queue.clone(), at_once_max));
         let metrics = metrics.model(&name, version, queue.clone());
         let instance = Instance::new(model.network, queue.clone(), metrics.clone());
         let instance = Arc::new(instance);

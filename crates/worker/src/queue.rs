@@ -123,8 +123,8 @@ pub struct Dropped {
 #[derive(Debug)]
 pub struct Queue {
     limits: QueueLimits,
-    /// What takes no longer, its caller may compute itself.
-    at_once: Duration,
+    /// So many tokens, or rows of numbers, their caller may compute itself.
+    at_once_max: usize,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -175,11 +175,11 @@ pub struct Batch {
 }
 
 impl Queue {
-    /// An empty queue. `at_once`: see [`push`](Self::push).
-    pub fn new(limits: QueueLimits, at_once: Duration) -> Self {
+    /// An empty queue. `at_once_max`: see [`push`](Self::push).
+    pub fn new(limits: QueueLimits, at_once_max: usize) -> Self {
         Self {
             limits,
-            at_once,
+            at_once_max,
             state: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -221,9 +221,9 @@ impl Queue {
 
     /// Queues the parts of one request together, or refuses them at once.
     ///
-    /// Where nothing waits or computes and they take less than `at_once`,
-    /// they come back as a batch: the caller had better
-    /// compute it than wake another thread, which would take longer.
+    /// Where nothing waits or computes and they have at most `at_once_max`
+    /// tokens, they come back as a batch: the caller had better compute it than
+    /// wake another thread, which would take longer.
     pub fn push(&self, parts: Vec<Part>) -> Result<Option<Batch>, Refusal> {
         let rows: usize = parts.iter().map(|part| part.rows.count()).sum();
         let tokens: usize = parts.iter().map(|part| part.rows.tokens()).sum();
@@ -269,12 +269,8 @@ impl Queue {
     }
 
     fn is_at_once(&self, state: &State, rows: usize, tokens: usize) -> bool {
-        let is_known = state.token_seconds > 0.0;
         let fits = rows <= self.limits.batch_rows_max && tokens <= self.limits.batch_tokens_max;
-        fits && is_known
-            && state.busy_tokens == 0
-            && self.limits.delay.is_zero()
-            && state.compute(tokens) < self.at_once
+        fits && tokens <= self.at_once_max && state.busy_tokens == 0 && self.limits.delay.is_zero()
     }
 
     /// Refuses every further part and wakes the device thread, which finishes

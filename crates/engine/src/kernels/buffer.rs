@@ -1,4 +1,4 @@
-//! Memory of 64-byte lines: an arena for what a forward pass needs, and large pages for weights.
+//! Memory of 64-byte lines: an arena for what a forward pass needs, and zeros for weights.
 
 use std::cell::RefCell;
 
@@ -6,8 +6,6 @@ use std::cell::RefCell;
 const WORDS: usize = 16;
 /// What a thread keeps for its next matrices; more is given back.
 const KEPT_BYTES_MAX: usize = 64 << 20;
-/// Below this, asking for large pages is not worth a call.
-const LARGE_BYTES_MIN: usize = 1 << 20;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -43,14 +41,9 @@ impl Buffer {
         Self { lines }
     }
 
-    /// Exactly enough zeros for this many words, in large pages where the system has them. Not
-    /// of the arena.
+    /// Exactly enough zeros for this many words, not of the arena.
     pub(super) fn zeros(words: usize) -> Vec<Zeroed> {
-        let needed = words.div_ceil(WORDS);
-        let mut lines: Vec<Zeroed> = Vec::with_capacity(needed);
-        advise_large_pages(lines.as_ptr().cast(), needed * size_of::<Line>());
-        lines.resize(needed, Zeroed(EMPTY));
-        lines
+        vec![Zeroed(EMPTY); words.div_ceil(WORDS)]
     }
 
     pub(super) fn words(&self) -> usize {
@@ -99,27 +92,3 @@ impl Zeroed {
         self.0.0[place] = word;
     }
 }
-
-/// Asks for pages of 2 MiB: a forward pass walks through all weights, and with pages of 4 KiB
-/// their addresses alone overflow the processor's tables.
-#[cfg(target_os = "linux")]
-fn advise_large_pages(start: *const u8, bytes: usize) {
-    const PAGE: usize = 4096;
-    if bytes < LARGE_BYTES_MIN {
-        return;
-    }
-    let first = start.addr().next_multiple_of(PAGE);
-    let end = (start.addr() + bytes) / PAGE * PAGE;
-    // SAFETY: whole pages inside of an allocation of ours; the advice changes no content. Whether
-    // it is followed does not matter.
-    unsafe {
-        libc::madvise(
-            start.with_addr(first).cast_mut().cast(),
-            end.saturating_sub(first),
-            libc::MADV_HUGEPAGE,
-        );
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn advise_large_pages(_start: *const u8, _bytes: usize) {}

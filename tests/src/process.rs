@@ -16,6 +16,8 @@ pub struct Andon {
     child: Child,
     /// Where it serves gRPC.
     pub grpc: SocketAddr,
+    /// Where a gateway serves HTTP.
+    pub http: SocketAddr,
     /// Where it serves metrics and probes.
     pub admin: SocketAddr,
     /// Where it logs.
@@ -53,7 +55,15 @@ impl Andon {
     /// Starts a role; it may not be ready yet.
     pub fn start(role: &str, flags: &[String], grpc: Option<SocketAddr>) -> Result<Self> {
         let program = crate::program("andon")?;
-        Self::run(Command::new(program).arg(role), flags, grpc)
+        let mut command = Command::new(program);
+        command.arg(role);
+        let http = free_port()?;
+        if role != "worker" {
+            command.args(["--http-addr", &http.to_string()]);
+        }
+        let mut started = Self::run(&mut command, flags, grpc)?;
+        started.http = http;
+        Ok(started)
     }
 
     /// Starts a program that takes the same flags.
@@ -74,6 +84,7 @@ impl Andon {
         Ok(Self {
             child,
             grpc,
+            http: grpc,
             admin,
             log,
         })

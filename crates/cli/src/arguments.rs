@@ -29,7 +29,12 @@ pub struct Andon {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Gateway and worker in one process
-    #[command(after_help = "Example:\n  andon serve --repository models")]
+    #[command(
+        after_help = "Example:\n  andon serve --repository models",
+        // On loopback nobody needs a key.
+        mut_arg("grpc_addr", |argument| argument.default_value("127.0.0.1:8001")),
+        mut_arg("http_addr", |argument| argument.default_value("127.0.0.1:8000")),
+    )]
     Serve(Box<Serve>),
     /// Takes calls and forwards them to workers
     #[command(

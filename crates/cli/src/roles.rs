@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use gateway::FleetSettings;
+use gateway::{FleetSettings, GatewaySettings};
 use platform::channel::Target;
 use platform::drain::{self, Trigger};
 use platform::health::Health;
@@ -54,9 +54,21 @@ impl Role {
         })
     }
 
-    /// Opens both ports; the second is the gRPC port.
+    /// Opens the two ports that every role has; the second is the gRPC port.
     fn bind(&self) -> anyhow::Result<(TcpListener, TcpListener)> {
         Ok((bind(self.admin_addr)?, bind(self.grpc_addr)?))
+    }
+
+    /// Opens the HTTP port of a gateway, if its callers may have both doors.
+    fn bind_http(
+        &self,
+        gateway: &gateway::Gateway,
+        settings: &GatewaySettings,
+    ) -> anyhow::Result<TcpListener> {
+        for address in [self.grpc_addr, settings.http_addr] {
+            gateway.may_serve(address, settings.auth.insecure)?;
+        }
+        Ok(bind(settings.http_addr)?)
     }
 
     fn admin(&self, listener: TcpListener, health: Vec<Health>) -> Owned {
@@ -106,14 +118,19 @@ pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
         role.process.clone(),
         inside,
     )?;
+    let http = role.bind_http(&gateway, &arguments.gateway)?;
     let (admin, grpc) = role.bind()?;
-    let addresses = (grpc.local_addr()?, admin.local_addr()?);
+    let addresses = Addresses {
+        grpc: grpc.local_addr()?,
+        http: http.local_addr()?,
+        admin: admin.local_addr()?,
+    };
     // The worker's waits for all models; the gateway's follows the drain.
     let _admin = role.admin(admin, vec![worker.health.clone(), gateway.health.clone()]);
     let _examples = owned(print_examples(addresses, worker.health.clone()));
     let serving = async {
         let gateway = async {
-            gateway.run(Listener::Tcp(grpc)).await;
+            gateway.run(Listener::Tcp(grpc), Listener::Tcp(http)).await;
             worker_trigger.drain(Duration::ZERO).await;
         };
         tokio::join!(worker.run(Listener::Memory(acceptor)), gateway);
@@ -132,10 +149,12 @@ pub async fn gateway(arguments: arguments::Gateway) -> anyhow::Result<()> {
         role.process.clone(),
         Vec::new(),
     )?;
+    let http = role.bind_http(&gateway, &arguments.gateway)?;
     let (admin, grpc) = role.bind()?;
-    tracing::info!(grpc = %grpc.local_addr()?, admin = %admin.local_addr()?, "gateway");
+    tracing::info!(grpc = %grpc.local_addr()?, http = %http.local_addr()?, admin = %admin.local_addr()?, "gateway");
     let _admin = role.admin(admin, vec![gateway.health.clone()]);
-    role.run(gateway.run(Listener::Tcp(grpc))).await
+    let serving = gateway.run(Listener::Tcp(grpc), Listener::Tcp(http));
+    role.run(serving).await
 }
 
 /// `andon worker`
@@ -149,8 +168,15 @@ pub async fn worker(arguments: arguments::Worker) -> anyhow::Result<()> {
     role.run(worker.run(Listener::Tcp(grpc))).await
 }
 
+/// The open ports of `andon serve`.
+struct Addresses {
+    grpc: SocketAddr,
+    http: SocketAddr,
+    admin: SocketAddr,
+}
+
 /// Prints calls that work when pasted, once models are ready.
-async fn print_examples((grpc, admin): (SocketAddr, SocketAddr), health: Health) {
+async fn print_examples(addresses: Addresses, health: Health) {
     while !health.ready() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -161,18 +187,22 @@ async fn print_examples((grpc, admin): (SocketAddr, SocketAddr), health: Health)
             address.to_string()
         }
     };
-    let (grpc, admin) = (local(grpc), local(admin));
+    let grpc = local(addresses.grpc);
+    let http = local(addresses.http);
+    let admin = local(addresses.admin);
     let andon = std::env::args()
         .next()
         .unwrap_or_else(|| "andon".to_owned());
     println!(
-        "\nAndon is ready: gRPC on {grpc}, metrics on http://{admin}/metrics\n\nTry it:\n  \
+        "\nAndon is ready: gRPC on {grpc}, HTTP on http://{http}, metrics on http://{admin}/metrics\n\n\
+         Try it in a browser: http://{http}/docs\nOr paste:\n  \
          {andon} models list --address {grpc}\n  \
          grpcurl -plaintext {grpc} list"
     );
     if health.serving("minilm") {
         println!(
             "  {andon} infer minilm \"A lantern around a candle\" --address {grpc}\n  \
+             curl http://{http}/v1/embeddings -H 'content-type: application/json' -d '{{\"model\":\"minilm\",\"input\":\"A lantern around a candle\"}}'\n  \
              grpcurl -plaintext -H 'andon-model: minilm' -d '{{\"inputs\":\"A lantern around a candle\",\"normalize\":true}}' {grpc} tei.v1.Embed/Embed\n  \
              grpcurl -plaintext -d '{{\"model_name\":\"minilm\",\"inputs\":[{{\"name\":\"text\",\"datatype\":\"BYTES\",\"shape\":[1],\
              \"contents\":{{\"bytes_contents\":[\"aGVsbG8=\"]}}}}]}}' {grpc} inference.GRPCInferenceService/ModelInfer"

@@ -1,8 +1,12 @@
 //! Takes calls, chooses workers and forwards tensor bytes untouched. The whole
 //! order stands in [`stack`].
 
+pub mod auth;
 mod balance;
+mod cache;
 mod discover;
+mod http;
+mod limit;
 mod metrics;
 mod route;
 mod service;
@@ -10,23 +14,30 @@ mod shed;
 pub mod stack;
 mod upstream;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use platform::channel::Target;
 use platform::drain::Phase;
 use platform::health::Health;
-use platform::server::{Listener, Server, ServerSettings};
+use platform::server::{Grpc, Http, Listener, Server, ServerSettings};
 use platform::tasks::{Owned, owned};
+use platform::tls::{Tls, TlsError, TlsSettings};
 use platform::{CommonServices, Process};
 use protocol::{DESCRIPTORS, SERVICES};
 
+use crate::http::HttpSettings;
+use auth::{Auth, AuthSettings, PolicyError};
 use balance::Balance;
+use cache::{Cache, CacheSettings};
 use discover::DiscoverSettings;
+use limit::{Limit, LimitSettings};
 use metrics::{GatewayMetrics, Readings};
 use route::Routes;
 use shed::Shed;
 use stack::{Layers, Stack};
+use upstream::provider::{Catalogue, CatalogueError, ProviderSettings};
 
 /// Where a gateway finds workers.
 #[derive(Debug, Clone, clap::Args)]
@@ -46,6 +57,27 @@ pub struct FleetSettings {
 /// What a gateway is held to.
 #[derive(Debug, Clone, clap::Args)]
 pub struct GatewaySettings {
+    /// Where HTTP is served
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8000")]
+    pub http_addr: SocketAddr,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "their fields are documented")]
+    pub http: HttpSettings,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "their fields are documented")]
+    pub tls: TlsSettings,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "their fields are documented")]
+    pub auth: AuthSettings,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "their fields are documented")]
+    pub limit: LimitSettings,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "their fields are documented")]
+    pub cache: CacheSettings,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "their fields are documented")]
+    pub providers: ProviderSettings,
     /// Calls that may be under way; more are refused at once
     #[arg(long, value_name = "COUNT", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
     pub calls_max: u32,
@@ -61,7 +93,7 @@ fn host_and_port(text: &str) -> Result<String, String> {
     let valid = text
         .rsplit_once(':')
         .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
-    let parses = text.parse::<http::uri::Authority>().is_ok();
+    let parses = text.parse::<::http::uri::Authority>().is_ok();
     if valid && parses {
         return Ok(text.to_owned());
     }
@@ -72,8 +104,24 @@ fn host_and_port(text: &str) -> Result<String, String> {
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
     /// There is nobody to forward to.
-    #[error("no workers: give --worker HOST:PORT or --worker-dns NAME:PORT")]
+    #[error(
+        "nobody to forward to: give --worker HOST:PORT, --worker-dns NAME:PORT or --providers FILE"
+    )]
     NoWorkers,
+    /// The certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The policy or the keys cannot be used.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The catalogue of providers cannot be used.
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+    /// Anybody could call.
+    #[error(
+        "{0} is not a loopback address, and nobody is asked who they are: give --policy FILE, or --insecure if something else guards the port"
+    )]
+    Open(SocketAddr),
     /// The descriptors are broken: the build is.
     #[error("the descriptors of the services cannot be read: {0}")]
     Descriptors(String),
@@ -84,6 +132,7 @@ pub enum GatewayError {
 pub struct Gateway {
     stack: Stack,
     server: Server,
+    http: HttpSettings,
     discover: DiscoverSettings,
     process: Process,
     /// Follows the workers and the drain.
@@ -102,14 +151,17 @@ impl Gateway {
     ) -> Result<Self, GatewayError> {
         let mut targets = inside;
         targets.extend(fleet.worker.into_iter().map(Target::Tcp));
-        if targets.is_empty() && fleet.worker_dns.is_empty() {
+        let catalogue = Arc::new(Catalogue::new(&settings.providers)?);
+        if targets.is_empty() && fleet.worker_dns.is_empty() && catalogue.providers.is_empty() {
             return Err(GatewayError::NoWorkers);
         }
+        let auth = Arc::new(Auth::new(&settings.auth)?);
         let metrics = GatewayMetrics::register(&process.metrics);
         let health = Health::default();
         let common = CommonServices::new(&health, DESCRIPTORS)
             .map_err(|error| GatewayError::Descriptors(error.to_string()))?;
-        let (routes, limits) = (Arc::new(Routes::default()), server.message_limits());
+        let routes = Arc::new(Routes::new(catalogue));
+        let limits = server.message_limits();
         let shed = Arc::new(Shed::new(
             settings.calls_max as usize,
             metrics.shed("calls_max"),
@@ -125,7 +177,10 @@ impl Gateway {
         let balance = metrics.balance.clone();
         let stack = Stack(Arc::new(Layers {
             shed,
+            limit: Limit::new(&settings.limit, auth.clone()),
+            auth,
             routes,
+            cache: Cache::new(&settings.cache),
             balance: Balance::new(settings.retry_tokens, limits.clone(), balance),
             limits,
             common,
@@ -135,6 +190,7 @@ impl Gateway {
         }));
         Ok(Self {
             stack,
+            http: settings.http.clone(),
             discover: DiscoverSettings {
                 targets,
                 names: fleet.worker_dns,
@@ -147,14 +203,24 @@ impl Gateway {
                 settings: server,
                 metrics: process.connections.clone(),
                 shards: process.shards.clone(),
+                tls: Tls::new(&settings.tls)?,
             },
             process,
             health,
         })
     }
 
-    /// Finds workers and answers calls until the process has drained.
-    pub async fn run(self, listener: Listener) {
+    /// An error when an address is public and nobody is asked who they are.
+    pub fn may_serve(&self, address: SocketAddr, insecure: bool) -> Result<(), GatewayError> {
+        if address.ip().is_loopback() || insecure || self.stack.0.auth.asks() {
+            return Ok(());
+        }
+        Err(GatewayError::Open(address))
+    }
+
+    /// Finds workers and answers calls at both doors until the process has
+    /// drained.
+    pub async fn run(self, grpc: Listener, http: Listener) {
         let layers = &self.stack.0;
         let _health = self.follow_health();
         let _discovery = discover::start(
@@ -162,9 +228,20 @@ impl Gateway {
             layers.routes.clone(),
             layers.metrics.clone(),
         );
-        self.server
-            .run(listener, self.stack, self.process.drain)
-            .await;
+        let _certificates = self.server.tls.as_ref().map(Tls::follow);
+        let _policy = layers.auth.follow();
+        let _secrets = layers.routes.catalogue.follow();
+        let web = Server {
+            name: "http",
+            ..self.server.clone()
+        };
+        let router = http::router(self.stack.clone(), &self.http);
+        let drain = self.process.drain.clone();
+        tokio::join!(
+            self.server
+                .run(grpc, Grpc(self.stack.clone()), drain.clone()),
+            web.run(http, Http(router), drain),
+        );
     }
 
     /// Keeps the answers of health in step with the workers and the drain.

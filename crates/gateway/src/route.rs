@@ -9,8 +9,10 @@ use http::HeaderValue;
 use protocol::{Error, Kind, MODEL_KEY, ModelName, ModelVersion};
 use tokio::sync::watch;
 
-use crate::service::{Request, Wanted};
+use crate::auth::Caller;
+use crate::service::Wanted;
 use crate::upstream::Upstream;
+use crate::upstream::provider::{Catalogue, Chain, Provider};
 
 /// The models of all workers.
 #[derive(Debug, Default)]
@@ -37,29 +39,99 @@ struct VersionRoute {
     leaving: Vec<Arc<Upstream>>,
     /// Whether a worker that has it ready is out of reach or leaving.
     lost: bool,
+    /// What its workers agree on, when it is deterministic.
+    digest: Option<Arc<str>>,
+    /// Whether a worker has said what its digest is.
+    counted: bool,
 }
 
 /// Who can answer one request.
 #[derive(Debug, Clone)]
 pub struct Route {
-    model: Arc<ModelRoute>,
-    version: ModelVersion,
+    to: To,
     /// The model's name for the metadata of a call that named none.
     pub chosen: Option<HeaderValue>,
 }
 
+#[derive(Debug, Clone)]
+enum To {
+    Workers {
+        model: Arc<ModelRoute>,
+        version: ModelVersion,
+    },
+    Provider(Arc<Provider>),
+}
+
+/// How a request is answered.
+#[derive(Debug, Clone)]
+pub enum Plan {
+    /// By one model.
+    One(Route),
+    /// By the first of several that can.
+    Chain(Arc<Chain>),
+}
+
+impl Plan {
+    /// The name that the caller asked for, or the model that was chosen.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::One(route) => route.name(),
+            Self::Chain(chain) => &chain.name,
+        }
+    }
+}
+
 impl Route {
+    fn workers(model: &Arc<ModelRoute>, version: ModelVersion) -> Self {
+        Self {
+            to: To::Workers {
+                model: model.clone(),
+                version,
+            },
+            chosen: None,
+        }
+    }
+
     /// The model's name.
     pub fn name(&self) -> &str {
-        self.model.name.as_str()
+        match &self.to {
+            To::Workers { model, .. } => model.name.as_str(),
+            To::Provider(provider) => &provider.name,
+        }
+    }
+
+    /// What the model does, for example `embedding`.
+    pub fn task(&self) -> &str {
+        match &self.to {
+            To::Workers { model, .. } => &model.task,
+            To::Provider(provider) => &provider.task,
+        }
     }
 
     /// The workers that have the version, ready.
     pub fn upstreams(&self) -> &[Arc<Upstream>] {
-        self.model
-            .versions
-            .get(&self.version)
-            .map_or(&[], VersionRoute::able)
+        self.version().map_or(&[], VersionRoute::able)
+    }
+
+    /// What stands for the model version when its answers may be kept: its
+    /// workers agree on it and say that it is deterministic.
+    pub fn digest(&self) -> Option<&str> {
+        self.version()?.digest.as_deref()
+    }
+
+    /// The outside service that answers, where one does.
+    pub fn provider(&self) -> Option<&Arc<Provider>> {
+        match &self.to {
+            To::Provider(provider) => Some(provider),
+            To::Workers { .. } => None,
+        }
+    }
+
+    fn version(&self) -> Option<&VersionRoute> {
+        match &self.to {
+            To::Workers { model, version } => model.versions.get(version),
+            To::Provider(_) => None,
+        }
     }
 }
 
@@ -68,9 +140,19 @@ impl Route {
 pub struct Routes {
     table: RwLock<Arc<Table>>,
     changed: watch::Sender<u64>,
+    /// What outside services answer.
+    pub catalogue: Arc<Catalogue>,
 }
 
 impl Routes {
+    /// No workers yet.
+    pub fn new(catalogue: Arc<Catalogue>) -> Self {
+        Self {
+            catalogue,
+            ..Self::default()
+        }
+    }
+
     /// The table as it stands now.
     pub fn table(&self) -> Arc<Table> {
         self.table
@@ -100,16 +182,88 @@ impl Routes {
         let _ = tokio::time::timeout(Duration::from_secs(2), wait).await;
     }
 
-    /// The model version for a request, and who has it.
-    pub fn choose(&self, request: &Request) -> Result<Route, Error> {
-        let table = self.table();
-        match &request.wanted {
+    /// How a request is answered. The model that is named must be one that the
+    /// caller may call; where none is named, one of those is chosen.
+    pub fn choose(&self, wanted: &Wanted, caller: &Caller) -> Result<Plan, Error> {
+        match wanted {
             Wanted::Named {
                 name,
                 version,
                 field,
-            } => table.named(name, version, field),
-            Wanted::Doing(tasks) => table.doing(tasks),
+            } => {
+                caller.must_be_allowed(name)?;
+                if let Some(chain) = self.catalogue.chains.get(name) {
+                    return Ok(Plan::Chain(chain.clone()));
+                }
+                self.model(name, version, field).map(Plan::One)
+            }
+            Wanted::Doing(tasks) => self.doing(tasks, caller).map(Plan::One),
+        }
+    }
+
+    /// An error unless a model, an alias or a version of it can be called.
+    pub fn ready(&self, name: &str, version: &str) -> Result<(), Error> {
+        if self.catalogue.chains.contains_key(name) {
+            return Ok(());
+        }
+        self.model(name, version, "name").map(drop)
+    }
+
+    /// A model of a chain, whoever asks: they may call the chain.
+    pub fn member(&self, name: &str) -> Result<Route, Error> {
+        self.model(name, "", "model_name")
+    }
+
+    /// A model of a provider or of workers.
+    fn model(&self, name: &str, version: &str, field: &'static str) -> Result<Route, Error> {
+        match self.catalogue.providers.get(name) {
+            Some(provider) => Ok(Route {
+                to: To::Provider(provider.clone()),
+                chosen: None,
+            }),
+            None => self.table().named(name, version, field),
+        }
+    }
+
+    /// The only model that does one of these tasks.
+    fn doing(&self, tasks: &[&str], caller: &Caller) -> Result<Route, Error> {
+        let table = self.table();
+        let may = |name: &str| caller.tenant.may_call(name);
+        let mut able: Vec<Route> = table
+            .ready()
+            .filter(|route| tasks.contains(&route.task()) && may(route.name()))
+            .collect();
+        let providers = self.catalogue.providers.values();
+        able.extend(
+            providers
+                .filter(|p| tasks.contains(&p.task.as_str()) && may(&p.name))
+                .map(|provider| Route {
+                    to: To::Provider(provider.clone()),
+                    chosen: None,
+                }),
+        );
+        able.sort_by(|a, b| a.name().cmp(b.name()));
+        let task = if let [task] = tasks { task } else { "text" };
+        match able.as_slice() {
+            [route] => Ok(Route {
+                chosen: HeaderValue::try_from(route.name()).ok(),
+                ..route.clone()
+            }),
+            [] if !table.upstreams.iter().any(|upstream| upstream.reachable()) => Err(nobody()),
+            [] => Err(Error::new(
+                Kind::NotFound,
+                format!("no model that does {task} is ready"),
+            )),
+            several => {
+                let names: Vec<&str> = several.iter().map(Route::name).collect();
+                Err(Error::invalid(
+                    MODEL_KEY,
+                    format!(
+                        "several models do {task}: name one of {} in the metadata",
+                        names.join(", ")
+                    ),
+                ))
+            }
         }
     }
 }
@@ -145,45 +299,14 @@ impl Table {
                 Some(_) => version,
             },
         };
-        Ok(Route {
-            model: model.clone(),
-            version,
-            chosen: None,
-        })
+        Ok(Route::workers(model, version))
     }
 
-    /// The only model that does one of these tasks.
-    fn doing(&self, tasks: &[&str]) -> Result<Route, Error> {
-        let mut able: Vec<(&Arc<ModelRoute>, ModelVersion)> = self
-            .models
+    /// The newest ready version of each model.
+    pub fn ready(&self) -> impl Iterator<Item = Route> + '_ {
+        self.models
             .values()
-            .filter(|model| tasks.contains(&model.task.as_str()))
-            .filter_map(|model| Some((model, model.newest()?)))
-            .collect();
-        able.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
-        let task = if let [task] = tasks { task } else { "text" };
-        match able.as_slice() {
-            [(model, version)] => Ok(Route {
-                model: (*model).clone(),
-                version: *version,
-                chosen: HeaderValue::try_from(model.name.as_str()).ok(),
-            }),
-            [] if !self.upstreams.iter().any(|upstream| upstream.reachable()) => Err(nobody()),
-            [] => Err(Error::new(
-                Kind::NotFound,
-                format!("no model that does {task} is ready"),
-            )),
-            several => {
-                let names: Vec<&str> = several.iter().map(|(m, _)| m.name.as_str()).collect();
-                Err(Error::invalid(
-                    MODEL_KEY,
-                    format!(
-                        "several models do {task}: name one of {} in the metadata",
-                        names.join(", ")
-                    ),
-                ))
-            }
-        }
+            .filter_map(|model| Some(Route::workers(model, model.newest()?)))
     }
 }
 
@@ -250,6 +373,15 @@ fn build(upstreams: Vec<Arc<Upstream>>) -> Table {
                 model.task.clone_from(&reported.task);
             }
             let route = model.versions.entry(version).or_default();
+            if reported.ready && reachable {
+                let said = (reported.deterministic && !reported.digest.is_empty())
+                    .then(|| Arc::from(reported.digest.as_str()));
+                route.digest = match (route.counted, route.digest.take()) {
+                    (true, agreed) if agreed != said => None,
+                    _ => said,
+                };
+                route.counted = true;
+            }
             match (reported.ready, reachable, report.draining) {
                 (true, true, false) => route.upstreams.push(upstream.clone()),
                 (true, true, true) => route.leaving.push(upstream.clone()),

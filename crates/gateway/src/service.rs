@@ -9,10 +9,12 @@ pub use stream::{each_message, rerank_stream};
 
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue};
-use platform::grpc::{Call, Message, MessageLimits};
-use protocol::{Error, MODEL_KEY, VERSION_KEY, peek};
+use platform::grpc::{Call, Message, MessageLimits, frame_bytes};
+use protocol::{Error, MODEL_KEY, VERSION_KEY, peek, peek_count, peek_rows, renamed};
 use tokio::time::Instant;
 use tonic::Status;
+
+use crate::auth::Caller;
 
 /// Where a call says which model it is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +47,16 @@ impl Method {
         matches!(
             self,
             Self::Common | Self::Fleet("ServerLive" | "ServerReady")
+        )
+    }
+
+    /// Whether only administrators may call it.
+    pub fn is_administrative(self) -> bool {
+        matches!(
+            self,
+            Self::Fleet(
+                "RepositoryModelLoad" | "RepositoryModelUnload" | "TraceSetting" | "LogSettings"
+            )
         )
     }
 }
@@ -235,6 +247,8 @@ pub struct Request {
     pub deadline: Instant,
     /// The model.
     pub wanted: Wanted,
+    /// Who asks.
+    pub caller: Caller,
 }
 
 impl Request {
@@ -246,7 +260,51 @@ impl Request {
             message: Message::own(message),
             deadline,
             wanted: Wanted::Doing(&[]),
+            caller: Caller::gateway(),
         }
+    }
+
+    /// The rows that are asked for.
+    pub fn items(&self) -> u64 {
+        let bytes = self.message.framed().get(5..).unwrap_or_default();
+        match self.path.path() {
+            "/inference.GRPCInferenceService/ModelInfer" => peek_rows(bytes),
+            "/tei.v1.Rerank/Rerank" => peek_count(bytes, 2),
+            path if path.starts_with("/inference.") || path.starts_with("/tei.v1.Info/") => 0,
+            _ => 1,
+        }
+    }
+
+    /// The same request with another message.
+    #[must_use]
+    pub fn with_message(&self, message: Message) -> Self {
+        Self {
+            path: self.path.clone(),
+            headers: self.headers.clone(),
+            message,
+            deadline: self.deadline,
+            wanted: self.wanted.clone(),
+            caller: self.caller.clone(),
+        }
+    }
+
+    /// The same request for another model, by its name alone.
+    #[must_use]
+    pub fn renamed(&self, name: &str) -> Self {
+        let bytes = self.message.framed().get(5..).unwrap_or_default();
+        let inside = self.path.path().starts_with("/inference.");
+        let message = match inside {
+            true => Message::of_framed(frame_bytes(&renamed(bytes, name))),
+            false => Message::of_framed(self.message.framed().clone()),
+        };
+        let mut request = self.with_message(message);
+        request.headers.remove(VERSION_KEY);
+        if let Ok(value) = HeaderValue::try_from(name)
+            && !inside
+        {
+            request.headers.insert(MODEL_KEY, value);
+        }
+        request
     }
 }
 
@@ -261,7 +319,12 @@ fn own_headers() -> HeaderMap {
 }
 
 /// Reads the only message of a call and finds out which model it is for.
-pub async fn read(call: Call, door: Door, limits: &MessageLimits) -> Result<Request, Status> {
+pub async fn read(
+    call: Call,
+    door: Door,
+    limits: &MessageLimits,
+    caller: Caller,
+) -> Result<Request, Status> {
     let deadline = call.deadline;
     let path = call.path_and_query();
     let (head, messages) = call.into_parts(limits);
@@ -274,13 +337,24 @@ pub async fn read(call: Call, door: Door, limits: &MessageLimits) -> Result<Requ
         message,
         deadline,
         wanted,
+        caller,
     })
 }
+
+/// What belongs to the caller's connection, or is nobody else's to know.
+const NOT_FORWARDED: [&str; 6] = [
+    "grpc-encoding",
+    "grpc-accept-encoding",
+    "content-length",
+    "authorization",
+    "x-api-key",
+    "cookie",
+];
 
 /// The caller's metadata without what belongs to its own connection. The
 /// trace goes on as the caller's, or as the span of this call.
 fn forwarded(mut headers: HeaderMap) -> HeaderMap {
-    for name in ["grpc-encoding", "grpc-accept-encoding", "content-length"] {
+    for name in NOT_FORWARDED {
         headers.remove(name);
     }
     let span = tracing::Span::current();

@@ -1,25 +1,31 @@
 //! The order of a call through the gateway, on one screen:
-//! rescue → shed → service → route → balance → upstream.
+//! rescue → shed → auth → limit → service → route → cache → balance → upstream.
 
 use std::future::Future;
 use std::sync::Arc;
 
+use http::{HeaderMap, HeaderValue};
 use platform::CommonServices;
 use platform::drain::Drain;
 use platform::grpc::{Call, MessageLimits, Reply, reject};
 use platform::server::Handler;
 use platform::telemetry::TelemetryControl;
-use protocol::Error;
+use platform::tls::Peer;
+use protocol::{Error, FALLBACK_KEY};
 use tokio::time::{Instant, timeout_at};
-use tonic::Status;
+use tonic::{Code, Status};
 use tracing::Instrument;
 
+use crate::auth::{Auth, Caller};
 use crate::balance::Balance;
+use crate::cache::Cache;
+use crate::limit::{Limit, Wanted};
 use crate::metrics::GatewayMetrics;
-use crate::route::Routes;
+use crate::route::{Plan, Route, Routes, nobody};
 use crate::service::{self, Method, Request};
 use crate::shed::Shed;
 use crate::upstream::Answer;
+use crate::upstream::provider::Chain;
 
 /// Everything a call passes. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -29,8 +35,11 @@ pub struct Stack(pub(crate) Arc<Layers>);
 #[derive(Debug)]
 pub struct Layers {
     pub(crate) shed: Arc<Shed>,
+    pub(crate) auth: Arc<Auth>,
+    pub(crate) limit: Limit,
     pub(crate) limits: MessageLimits,
     pub(crate) routes: Arc<Routes>,
+    pub(crate) cache: Cache,
     pub(crate) balance: Balance,
     pub(crate) common: CommonServices,
     pub(crate) metrics: GatewayMetrics,
@@ -50,20 +59,27 @@ impl Handler for Stack {
                 true => None,
                 false => Some(layers.shed.admit()?),
             };
+            // auth: who calls, and whether it is theirs to call.
+            // limit: the tenant's rate, and its calls under way.
+            let caller = self.admit(method, call.metadata(), &call.peer).await?;
+            let entered = match method.is_probe() {
+                true => None,
+                false => Some(layers.limit.enter(&caller).await?),
+            };
             let reply = match method {
                 Method::Forward(door) => {
                     // service: read and checked once.
-                    let request = service::read(call, door, &layers.limits).await?;
+                    let request = service::read(call, door, &layers.limits, caller).await?;
                     self.forward(&request, &mut record.model)
                         .await?
                         .into_reply()
                 }
-                Method::Stream(door) => service::each_message(self.clone(), call, door)?,
-                Method::Gathered => service::rerank_stream(self, call).await?,
-                Method::Fleet(name) => service::fleet(self, name, call).await?,
+                Method::Stream(door) => service::each_message(self.clone(), call, door, caller)?,
+                Method::Gathered => service::rerank_stream(self, call, caller).await?,
+                Method::Fleet(name) => service::fleet(self, name, call, &caller).await?,
                 Method::Common => layers.common.answer(call).await,
             };
-            Ok(reply.map(|body| body.guarded(place)))
+            Ok(reply.map(|body| body.guarded((place, entered))))
         })
         .instrument(span)
         .await;
@@ -73,18 +89,112 @@ impl Handler for Stack {
 }
 
 impl Stack {
-    /// The part of the way that each message of a stream takes too.
+    /// Who calls; an error when the call is not theirs to make.
+    pub(crate) async fn admit(
+        &self,
+        method: Method,
+        headers: &HeaderMap,
+        peer: &Peer,
+    ) -> Result<Caller, Error> {
+        let auth = &self.0.auth;
+        if method.is_probe() {
+            return Ok(auth.anyone());
+        }
+        let caller = auth.caller(headers, peer).await?;
+        if method.is_administrative() {
+            caller.must_administrate()?;
+        }
+        Ok(caller)
+    }
+
+    /// The part of the way that both doors share, and each message of a
+    /// stream takes too.
     pub(crate) async fn forward(
         &self,
         request: &Request,
         model: &mut String,
     ) -> Result<Answer, Status> {
         // route: which model version, and who can answer.
-        let route = self.0.routes.choose(request)?;
-        route.name().clone_into(model);
-        // balance → upstream: which worker, and which next when it fails.
-        Ok(self.0.balance.send(&route, request).await?)
+        let plan = self.0.routes.choose(&request.wanted, &request.caller)?;
+        plan.name().clone_into(model);
+        // limit, once the model is known: its own quotas, and rows.
+        let limit = &self.0.limit;
+        let ticket = limit
+            .take(&request.caller, plan.name(), request.items())
+            .await?;
+        let answer = match &plan {
+            Plan::One(route) => self.0.cache.answer(self, route, request).await?,
+            Plan::Chain(chain) => self.fall_back(chain, request).await?,
+        };
+        ticket.charge(answer.usage());
+        Ok(answer)
     }
+
+    /// Asks the models of a chain in turn, until one answers.
+    async fn fall_back(&self, chain: &Chain, request: &Request) -> Result<Answer, Status> {
+        let mut reason = None;
+        for name in &chain.models {
+            let answered = async {
+                let route = self.0.routes.member(name)?;
+                let request = request.renamed(name);
+                self.0.cache.answer(self, &route, &request).await
+            };
+            let status = match answered.await {
+                Ok(answer) if !falls_back(answer.code()) => {
+                    return Ok(self.fell_back(answer, name, reason));
+                }
+                Ok(answer) => answer.into_status(),
+                Err(status) if !falls_back(status.code()) => return Err(status),
+                Err(status) => status,
+            };
+            reason = Some(status);
+        }
+        Err(reason.unwrap_or_else(|| nobody().to_status()))
+    }
+
+    /// Says in the answer that it is not the first model's, and why.
+    fn fell_back(&self, mut answer: Answer, name: &str, reason: Option<Status>) -> Answer {
+        if let Some(reason) = reason {
+            let text = format!("{name}; {}", platform::grpc::code_name(reason.code()));
+            if let Ok(value) = HeaderValue::try_from(text) {
+                answer.metadata_mut().insert(FALLBACK_KEY, value);
+            }
+        }
+        answer
+    }
+
+    /// Sends a request to who can answer it: the way below the cache.
+    pub(crate) async fn send(&self, route: &Route, request: &Request) -> Result<Answer, Status> {
+        if let Some(provider) = route.provider() {
+            return provider.answer(request).await;
+        }
+        // limit, under overload: the tenant's turn.
+        let wanted = Wanted {
+            model: route.name(),
+            workers: route.upstreams().len(),
+            items: request.items(),
+            deadline: request.deadline,
+        };
+        let _turn = self.0.limit.turn(&request.caller, wanted).await?;
+        // balance → upstream: which worker, and which next when it fails.
+        Ok(self.0.balance.send(route, request).await?)
+    }
+}
+
+/// Whether another model may do better: it is about the model or its servers,
+/// not about the request.
+fn falls_back(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unavailable
+            | Code::DeadlineExceeded
+            | Code::NotFound
+            | Code::ResourceExhausted
+            | Code::Internal
+            | Code::Unknown
+            | Code::DataLoss
+            | Code::Unimplemented
+    )
 }
 
 /// rescue: every error becomes a status, and so does a deadline that passes.

@@ -2,6 +2,7 @@
 //! fares, and how a call is sent to it.
 
 mod answer;
+pub mod provider;
 
 pub use answer::{Answer, Unanswered};
 

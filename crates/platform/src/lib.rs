@@ -1,4 +1,4 @@
-//! What every role stands on: configuration, telemetry, the gRPC server and
+//! What every role stands on: configuration, telemetry, the server and
 //! channel, the admin port, health and the drain. Knows no models.
 
 pub mod admin;
@@ -17,6 +17,7 @@ pub mod server;
 pub mod shards;
 pub mod tasks;
 pub mod telemetry;
+pub mod tls;
 
 pub use common::CommonServices;
 pub use process::Process;

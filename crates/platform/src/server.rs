@@ -3,6 +3,11 @@
 //! drains; tonic's own loop has none of these.
 
 mod connection;
+mod grpc;
+mod http;
+
+pub use grpc::Grpc;
+pub use http::Http;
 
 use std::future::Future;
 use std::io;
@@ -24,8 +29,9 @@ use crate::grpc::{Call, MessageLimits, Reply};
 use crate::memory;
 use crate::metrics::Metrics;
 use crate::shards::Shards;
+use crate::tls::{Peer, Tls, certificate_names};
 
-/// What every gRPC port is held to.
+/// What every port is held to.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ServerSettings {
     /// Connections that may be open at once; more are closed at once
@@ -34,7 +40,7 @@ pub struct ServerSettings {
     /// Calls that one connection may have under way
     #[arg(long, value_name = "COUNT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub streams_max: u32,
-    /// How long a new connection may take to say that it speaks HTTP/2
+    /// How long a new connection may take to shake hands and to say what it speaks
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = crate::config::positive_duration)]
     pub preface_timeout: Duration,
     /// How old a connection gets, give or take a tenth, before it is asked to
@@ -160,7 +166,7 @@ impl ConnectionMetrics {
         let label = ListenerLabel { listener };
         drop(self.open.get_or_create(&label));
         drop(self.accepted.get_or_create(&label));
-        for reason in ["cap", "not_http2", "preface_timeout"] {
+        for reason in ["cap", "not_http2", "preface_timeout", "tls"] {
             drop(
                 self.refused
                     .get_or_create(&RefusedLabels { listener, reason }),
@@ -175,13 +181,28 @@ impl ConnectionMetrics {
     }
 }
 
-/// What answers the calls of a port.
+/// What answers the calls of a gRPC port.
 pub trait Handler: Clone + Send + Sync + 'static {
     /// Answers one call. Dropped when the caller leaves.
     fn handle(&self, call: Call) -> impl Future<Output = Reply> + Send;
 }
 
-/// A gRPC port.
+/// What a port speaks.
+pub trait Protocol: Clone + Send + Sync + 'static {
+    /// The names that TLS agrees on, the preferred one first.
+    const NAMES: &'static [&'static [u8]];
+
+    /// Serves one connection to its end.
+    fn serve(
+        self,
+        server: &Server,
+        io: impl Io,
+        peer: Arc<Peer>,
+        drain: Drain,
+    ) -> impl Future<Output = ()> + Send;
+}
+
+/// A port.
 #[derive(Debug, Clone)]
 pub struct Server {
     /// The port's name in metrics.
@@ -192,12 +213,14 @@ pub struct Server {
     pub metrics: ConnectionMetrics,
     /// Where its connections run.
     pub shards: Arc<Shards>,
+    /// Its certificates; without them it speaks clear text.
+    pub tls: Option<Tls>,
 }
 
 impl Server {
     /// Accepts connections until the drain closes, then lets calls finish, and
     /// returns when all have or the hard deadline has passed.
-    pub async fn run<H: Handler>(&self, mut listener: Listener, handler: H, mut drain: Drain) {
+    pub async fn run<P: Protocol>(&self, mut listener: Listener, protocol: P, mut drain: Drain) {
         self.metrics.begin(self.name);
         let places = Arc::new(Semaphore::new(self.settings.connections_max as usize));
         let mut connections = JoinSet::new();
@@ -210,7 +233,7 @@ impl Server {
                 accepted = listener.accept() => match accepted {
                     Accepted::Connection(io) => {
                         let place = places.clone().try_acquire_owned();
-                        self.start(&mut connections, io, place.ok(), (handler.clone(), drain.clone()));
+                        self.start(&mut connections, io, place.ok(), (protocol.clone(), drain.clone()));
                     }
                     Accepted::Failed(error) => {
                         tracing::warn!(%error, "a connection could not be accepted");
@@ -236,12 +259,12 @@ impl Server {
         }
     }
 
-    fn start<H: Handler>(
+    fn start<P: Protocol>(
         &self,
         connections: &mut JoinSet<()>,
         io: Connection,
         place: Option<OwnedSemaphorePermit>,
-        (handler, drain): (H, Drain),
+        (protocol, drain): (P, Drain),
     ) {
         let Some(place) = place else {
             self.metrics.refuse(self.name, "cap");
@@ -257,21 +280,55 @@ impl Server {
             open.inc();
             match io {
                 // The socket wakes the thread that it was registered on.
-                Connection::Tcp(io) => match TcpStream::from_std(io) {
-                    Ok(io) => connection::serve(&server, io, handler, drain).await,
+                Connection::Tcp(io, address) => match TcpStream::from_std(io) {
+                    Ok(io) => server.shake_hands(io, address, protocol, drain).await,
                     Err(error) => tracing::warn!(%error, "a connection could not be served"),
                 },
-                Connection::Memory(io) => connection::serve(&server, io, handler, drain).await,
+                Connection::Memory(io) => {
+                    protocol.serve(&server, io, Arc::default(), drain).await;
+                }
             }
             open.dec();
             drop(place);
         };
         connections.spawn_on(serving, self.shards.next());
     }
+
+    /// TLS first, where the port has certificates.
+    async fn shake_hands<P: Protocol>(
+        &self,
+        io: TcpStream,
+        address: SocketAddr,
+        protocol: P,
+        drain: Drain,
+    ) {
+        let mut peer = Peer {
+            address: Some(address),
+            certificate_names: Vec::new(),
+        };
+        let Some(tls) = &self.tls else {
+            return protocol.serve(self, io, Arc::new(peer), drain).await;
+        };
+        let shaken = tls.accept(io, P::NAMES);
+        match tokio::time::timeout(self.settings.preface_timeout, shaken).await {
+            Ok(Ok(io)) => {
+                let shown = io.get_ref().1.peer_certificates();
+                if let Some(certificate) = shown.and_then(<[_]>::first) {
+                    peer.certificate_names = certificate_names(certificate);
+                }
+                protocol.serve(self, io, Arc::new(peer), drain).await;
+            }
+            Ok(Err(error)) => {
+                tracing::debug!(listener = self.name, %error, "TLS was not agreed on");
+                self.metrics.refuse(self.name, "tls");
+            }
+            Err(_) => self.metrics.refuse(self.name, "preface_timeout"),
+        }
+    }
 }
 
 enum Connection {
-    Tcp(std::net::TcpStream),
+    Tcp(std::net::TcpStream, SocketAddr),
     Memory(tokio::io::DuplexStream),
 }
 
@@ -285,12 +342,12 @@ impl Listener {
     async fn accept(&mut self) -> Accepted {
         match self {
             Self::Tcp(listener) => match listener.accept().await {
-                Ok((stream, _)) => {
+                Ok((stream, address)) => {
                     // Without it a small answer waits for the peer's ACK; a
                     // socket that refuses still works.
                     let _ = stream.set_nodelay(true);
                     match stream.into_std() {
-                        Ok(stream) => Accepted::Connection(Connection::Tcp(stream)),
+                        Ok(stream) => Accepted::Connection(Connection::Tcp(stream, address)),
                         Err(error) => Accepted::Failed(error),
                     }
                 }
@@ -305,6 +362,6 @@ impl Listener {
 }
 
 /// What a connection reads and writes.
-trait Io: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+pub trait Io: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Io for T {}

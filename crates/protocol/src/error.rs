@@ -19,6 +19,12 @@ pub enum Kind {
     Overloaded,
     /// A message is over the limit.
     TooLarge,
+    /// The caller's own quota is spent.
+    QuotaSpent,
+    /// The caller does not say who it is, or cannot prove it.
+    Unauthenticated,
+    /// The caller may not do this.
+    Forbidden,
     /// A field of the request is wrong.
     Invalid,
     /// The deadline passed.
@@ -37,12 +43,67 @@ impl Kind {
         match self {
             Self::NotFound => Code::NotFound,
             Self::NotReady | Self::Overloaded => Code::Unavailable,
-            Self::TooLarge => Code::ResourceExhausted,
+            Self::TooLarge | Self::QuotaSpent => Code::ResourceExhausted,
+            Self::Unauthenticated => Code::Unauthenticated,
+            Self::Forbidden => Code::PermissionDenied,
             Self::Invalid => Code::InvalidArgument,
             Self::DeadlinePassed => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
             Self::Unsupported => Code::Unimplemented,
             Self::Internal => Code::Internal,
+        }
+    }
+
+    /// The HTTP status of this kind.
+    pub fn http_status(self) -> u16 {
+        match self {
+            Self::Invalid => 400,
+            Self::Unauthenticated => 401,
+            Self::Forbidden => 403,
+            Self::NotFound => 404,
+            Self::TooLarge => 413,
+            Self::QuotaSpent => 429,
+            Self::Cancelled => 499,
+            Self::Internal => 500,
+            Self::Unsupported => 501,
+            Self::NotReady | Self::Overloaded => 503,
+            Self::DeadlinePassed => 504,
+        }
+    }
+
+    /// The name of the gRPC status, as answers in JSON have it.
+    pub fn name(self) -> &'static str {
+        match self.code() {
+            Code::NotFound => "NOT_FOUND",
+            Code::Unavailable => "UNAVAILABLE",
+            Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+            Code::Unauthenticated => "UNAUTHENTICATED",
+            Code::PermissionDenied => "PERMISSION_DENIED",
+            Code::InvalidArgument => "INVALID_ARGUMENT",
+            Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+            Code::Cancelled => "CANCELLED",
+            Code::Unimplemented => "UNIMPLEMENTED",
+            _ => "INTERNAL",
+        }
+    }
+
+    /// The kind that a status of another process stands for. A message over a
+    /// limit and a spent quota share a code: only the second says when to come
+    /// back.
+    fn of(status: &Status, retry: bool) -> Self {
+        match status.code() {
+            Code::NotFound => Self::NotFound,
+            Code::Unavailable if retry => Self::Overloaded,
+            Code::Unavailable => Self::NotReady,
+            Code::ResourceExhausted if retry => Self::QuotaSpent,
+            Code::ResourceExhausted => Self::TooLarge,
+            Code::Unauthenticated => Self::Unauthenticated,
+            Code::PermissionDenied => Self::Forbidden,
+            Code::InvalidArgument | Code::OutOfRange | Code::FailedPrecondition => Self::Invalid,
+            Code::DeadlineExceeded => Self::DeadlinePassed,
+            Code::Cancelled => Self::Cancelled,
+            Code::Unimplemented => Self::Unsupported,
+            _ => Self::Internal,
         }
     }
 }
@@ -95,6 +156,36 @@ impl Error {
         }
     }
 
+    /// A quota of the caller's is spent; the message says which, and
+    /// `retry_after` when there is something of it again.
+    pub fn quota_spent(message: impl Into<String>, retry_after: Duration) -> Self {
+        Self {
+            retry_after: Some(retry_after),
+            ..Self::new(Kind::QuotaSpent, message)
+        }
+    }
+
+    /// What a status says, be it our own or a worker's.
+    pub fn from_status(status: &Status) -> Self {
+        let details = status.get_error_details();
+        let retry_after = details.retry_info().and_then(|info| info.retry_delay);
+        let violation = details
+            .bad_request()
+            .and_then(|bad| bad.field_violations.first())
+            .map(|violation| {
+                Box::new(Violation {
+                    field: violation.field.clone(),
+                    description: violation.description.clone(),
+                })
+            });
+        Self {
+            kind: Kind::of(status, retry_after.is_some()),
+            message: status.message().to_owned(),
+            violation,
+            retry_after,
+        }
+    }
+
     /// A message is longer than the limit.
     pub fn too_large(bytes: usize, bytes_max: usize) -> Self {
         Self::new(
@@ -134,6 +225,11 @@ impl Error {
     /// The field that is wrong.
     pub fn violation(&self) -> Option<&Violation> {
         self.violation.as_deref()
+    }
+
+    /// When it is worth trying again, if that is known.
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.retry_after
     }
 
     /// The status that a caller gets, with its details.

@@ -10,7 +10,7 @@ mod statistics;
 
 pub use error::{Error, Kind, Violation};
 pub use ids::{ModelName, ModelVersion};
-pub use peek::{Peeked, peek, with_final_response_flag};
+pub use peek::{Peeked, peek, peek_count, peek_rows, renamed, with_final_response_flag};
 pub use request::{
     InferRequest, Input, Parameters, Value, data_type, load_target, to_response, unload_target,
 };
@@ -21,6 +21,17 @@ pub use statistics::add_statistics;
 pub const MODEL_KEY: &str = "andon-model";
 /// Metadata key that names the model version of a `tei.v1` call.
 pub const VERSION_KEY: &str = "andon-model-version";
+
+/// Metadata key that says where an answer came from: `hit`, `miss`, or `3/4`
+/// when so many of the rows were known.
+pub const CACHE_KEY: &str = "x-andon-cache";
+/// Metadata key with the digest of the model version that made an answer.
+pub const DIGEST_KEY: &str = "x-andon-digest";
+/// Metadata key with the tokens that an answer took to compute.
+pub const TOKENS_KEY: &str = "x-compute-tokens";
+/// Metadata key that names the model that answered in place of the first of
+/// its chain, and why.
+pub const FALLBACK_KEY: &str = "x-andon-fallback";
 
 /// The Open Inference Protocol v2 with Triton's extensions.
 #[allow(

@@ -53,6 +53,83 @@ pub fn peek(message: &[u8]) -> Result<Peeked<'_>, Error> {
     Ok(peeked)
 }
 
+/// The rows of an encoded `ModelInferRequest`: the first dimension of its first
+/// input. One when it cannot be told; the worker checks what is wrong.
+pub fn peek_rows(message: &[u8]) -> u64 {
+    first_dimension(message).unwrap_or(1)
+}
+
+/// Field 5 holds the inputs, and field 3 of an input its shape.
+fn first_dimension(message: &[u8]) -> Option<u64> {
+    let mut input = length_delimited(message, 5)?;
+    while !input.is_empty() {
+        match decode_key(&mut input).ok()? {
+            (3, WireType::LengthDelimited) => {
+                decode_varint(&mut input).ok()?;
+                return decode_varint(&mut input).ok();
+            }
+            (3, WireType::Varint) => return decode_varint(&mut input).ok(),
+            (_, wire_type) => input = skip_field(input, wire_type)?,
+        }
+    }
+    None
+}
+
+/// How often a message of length-delimited fields has a field.
+pub fn peek_count(message: &[u8], wanted: u32) -> u64 {
+    let (mut rest, mut count) = (message, 0);
+    while let Ok((tag, wire_type)) = decode_key(&mut rest) {
+        count += u64::from(tag == wanted);
+        match skip_field(rest, wire_type) {
+            Some(after) => rest = after,
+            None => break,
+        }
+    }
+    count
+}
+
+/// The first field of a number.
+fn length_delimited(message: &[u8], wanted: u32) -> Option<&[u8]> {
+    let mut rest = message;
+    while !rest.is_empty() {
+        let (tag, wire_type) = decode_key(&mut rest).ok()?;
+        if tag == wanted && wire_type == WireType::LengthDelimited {
+            let length = usize::try_from(decode_varint(&mut rest).ok()?).ok()?;
+            return rest.get(..length);
+        }
+        rest = skip_field(rest, wire_type)?;
+    }
+    None
+}
+
+fn skip_field(bytes: &[u8], wire_type: WireType) -> Option<&[u8]> {
+    let mut rest = bytes;
+    match wire_type {
+        WireType::Varint => decode_varint(&mut rest).ok().map(|_| rest),
+        WireType::ThirtyTwoBit => rest.get(4..),
+        WireType::SixtyFourBit => rest.get(8..),
+        WireType::LengthDelimited => {
+            let length = usize::try_from(decode_varint(&mut rest).ok()?).ok()?;
+            rest.get(length..)
+        }
+        WireType::StartGroup | WireType::EndGroup => None,
+    }
+}
+
+/// The same message for another model: protobuf takes the last of a field that
+/// is there twice. Fields 1 and 2 are the name and the version, as in every
+/// message of the protocol that has them.
+pub fn renamed(message: &[u8], name: &str) -> Bytes {
+    let mut renamed = BytesMut::with_capacity(message.len() + name.len() + 8);
+    renamed.put_slice(message);
+    for (tag, text) in [(1, name), (2, "")] {
+        encode_key(tag, WireType::LengthDelimited, &mut renamed);
+        encode_varint(text.len() as u64, &mut renamed);
+        renamed.put_slice(text.as_bytes());
+    }
+    renamed.freeze()
+}
+
 fn skip(bytes: &[u8], count: usize) -> Result<&[u8], Error> {
     bytes
         .get(count..)
@@ -118,6 +195,36 @@ mod tests {
     }
 
     #[test]
+    fn rows_are_counted_and_models_renamed() {
+        let mut request = inference::ModelInferRequest {
+            model_name: "chain".into(),
+            model_version: "7".into(),
+            ..Default::default()
+        };
+        assert_eq!(peek_rows(&request.encode_to_vec()), 1);
+        request.inputs = vec![inference::model_infer_request::InferInputTensor {
+            name: "text".into(),
+            datatype: "BYTES".into(),
+            shape: vec![300, 2],
+            ..Default::default()
+        }];
+        let bytes = request.encode_to_vec();
+        assert_eq!(peek_rows(&bytes), 300);
+        let renamed = inference::ModelInferRequest::decode(renamed(&bytes, "minilm")).unwrap();
+        assert_eq!(
+            (renamed.model_name.as_str(), renamed.model_version.as_str()),
+            ("minilm", "")
+        );
+        assert_eq!(renamed.inputs, request.inputs);
+        let rerank = crate::tei::v1::RerankRequest {
+            query: "q".into(),
+            texts: vec!["a".into(), "b".into()],
+            ..Default::default()
+        };
+        assert_eq!(peek_count(&rerank.encode_to_vec(), 2), 2);
+    }
+
+    #[test]
     fn a_wrapped_answer_decodes() {
         let answer = inference::ModelInferResponse {
             id: "a-1".into(),
@@ -134,7 +241,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            let _ = peek(&bytes);
+            let _ = (peek(&bytes), peek_rows(&bytes), peek_count(&bytes, 2));
         }
 
         #[test]

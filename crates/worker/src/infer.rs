@@ -26,12 +26,12 @@ struct Options {
 /// The outputs that were asked for, by name.
 pub type Outputs = Vec<(String, Tensor)>;
 
-/// Answers one request.
+/// Answers one request; says also how many tokens it took.
 pub async fn infer(
     model: &ServedModel,
     request: InferRequest,
     deadline: Instant,
-) -> Result<Outputs, ModelError> {
+) -> Result<(Outputs, usize), ModelError> {
     let started = Instant::now();
     let options = options(model, &request)?;
     check_outputs(model, &request.outputs)?;
@@ -41,7 +41,7 @@ pub async fn infer(
         priority: request.priority,
         deadline: patience.map_or(deadline, |patience| patience.min(deadline)),
     };
-    let mut stages = Stages::default();
+    let (mut stages, mut tokens) = (Stages::default(), 0);
     let vectors = if model.card.task == Task::Tabular {
         let values = features(model, &request.inputs)?;
         stages.input = started.elapsed();
@@ -62,6 +62,7 @@ pub async fn infer(
         let (outputs, cost) =
             answered.map_err(|error| element(&request.inputs, error.index, &error.error))?;
         stages.input = cost.tokenize;
+        tokens = cost.tokens;
         (stages.queue, stages.compute) = (cost.queue, cost.compute);
         outputs
     };
@@ -70,10 +71,11 @@ pub async fn infer(
         .map_err(|error| ModelError::Engine(error.to_string()))?;
     stages.output = finished.elapsed();
     model.metrics.staged(stages);
-    Ok(outputs
+    let wanted = outputs
         .into_iter()
         .filter(|(name, _)| request.outputs.is_empty() || request.outputs.contains(name))
-        .collect())
+        .collect();
+    Ok((wanted, tokens))
 }
 
 fn options(model: &ServedModel, request: &InferRequest) -> Result<Options, Error> {

@@ -13,7 +13,7 @@ mod service;
 use std::sync::Arc;
 
 use platform::health::Health;
-use platform::server::{Listener, Server, ServerSettings};
+use platform::server::{Grpc, Listener, Server, ServerSettings};
 use platform::tasks::{Owned, owned};
 use platform::{CommonServices, Process};
 use protocol::Error;
@@ -77,6 +77,7 @@ impl Worker {
                 settings: server,
                 metrics: process.connections.clone(),
                 shards: process.shards.clone(),
+                tls: None,
             },
             process,
             health,
@@ -88,7 +89,7 @@ impl Worker {
         let _health = self.follow_health();
         let _loading = self.load_wanted();
         self.server
-            .run(listener, self.service, self.process.drain)
+            .run(listener, Grpc(self.service), self.process.drain)
             .await;
     }
 

@@ -1,6 +1,8 @@
 //! One model version that serves: its checks, its tokenizer, its queue and the
 //! thread behind it.
 
+mod digest;
+
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -8,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use engine::{Card, EngineError, LoadOptions, Text, Tokenizer, Truncation, Wanted};
 use futures::future::try_join_all;
+use http::HeaderValue;
 use protocol::{ModelName, ModelVersion};
 use tokio::sync::oneshot;
 
@@ -33,6 +36,9 @@ pub struct ModelLimits {
     pub request_rows_max: usize,
     /// Bytes of one text.
     pub text_bytes_max: usize,
+    /// Whether the same input always has the same answer, as the model's
+    /// configuration declares: gateways may keep it.
+    pub deterministic: bool,
 }
 
 /// A model version that can be called.
@@ -41,6 +47,9 @@ pub struct ServedModel {
     pub name: ModelName,
     /// Its version.
     pub version: ModelVersion,
+    /// Stands for its files and the numbers it computes in; empty for a model
+    /// that is not declared deterministic.
+    pub digest: String,
     /// What the engine says of it.
     pub card: Card,
     /// What it is held to.
@@ -135,6 +144,10 @@ impl ServedModel {
     ) -> Result<Self, EngineError> {
         let mut model = engine::load(folder, options)?;
         warm_up(&mut model)?;
+        let digest = match limits.deterministic {
+            true => digest::of(folder, options, &model.card)?,
+            false => String::new(),
+        };
         let at_once_max = match model.card.task {
             engine::Task::Tabular => AT_ONCE_BYTES / model.card.weight_bytes.max(1),
             _ => 0,
@@ -150,6 +163,7 @@ impl ServedModel {
         Ok(Self {
             name,
             version,
+            digest,
             card: model.card,
             limits,
             metrics,
@@ -158,6 +172,12 @@ impl ServedModel {
             instance,
             thread: Mutex::new(Some(thread)),
         })
+    }
+
+    /// The digest as an entry of metadata, for a model that has one.
+    pub fn digest_value(&self) -> Option<HeaderValue> {
+        let digest = Some(&self.digest).filter(|digest| !digest.is_empty())?;
+        HeaderValue::try_from(digest).ok()
     }
 
     /// Lets the waiting rows finish, ends the thread and gives the memory

@@ -67,6 +67,8 @@ fn make(repository: &Repository, drain: &Drain) -> WatchReportResponse {
                     version: version.to_string(),
                     ready: model.is_some(),
                     task: model.map_or_else(String::new, |m| m.card.task.to_string()),
+                    digest: model.map_or_else(String::new, |m| m.digest.clone()),
+                    deterministic: model.is_some_and(|m| m.limits.deterministic),
                     queue_rows: rows as u64,
                     queue_wait_us: u64::try_from(wait.as_micros()).unwrap_or(u64::MAX),
                 }

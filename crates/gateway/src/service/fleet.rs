@@ -20,12 +20,18 @@ use protocol::{Kind, LogSettings, TraceSettings};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
+use crate::auth::Caller;
 use crate::route::nobody;
 use crate::stack::Stack;
 use crate::upstream::Upstream;
 
 /// Answers one of the gateway's own calls.
-pub async fn fleet(stack: &Stack, method: &str, call: Call) -> Result<Reply, Status> {
+pub async fn fleet(
+    stack: &Stack,
+    method: &str,
+    call: Call,
+    caller: &Caller,
+) -> Result<Reply, Status> {
     let limits = &stack.0.limits;
     let deadline = call.deadline;
     match method {
@@ -54,22 +60,20 @@ pub async fn fleet(stack: &Stack, method: &str, call: Call) -> Result<Reply, Sta
             .await
         }
         "ModelReady" => {
-            unary(
-                call,
-                limits,
-                |asked| async move { stack.model_ready(&asked) },
-            )
+            unary(call, limits, |asked| async move {
+                stack.model_ready(&asked, caller)
+            })
             .await
         }
         "ModelStatistics" => {
             unary(call, limits, |asked| async move {
-                stack.statistics(&asked, deadline).await
+                stack.statistics(&asked, deadline, caller).await
             })
             .await
         }
         "RepositoryIndex" => {
             unary(call, limits, |asked| async move {
-                stack.index(&asked, deadline).await
+                stack.index(&asked, deadline, caller).await
             })
             .await
         }
@@ -93,13 +97,17 @@ pub async fn fleet(stack: &Stack, method: &str, call: Call) -> Result<Reply, Sta
 }
 
 impl Stack {
-    fn ready(&self) -> bool {
+    pub(crate) fn ready(&self) -> bool {
         !self.0.drain.draining() && self.0.routes.table().readiness().any(|(_, ready)| ready)
     }
 
-    fn model_ready(&self, asked: &ModelReadyRequest) -> Result<ModelReadyResponse, Status> {
-        let table = self.0.routes.table();
-        match table.named(&asked.name, &asked.version, "name") {
+    pub(crate) fn model_ready(
+        &self,
+        asked: &ModelReadyRequest,
+        caller: &Caller,
+    ) -> Result<ModelReadyResponse, Status> {
+        caller.must_be_allowed(&asked.name)?;
+        match self.0.routes.ready(&asked.name, &asked.version) {
             Ok(_) => Ok(ModelReadyResponse { ready: true }),
             Err(error) if error.kind() == Kind::Invalid => Err(error.into()),
             Err(_) => Ok(ModelReadyResponse { ready: false }),
@@ -131,11 +139,15 @@ impl Stack {
     }
 
     /// The sums over all workers.
-    async fn statistics(
+    pub(crate) async fn statistics(
         &self,
         asked: &ModelStatisticsRequest,
         deadline: Instant,
+        caller: &Caller,
     ) -> Result<ModelStatisticsResponse, Status> {
+        if !asked.name.is_empty() {
+            caller.must_be_allowed(&asked.name)?;
+        }
         let path = "/inference.GRPCInferenceService/ModelStatistics";
         let answers = self
             .ask::<_, ModelStatisticsResponse>(path, asked, deadline)
@@ -144,6 +156,7 @@ impl Stack {
         for statistics in unless_all_failed(answers)?
             .into_iter()
             .flat_map(|a| a.model_stats)
+            .filter(|statistics| caller.tenant.may_call(&statistics.name))
         {
             let key = (statistics.name.clone(), statistics.version.clone());
             match sums.get_mut(&key) {
@@ -159,10 +172,11 @@ impl Stack {
     }
 
     /// Every model version of any worker; ready if one has it ready.
-    async fn index(
+    pub(crate) async fn index(
         &self,
         asked: &RepositoryIndexRequest,
         deadline: Instant,
+        caller: &Caller,
     ) -> Result<RepositoryIndexResponse, Status> {
         let path = "/inference.GRPCInferenceService/RepositoryIndex";
         let answers = self
@@ -172,6 +186,7 @@ impl Stack {
         for model in unless_all_failed(answers)?
             .into_iter()
             .flat_map(|a| a.models)
+            .filter(|model| caller.tenant.may_call(&model.name))
         {
             let key = (model.name.clone(), model.version.clone());
             let known = models.get(&key).is_some_and(|known| known.state == "READY");
@@ -184,7 +199,7 @@ impl Stack {
         })
     }
 
-    async fn load(
+    pub(crate) async fn load(
         &self,
         asked: &RepositoryModelLoadRequest,
         deadline: Instant,
@@ -199,7 +214,7 @@ impl Stack {
         Ok(answer)
     }
 
-    async fn unload(
+    pub(crate) async fn unload(
         &self,
         asked: &RepositoryModelUnloadRequest,
         deadline: Instant,

@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout_at};
 use tonic::Status;
 
 use super::{Door, RERANK, Request, forwarded, wanted};
+use crate::auth::Caller;
 use crate::stack::Stack;
 
 /// Messages of one stream that may be under way at once.
@@ -29,10 +30,11 @@ struct Shared {
     headers: HeaderMap,
     patience: Duration,
     ends: Option<Instant>,
+    caller: Caller,
 }
 
 /// Answers each message of a stream in order.
-pub fn each_message(stack: Stack, call: Call, door: Door) -> Result<Reply, Status> {
+pub fn each_message(stack: Stack, call: Call, door: Door, caller: Caller) -> Result<Reply, Status> {
     let settings = EachSettings {
         concurrency: CONCURRENCY,
         deadline: call.stream_deadline,
@@ -49,6 +51,7 @@ pub fn each_message(stack: Stack, call: Call, door: Door) -> Result<Reply, Statu
         headers: forwarded(head.headers),
         patience,
         ends,
+        caller,
     });
     Ok(each(messages, settings, move |message| {
         let shared = shared.clone();
@@ -81,7 +84,10 @@ impl Shared {
             headers: self.headers.clone(),
             message,
             deadline,
+            caller: self.caller.clone(),
         };
+        // Each message counts as a call of its own.
+        let _entered = self.stack.0.limit.enter(&self.caller).await?;
         let mut model = String::new();
         let answered = self.stack.forward(&request, &mut model);
         match timeout_at(deadline, answered).await {
@@ -110,7 +116,7 @@ impl Shared {
 
 /// Gathers the texts of a rerank stream into one request and sends that: it can
 /// be sent again when a worker fails.
-pub async fn rerank_stream(stack: &Stack, call: Call) -> Result<Reply, Status> {
+pub async fn rerank_stream(stack: &Stack, call: Call, caller: Caller) -> Result<Reply, Status> {
     let deadline = call.deadline;
     let limits = &stack.0.limits;
     let (head, mut messages) = call.into_parts(limits);
@@ -146,6 +152,7 @@ pub async fn rerank_stream(stack: &Stack, call: Call) -> Result<Reply, Status> {
         message,
         deadline,
         wanted,
+        caller,
     };
     let mut model = String::new();
     Ok(stack.forward(&request, &mut model).await?.into_reply())

@@ -3,11 +3,14 @@
 use std::fmt;
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue};
 use http_body_util::BodyExt;
 use platform::channel::{ChannelError, Incoming};
-use platform::grpc::{Body, BytesHeld, MessageLimits, Reply, head_code, head_status};
+use platform::grpc::{Body, BytesHeld, MessageLimits, Reply, frame, head_code, head_status};
+use protocol::TOKENS_KEY;
 use tonic::{Code, Status};
+
+use crate::limit::Usage;
 
 /// What a worker answered, whatever its status.
 #[derive(Debug)]
@@ -18,6 +21,8 @@ pub struct Answer {
     trailers: Option<HeaderMap>,
     /// Its bytes count as in flight until they have been sent on.
     held: Vec<BytesHeld>,
+    /// What an outside provider takes for it.
+    cost: f64,
 }
 
 /// Why a worker gave no answer.
@@ -55,6 +60,7 @@ pub(super) async fn read(
         rest: Vec::new(),
         trailers: None,
         held: Vec::new(),
+        cost: 0.0,
     };
     let mut bytes = 0;
     while let Some(frame) = body.frame().await {
@@ -86,6 +92,52 @@ pub(super) async fn read(
 }
 
 impl Answer {
+    /// An answer that the gateway made itself.
+    pub fn own(message: &impl prost::Message, metadata: HeaderMap) -> Self {
+        let mut headers = metadata;
+        headers.insert(
+            http::header::CONTENT_TYPE,
+            HeaderValue::from_static("application/grpc"),
+        );
+        let mut trailers = HeaderMap::with_capacity(1);
+        trailers.insert("grpc-status", HeaderValue::from_static("0"));
+        Self {
+            headers,
+            first: Some(frame(message)),
+            rest: Vec::new(),
+            trailers: Some(trailers),
+            held: Vec::new(),
+            cost: 0.0,
+        }
+    }
+
+    /// The same answer at a cost, in the currency of the price table.
+    #[must_use]
+    pub fn costing(mut self, cost: f64) -> Self {
+        self.cost = cost;
+        self
+    }
+
+    /// The metadata that precedes the message.
+    pub fn metadata(&self) -> &HeaderMap {
+        &self.headers
+    }
+
+    /// The metadata that precedes the message, to be added to.
+    pub fn metadata_mut(&mut self) -> &mut HeaderMap {
+        &mut self.headers
+    }
+
+    /// What it took to compute.
+    pub fn usage(&self) -> Usage {
+        let tokens = self.headers.get(TOKENS_KEY);
+        let tokens = tokens.and_then(|tokens| tokens.to_str().ok()?.parse().ok());
+        Usage {
+            tokens: tokens.unwrap_or_default(),
+            cost: self.cost,
+        }
+    }
+
     /// The status's code.
     pub fn code(&self) -> Code {
         head_code(self.trailers.as_ref().unwrap_or(&self.headers))
@@ -119,6 +171,14 @@ impl Answer {
         }
         let chunks = std::iter::once(first).chain(self.rest);
         Ok(chunks.collect::<Vec<_>>().concat().into())
+    }
+
+    /// The status of an answer that has no message.
+    pub fn into_status(self) -> Status {
+        match self.into_framed() {
+            Ok(_) => Status::new(Code::Ok, ""),
+            Err(status) => status,
+        }
     }
 
     /// The message, or the status that came instead.

@@ -1,3 +1,4 @@
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::request::Parts;
@@ -7,6 +8,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::{MessageLimits, Messages};
+use crate::tls::Peer;
 
 /// The longest deadline of a stream that a clock can hold without care.
 const STREAM_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -16,6 +18,8 @@ const STREAM_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 pub struct Call {
     parts: Parts,
     body: Incoming,
+    /// Who is at the other end of the connection.
+    pub peer: Arc<Peer>,
     /// When its head arrived.
     pub arrived: Instant,
     /// When the caller stops waiting; every call has an end.
@@ -27,7 +31,11 @@ pub struct Call {
 impl Call {
     /// Reads a request's head. The deadline is the caller's, or `deadline_max`
     /// from now if that is earlier.
-    pub fn new(request: Request<Incoming>, deadline_max: Duration) -> Result<Self, Status> {
+    pub fn new(
+        request: Request<Incoming>,
+        peer: Arc<Peer>,
+        deadline_max: Duration,
+    ) -> Result<Self, Status> {
         let (parts, body) = request.into_parts();
         let grpc = parts
             .headers
@@ -45,6 +53,7 @@ impl Call {
             stream_deadline: timeout.map(|timeout| arrived + timeout.min(STREAM_MAX)),
             parts,
             body,
+            peer,
             arrived,
         })
     }

@@ -93,7 +93,8 @@ impl MessageLimits {
 pub struct Message {
     /// The message with its prefix, uncompressed: what is forwarded.
     framed: Bytes,
-    _permit: Option<OwnedSemaphorePermit>,
+    /// Never read: it gives its bytes back when it is dropped.
+    held: Option<BytesHeld>,
 }
 
 impl Message {
@@ -101,8 +102,20 @@ impl Message {
     pub fn own(message: &impl prost::Message) -> Self {
         Self {
             framed: frame(message),
-            _permit: None,
+            held: None,
         }
+    }
+
+    /// An encoded message of our own, with its prefix, which counts nowhere.
+    pub fn of_framed(framed: Bytes) -> Self {
+        Self { framed, held: None }
+    }
+
+    /// The same, whose bytes count as in flight until it is dropped.
+    #[must_use]
+    pub fn holding(mut self, held: Option<BytesHeld>) -> Self {
+        self.held = held;
+        self
     }
 
     /// The message without its prefix.
@@ -181,7 +194,7 @@ impl Messages {
         }
         Ok(Some(Message {
             framed,
-            _permit: permit,
+            held: permit,
         }))
     }
 
@@ -247,7 +260,7 @@ impl Messages {
         let permit = self.limits.budget.take(inflated.len())?;
         Ok(Message {
             framed: frame_bytes(&inflated),
-            _permit: permit,
+            held: permit,
         })
     }
 }

@@ -1,72 +1,37 @@
-//! One connection: its preface, its calls, its age and its end.
+//! What every connection has, whatever it speaks: its limits, its first bytes,
+//! its age and its end.
 
-use std::convert::Infallible;
 use std::io;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::Request;
-use hyper::body::Incoming;
-use hyper::server::conn::http2;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use bytes::Bytes;
+use hyper_util::server::graceful::GracefulConnection;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::time::{sleep, timeout};
 
-use super::{Handler, Io, Server};
-use crate::coalesce::Coalesced;
+use super::Server;
 use crate::drain::{Drain, Phase};
-use crate::grpc::{Call, reject};
-use crate::tasks::ConnectionExecutor;
 
 /// What a client of HTTP/2 says first.
-const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Flow-control windows that let a tensor of 600 KB pass without a pause.
-const STREAM_WINDOW_BYTES: u32 = 2 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+pub(super) const STREAM_WINDOW_BYTES: u32 = 2 << 20;
+pub(super) const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 /// Frames of this size halve the work of large messages against the default.
-const FRAME_BYTES_MAX: u32 = 256 << 10;
+pub(super) const FRAME_BYTES_MAX: u32 = 256 << 10;
+/// All headers of a request together.
+pub(super) const HEADER_BYTES_MAX: u32 = 64 << 10;
+/// How long a peer may leave a ping unanswered.
+pub(super) const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-pub(super) async fn serve<H: Handler>(server: &Server, mut io: impl Io, handler: H, drain: Drain) {
-    let settings = &server.settings;
-    // hyper waits for the preface for ever, and a graceful end with it.
-    let preface = timeout(settings.preface_timeout, read_preface(&mut io)).await;
-    match preface {
-        Ok(Ok(())) => {}
-        Ok(Err(_)) => return server.metrics.refuse(server.name, "not_http2"),
-        Err(_) => return server.metrics.refuse(server.name, "preface_timeout"),
-    }
-    let deadline_max = settings.deadline_max;
-    let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-        let handler = handler.clone();
-        // Boxed, since hyper moves it several times before it runs.
-        Box::pin(async move {
-            let reply = match Call::new(request, deadline_max) {
-                Ok(call) => handler.handle(call).await,
-                Err(status) => reject(&status),
-            };
-            Ok::<_, Infallible>(reply)
-        })
-    });
-    let connection = http2::Builder::new(ConnectionExecutor)
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(settings.streams_max)
-        // Callers who leave reset streams; a gateway has those of many.
-        .max_pending_accept_reset_streams(settings.streams_max as usize)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX)
-        .max_header_list_size(64 << 10)
-        .keep_alive_interval(settings.keepalive_interval)
-        .keep_alive_timeout(Duration::from_secs(20))
-        .serve_connection(TokioIo::new(Coalesced::new(Rewound::new(io))), service);
-    run(connection, server, drain).await;
-}
-
-async fn run<C>(connection: C, server: &Server, mut drain: Drain)
+/// Serves until the peer ends, the connection is of age, or the server closes.
+pub(super) async fn run<C>(connection: C, server: &Server, mut drain: Drain)
 where
-    C: Future<Output = hyper::Result<()>> + Graceful,
+    C: GracefulConnection,
+    C::Error: std::fmt::Display,
 {
     let settings = &server.settings;
     let mut connection = pin!(connection);
@@ -79,7 +44,7 @@ where
         Some(ended) => ended,
         None => {
             // GOAWAY; calls under way finish, but not for ever.
-            connection.as_mut().end_gracefully();
+            connection.as_mut().graceful_shutdown();
             timeout(settings.drain_deadline, connection)
                 .await
                 .unwrap_or(Ok(()))
@@ -90,31 +55,13 @@ where
     }
 }
 
-/// A connection that can be asked to end.
-trait Graceful {
-    fn end_gracefully(self: Pin<&mut Self>);
-}
-
-impl<I, B, S, E> Graceful for http2::Connection<I, S, E>
-where
-    S: hyper::service::HttpService<Incoming, ResBody = B>,
-    S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-    I: hyper::rt::Read + hyper::rt::Write + Unpin,
-    B: http_body::Body + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-    E: hyper::rt::bounds::Http2ServerConnExec<S::Future, B>,
-{
-    fn end_gracefully(self: Pin<&mut Self>) {
-        self.graceful_shutdown();
-    }
-}
-
 /// A tenth more or less, so that connections made together do not end together.
 fn jittered(age: Duration) -> Duration {
     age.mul_f64(rand::random_range(0.9..1.1))
 }
 
-async fn read_preface(io: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
+/// Reads the preface of HTTP/2; other bytes are an error.
+pub(super) async fn read_preface(io: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
     let mut read = [0_u8; PREFACE.len()];
     let mut filled = 0;
     while filled < read.len() {
@@ -128,18 +75,15 @@ async fn read_preface(io: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
     Ok(())
 }
 
-/// A connection whose preface was read and is given once more to hyper.
-struct Rewound<T> {
+/// A connection whose first bytes were read and are given once more to hyper.
+pub(super) struct Rewound<T> {
     io: T,
-    preface: &'static [u8],
+    first: Bytes,
 }
 
 impl<T> Rewound<T> {
-    fn new(io: T) -> Self {
-        Self {
-            io,
-            preface: PREFACE,
-        }
+    pub(super) fn new(io: T, first: Bytes) -> Self {
+        Self { io, first }
     }
 }
 
@@ -149,11 +93,9 @@ impl<T: AsyncRead + Unpin> AsyncRead for Rewound<T> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if !self.preface.is_empty() {
-            let count = self.preface.len().min(buffer.remaining());
-            let (now, later) = self.preface.split_at(count);
-            buffer.put_slice(now);
-            self.preface = later;
+        if !self.first.is_empty() {
+            let count = self.first.len().min(buffer.remaining());
+            buffer.put_slice(&self.first.split_to(count));
             return Poll::Ready(Ok(()));
         }
         Pin::new(&mut self.io).poll_read(context, buffer)

@@ -31,6 +31,8 @@ struct Settings {
     queue_rows_max: Option<usize>,
     #[serde(default, with = "humantime_serde::option")]
     queue_delay: Option<Duration>,
+    #[serde(default)]
+    deterministic: bool,
 }
 
 /// Which versions are served.
@@ -222,6 +224,7 @@ fn made(
             queue,
             request_rows_max,
             text_bytes_max: defaults.text_bytes_max,
+            deterministic: settings.deterministic,
         },
     })
 }

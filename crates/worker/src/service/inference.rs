@@ -17,8 +17,8 @@ use protocol::inference::{
     model_metadata_response::TensorMetadata, repository_index_response::ModelIndex,
 };
 use protocol::{
-    Error, InferRequest, Kind, LogSettings, ModelName, ModelVersion, TraceSettings, to_response,
-    with_final_response_flag,
+    DIGEST_KEY, Error, InferRequest, Kind, LogSettings, ModelName, ModelVersion, TOKENS_KEY,
+    TraceSettings, to_response, with_final_response_flag,
 };
 use tonic::{Code, Status};
 
@@ -100,8 +100,8 @@ impl Service {
     async fn model_infer(&self, call: Call) -> Result<Reply, Status> {
         let deadline = call.deadline.into_std();
         let message = call.into_messages(&self.0.limits).only().await?;
-        let answered = self.infer(message, deadline).await?;
-        Ok(reply(frame(&answered), Metadata::new()))
+        let (answered, metadata) = self.infer(message, deadline).await?;
+        Ok(reply(frame(&answered), metadata))
     }
 
     /// Answers each request of a stream in order; an error is an answer, and
@@ -124,7 +124,7 @@ impl Service {
             .map(|peeked| peeked.id.to_owned())
             .unwrap_or_default();
         match self.infer(message, deadline).await {
-            Ok(answer) => frame_bytes(&with_final_response_flag(&answer.encode_to_vec())),
+            Ok((answer, _)) => frame_bytes(&with_final_response_flag(&answer.encode_to_vec())),
             Err(status) => frame(&ModelStreamInferResponse {
                 error_message: status.message().to_owned(),
                 infer_response: Some(ModelInferResponse {
@@ -139,19 +139,25 @@ impl Service {
         &self,
         message: Message,
         deadline: Instant,
-    ) -> Result<ModelInferResponse, Status> {
+    ) -> Result<(ModelInferResponse, Metadata), Status> {
         let started = Instant::now();
         let request: ModelInferRequest = decode(message.bytes())?;
         let mut request = InferRequest::checked(request)?;
         let model = self.0.repository.find(&request.model, request.version)?;
         let id = std::mem::take(&mut request.id);
         let mut counted = Counted::new(&model, "ModelInfer", started);
-        let outputs = infer(&model, request, deadline)
+        let (outputs, tokens) = infer(&model, request, deadline)
             .await
             .map_err(|error| Error::from(error).to_status())
             .inspect_err(|status| counted.code = status.code())?;
         counted.code = Code::Ok;
-        Ok(to_response(&model.name, model.version, id, outputs))
+        let mut metadata = Metadata::new();
+        metadata.insert(TOKENS_KEY, tokens.into());
+        if let Some(digest) = model.digest_value() {
+            metadata.insert(DIGEST_KEY, digest);
+        }
+        let answer = to_response(&model.name, model.version, id, outputs);
+        Ok((answer, metadata))
     }
 
     fn ready(&self) -> bool {

@@ -7,7 +7,7 @@ use engine::{Task, Tokenizer, Truncation, Wanted};
 use http::{HeaderName, HeaderValue};
 use platform::grpc::{Call, Metadata};
 use protocol::tei::v1 as tei;
-use protocol::{Error, Kind, MODEL_KEY, ModelName, ModelVersion, VERSION_KEY};
+use protocol::{DIGEST_KEY, Error, Kind, MODEL_KEY, ModelName, ModelVersion, VERSION_KEY};
 use tonic::Code;
 
 use super::super::inference::Counted;
@@ -28,6 +28,7 @@ pub(super) struct Answered<A> {
     pub(super) message: A,
     metadata: tei::Metadata,
     compute_type: &'static str,
+    digest: Option<HeaderValue>,
 }
 
 /// The texts of one call and what is wanted of them.
@@ -171,6 +172,7 @@ impl Target {
             message: vectors,
             metadata,
             compute_type: compute_type(model),
+            digest: model.digest_value(),
         })
     }
 }
@@ -182,6 +184,7 @@ impl<A> Answered<A> {
             message,
             metadata: tei::Metadata::default(),
             compute_type: compute_type(model),
+            digest: model.digest_value(),
         }
     }
 
@@ -191,6 +194,7 @@ impl<A> Answered<A> {
             message: message(self.metadata),
             metadata: self.metadata,
             compute_type: self.compute_type,
+            digest: self.digest,
         }
     }
 
@@ -213,6 +217,9 @@ impl<A> Answered<A> {
             ("x-inference-time", ms(cost.inference_time_ns)),
         ] {
             metadata.insert(HeaderName::from_static(name), value);
+        }
+        if let Some(digest) = &self.digest {
+            metadata.insert(DIGEST_KEY, digest.clone());
         }
         metadata
     }

@@ -1,0 +1,90 @@
+//! What stands for a model version: the bytes of its files, and everything else
+//! that its numbers depend on.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use aws_lc_rs::digest::{Context, SHA256};
+use engine::{Card, EngineError, LoadOptions};
+
+/// Files of a model folder.
+const FILES_MAX: usize = 10_000;
+
+/// SHA-256, in hexadecimal digits, over the names, lengths and bytes of all
+/// files of a folder in order, and over how they are computed. Reads each file
+/// once.
+pub fn of(folder: &Path, options: &LoadOptions, card: &Card) -> Result<String, EngineError> {
+    let mut files = Vec::new();
+    list(folder, &mut files).map_err(unreadable)?;
+    files.sort();
+    let mut context = Context::new(&SHA256);
+    let computed = format!(
+        "{:?} {:?} {} {} {} {}",
+        options.task, options.tokens_max, card.dtype, card.kernels, card.device, card.family
+    );
+    context.update(computed.as_bytes());
+    let mut buffer = vec![0_u8; 1 << 20];
+    for path in files {
+        let name = path.strip_prefix(folder).unwrap_or(&path);
+        let mut file = std::fs::File::open(&path).map_err(unreadable)?;
+        let length = file.metadata().map_err(unreadable)?.len();
+        context.update(name.as_os_str().as_encoded_bytes());
+        context.update(&[0]);
+        context.update(&length.to_le_bytes());
+        loop {
+            let count = file.read(&mut buffer).map_err(unreadable)?;
+            if count == 0 {
+                break;
+            }
+            context.update(buffer.get(..count).unwrap_or_default());
+        }
+    }
+    let digits = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(digits(context.finish().as_ref()))
+}
+
+/// The files below a folder; links are not followed.
+fn list(folder: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            list(&entry.path(), files)?;
+        } else if kind.is_file() && files.len() < FILES_MAX {
+            files.push(entry.path());
+        }
+    }
+    Ok(())
+}
+
+fn unreadable(error: std::io::Error) -> EngineError {
+    EngineError::Device(format!(
+        "the model's files cannot be read: {}",
+        error.kind()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_and_name_counts() {
+        let folder = std::env::temp_dir().join(format!("andon-digest-{}", std::process::id()));
+        std::fs::create_dir_all(folder.join("inner")).unwrap();
+        let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/digits/1");
+        let options = LoadOptions::default();
+        let card = engine::load(&digits, &options).unwrap().card;
+        let digest = || of(&folder, &options, &card).unwrap();
+        std::fs::write(folder.join("a"), "one").unwrap();
+        let first = digest();
+        assert_eq!(first, digest());
+        std::fs::write(folder.join("a"), "two").unwrap();
+        let changed = digest();
+        std::fs::rename(folder.join("a"), folder.join("inner/a")).unwrap();
+        let moved = digest();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_ne!(first, changed);
+        assert_ne!(changed, moved);
+    }
+}

@@ -4,11 +4,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use platform::tasks::Owned;
 use protocol::Error;
 use serde::Deserialize;
 use tokio::time::Instant;
 
 use crate::auth::{Auth, Caller};
+use crate::metrics::LimitMetrics;
+use crate::redis::{Redis, RedisError};
 
 /// How much may be called, of all models together or of some. What is not
 /// named has no limit.
@@ -65,6 +68,15 @@ pub struct LimitSettings {
     pub fair_queue: u32,
 }
 
+impl LimitSettings {
+    /// Redis, if there is one; not connected yet.
+    pub fn redis(&self) -> Result<Option<Arc<Redis>>, RedisError> {
+        let password = self.redis_password_file.as_deref();
+        let url = self.redis.as_deref();
+        url.map(|url| Redis::open(url, password)).transpose()
+    }
+}
+
 /// Counts what each tenant calls.
 #[derive(Debug)]
 pub struct Limit {
@@ -98,8 +110,19 @@ pub struct Wanted<'a> {
 
 impl Limit {
     /// Counts by the policy that `auth` has.
-    pub fn new(_settings: &LimitSettings, auth: Arc<Auth>) -> Self {
+    pub fn new(
+        _settings: &LimitSettings,
+        auth: Arc<Auth>,
+        _redis: Option<Arc<Redis>>,
+        _metrics: &LimitMetrics,
+    ) -> Self {
         Self { _auth: auth }
+    }
+
+    /// Keeps what is counted with Redis in step with it, until the task is
+    /// dropped.
+    pub fn follow(&self) -> Option<Owned> {
+        None
     }
 
     /// Before a call is read: the tenant's rate, and its calls under way.

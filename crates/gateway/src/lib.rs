@@ -163,6 +163,7 @@ impl Gateway {
         }
         let auth = Arc::new(Auth::new(&settings.auth)?);
         let redis = settings.limit.redis()?;
+        auth.metrics().register(&process.metrics);
         let metrics = GatewayMetrics::register(&process.metrics, redis.as_deref());
         let health = Health::default();
         let common = CommonServices::new(&health, DESCRIPTORS)

@@ -206,7 +206,7 @@ async fn tokens_that_are_wrong_are_refused_for_what_is_wrong() {
         ("exp", json!(now() - 10), "recognized"),
         ("exp", Value::Null, "token_claims"),
         ("exp", json!("soon"), "token_claims"),
-        ("exp", json!(1e300), "recognized"),
+        ("exp", json!(1e300), "token_claims"),
         ("nbf", json!(now() + 60), "token_early"),
         ("nbf", json!(now() + 10), "recognized"),
         ("nbf", json!("soon"), "token_claims"),
@@ -452,7 +452,8 @@ proptest! {
         let keys = Keys::default();
         let text = parts.join(".");
         prop_assert!(keys.caller(&text, SystemTime::now()).is_err());
-        prop_assert!(keys.caller(&format!("andon_{text}"), SystemTime::now()).is_err());
+        let key = format!("andon_{text}");
+        prop_assert!(keys.caller(&key, SystemTime::now()).is_err());
         if let Ok(value) = HeaderValue::from_bytes(&bearer) {
             let mut headers = HeaderMap::new();
             headers.insert(AUTHORIZATION, value);

@@ -3,6 +3,8 @@
 mod conformance;
 mod deadline;
 mod failure;
+mod identity;
 mod input;
 mod operations;
+mod quota;
 mod transport;

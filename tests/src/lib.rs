@@ -5,6 +5,7 @@ pub mod calls;
 pub mod certificates;
 pub mod load;
 pub mod process;
+pub mod scripts;
 pub mod tokens;
 
 use std::path::{Path, PathBuf};

@@ -6,4 +6,5 @@ mod failure;
 mod identity;
 mod input;
 mod operations;
+mod outside;
 mod transport;

@@ -6,5 +6,6 @@ mod failure;
 mod identity;
 mod input;
 mod operations;
+mod outside;
 mod quota;
 mod transport;

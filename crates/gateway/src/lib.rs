@@ -8,6 +8,7 @@ mod discover;
 mod http;
 mod limit;
 mod metrics;
+mod redis;
 mod route;
 mod service;
 mod shed;
@@ -30,7 +31,7 @@ use protocol::{DESCRIPTORS, SERVICES};
 use crate::http::HttpSettings;
 use auth::{Auth, AuthSettings, PolicyError};
 use balance::Balance;
-use cache::{Cache, CacheSettings};
+use cache::{Cache, CacheError, CacheSettings};
 use discover::DiscoverSettings;
 use limit::{Limit, LimitSettings};
 use metrics::{GatewayMetrics, Readings};
@@ -117,6 +118,9 @@ pub enum GatewayError {
     /// The catalogue of providers cannot be used.
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
+    /// The cache cannot be used as it is configured.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// Anybody could call.
     #[error(
         "{0} is not a loopback address, and nobody is asked who they are: give --policy FILE, or --insecure if something else guards the port"
@@ -180,7 +184,7 @@ impl Gateway {
             limit: Limit::new(&settings.limit, auth.clone()),
             auth,
             routes,
-            cache: Cache::new(&settings.cache),
+            cache: Cache::new(&settings.cache, &settings.limit, &process.metrics)?,
             balance: Balance::new(settings.retry_tokens, limits.clone(), balance),
             limits,
             common,
@@ -231,6 +235,7 @@ impl Gateway {
         let _certificates = self.server.tls.as_ref().map(Tls::follow);
         let _policy = layers.auth.follow();
         let _secrets = layers.routes.catalogue.follow();
+        let _kept = layers.cache.follow();
         let web = Server {
             name: "http",
             ..self.server.clone()

@@ -82,7 +82,7 @@ impl Upstream {
     /// A worker that is not connected yet.
     pub fn new(target: Target, numbers: UpstreamNumbers) -> Self {
         let authority = match &target {
-            Target::Tcp(address) => address.parse().ok(),
+            Target::Tcp(address) | Target::Tls(address, _) => address.parse().ok(),
             Target::Memory(_) => None,
         };
         Self {

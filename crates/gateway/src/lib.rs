@@ -160,6 +160,7 @@ impl Gateway {
             return Err(GatewayError::NoWorkers);
         }
         let auth = Arc::new(Auth::new(&settings.auth)?);
+        auth.metrics().register(&process.metrics);
         let metrics = GatewayMetrics::register(&process.metrics);
         let health = Health::default();
         let common = CommonServices::new(&health, DESCRIPTORS)

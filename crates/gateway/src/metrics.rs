@@ -81,6 +81,30 @@ impl BalanceMetrics {
     }
 }
 
+/// What is counted of callers that are not recognized.
+#[derive(Debug, Clone, Default)]
+pub struct AuthMetrics {
+    refused: Family<ReasonLabel, Counter>,
+}
+
+impl AuthMetrics {
+    /// Registers what is counted.
+    pub fn register(&self, metrics: &Metrics) {
+        metrics.register(|registry| {
+            registry.register(
+                "andon_gateway_auth_refused",
+                "Calls whose caller was not recognized",
+                self.refused.clone(),
+            );
+        });
+    }
+
+    /// A call is refused.
+    pub fn refused(&self, reason: &'static str) {
+        self.refused.get_or_create(&ReasonLabel { reason }).inc();
+    }
+}
+
 impl GatewayMetrics {
     /// Registers what is counted.
     pub fn register(metrics: &Metrics) -> Self {

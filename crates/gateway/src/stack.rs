@@ -77,7 +77,7 @@ impl Handler for Stack {
                 Method::Stream(door) => service::each_message(self.clone(), call, door, caller)?,
                 Method::Gathered => service::rerank_stream(self, call, caller).await?,
                 Method::Fleet(name) => service::fleet(self, name, call, &caller).await?,
-                Method::Common => layers.common.answer(call).await,
+                Method::Reflection | Method::Common => layers.common.answer(call).await,
             };
             Ok(reply.map(|body| body.guarded((place, entered))))
         })
@@ -97,7 +97,7 @@ impl Stack {
         peer: &Peer,
     ) -> Result<Caller, Error> {
         let auth = &self.0.auth;
-        if method.is_probe() {
+        if method.is_open() || method == Method::Reflection && auth.reflection_is_open() {
             return Ok(auth.anyone());
         }
         let caller = auth.caller(headers, peer).await?;

@@ -3,6 +3,7 @@
 mod conformance;
 mod deadline;
 mod failure;
+mod identity;
 mod input;
 mod operations;
 mod transport;

@@ -31,7 +31,7 @@ use protocol::{DESCRIPTORS, SERVICES};
 use crate::http::HttpSettings;
 use auth::{Auth, AuthSettings, PolicyError};
 use balance::Balance;
-use cache::{Cache, CacheSettings};
+use cache::{Cache, CacheError, CacheSettings};
 use discover::DiscoverSettings;
 use limit::{Limit, LimitSettings};
 use metrics::{GatewayMetrics, Readings};
@@ -122,6 +122,9 @@ pub enum GatewayError {
     /// Redis cannot be used as it is configured.
     #[error(transparent)]
     Redis(#[from] RedisError),
+    /// The cache cannot be used as it is configured.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// Anybody could call.
     #[error(
         "{0} is not a loopback address, and nobody is asked who they are: give --policy FILE, or --insecure if something else guards the port"
@@ -188,7 +191,7 @@ impl Gateway {
             limit: Limit::new(&settings.limit, auth.clone(), redis.clone(), &metrics.limit),
             auth,
             routes,
-            cache: Cache::new(&settings.cache),
+            cache: Cache::new(&settings.cache, &settings.limit, &process.metrics)?,
             balance: Balance::new(settings.retry_tokens, limits.clone(), balance),
             limits,
             common,
@@ -242,6 +245,7 @@ impl Gateway {
         let _redis = self.redis.as_ref().map(Redis::follow);
         let _quotas = layers.limit.follow();
         let _secrets = layers.routes.catalogue.follow();
+        let _kept = layers.cache.follow();
         let web = Server {
             name: "http",
             ..self.server.clone()

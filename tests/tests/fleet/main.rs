@@ -4,5 +4,6 @@ mod conformance;
 mod deadline;
 mod failure;
 mod input;
+mod openai;
 mod operations;
 mod transport;

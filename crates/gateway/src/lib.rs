@@ -187,6 +187,7 @@ impl Gateway {
             metrics,
             telemetry: process.telemetry.clone(),
             drain: process.drain.clone(),
+            deadline_max: server.deadline_max,
         }));
         Ok(Self {
             stack,

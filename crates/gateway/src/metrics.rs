@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use platform::grpc::{MessageLimits, Reply, code_name, head_code};
+use platform::grpc::MessageLimits;
 use platform::metrics::{Metrics, duration_histogram};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
@@ -168,9 +168,8 @@ pub struct Record {
 }
 
 impl Record {
-    /// The call ended with this reply.
-    pub fn end(self, reply: &Reply) {
-        let code = code_name(head_code(reply.headers()));
+    /// The call ended with the status of this name.
+    pub fn end(self, code: &'static str) {
         let labels = RequestLabels {
             model: self.model,
             method: self.method,

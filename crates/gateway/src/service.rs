@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use crate::auth::Caller;
+use crate::stack::Access;
 
 /// Where a call says which model it is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,8 +51,17 @@ impl Method {
         )
     }
 
+    /// Whose it is to call.
+    pub fn access(self) -> Access {
+        match self {
+            _ if self.is_probe() => Access::Open,
+            _ if self.is_administrative() => Access::Administrator,
+            _ => Access::Caller,
+        }
+    }
+
     /// Whether only administrators may call it.
-    pub fn is_administrative(self) -> bool {
+    fn is_administrative(self) -> bool {
         matches!(
             self,
             Self::Fleet(
@@ -308,7 +318,8 @@ impl Request {
     }
 }
 
-fn own_headers() -> HeaderMap {
+/// The metadata of a call of the gateway's own.
+pub fn own_headers() -> HeaderMap {
     let mut headers = HeaderMap::with_capacity(4);
     headers.insert(
         http::header::CONTENT_TYPE,

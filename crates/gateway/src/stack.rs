@@ -3,11 +3,12 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue};
 use platform::CommonServices;
 use platform::drain::Drain;
-use platform::grpc::{Call, MessageLimits, Reply, reject};
+use platform::grpc::{Call, MessageLimits, Reply, code_name, head_code, reject};
 use platform::server::Handler;
 use platform::telemetry::TelemetryControl;
 use platform::tls::Peer;
@@ -45,6 +46,19 @@ pub struct Layers {
     pub(crate) metrics: GatewayMetrics,
     pub(crate) telemetry: TelemetryControl,
     pub(crate) drain: Drain,
+    /// The longest deadline of a request of the HTTP door.
+    pub(crate) deadline_max: Duration,
+}
+
+/// Whose a call is to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Everybody's, under overload too.
+    Open,
+    /// Anybody's who says who they are.
+    Caller,
+    /// An administrator's.
+    Administrator,
 }
 
 impl Handler for Stack {
@@ -61,7 +75,9 @@ impl Handler for Stack {
             };
             // auth: who calls, and whether it is theirs to call.
             // limit: the tenant's rate, and its calls under way.
-            let caller = self.admit(method, call.metadata(), &call.peer).await?;
+            let caller = self
+                .admit(method.access(), call.metadata(), &call.peer)
+                .await?;
             let entered = match method.is_probe() {
                 true => None,
                 false => Some(layers.limit.enter(&caller).await?),
@@ -83,7 +99,7 @@ impl Handler for Stack {
         })
         .instrument(span)
         .await;
-        record.end(&reply);
+        record.end(code_name(head_code(reply.headers())));
         reply
     }
 }
@@ -92,16 +108,16 @@ impl Stack {
     /// Who calls; an error when the call is not theirs to make.
     pub(crate) async fn admit(
         &self,
-        method: Method,
+        access: Access,
         headers: &HeaderMap,
         peer: &Peer,
     ) -> Result<Caller, Error> {
         let auth = &self.0.auth;
-        if method.is_probe() {
+        if access == Access::Open {
             return Ok(auth.anyone());
         }
         let caller = auth.caller(headers, peer).await?;
-        if method.is_administrative() {
+        if access == Access::Administrator {
             caller.must_administrate()?;
         }
         Ok(caller)
@@ -155,7 +171,7 @@ impl Stack {
     /// Says in the answer that it is not the first model's, and why.
     fn fell_back(&self, mut answer: Answer, name: &str, reason: Option<Status>) -> Answer {
         if let Some(reason) = reason {
-            let text = format!("{name}; {}", platform::grpc::code_name(reason.code()));
+            let text = format!("{name}; {}", code_name(reason.code()));
             if let Ok(value) = HeaderValue::try_from(text) {
                 answer.metadata_mut().insert(FALLBACK_KEY, value);
             }

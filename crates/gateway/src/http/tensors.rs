@@ -1,0 +1,1 @@
+//! Tensors in JSON and in the binary extension.

@@ -60,8 +60,9 @@ pub struct EmbeddingRequest {
     #[serde(default)]
     pub truncate: Option<bool>,
     /// Who the request is for; it is not used.
-    #[serde(default)]
-    pub user: Option<String>,
+    #[serde(default, rename = "user")]
+    #[allow(dead_code, reason = "it is only checked to be a text")]
+    user: Option<String>,
 }
 
 /// How vectors are written.

@@ -258,7 +258,7 @@ fn add_headers(status: &str, told: &mut Told, kinds: Kinds) {
 
 fn header(kind: Type, says: &str) -> Header {
     HeaderBuilder::new()
-        .schema(ObjectBuilder::new().schema_type(kind))
+        .schema(Some(ObjectBuilder::new().schema_type(kind)))
         .description(Some(says))
         .build()
 }

@@ -13,7 +13,9 @@ use axum::{Router, response::IntoResponseParts};
 use protocol::{Error, tei::v1 as tei};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::openapi::schema::{ObjectBuilder, Type};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
 use super::ask::{self, check_texts, tokens};
 use super::body::{self, Json, json, must_be_json};
@@ -90,11 +92,24 @@ pub struct RerankTextsRequest {
     pub truncation_direction: Option<TruncationDirection>,
 }
 
-/// A text of one character at least.
-#[derive(Debug, ToSchema)]
-#[schema(as = Text)]
-#[allow(dead_code, reason = "it is a schema only")]
-pub struct NotEmpty(#[schema(min_length = 1)] String);
+/// A text of one character at least: a schema only.
+#[derive(Debug)]
+pub struct NotEmpty;
+
+impl PartialSchema for NotEmpty {
+    fn schema() -> RefOr<Schema> {
+        let text = ObjectBuilder::new()
+            .schema_type(Type::String)
+            .min_length(Some(1));
+        RefOr::T(text.into())
+    }
+}
+
+impl ToSchema for NotEmpty {
+    fn name() -> std::borrow::Cow<'static, str> {
+        "Text".into()
+    }
+}
 
 /// Which end of a long text is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]

@@ -180,13 +180,15 @@ impl PartialSchema for Input {
                 .schema_type(Type::String)
                 .min_length(Some(1))
         };
-        let token = ObjectBuilder::new()
-            .schema_type(Type::Integer)
-            .minimum(Some(0))
-            .maximum(Some(u32::MAX));
+        let token = || {
+            ObjectBuilder::new()
+                .schema_type(Type::Integer)
+                .minimum(Some(0))
+                .maximum(Some(u32::MAX))
+        };
         let tokens = || {
             ArrayBuilder::new()
-                .items(token.clone())
+                .items(token())
                 .min_items(Some(1))
                 .max_items(Some(TOKENS_MAX))
         };

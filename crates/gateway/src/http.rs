@@ -3,6 +3,7 @@
 
 mod ask;
 mod body;
+mod chat;
 mod classify;
 mod docs;
 mod gate;
@@ -46,6 +47,7 @@ pub fn router(stack: Stack, settings: &HttpSettings) -> Router {
     let routes = Router::new()
         .merge(rest::routes(&stack))
         .merge(openai::routes(&stack))
+        .merge(chat::routes(&stack))
         .merge(rerank::routes(&stack))
         .merge(classify::routes(&stack))
         .merge(openapi::routes(&stack))

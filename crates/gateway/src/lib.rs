@@ -151,17 +151,19 @@ impl Gateway {
     ) -> Result<Self, GatewayError> {
         let mut targets = inside;
         targets.extend(fleet.worker.into_iter().map(Target::Tcp));
-        let catalogue = Arc::new(Catalogue::new(&settings.providers)?);
-        if targets.is_empty() && fleet.worker_dns.is_empty() && catalogue.providers.is_empty() {
+        let limits = server.message_limits();
+        let catalogue = Arc::new(Catalogue::new(&settings.providers, &limits)?);
+        let workers = !targets.is_empty() || !fleet.worker_dns.is_empty();
+        if !workers && catalogue.providers.is_empty() {
             return Err(GatewayError::NoWorkers);
         }
+        catalogue.metrics.register(&process.metrics);
         let auth = Arc::new(Auth::new(&settings.auth)?);
         let metrics = GatewayMetrics::register(&process.metrics);
         let health = Health::default();
         let common = CommonServices::new(&health, DESCRIPTORS)
             .map_err(|error| GatewayError::Descriptors(error.to_string()))?;
-        let routes = Arc::new(Routes::new(catalogue));
-        let limits = server.message_limits();
+        let routes = Arc::new(Routes::new(catalogue, workers));
         let shed = Arc::new(Shed::new(
             settings.calls_max as usize,
             metrics.shed("calls_max"),
@@ -254,9 +256,9 @@ impl Gateway {
             loop {
                 changes.borrow_and_update();
                 let draining = drain.draining();
-                let table = routes.table();
-                let models: Vec<(String, bool)> = table
+                let models: Vec<(String, bool)> = routes
                     .readiness()
+                    .into_iter()
                     .map(|(name, ready)| (name, ready && !draining))
                     .collect();
                 let ready = models.iter().any(|(_, ready)| *ready);

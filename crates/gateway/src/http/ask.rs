@@ -38,7 +38,8 @@ pub fn model(
     Ok(plan.name().to_owned())
 }
 
-fn of_name(name: &str) -> Wanted {
+/// A model by its name.
+pub fn of_name(name: &str) -> Wanted {
     Wanted::Named {
         name: name.to_owned(),
         version: String::new(),
@@ -90,7 +91,7 @@ pub fn check_texts<T: AsRef<str>>(field: &str, texts: &[T]) -> Result<(), Error>
 }
 
 /// The model's field, in the terms of these surfaces.
-fn of_model(field: &str, reason: &str) -> Option<(String, String)> {
+pub fn of_model(field: &str, reason: &str) -> Option<(String, String)> {
     let known = matches!(field, "model_name" | "model_version" | "name" | MODEL_KEY);
     known.then(|| ("model".to_owned(), reason.replace(" in the metadata", "")))
 }

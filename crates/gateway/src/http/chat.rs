@@ -2,16 +2,16 @@
 //! events.
 
 mod events;
-mod generate;
+pub mod generate;
 mod message;
+mod way;
 
-pub use generate::{GenerateRequest, GenerateResponse, generate, generate_stream};
-pub use message::{Message, MessageRole, Stop};
+use message::{Message, Stop};
 
 use axum::Router;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use protocol::{Error, Kind};
+use protocol::Error;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -68,14 +68,16 @@ pub struct ChatCompletionRequest {
     pub n: Option<u32>,
     /// Who the request is for; it is not used.
     #[serde(default)]
-    pub user: Option<String>,
+    #[allow(dead_code, reason = "it is only checked to be a text")]
+    user: Option<String>,
     /// Tools are not passed on: a list of some is refused.
     #[serde(default)]
     #[schema(max_items = 0)]
     pub tools: Option<Vec<Value>>,
     /// The form of the answer: text.
     #[serde(default)]
-    pub response_format: Option<ResponseFormat>,
+    #[allow(dead_code, reason = "it is checked by being read")]
+    response_format: Option<ResponseFormat>,
 }
 
 /// What a stream has besides its parts.
@@ -217,8 +219,8 @@ pub struct Delta {
 pub fn routes(stack: &Stack) -> Router<Stack> {
     let openai = Routes::new(stack, Shape::OpenAi).callers("/v1/chat/completions", post(complete));
     let problem = Routes::new(stack, Shape::Problem)
-        .callers("/v2/models/{model}/generate", post(generate))
-        .callers("/v2/models/{model}/generate_stream", post(generate_stream));
+        .callers("/v2/models/{model}/generate", post(generate::generate))
+        .callers("/v2/models/{model}/generate_stream", post(generate::generate_stream));
     openai.into_router().merge(problem.into_router())
 }
 
@@ -249,10 +251,11 @@ pub async fn complete(
         usage: usage == Some(true),
     };
     if stream {
-        let parts = visit.chat_stream(&model, &asked).await?;
-        return Ok(events::response(parts, writer, Shape::OpenAi, &visit));
+        let (headers, parts) = way::chat_stream(&visit, &model, &asked).await?;
+        let response = events::response(parts, writer, Shape::OpenAi, &visit);
+        return Ok((headers, response).into_response());
     }
-    let answer = visit.chat(&model, &asked).await?;
+    let (headers, answer) = way::chat(&visit, &model, &asked).await?;
     let completion = ChatCompletion {
         id: writer.id,
         object: "chat.completion",
@@ -269,7 +272,7 @@ pub async fn complete(
         }],
         usage: answer.usage.into(),
     };
-    Ok(axum::Json(completion).into_response())
+    Ok((headers, axum::Json(completion)).into_response())
 }
 
 /// The conversation in the terms of no provider. What would change the answer
@@ -369,12 +372,6 @@ impl Writer {
 fn now_s() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| since.as_secs())
-}
-
-/// No model of this name generates text.
-pub fn no_generation(name: &str) -> Error {
-    let reason = format!("model '{name}' does not generate text; models of outside services do");
-    Error::new(Kind::Unsupported, reason)
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use utoipa::openapi::{
 
 use super::gate::Routes;
 use super::problem::{OpenAiError, Problem, Shape};
-use super::{classify, openai, rerank};
+use super::{chat, classify, openai, rerank};
 use crate::stack::Stack;
 
 #[derive(utoipa::OpenApi)]
@@ -36,6 +36,9 @@ use crate::stack::Stack;
         openai::list_models,
         openai::show_model,
         openai::embed,
+        chat::complete,
+        chat::generate::generate,
+        chat::generate::generate_stream,
         rerank::rerank_either,
         rerank::rerank_v1,
         rerank::rerank_v2,
@@ -133,7 +136,7 @@ fn complete(operation: &mut Operation, kinds: Kinds) {
     if !kinds.open {
         let nobody = SecurityRequirement::default();
         let schemes = ["bearer", "key"];
-        let requirement = |scheme| SecurityRequirement::new::<_, [&str; 0], &str>(scheme, []);
+        let requirement = |scheme| SecurityRequirement::new::<&str, [&str; 0], &str>(scheme, []);
         let mut all: Vec<SecurityRequirement> = schemes.map(requirement).into();
         all.push(nobody);
         operation.security = Some(all);
@@ -261,4 +264,61 @@ fn header(kind: Type, says: &str) -> Header {
         .schema(Some(ObjectBuilder::new().schema_type(kind)))
         .description(Some(says))
         .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn written() -> Value {
+        serde_json::from_slice(&JSON).unwrap()
+    }
+
+    #[test]
+    fn every_operation_has_its_refusals_and_an_answer() {
+        let document = written();
+        assert_eq!(document["openapi"], "3.1.0");
+        let mut ids = BTreeSet::new();
+        for (path, item) in document["paths"].as_object().unwrap() {
+            for (method, operation) in item.as_object().unwrap() {
+                let name = format!("{method} {path}");
+                let responses = operation["responses"].as_object().unwrap();
+                assert!(responses.contains_key("200"), "{name}");
+                for status in ["400", "500", "503", "504"] {
+                    let told = &responses[status];
+                    assert!(told["headers"]["x-request-id"].is_object(), "{name} {status}");
+                    let content = told["content"].as_object().unwrap();
+                    let (kind, content) = content.iter().next().unwrap();
+                    let openai = path.starts_with("/v1/");
+                    assert_eq!(kind == "application/json", openai, "{name}");
+                    assert!(content["example"].is_object(), "{name}");
+                }
+                assert!(operation["summary"].is_string(), "{name}");
+                assert!(ids.insert(operation["operationId"].to_string()), "{name}");
+                if operation.get("requestBody").is_some() {
+                    assert!(responses.contains_key("413"), "{name}");
+                    assert!(operation["security"].is_array(), "{name}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_reference_is_there_and_own_surfaces_are_closed() {
+        let document = written();
+        let text = document.to_string();
+        for reference in text.split("\"#/components/schemas/").skip(1) {
+            let name = reference.split('"').next().unwrap();
+            let schema = &document["components"]["schemas"][name];
+            assert!(schema.is_object(), "{name}");
+        }
+        for name in ["RerankRequest", "RerankTextsRequest", "ClassifyRequest", "GenerateRequest"] {
+            let schema = &document["components"]["schemas"][name];
+            assert_eq!(schema["additionalProperties"], false, "{name}");
+        }
+        let embedding = &document["components"]["schemas"]["EmbeddingRequest"];
+        assert!(embedding.get("additionalProperties").is_none());
+    }
 }

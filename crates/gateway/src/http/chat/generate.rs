@@ -87,9 +87,9 @@ pub async fn generate(
     request: Json<GenerateRequest>,
 ) -> Result<Response, Refused> {
     let (asked, writer) = read(path.model, request.value, false)?;
-    let answered = way::chat(&visit, &writer.model, &asked).await?;
-    let response = writer.response(answered.text);
-    Ok(axum::Json(response).into_response())
+    let (headers, answer) = way::chat(&visit, &writer.model, &asked).await?;
+    let response = writer.response(answer.text);
+    Ok((headers, axum::Json(response)).into_response())
 }
 
 /// Continue a text in parts
@@ -106,8 +106,9 @@ pub async fn generate_stream(
     request: Json<GenerateRequest>,
 ) -> Result<Response, Refused> {
     let (asked, writer) = read(path.model, request.value, true)?;
-    let parts = way::chat_stream(&visit, &writer.model, &asked).await?;
-    Ok(events::response(parts, writer, Shape::Problem, &visit))
+    let (headers, parts) = way::chat_stream(&visit, &writer.model, &asked).await?;
+    let response = events::response(parts, writer, Shape::Problem, &visit);
+    Ok((headers, response).into_response())
 }
 
 fn read(

@@ -3,8 +3,11 @@
 use std::fmt;
 
 use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
-use utoipa::ToSchema;
+use utoipa::openapi::schema::{ArrayBuilder, OneOfBuilder};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
+use super::super::rerank::NotEmpty;
 use crate::upstream::provider::{ChatMessage, Role};
 
 /// What somebody said.
@@ -68,20 +71,8 @@ impl fmt::Debug for Content {
 }
 
 /// One text or several that end an answer.
-#[derive(Debug, Clone, PartialEq, Eq, ToSchema)]
-#[schema(as = ChatStop, value_type = StopForm)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stop(pub Vec<String>);
-
-/// One text or several.
-#[derive(Debug, ToSchema)]
-#[serde(untagged)]
-#[allow(dead_code, reason = "it is the schema of `Stop`")]
-pub enum StopForm {
-    /// One.
-    One(#[schema(min_length = 1)] String),
-    /// Several.
-    Several(#[schema(max_items = 16)] Vec<super::super::rerank::NotEmpty>),
-}
 
 impl From<Message> for ChatMessage {
     fn from(message: Message) -> Self {
@@ -154,5 +145,24 @@ impl<'de> Visitor<'de> for StopVisitor {
             texts.push(text);
         }
         Ok(Stop(texts))
+    }
+}
+
+impl PartialSchema for Stop {
+    fn schema() -> RefOr<Schema> {
+        let list = ArrayBuilder::new()
+            .items(NotEmpty::schema())
+            .max_items(Some(16));
+        let one_of = OneOfBuilder::new()
+            .description(Some("One text or several"))
+            .item(NotEmpty::schema())
+            .item(list);
+        RefOr::T(Schema::from(one_of))
+    }
+}
+
+impl ToSchema for Stop {
+    fn name() -> std::borrow::Cow<'static, str> {
+        "StopTexts".into()
     }
 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::{StreamExt, stream};
 use http::HeaderMap;
 use http::uri::PathAndQuery;
-use futures::{StreamExt, stream};
 use platform::grpc::{
     Answers, Call, EachSettings, Message, Reply, decode, each, frame, frame_bytes,
 };

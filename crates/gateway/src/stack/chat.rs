@@ -52,7 +52,7 @@ impl Stack {
     ) -> Result<Continued<ChatAnswer>, Status> {
         let (plan, ticket) = self.plan(asked).await?;
         let said = self
-            .ask(&plan, asked, |provider, ends| async move {
+            .ask_generating(&plan, asked, |provider, ends| async move {
                 provider.chat(asked.chat, ends).await
             })
             .await?;
@@ -69,7 +69,7 @@ impl Stack {
     ) -> Result<Continued<ChatStream>, Status> {
         let (plan, ticket) = self.plan(asked).await?;
         let mut said = self
-            .ask(&plan, asked, |provider, ends| async move {
+            .ask_generating(&plan, asked, |provider, ends| async move {
                 // The half of the time is for the first part: the rest may
                 // take as long as the caller waits.
                 let opened = provider.chat_stream(asked.chat, asked.deadline);
@@ -112,7 +112,7 @@ impl Stack {
     }
 
     /// Asks the model, or those of a chain in turn.
-    async fn ask<T, F>(
+    async fn ask_generating<T, F>(
         &self,
         plan: &Plan,
         asked: Conversation<'_>,

@@ -59,9 +59,9 @@ impl Ejection {
         if left_us > 0 {
             return Err(Duration::from_micros(left_us));
         }
-        let first =
-            self.probing
-                .compare_exchange(false, true, Ordering::AcqRel, Ordering::Acquire);
+        let first = self
+            .probing
+            .compare_exchange(false, true, Ordering::AcqRel, Ordering::Acquire);
         first.map(drop).map_err(|_| EJECTION)
     }
 

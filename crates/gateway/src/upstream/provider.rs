@@ -119,7 +119,10 @@ struct Place(#[allow(dead_code, reason = "it is given back when dropped")] Owned
 impl Catalogue {
     /// Reads the file, if one is named, and the keys. `limits` is what answers
     /// are held to.
-    pub fn new(settings: &ProviderSettings, limits: &MessageLimits) -> Result<Self, CatalogueError> {
+    pub fn new(
+        settings: &ProviderSettings,
+        limits: &MessageLimits,
+    ) -> Result<Self, CatalogueError> {
         let Some(path) = &settings.providers else {
             return Ok(Self::default());
         };
@@ -151,7 +154,10 @@ impl Catalogue {
 
     /// Every name, and what it is.
     pub fn names(&self) -> impl Iterator<Item = (&str, &'static str)> {
-        let providers = self.providers.keys().map(|name| (name.as_str(), "provider"));
+        let providers = self
+            .providers
+            .keys()
+            .map(|name| (name.as_str(), "provider"));
         providers.chain(self.chains.keys().map(|name| (name.as_str(), "chain")))
     }
 

@@ -161,11 +161,13 @@ struct Ended {
 
 /// Reads one event of a stream.
 pub fn step(event: &Event, progress: &mut Progress) -> Result<(), Trouble> {
-    let part: Part = serde_json::from_str(&event.data)
-        .map_err(|_| Trouble::Garbage("no part of a message"))?;
+    let part: Part =
+        serde_json::from_str(&event.data).map_err(|_| Trouble::Garbage("no part of a message"))?;
     match part {
         Part::MessageStart { message } => {
-            message.usage.added_to(progress.usage.get_or_insert_default());
+            message
+                .usage
+                .added_to(progress.usage.get_or_insert_default());
         }
         Part::ContentBlockDelta { delta } => {
             if let Some(text) = delta.text {
@@ -218,10 +220,13 @@ mod tests {
     #[test]
     fn what_the_system_says_stands_apart() {
         let mut request = ChatRequest::asking("a");
-        request.messages.insert(0, super::super::chat::ChatMessage {
-            role: Role::System,
-            text: "be kind".to_owned(),
-        });
+        request.messages.insert(
+            0,
+            super::super::chat::ChatMessage {
+                role: Role::System,
+                text: "be kind".to_owned(),
+            },
+        );
         let file = "[models.m]\nkind = \"anthropic\"\nbase_url = \"http://h\"\nmodel = \"big\"\ntask = \"generation\"";
         let file = super::super::catalogue::File::read(file).unwrap();
         let sent = chat(&file.models["m"], &request, false);

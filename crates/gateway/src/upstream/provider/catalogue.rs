@@ -272,7 +272,10 @@ impl Model {
             price.per_request,
             price.per_search,
         ];
-        if prices.iter().any(|price| !price.is_finite() || *price < 0.0) {
+        if prices
+            .iter()
+            .any(|price| !price.is_finite() || *price < 0.0)
+        {
             return Err(("price", "must be numbers from 0".to_owned()));
         }
         Ok(())
@@ -404,27 +407,60 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named_with_its_place_and_never_repeated() {
         let unknown = said(&format!("{GOOD}key = \"sk-secret\"\n"));
-        assert!(unknown.contains("line 6") && unknown.contains("`key`"), "{unknown}");
+        assert!(
+            unknown.contains("line 6") && unknown.contains("`key`"),
+            "{unknown}"
+        );
         assert!(!unknown.contains("sk-secret"), "{unknown}");
         for (from, to, field) in [
-            ("https://host.example/v1", "https://me:sk-secret@host.example/v1", "models.small.base_url"),
-            ("https://host.example/v1", "ftp://host.example", "models.small.base_url"),
-            ("https://host.example/v1", "https://host.example/v1?key=sk-secret", "models.small.base_url"),
+            (
+                "https://host.example/v1",
+                "https://me:sk-secret@host.example/v1",
+                "models.small.base_url",
+            ),
+            (
+                "https://host.example/v1",
+                "ftp://host.example",
+                "models.small.base_url",
+            ),
+            (
+                "https://host.example/v1",
+                "https://host.example/v1?key=sk-secret",
+                "models.small.base_url",
+            ),
             ("\"openai\"", "\"anthropic\"", "models.small.task"),
             ("\"openai\"", "\"else\"", "line 2"),
             ("models.small", "models.\"a b\"", "models"),
             ("\"embedding\"", "\"embedding\"\ntimeout = \"0s\"", "line 6"),
-            ("\"embedding\"", "\"embedding\"\nconcurrency_max = 0", "models.small.concurrency_max"),
-            ("\"embedding\"", "\"embedding\"\nprice = { per_request = -1.0 }", "models.small.price"),
-            ("\"embedding\"", "\"generation\"\ndeterministic = true", "models.small.deterministic"),
-            ("\"embedding\"", "\"embedding\"\nkey_file = \"a\"\nkey_variable = \"b\"", "models.small.key_variable"),
+            (
+                "\"embedding\"",
+                "\"embedding\"\nconcurrency_max = 0",
+                "models.small.concurrency_max",
+            ),
+            (
+                "\"embedding\"",
+                "\"embedding\"\nprice = { per_request = -1.0 }",
+                "models.small.price",
+            ),
+            (
+                "\"embedding\"",
+                "\"generation\"\ndeterministic = true",
+                "models.small.deterministic",
+            ),
+            (
+                "\"embedding\"",
+                "\"embedding\"\nkey_file = \"a\"\nkey_variable = \"b\"",
+                "models.small.key_variable",
+            ),
         ] {
             let said = said(&GOOD.replace(from, to));
             assert!(said.contains(field), "{to}: {said}");
             assert!(!said.contains("sk-secret"), "{said}");
         }
         for chain in ["[]", "[\"a\", \"a\"]", "[\"other\"]", "[\"a b\"]"] {
-            let text = format!("{GOOD}[chains.any]\nmodels = {chain}\n[chains.other]\nmodels = [\"small\"]\n");
+            let text = format!(
+                "{GOOD}[chains.any]\nmodels = {chain}\n[chains.other]\nmodels = [\"small\"]\n"
+            );
             let said = said(&text);
             assert!(said.contains("chains.any.models"), "{chain}: {said}");
         }

@@ -37,12 +37,7 @@ pub struct ChatMessage {
 impl std::fmt::Debug for ChatMessage {
     /// Without the text, which is the caller's.
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            formatter,
-            "{}: {} bytes",
-            self.role.name(),
-            self.text.len()
-        )
+        write!(formatter, "{}: {} bytes", self.role.name(), self.text.len())
     }
 }
 

@@ -71,8 +71,12 @@ pub fn build(model: &Model) -> Result<Client, (&'static str, String)> {
         builder = builder.tls_certs_only([]);
     }
     if let Some(proxy) = &model.proxy {
-        let proxy = Proxy::all(proxy)
-            .map_err(|_| ("proxy", "must be an address such as http://host:port".to_owned()))?;
+        let proxy = Proxy::all(proxy).map_err(|_| {
+            (
+                "proxy",
+                "must be an address such as http://host:port".to_owned(),
+            )
+        })?;
         builder = builder.proxy(proxy);
     }
     builder.build().map_err(|error| {
@@ -137,7 +141,7 @@ impl Provider {
         T: Send + 'static,
     {
         let started = Instant::now();
-        let attempts = self.attempts(ends, async || {
+        let attempts = self.attempts(ends, || async {
             let response = self.send(outgoing).await?;
             let held = self.whole(response).await?;
             let answer = if held.bytes.len() > READ_BYTES_MAX {
@@ -170,7 +174,7 @@ impl Provider {
         ends: Instant,
     ) -> Result<Response, Trouble> {
         let started = Instant::now();
-        let attempts = self.attempts(ends, async || self.send(outgoing).await);
+        let attempts = self.attempts(ends, || self.send(outgoing));
         let opened = timeout_at(ends, attempts).await;
         let opened = opened.unwrap_or(Err(Trouble::Late));
         match opened {
@@ -187,11 +191,14 @@ impl Provider {
     }
 
     /// Tries until it succeeds, within the retries, the budget and the time.
-    async fn attempts<T>(
+    async fn attempts<T, F>(
         self: &Arc<Self>,
         ends: Instant,
-        attempt: impl AsyncFn() -> Result<T, Trouble>,
-    ) -> Result<(T, Trial), Trouble> {
+        attempt: impl Fn() -> F,
+    ) -> Result<(T, Trial), Trouble>
+    where
+        F: Future<Output = Result<T, Trouble>>,
+    {
         let mut number = 0;
         let mut last = None;
         loop {

@@ -173,7 +173,8 @@ mod tests {
 
     #[test]
     fn embeddings_are_read() {
-        let text = r#"{"embeddings":{"float":[[1,2],[3,4]]},"meta":{"billed_units":{"input_tokens":6}}}"#;
+        let text =
+            r#"{"embeddings":{"float":[[1,2],[3,4]]},"meta":{"billed_units":{"input_tokens":6}}}"#;
         let read = read_embedding(text.as_bytes(), 2).unwrap();
         assert_eq!((read.vectors.len(), read.tokens), (2, 6));
         assert!(read_embedding(text.as_bytes(), 3).is_err());

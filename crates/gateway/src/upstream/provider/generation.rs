@@ -3,8 +3,8 @@
 
 use platform::grpc::decode;
 use protocol::inference::{
-    InferParameter, ModelInferResponse, ModelStreamInferResponse,
-    infer_parameter::ParameterChoice, model_infer_response::InferOutputTensor,
+    InferParameter, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice,
+    model_infer_response::InferOutputTensor,
 };
 use protocol::{Error, InferRequest, Value};
 use tensor::Datatype;
@@ -81,11 +81,19 @@ pub fn part(model: &str, id: &str, text: &str) -> ModelStreamInferResponse {
 }
 
 /// The last part, which says why the answer ended.
-pub fn last_part(model: &str, id: &str, (finish, usage): (Finish, ChatUsage)) -> ModelStreamInferResponse {
-    let integer = |count: u64| ParameterChoice::Int64Param(i64::try_from(count).unwrap_or(i64::MAX));
+pub fn last_part(
+    model: &str,
+    id: &str,
+    (finish, usage): (Finish, ChatUsage),
+) -> ModelStreamInferResponse {
+    let integer =
+        |count: u64| ParameterChoice::Int64Param(i64::try_from(count).unwrap_or(i64::MAX));
     let parameters = [
         ("triton_final_response", flag(true)),
-        ("finish_reason", ParameterChoice::StringParam(finish.name().to_owned())),
+        (
+            "finish_reason",
+            ParameterChoice::StringParam(finish.name().to_owned()),
+        ),
         ("prompt_tokens", integer(usage.prompt_tokens)),
         ("completion_tokens", integer(usage.completion_tokens)),
     ];

@@ -221,8 +221,7 @@ impl Provider {
     fn embedding(&self, request: &InferRequest) -> Result<Embedding, Error> {
         let mut options = Embedding::default();
         for (name, value) in &request.parameters {
-            let wrong =
-                |reason: String| Error::invalid(format!("parameters[{name}]"), reason);
+            let wrong = |reason: String| Error::invalid(format!("parameters[{name}]"), reason);
             match (name.as_str(), value) {
                 ("truncate", Value::Bool(on)) => options.truncate = *on,
                 ("normalize", Value::Bool(on)) => options.normalize = *on,
@@ -285,8 +284,7 @@ type Output = (String, Tensor);
 
 /// A tensor whose shape this program chose.
 fn made(name: &str, tensor: Result<Tensor, TensorError>) -> Result<Output, Error> {
-    let tensor =
-        tensor.map_err(|error| Error::new(protocol::Kind::Internal, error.to_string()))?;
+    let tensor = tensor.map_err(|error| Error::new(protocol::Kind::Internal, error.to_string()))?;
     Ok((name.to_owned(), tensor))
 }
 
@@ -350,9 +348,7 @@ async fn generate(
         .await
         .map_err(|trouble| trouble.to_error(&provider.name, &field))?;
     let shape = Shape::from_sizes(vec![1]);
-    let tensor = shape.and_then(|shape| {
-        Tensor::from_elements(shape, &[said.text.as_bytes()])
-    });
+    let tensor = shape.and_then(|shape| Tensor::from_elements(shape, &[said.text.as_bytes()]));
     Ok((made("text_output", tensor)?, Used::from(said.usage)))
 }
 

@@ -130,7 +130,9 @@ impl<'de> Deserialize<'de> for Vector {
                 if !rest.is_empty() || chunks.len() > WIDTH_MAX {
                     return Err(de::Error::custom("no FP32 in base64"));
                 }
-                Ok(Vector(chunks.iter().map(|b| f32::from_le_bytes(*b)).collect()))
+                Ok(Vector(
+                    chunks.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+                ))
             }
         }
         from.deserialize_any(Reader)

@@ -79,8 +79,14 @@ mod tests {
     fn events_have_names_and_lines() {
         let text = ": hello\n\nevent: delta\r\ndata: {\"a\":1}\r\n\r\ndata:one\ndata: two\nid: 3\n\ndata: [DONE]\n\nrest";
         let events = Events::default().take(text.as_bytes()).unwrap();
-        let pairs: Vec<_> = events.iter().map(|e| (e.name.as_str(), e.data.as_str())).collect();
-        assert_eq!(pairs, [("delta", "{\"a\":1}"), ("", "one\ntwo"), ("", "[DONE]")]);
+        let pairs: Vec<_> = events
+            .iter()
+            .map(|e| (e.name.as_str(), e.data.as_str()))
+            .collect();
+        assert_eq!(
+            pairs,
+            [("delta", "{\"a\":1}"), ("", "one\ntwo"), ("", "[DONE]")]
+        );
         let long = vec![b'a'; EVENT_BYTES_MAX + 1];
         assert!(Events::default().take(&long).is_err());
     }

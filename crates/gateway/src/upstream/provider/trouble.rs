@@ -235,10 +235,22 @@ mod tests {
     fn services_say_in_many_ways_when_to_come_back() {
         let seconds = |seconds| Some(Duration::from_secs(seconds));
         assert_eq!(after("retry-after", "7"), seconds(7));
-        assert_eq!(after("retry-after", "0.5"), Some(Duration::from_millis(500)));
-        assert_eq!(after("retry-after-ms", "250"), Some(Duration::from_millis(250)));
-        assert_eq!(after("retry-after", "Sun, 06 Nov 1994 08:49:40 GMT"), seconds(3));
-        assert_eq!(after("retry-after", "Sun, 06 Nov 1994 08:49:00 GMT"), seconds(0));
+        assert_eq!(
+            after("retry-after", "0.5"),
+            Some(Duration::from_millis(500))
+        );
+        assert_eq!(
+            after("retry-after-ms", "250"),
+            Some(Duration::from_millis(250))
+        );
+        assert_eq!(
+            after("retry-after", "Sun, 06 Nov 1994 08:49:40 GMT"),
+            seconds(3)
+        );
+        assert_eq!(
+            after("retry-after", "Sun, 06 Nov 1994 08:49:00 GMT"),
+            seconds(0)
+        );
         for wrong in ["-1", "soon", "", "NaN", "1e300"] {
             assert_eq!(after("retry-after", wrong), None, "{wrong}");
         }
@@ -254,7 +266,13 @@ mod tests {
         ] {
             assert_eq!(words(body.as_bytes()), "too long", "{body}");
         }
-        for body in ["", "no", "[]", r#"{"error":7}"#, r#"{"detail":[{"loc":1}]}"#] {
+        for body in [
+            "",
+            "no",
+            "[]",
+            r#"{"error":7}"#,
+            r#"{"detail":[{"loc":1}]}"#,
+        ] {
             assert_eq!(words(body.as_bytes()), "", "{body}");
         }
         let long = format!(r#"{{"error":"{}"}}"#, "é\\n".repeat(500));

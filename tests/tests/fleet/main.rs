@@ -5,6 +5,7 @@ mod deadline;
 mod failure;
 mod identity;
 mod input;
+mod openai;
 mod operations;
 mod outside;
 mod quota;

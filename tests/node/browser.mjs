@@ -108,6 +108,7 @@ await checks.check("it_lists_every_operation", async () => {
 
 await checks.check("every_operation_opens", async () => {
   const links = page.locator("#groups a");
+  expect((await links.count()) > 10, "no operations are listed");
   for (let place = 0; place < (await links.count()); place += 1) {
     await links.nth(place).click();
     await page.locator(".address").waitFor();

@@ -99,12 +99,12 @@ def start_proxies(processes, worker_port):
 def gateway_scenario(options, folder):
     """Samples of the echo worker and of everything that stands before it."""
     with Processes(folder) as processes:
-        worker, gateway, admin = free_port(), free_port(), free_port()
+        worker, gateway, admin, web = (free_port() for _ in range(4))
         processes.start("worker", [ECHO_WORKER, "--grpc-addr", f"127.0.0.1:{worker}"])
         processes.start("andon", [
             ANDON, "gateway", "--worker", f"127.0.0.1:{worker}",
             "--grpc-addr", f"127.0.0.1:{gateway}", "--admin-addr", f"127.0.0.1:{admin}",
-            "--http-addr", f"127.0.0.1:{free_port()}",
+            "--http-addr", f"127.0.0.1:{web}",
         ])
         ports = start_proxies(processes, worker)
 
@@ -128,11 +128,11 @@ def gateway_scenario(options, folder):
 def minilm_scenario(options, folder):
     """Samples of minilm in Andon and in the peer."""
     with Processes(folder) as processes:
-        serve, admin, peer = free_port(), free_port(), free_port()
+        serve, admin, web, peer = (free_port() for _ in range(4))
         processes.start("andon", [
             ANDON, "serve", "--repository", MODELS,
             "--grpc-addr", f"127.0.0.1:{serve}", "--admin-addr", f"127.0.0.1:{admin}",
-            "--http-addr", f"127.0.0.1:{free_port()}",
+            "--http-addr", f"127.0.0.1:{web}",
         ])
         processes.start("fastapi", [
             PYTHON, BENCHES / "peers" / "server.py", "sentence-transformers", "--port", peer,

@@ -5,6 +5,8 @@ pub mod calls;
 pub mod certificates;
 pub mod load;
 pub mod process;
+pub mod redis;
+pub mod scripts;
 pub mod tokens;
 
 use std::path::{Path, PathBuf};

@@ -35,6 +35,7 @@ use cache::{Cache, CacheError, CacheSettings};
 use discover::DiscoverSettings;
 use limit::{Limit, LimitSettings};
 use metrics::{GatewayMetrics, Readings};
+use redis::{Redis, RedisError};
 use route::Routes;
 use shed::Shed;
 use stack::{Layers, Stack};
@@ -118,6 +119,9 @@ pub enum GatewayError {
     /// The catalogue of providers cannot be used.
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
+    /// Redis cannot be used as it is configured.
+    #[error(transparent)]
+    Redis(#[from] RedisError),
     /// The cache cannot be used as it is configured.
     #[error(transparent)]
     Cache(#[from] CacheError),
@@ -138,6 +142,7 @@ pub struct Gateway {
     server: Server,
     http: HttpSettings,
     discover: DiscoverSettings,
+    redis: Option<Arc<Redis>>,
     process: Process,
     /// Follows the workers and the drain.
     pub health: Health,
@@ -155,18 +160,21 @@ impl Gateway {
     ) -> Result<Self, GatewayError> {
         let mut targets = inside;
         targets.extend(fleet.worker.into_iter().map(Target::Tcp));
-        let catalogue = Arc::new(Catalogue::new(&settings.providers)?);
-        if targets.is_empty() && fleet.worker_dns.is_empty() && catalogue.providers.is_empty() {
+        let limits = server.message_limits();
+        let catalogue = Arc::new(Catalogue::new(&settings.providers, &limits)?);
+        let workers = !targets.is_empty() || !fleet.worker_dns.is_empty();
+        if !workers && catalogue.providers.is_empty() {
             return Err(GatewayError::NoWorkers);
         }
+        catalogue.metrics.register(&process.metrics);
         let auth = Arc::new(Auth::new(&settings.auth)?);
+        let redis = settings.limit.redis()?;
         auth.metrics().register(&process.metrics);
-        let metrics = GatewayMetrics::register(&process.metrics);
+        let metrics = GatewayMetrics::register(&process.metrics, redis.as_deref());
         let health = Health::default();
         let common = CommonServices::new(&health, DESCRIPTORS)
             .map_err(|error| GatewayError::Descriptors(error.to_string()))?;
-        let routes = Arc::new(Routes::new(catalogue));
-        let limits = server.message_limits();
+        let routes = Arc::new(Routes::new(catalogue, workers));
         let shed = Arc::new(Shed::new(
             settings.calls_max as usize,
             metrics.shed("calls_max"),
@@ -182,7 +190,7 @@ impl Gateway {
         let balance = metrics.balance.clone();
         let stack = Stack(Arc::new(Layers {
             shed,
-            limit: Limit::new(&settings.limit, auth.clone()),
+            limit: Limit::new(&settings.limit, auth.clone(), redis.clone(), &metrics.limit),
             auth,
             routes,
             cache: Cache::new(&settings.cache, &settings.limit, &process.metrics)?,
@@ -192,6 +200,7 @@ impl Gateway {
             metrics,
             telemetry: process.telemetry.clone(),
             drain: process.drain.clone(),
+            deadline_max: server.deadline_max,
         }));
         Ok(Self {
             stack,
@@ -210,6 +219,7 @@ impl Gateway {
                 shards: process.shards.clone(),
                 tls: Tls::new(&settings.tls)?,
             },
+            redis,
             process,
             health,
         })
@@ -235,6 +245,8 @@ impl Gateway {
         );
         let _certificates = self.server.tls.as_ref().map(Tls::follow);
         let _policy = layers.auth.follow();
+        let _redis = self.redis.as_ref().map(Redis::follow);
+        let _quotas = layers.limit.follow();
         let _secrets = layers.routes.catalogue.follow();
         let _kept = layers.cache.follow();
         let web = Server {
@@ -259,9 +271,9 @@ impl Gateway {
             loop {
                 changes.borrow_and_update();
                 let draining = drain.draining();
-                let table = routes.table();
-                let models: Vec<(String, bool)> = table
+                let models: Vec<(String, bool)> = routes
                     .readiness()
+                    .into_iter()
                     .map(|(name, ready)| (name, ready && !draining))
                     .collect();
                 let ready = models.iter().any(|(_, ready)| *ready);

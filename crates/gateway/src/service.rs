@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use crate::auth::Caller;
+use crate::stack::Access;
 
 /// Where a call says which model it is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,14 +53,19 @@ impl Method {
         )
     }
 
-    /// Whether nobody is asked who they are: a probe has no key. What is not
-    /// known says so to everybody.
-    pub fn is_open(self) -> bool {
-        self.is_probe() && self != Self::Reflection
+    /// Whose it is to call. A probe has no key, and what is not known says so
+    /// to everybody.
+    pub fn access(self) -> Access {
+        match self {
+            Self::Reflection => Access::Reflection,
+            _ if self.is_probe() => Access::Open,
+            _ if self.is_administrative() => Access::Administrator,
+            _ => Access::Caller,
+        }
     }
 
     /// Whether only administrators may call it.
-    pub fn is_administrative(self) -> bool {
+    fn is_administrative(self) -> bool {
         matches!(
             self,
             Self::Fleet(
@@ -317,7 +323,8 @@ impl Request {
     }
 }
 
-fn own_headers() -> HeaderMap {
+/// The metadata of a call of the gateway's own.
+pub fn own_headers() -> HeaderMap {
     let mut headers = HeaderMap::with_capacity(4);
     headers.insert(
         http::header::CONTENT_TYPE,

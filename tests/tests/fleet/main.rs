@@ -6,5 +6,8 @@ mod deadline;
 mod failure;
 mod identity;
 mod input;
+mod openai;
 mod operations;
+mod outside;
+mod quota;
 mod transport;

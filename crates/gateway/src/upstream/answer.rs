@@ -171,6 +171,12 @@ impl Answer {
         headers.get(name)?.to_str().ok()
     }
 
+    /// What keeps the answer's bytes counted as in flight, to be held until
+    /// they have been sent in another form.
+    pub fn take_held(&mut self) -> Vec<BytesHeld> {
+        std::mem::take(&mut self.held)
+    }
+
     /// The reply that passes the answer on, untouched.
     pub fn into_reply(self) -> Reply {
         let body = Body::whole(self.first, self.rest, self.trailers);

@@ -5,4 +5,5 @@ mod deadline;
 mod failure;
 mod input;
 mod operations;
+mod providers;
 mod transport;

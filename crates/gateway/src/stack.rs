@@ -8,11 +8,12 @@ pub(crate) use chat::Conversation;
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::HeaderMap;
 use platform::CommonServices;
 use platform::drain::Drain;
-use platform::grpc::{Call, MessageLimits, Reply, reject};
+use platform::grpc::{Call, MessageLimits, Reply, code_name, head_code, reject};
 use platform::server::Handler;
 use platform::telemetry::TelemetryControl;
 use platform::tls::Peer;
@@ -49,6 +50,21 @@ pub struct Layers {
     pub(crate) metrics: GatewayMetrics,
     pub(crate) telemetry: TelemetryControl,
     pub(crate) drain: Drain,
+    /// The longest deadline of a request of the HTTP door.
+    pub(crate) deadline_max: Duration,
+}
+
+/// Whose a call is to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Everybody's, under overload too.
+    Open,
+    /// Everybody's if the policy says so, else like `Caller`.
+    Reflection,
+    /// Anybody's who says who they are.
+    Caller,
+    /// An administrator's.
+    Administrator,
 }
 
 impl Handler for Stack {
@@ -65,7 +81,9 @@ impl Handler for Stack {
             };
             // auth: who calls, and whether it is theirs to call.
             // limit: the tenant's rate, and its calls under way.
-            let caller = self.admit(method, call.metadata(), &call.peer).await?;
+            let caller = self
+                .admit(method.access(), call.metadata(), &call.peer)
+                .await?;
             let entered = match method.is_probe() {
                 true => None,
                 false => Some(layers.limit.enter(&caller).await?),
@@ -81,13 +99,13 @@ impl Handler for Stack {
                 Method::Stream(door) => service::each_message(self.clone(), call, door, caller)?,
                 Method::Gathered => service::rerank_stream(self, call, caller).await?,
                 Method::Fleet(name) => service::fleet(self, name, call, &caller).await?,
-                Method::Common => layers.common.answer(call).await,
+                Method::Reflection | Method::Common => layers.common.answer(call).await,
             };
             Ok(reply.map(|body| body.guarded((place, entered))))
         })
         .instrument(span)
         .await;
-        record.end(&reply);
+        record.end(code_name(head_code(reply.headers())));
         reply
     }
 }
@@ -96,16 +114,17 @@ impl Stack {
     /// Who calls; an error when the call is not theirs to make.
     pub(crate) async fn admit(
         &self,
-        method: Method,
+        access: Access,
         headers: &HeaderMap,
         peer: &Peer,
     ) -> Result<Caller, Error> {
         let auth = &self.0.auth;
-        if method.is_probe() {
+        let reflection = access == Access::Reflection && auth.reflection_is_open();
+        if access == Access::Open || reflection {
             return Ok(auth.anyone());
         }
         let caller = auth.caller(headers, peer).await?;
-        if method.is_administrative() {
+        if access == Access::Administrator {
             caller.must_administrate()?;
         }
         Ok(caller)

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
+use opentelemetry::Context;
 use opentelemetry::propagation::{Extractor, Injector, TextMapPropagator};
 use opentelemetry::trace::{TraceContextExt, TracerProvider};
 use opentelemetry_otlp::WithExportConfig;
@@ -171,8 +172,46 @@ impl TelemetryControl {
     /// The span of a call, a child of the caller's when it brought one. None
     /// when the call is not traced, which costs nothing.
     pub fn request_span(&self, path: &str, headers: &HeaderMap) -> Span {
-        if !self.0.trace.load(Ordering::Relaxed) {
+        let Some(parent) = self.traced(headers) else {
             return Span::none();
+        };
+        let span = tracing::info_span!(
+            target: REQUEST_TARGET,
+            "call",
+            otel.name = path,
+            otel.kind = "server",
+            rpc.system.name = "grpc",
+            rpc.method = path,
+            rpc.status_code = tracing::field::Empty,
+            andon.cache = tracing::field::Empty,
+        );
+        // The only error is a span that is not exported.
+        let _ = span.set_parent(parent);
+        span
+    }
+
+    /// The same for a request of HTTP.
+    pub fn web_span(&self, route: &str, id: &str, headers: &HeaderMap) -> Span {
+        let Some(parent) = self.traced(headers) else {
+            return Span::none();
+        };
+        let span = tracing::info_span!(
+            target: REQUEST_TARGET,
+            "call",
+            otel.name = route,
+            otel.kind = "server",
+            http.route = route,
+            andon.request.id = id,
+        );
+        // The only error is a span that is not exported.
+        let _ = span.set_parent(parent);
+        span
+    }
+
+    /// What the span of a call belongs to, if the call is traced.
+    fn traced(&self, headers: &HeaderMap) -> Option<Context> {
+        if !self.0.trace.load(Ordering::Relaxed) {
+            return None;
         }
         let parent = TraceContextPropagator::new().extract(&Carrier(headers));
         let caller = parent.span().span_context().clone();
@@ -183,21 +222,7 @@ impl TelemetryControl {
             let number = self.0.untraced.fetch_add(1, Ordering::Relaxed);
             number.is_multiple_of(rate)
         };
-        if !traced {
-            return Span::none();
-        }
-        let span = tracing::info_span!(
-            target: REQUEST_TARGET,
-            "call",
-            otel.name = path,
-            otel.kind = "server",
-            rpc.system.name = "grpc",
-            rpc.method = path,
-            rpc.status_code = tracing::field::Empty,
-        );
-        // The only error is a span that is not exported.
-        let _ = span.set_parent(parent);
-        span
+        traced.then_some(parent)
     }
 }
 

@@ -217,6 +217,22 @@ impl Error {
         Self::new(Kind::DeadlinePassed, "the deadline passed")
     }
 
+    /// The same error in the terms of another door: `words` gives its field
+    /// and what is wrong with it anew, or nothing to leave them.
+    #[must_use]
+    pub fn renamed(mut self, words: impl FnOnce(&str, &str) -> Option<(String, String)>) -> Self {
+        let Some(violation) = self.violation.as_deref_mut() else {
+            return self;
+        };
+        if let Some((field, description)) = words(&violation.field, &violation.description) {
+            if self.kind == Kind::Invalid {
+                self.message = format!("{field}: {description}");
+            }
+            *violation = Violation { field, description };
+        }
+        self
+    }
+
     /// The kind.
     pub fn kind(&self) -> Kind {
         self.kind

@@ -3,7 +3,11 @@
 mod conformance;
 mod deadline;
 mod failure;
+mod identity;
 mod input;
+mod openai;
 mod operations;
+mod outside;
 mod providers;
+mod quota;
 mod transport;

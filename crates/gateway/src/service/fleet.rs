@@ -262,7 +262,10 @@ impl Stack {
         Ok(answer)
     }
 
-    fn trace(&self, asked: &TraceSettingRequest) -> Result<TraceSettingResponse, Status> {
+    pub(crate) fn trace(
+        &self,
+        asked: &TraceSettingRequest,
+    ) -> Result<TraceSettingResponse, Status> {
         let telemetry = &self.0.telemetry;
         let now = telemetry.trace_levels();
         let settings = TraceSettings {
@@ -275,7 +278,7 @@ impl Stack {
         Ok(settings.to_response())
     }
 
-    fn log(&self, asked: &LogSettingsRequest) -> Result<LogSettingsResponse, Status> {
+    pub(crate) fn log(&self, asked: &LogSettingsRequest) -> Result<LogSettingsResponse, Status> {
         let telemetry = &self.0.telemetry;
         let now = telemetry.log_levels();
         let settings = LogSettings {

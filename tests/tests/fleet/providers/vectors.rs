@@ -249,10 +249,7 @@ async fn texts_are_ranked_by_a_cohere_shaped_service() -> Result<()> {
     // Two queries are two searches.
     let asked = [("q", "four"), ("r", "eight888"), ("q", "")];
     let (answer, _) = outside.call(pairs("judge", &asked)).await?;
-    ensure!(
-        rows(&answer, 0) == [vec![0.25], vec![0.5], vec![0.0]],
-        "{answer:?}"
-    );
+    ensure!(rows(&answer, 0) == [[0.25f32], [0.5], [0.0]], "{answer:?}");
     let cost = "andon_gateway_provider_cost_total{tenant=\"anyone\",model=\"judge\"}";
     ensure!(outside.gateway.metric(cost).await? == Some(0.5));
 
@@ -294,7 +291,7 @@ async fn a_cohere_shaped_service_embeds() -> Result<()> {
     let more = "kind = \"cohere\"\ntask = \"embedding\"\ninput_type = \"search_query\"";
     let outside = Outside::start(&entry("words", &url, more)).await?;
     let (answer, _) = outside.call(texts("words", &["a"])).await?;
-    ensure!(rows(&answer, 0) == [[0.5, 0.25]]);
+    ensure!(rows(&answer, 0) == [[0.5f32, 0.25]]);
     Ok(())
 }
 

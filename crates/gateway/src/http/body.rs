@@ -1,0 +1,337 @@
+//! The body of a request: read within limits, and JSON that says what is wrong
+//! with it.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{FromRequest, Request};
+use bytes::Bytes;
+use http::HeaderMap;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use http_body_util::BodyExt;
+use platform::grpc::{BytesHeld, MessageLimits};
+use protocol::{Error, Kind};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::error::Category;
+
+use super::problem::Refused;
+use crate::stack::Stack;
+
+/// How long a body may pause.
+const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How much of a refused request is still read, and for how long: many callers
+/// see no answer before they have sent everything.
+const DISCARDED_BYTES_MAX: usize = 4 << 20;
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
+/// Of a caller's own names in a field's path.
+const FIELD_CHARACTERS_MAX: usize = 128;
+
+/// A body that was read, in the pieces that it came in.
+#[derive(Debug, Default)]
+pub struct Received {
+    /// The pieces.
+    pub chunks: Vec<Bytes>,
+    /// Their length together.
+    pub length: usize,
+    /// Its bytes count as in flight until this is dropped.
+    pub held: Option<BytesHeld>,
+}
+
+impl Received {
+    /// In one piece: a copy where it came in several.
+    pub fn joined(&self) -> Bytes {
+        match self.chunks.as_slice() {
+            [] => Bytes::new(),
+            [one] => one.clone(),
+            several => several.concat().into(),
+        }
+    }
+}
+
+/// Reads a body to its end. Bytes are counted as they arrive, decompressed: a
+/// body that only says it is long takes nothing from others.
+pub async fn read(request: Request, limits: &MessageLimits) -> Result<Received, Error> {
+    let (head, mut body) = request.into_parts();
+    let received = gather(&head.headers, &mut body, limits).await;
+    if let Err(error) = &received {
+        if matches!(error.kind(), Kind::TooLarge | Kind::Overloaded) {
+            limits.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        discard(body).await;
+    }
+    received
+}
+
+async fn gather(
+    headers: &HeaderMap,
+    body: &mut Body,
+    limits: &MessageLimits,
+) -> Result<Received, Error> {
+    let bytes_max = limits.message_bytes_max;
+    let said = headers.get(CONTENT_LENGTH);
+    let said = said.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    if let Some(length) = said.filter(|length| *length > bytes_max) {
+        return Err(Error::too_large(length, bytes_max));
+    }
+    let mut received = Received::default();
+    loop {
+        let frame = tokio::time::timeout(CHUNK_TIMEOUT, body.frame())
+            .await
+            .map_err(|_| Error::new(Kind::DeadlinePassed, "the rest of the body did not come"))?;
+        let Some(frame) = frame else {
+            return Ok(received);
+        };
+        let Ok(chunk) = frame.map_err(|error| broken(&error))?.into_data() else {
+            continue;
+        };
+        received.length += chunk.len();
+        if received.length > bytes_max {
+            return Err(Error::too_large(received.length, bytes_max));
+        }
+        let more = limits.budget.take(chunk.len());
+        let more = more.map_err(|status| Error::from_status(&status))?;
+        match (&mut received.held, more) {
+            (Some(held), Some(more)) => held.merge(more),
+            (held, more) => *held = held.take().or(more),
+        }
+        received.chunks.push(chunk);
+    }
+}
+
+/// Reads on for a little, so that the caller comes to see the answer.
+pub async fn discard(mut body: Body) {
+    let mut left = DISCARDED_BYTES_MAX;
+    let reading = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            let length = frame.data_ref().map_or(0, Bytes::len);
+            match left.checked_sub(length) {
+                Some(less) => left = less,
+                None => return,
+            }
+        }
+    };
+    // Whoever sends for longer finds the connection closed.
+    let _ = tokio::time::timeout(DISCARD_TIMEOUT, reading).await;
+}
+
+/// A body that cannot be decompressed is the caller's fault; a connection that
+/// broke is nobody's to be told.
+fn broken(error: &axum::Error) -> Error {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(cause) = source {
+        if cause.is::<hyper::Error>() {
+            return Error::new(Kind::Cancelled, "the request broke off");
+        }
+        source = cause.source();
+    }
+    Error::invalid("body", "cannot be decompressed")
+}
+
+/// An error unless the content type is JSON's, or none is given.
+pub fn must_be_json(headers: &HeaderMap) -> Result<(), Error> {
+    let Some(kind) = headers.get(CONTENT_TYPE) else {
+        return Ok(());
+    };
+    let kind = kind.to_str().unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim();
+    let json = kind.eq_ignore_ascii_case("application/json")
+        || kind.to_ascii_lowercase().ends_with("+json");
+    if json {
+        return Ok(());
+    }
+    Err(Error::invalid("content-type", "must be application/json"))
+}
+
+/// Reads JSON. An error says where and what: the field's path when a value is
+/// not what it should be, else the line and the column.
+pub fn json<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, Error> {
+    // Paths are followed only when there is something to say.
+    serde_json::from_slice(bytes).or_else(|_| {
+        let mut reader = serde_json::Deserializer::from_slice(bytes);
+        let value = serde_path_to_error::deserialize(&mut reader)
+            .map_err(|error| wrong(&error.path().to_string(), error.inner()))?;
+        reader.end().map_err(|error| wrong("", &error))?;
+        Ok(value)
+    })
+}
+
+/// What is wrong with JSON, without any of the caller's values.
+fn wrong(path: &str, error: &serde_json::Error) -> Error {
+    let place = format!("line {}, column {}", error.line(), error.column());
+    let field = match path {
+        "" | "." | "?" => "body".to_owned(),
+        path => path.chars().take(FIELD_CHARACTERS_MAX).collect(),
+    };
+    let text = error.to_string();
+    let text = text
+        .rsplit_once(" at line ")
+        .map_or(&*text, |(text, _)| text);
+    if error.classify() != Category::Data {
+        let field = match error.classify() {
+            Category::Eof => "body".to_owned(),
+            _ => field,
+        };
+        return Error::invalid(field, format!("is not JSON at {place}: {text}"));
+    }
+    let below = |name: &str| match field.as_str() {
+        "body" => name.to_owned(),
+        field => format!("{field}.{name}"),
+    };
+    let quoted = || text.split('`').nth(1).unwrap_or_default();
+    if text.starts_with("missing field") {
+        return Error::invalid(below(quoted()), format!("is missing at {place}"));
+    }
+    if text.starts_with("duplicate field") {
+        let field = match path.ends_with(quoted()) {
+            true => field,
+            false => below(quoted()),
+        };
+        return Error::invalid(field, format!("is given twice at {place}"));
+    }
+    if text.starts_with("unknown field") {
+        let known = text.rsplit_once(", ").map_or("", |_| {
+            text.split_once("`, ").map_or("", |(_, known)| known)
+        });
+        return Error::invalid(field, format!("is not known at {place}: {known}"));
+    }
+    let description = match text
+        .strip_prefix("invalid ")
+        .and_then(|text| text.split_once(": "))
+        .and_then(|(_, text)| text.rsplit_once(", expected "))
+    {
+        Some((found, expected)) => {
+            let found = found.split(['"', '`']).next().unwrap_or_default().trim();
+            format!("must be {expected}, not {found} at {place}")
+        }
+        None => format!("is wrong at {place}: {text}"),
+    };
+    Error::invalid(field, description)
+}
+
+/// A body of JSON.
+#[derive(Debug)]
+pub struct Json<T> {
+    /// What it says.
+    pub value: T,
+    /// Its bytes count as in flight until this is dropped.
+    pub held: Option<BytesHeld>,
+}
+
+impl<T: DeserializeOwned> FromRequest<Stack> for Json<T> {
+    type Rejection = Refused;
+
+    async fn from_request(request: Request, stack: &Stack) -> Result<Self, Refused> {
+        let right = must_be_json(request.headers());
+        let received = read(request, &stack.0.limits).await?;
+        right?;
+        let value = json(&received.joined())?;
+        Ok(Self {
+            value,
+            held: received.held,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Outer {
+        #[allow(dead_code, reason = "only read")]
+        inputs: Vec<Inner>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[allow(dead_code, reason = "only read")]
+    struct Inner {
+        shape: Vec<i64>,
+        name: String,
+    }
+
+    fn refused(text: &str) -> (String, String) {
+        let error = json::<Outer>(text.as_bytes()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Invalid);
+        (error.violation().unwrap().field.clone(), error.to_string())
+    }
+
+    #[test]
+    fn a_wrong_value_is_named_by_its_path() {
+        let (field, message) = refused(r#"{"inputs": [{"name": "a", "shape": [1, "secret"]}]}"#);
+        assert_eq!(field, "inputs[0].shape[1]");
+        assert!(
+            message.contains("must be i64, not string at line 1"),
+            "{message}"
+        );
+        assert!(!message.contains("secret"), "{message}");
+        let (field, message) = refused(r#"{"inputs": [{"name": "a"}]}"#);
+        assert_eq!(field, "inputs[0].shape", "{message}");
+        let (field, message) = refused(r#"{"inputs": [{"nam": "a"}]}"#);
+        assert_eq!(field, "inputs[0].nam", "{message}");
+        assert!(
+            message.contains("`shape`") && message.contains("`name`"),
+            "{message}"
+        );
+        let (field, message) = refused(r#"{"inputs": [], "inputs": []}"#);
+        assert_eq!(field, "inputs", "{message}");
+        assert!(message.contains("twice"), "{message}");
+        assert_eq!(refused(r"{}").0, "inputs");
+        assert_eq!(refused(r"[]").0, "body");
+    }
+
+    #[test]
+    fn what_is_no_json_is_named_by_its_place() {
+        let (field, message) = refused("{\"inputs\":\n  [}");
+        assert_eq!(field, "inputs[0]");
+        assert!(message.contains("line 2, column 4"), "{message}");
+        let (field, message) = refused("{\"inputs\": []} {}");
+        assert_eq!(field, "body");
+        assert!(message.contains("column 16"), "{message}");
+        assert_eq!(refused("").0, "body");
+        assert_eq!(refused("{\"inputs\": [").0, "body");
+        let deep = format!("{{\"inputs\": {}", "[".repeat(1000));
+        refused(&deep);
+    }
+
+    #[test]
+    fn other_content_types_are_refused() {
+        let with = |kind: &'static str| {
+            let kind = HeaderValue::from_static(kind);
+            must_be_json(&HeaderMap::from_iter([(CONTENT_TYPE, kind)]))
+        };
+        assert!(must_be_json(&HeaderMap::new()).is_ok());
+        assert!(with("application/json; charset=utf-8").is_ok());
+        assert!(with("application/problem+json").is_ok());
+        let error = with("text/plain").unwrap_err();
+        assert_eq!(error.violation().unwrap().field, "content-type");
+    }
+
+    #[tokio::test]
+    async fn a_body_stops_at_the_limit_and_gives_its_bytes_back() {
+        let limits = MessageLimits::new(10, 15);
+        let request = |text: &'static str| Request::new(Body::from(text));
+        let first = read(request("0123456789"), &limits).await.unwrap();
+        assert_eq!((first.length, limits.budget.used()), (10, 10));
+        let error = read(request("01234567890"), &limits).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::TooLarge);
+        let error = read(request("0123456"), &limits).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Overloaded);
+        drop(first);
+        assert_eq!(limits.budget.used(), 0);
+        assert_eq!(limits.refused.load(Ordering::Relaxed), 2);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = json::<Outer>(&bytes);
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! REST v2: the Open Inference Protocol in JSON, with Triton's extensions.
+
+mod answers;
+mod settings;
+
+use axum::extract::{FromRequestParts, Path, Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{any, get, post};
+use axum::{Json, Router};
+use http::HeaderMap;
+use http::header::CONTENT_TYPE;
+use http::request::Parts;
+use platform::grpc::Message;
+use protocol::inference::model_repository_parameter::ParameterChoice;
+use protocol::inference::{
+    ModelConfigRequest, ModelConfigResponse, ModelMetadataRequest, ModelMetadataResponse,
+    ModelRepositoryParameter, ModelStatisticsRequest, RepositoryIndexRequest,
+    RepositoryModelLoadRequest, RepositoryModelUnloadRequest,
+};
+use protocol::{Error, Kind};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::body;
+use super::gate::{Routes, Visit};
+use super::problem::{Refused, Shape};
+use super::tensors::infer;
+use crate::service::Wanted;
+use crate::stack::Stack;
+
+/// Every route.
+pub fn routes(stack: &Stack) -> Router<Stack> {
+    let shared_memory = || any(shared_memory);
+    Routes::new(stack, Shape::Problem)
+        .open("/v2/health/live", get(live))
+        .open("/v2/health/ready", get(ready))
+        .callers("/v2", get(server))
+        .callers("/v2/models/{model}", get(metadata))
+        .callers("/v2/models/{model}/versions/{version}", get(metadata))
+        .callers("/v2/models/{model}/ready", get(model_ready))
+        .callers(
+            "/v2/models/{model}/versions/{version}/ready",
+            get(model_ready),
+        )
+        .callers("/v2/models/{model}/config", get(config))
+        .callers("/v2/models/{model}/versions/{version}/config", get(config))
+        .callers("/v2/models/stats", get(statistics))
+        .callers("/v2/models/{model}/stats", get(statistics))
+        .callers(
+            "/v2/models/{model}/versions/{version}/stats",
+            get(statistics),
+        )
+        .callers("/v2/models/{model}/infer", post(infer))
+        .callers("/v2/models/{model}/versions/{version}/infer", post(infer))
+        .callers("/v2/repository/index", post(index))
+        .administrators("/v2/repository/models/{model}/load", post(load))
+        .administrators("/v2/repository/models/{model}/unload", post(unload))
+        .administrators("/v2/logging", get(settings::log).post(settings::change_log))
+        .administrators(
+            "/v2/trace/setting",
+            get(settings::trace).post(settings::change_trace),
+        )
+        .administrators(
+            "/v2/models/{model}/trace/setting",
+            get(settings::trace).post(settings::change_trace),
+        )
+        .callers("/v2/systemsharedmemory/{*rest}", shared_memory())
+        .callers("/v2/cudasharedmemory/{*rest}", shared_memory())
+        .into_router()
+}
+
+/// The model that a path names. What it is called, and whether there is one,
+/// is checked below, as at the other door.
+#[derive(Debug, Default)]
+pub struct Model {
+    /// Its name; empty where the path has none.
+    pub name: String,
+    /// Its version; empty for the newest.
+    pub version: String,
+}
+
+impl Model {
+    /// The model that a call is for.
+    pub fn wanted(&self) -> Wanted {
+        Wanted::Named {
+            name: self.name.clone(),
+            version: self.version.clone(),
+            field: "model_name",
+        }
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Model {
+    type Rejection = Refused;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refused> {
+        let found = Path::<Vec<(String, String)>>::from_request_parts(parts, state).await;
+        let Path(found) = found.map_err(|_| Error::invalid("path", "is no Unicode text"))?;
+        let mut model = Self::default();
+        for (name, value) in found {
+            match name.as_str() {
+                "model" => model.name = value,
+                "version" => model.version = value,
+                _ => {}
+            }
+        }
+        Ok(model)
+    }
+}
+
+/// An error for what is certainly no request of this protocol. Its clients
+/// name their JSON as their libraries like: as JSON, as bytes or as text.
+pub fn must_be_known(headers: &HeaderMap) -> Result<(), Error> {
+    let kind = headers.get(CONTENT_TYPE).map(|kind| kind.as_bytes());
+    let known = |kind: &[u8]| {
+        let named = kind.split(|byte| *byte == b';').next().unwrap_or_default();
+        [&b"application/octet-stream"[..], b"text/plain"]
+            .iter()
+            .any(|known| named.trim_ascii().eq_ignore_ascii_case(known))
+    };
+    if kind.is_some_and(known) {
+        return Ok(());
+    }
+    body::must_be_json(headers)
+}
+
+/// The JSON of a body that may be left out.
+async fn optional<T: for<'de> Deserialize<'de> + Default>(
+    stack: &Stack,
+    request: Request,
+) -> Result<T, Error> {
+    let known = must_be_known(request.headers());
+    let received = body::read(request, &stack.0.limits).await?;
+    if received.length == 0 {
+        return Ok(T::default());
+    }
+    known?;
+    body::json(&received.joined())
+}
+
+async fn live() {}
+
+async fn ready(visit: Visit) -> Result<(), Refused> {
+    match visit.stack.ready() {
+        true => Ok(()),
+        false => Err(Error::new(Kind::NotReady, "no model is ready").into()),
+    }
+}
+
+async fn server() -> Json<Value> {
+    Json(json!({
+        "name": "andon",
+        "version": platform::VERSION,
+        "extensions": protocol::EXTENSIONS,
+    }))
+}
+
+async fn metadata(visit: Visit, model: Model) -> Result<Response, Refused> {
+    let asked = Message::own(&ModelMetadataRequest {
+        name: model.name.clone(),
+        version: model.version.clone(),
+    });
+    let path = "/inference.GRPCInferenceService/ModelMetadata";
+    let answered = visit
+        .ask::<ModelMetadataResponse>(path, asked, model.wanted())
+        .await?;
+    Ok(Json(answers::metadata(&answered.message)).into_response())
+}
+
+async fn model_ready(visit: Visit, model: Model) -> Result<(), Refused> {
+    visit.caller.must_be_allowed(&model.name)?;
+    let routes = &visit.stack.0.routes;
+    Ok(routes.ready(&model.name, &model.version)?)
+}
+
+async fn config(visit: Visit, model: Model) -> Result<Response, Refused> {
+    let asked = Message::own(&ModelConfigRequest {
+        name: model.name.clone(),
+        version: model.version.clone(),
+    });
+    let path = "/inference.GRPCInferenceService/ModelConfig";
+    let answered = visit
+        .ask::<ModelConfigResponse>(path, asked, model.wanted())
+        .await?;
+    let config = answered.message.config.unwrap_or_default();
+    Ok(Json(answers::config(&config)).into_response())
+}
+
+async fn statistics(visit: Visit, model: Model) -> Result<Json<Value>, Refused> {
+    let asked = ModelStatisticsRequest {
+        name: model.name,
+        version: model.version,
+    };
+    let answer = visit
+        .stack
+        .statistics(&asked, visit.deadline, &visit.caller)
+        .await?;
+    Ok(Json(answers::statistics(&answer)))
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct IndexAsked {
+    repository_name: String,
+    ready: bool,
+}
+
+async fn index(
+    State(stack): State<Stack>,
+    visit: Visit,
+    request: Request,
+) -> Result<Json<Value>, Refused> {
+    let asked: IndexAsked = optional(&stack, request).await?;
+    let asked = RepositoryIndexRequest {
+        repository_name: asked.repository_name,
+        ready: asked.ready,
+    };
+    let answer = stack.index(&asked, visit.deadline, &visit.caller).await?;
+    Ok(Json(answers::index(&answer)))
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct LoadAsked {
+    parameters: Map<String, Value>,
+}
+
+impl LoadAsked {
+    fn parameters(
+        self,
+    ) -> Result<std::collections::HashMap<String, ModelRepositoryParameter>, Error> {
+        let parameter = |(name, value): (String, Value)| {
+            let choice = match value {
+                Value::Bool(value) => ParameterChoice::BoolParam(value),
+                Value::String(value) => ParameterChoice::StringParam(value),
+                Value::Number(value) if value.is_i64() => {
+                    ParameterChoice::Int64Param(value.as_i64().unwrap_or_default())
+                }
+                _ => {
+                    let reason = "must be a boolean, a whole number or a text";
+                    return Err(Error::invalid(format!("parameters[{name}]"), reason));
+                }
+            };
+            let parameter_choice = Some(choice);
+            Ok((name, ModelRepositoryParameter { parameter_choice }))
+        };
+        self.parameters.into_iter().map(parameter).collect()
+    }
+}
+
+async fn load(
+    State(stack): State<Stack>,
+    visit: Visit,
+    model: Model,
+    request: Request,
+) -> Result<(), Refused> {
+    let asked: LoadAsked = optional(&stack, request).await?;
+    let asked = RepositoryModelLoadRequest {
+        model_name: model.name,
+        parameters: asked.parameters()?,
+        ..Default::default()
+    };
+    stack.load(&asked, visit.deadline).await?;
+    Ok(())
+}
+
+async fn unload(
+    State(stack): State<Stack>,
+    visit: Visit,
+    model: Model,
+    request: Request,
+) -> Result<(), Refused> {
+    let asked: LoadAsked = optional(&stack, request).await?;
+    let asked = RepositoryModelUnloadRequest {
+        model_name: model.name,
+        parameters: asked.parameters()?,
+        ..Default::default()
+    };
+    stack.unload(&asked, visit.deadline).await?;
+    Ok(())
+}
+
+async fn shared_memory(request: Request) -> Refused {
+    body::discard(request.into_body()).await;
+    Error::new(Kind::Unsupported, protocol::SHARED_MEMORY_UNSUPPORTED).into()
+}

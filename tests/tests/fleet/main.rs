@@ -9,5 +9,6 @@ mod input;
 mod openai;
 mod operations;
 mod outside;
+mod providers;
 mod quota;
 mod transport;

@@ -9,6 +9,7 @@ need cc "install a C compiler"
 cargo_tool cargo-nextest cargo-nextest
 python_environment
 buf_tool
+debian redis-server redis-server
 python3 demo/fetch_models.py models
 # The reference's outputs, and whether the committed weights of `digits` are
 # what its training program makes.

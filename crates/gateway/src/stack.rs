@@ -75,9 +75,8 @@ impl Handler for Stack {
             };
             // auth: who calls, and whether it is theirs to call.
             // limit: the tenant's rate, and its calls under way.
-            let caller = self
-                .admit(method.access(), call.metadata(), &call.peer)
-                .await?;
+            let access = method.access(layers.auth.reflection_is_open());
+            let caller = self.admit(access, call.metadata(), &call.peer).await?;
             let entered = match method.is_probe() {
                 true => None,
                 false => Some(layers.limit.enter(&caller).await?),
@@ -93,7 +92,7 @@ impl Handler for Stack {
                 Method::Stream(door) => service::each_message(self.clone(), call, door, caller)?,
                 Method::Gathered => service::rerank_stream(self, call, caller).await?,
                 Method::Fleet(name) => service::fleet(self, name, call, &caller).await?,
-                Method::Common => layers.common.answer(call).await,
+                Method::Reflection | Method::Common => layers.common.answer(call).await,
             };
             Ok(reply.map(|body| body.guarded((place, entered))))
         })

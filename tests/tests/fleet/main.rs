@@ -3,6 +3,9 @@
 mod conformance;
 mod deadline;
 mod failure;
+mod http;
+mod identity;
 mod input;
 mod operations;
+mod quota;
 mod transport;

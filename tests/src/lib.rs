@@ -6,6 +6,7 @@ pub mod certificates;
 pub mod load;
 pub mod process;
 pub mod redis;
+pub mod scripts;
 pub mod tokens;
 
 use std::path::{Path, PathBuf};

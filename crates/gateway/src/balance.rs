@@ -7,11 +7,9 @@
 //! Calls that the worker never began are sent again for nothing.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use platform::grpc::MessageLimits;
-use prometheus_client::metrics::counter::Counter;
 use protocol::{Error, Kind};
 use tokio::time::Instant;
 use tonic::Code;
@@ -19,15 +17,13 @@ use tonic::Code;
 use crate::metrics::BalanceMetrics;
 use crate::route::{Route, nobody};
 use crate::service::Request;
-use crate::upstream::{Answer, Attempt, Unanswered, Upstream};
+use crate::upstream::{Answer, Attempt, Budget, Unanswered, Upstream};
 
 /// Sends of one call, the first included.
 const ATTEMPTS_MAX: usize = 5;
 /// Before a worker is asked that has just failed the same call.
 const PAUSE: Duration = Duration::from_millis(20);
 const NOT_FOUND: &str = "not_found";
-/// Tokens are counted in tenths.
-const TOKEN: i64 = 10;
 
 /// The choice of workers.
 #[derive(Debug)]
@@ -35,35 +31,6 @@ pub struct Balance {
     budget: Budget,
     limits: MessageLimits,
     metrics: BalanceMetrics,
-}
-
-/// What is left for sending calls again.
-#[derive(Debug)]
-struct Budget {
-    tenths: AtomicI64,
-    tenths_max: i64,
-    exhausted: Counter,
-}
-
-impl Budget {
-    fn succeeded(&self) {
-        if self.tenths.load(Ordering::Relaxed) < self.tenths_max {
-            self.tenths.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Takes a token for a failure; whether the call may be sent again.
-    fn failed(&self) -> bool {
-        let left = self.tenths.fetch_sub(TOKEN, Ordering::Relaxed) - TOKEN;
-        if left < 0 {
-            self.tenths.fetch_max(0, Ordering::Relaxed);
-        }
-        let allowed = left > self.tenths_max / 2;
-        if !allowed {
-            self.exhausted.inc();
-        }
-        allowed
-    }
 }
 
 /// What an attempt came to.
@@ -87,13 +54,8 @@ struct Failure {
 impl Balance {
     /// A budget of so many tokens, and what answers are held to.
     pub fn new(retry_tokens: u32, limits: MessageLimits, metrics: BalanceMetrics) -> Self {
-        let tenths_max = i64::from(retry_tokens) * TOKEN;
         Self {
-            budget: Budget {
-                tenths: AtomicI64::new(tenths_max),
-                tenths_max,
-                exhausted: metrics.budget_exhausted.clone(),
-            },
+            budget: Budget::new(retry_tokens),
             limits,
             metrics,
         }
@@ -127,6 +89,7 @@ impl Balance {
             };
             last = failure.last;
             if failure.costs && !self.budget.failed() {
+                self.metrics.budget_exhausted.inc();
                 break;
             }
             let pause = failure.pause.unwrap_or_default();

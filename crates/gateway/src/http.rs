@@ -1,9 +1,16 @@
 //! The HTTP door: the same requests as the gRPC door's, in JSON. Every route
 //! stands behind the [`gate`], which is the order of [`crate::stack`] again.
 
+mod ask;
 mod body;
+mod chat;
+mod classify;
+mod docs;
 mod gate;
+mod openai;
+mod openapi;
 mod problem;
+mod rerank;
 mod rest;
 mod tensors;
 
@@ -39,6 +46,12 @@ const COMPRESSED_BYTES_MIN: u16 = 1024;
 pub fn router(stack: Stack, settings: &HttpSettings) -> Router {
     let routes = Router::new()
         .merge(rest::routes(&stack))
+        .merge(openai::routes(&stack))
+        .merge(chat::routes(&stack))
+        .merge(rerank::routes(&stack))
+        .merge(classify::routes(&stack))
+        .merge(openapi::routes(&stack))
+        .merge(docs::routes(&stack))
         .method_not_allowed_fallback(wrong_method)
         .fallback(unknown_path)
         .with_state(stack);

@@ -31,7 +31,7 @@ use protocol::{DESCRIPTORS, SERVICES};
 use crate::http::HttpSettings;
 use auth::{Auth, AuthSettings, PolicyError};
 use balance::Balance;
-use cache::{Cache, CacheSettings};
+use cache::{Cache, CacheError, CacheSettings};
 use discover::DiscoverSettings;
 use limit::{Limit, LimitSettings};
 use metrics::{GatewayMetrics, Readings};
@@ -122,6 +122,9 @@ pub enum GatewayError {
     /// Redis cannot be used as it is configured.
     #[error(transparent)]
     Redis(#[from] RedisError),
+    /// The cache cannot be used as it is configured.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// Anybody could call.
     #[error(
         "{0} is not a loopback address, and nobody is asked who they are: give --policy FILE, or --insecure if something else guards the port"
@@ -157,10 +160,13 @@ impl Gateway {
     ) -> Result<Self, GatewayError> {
         let mut targets = inside;
         targets.extend(fleet.worker.into_iter().map(Target::Tcp));
-        let catalogue = Arc::new(Catalogue::new(&settings.providers)?);
-        if targets.is_empty() && fleet.worker_dns.is_empty() && catalogue.providers.is_empty() {
+        let limits = server.message_limits();
+        let catalogue = Arc::new(Catalogue::new(&settings.providers, &limits)?);
+        let workers = !targets.is_empty() || !fleet.worker_dns.is_empty();
+        if !workers && catalogue.providers.is_empty() {
             return Err(GatewayError::NoWorkers);
         }
+        catalogue.metrics.register(&process.metrics);
         let auth = Arc::new(Auth::new(&settings.auth)?);
         let redis = settings.limit.redis()?;
         auth.metrics().register(&process.metrics);
@@ -168,8 +174,7 @@ impl Gateway {
         let health = Health::default();
         let common = CommonServices::new(&health, DESCRIPTORS)
             .map_err(|error| GatewayError::Descriptors(error.to_string()))?;
-        let routes = Arc::new(Routes::new(catalogue));
-        let limits = server.message_limits();
+        let routes = Arc::new(Routes::new(catalogue, workers));
         let shed = Arc::new(Shed::new(
             settings.calls_max as usize,
             metrics.shed("calls_max"),
@@ -188,7 +193,7 @@ impl Gateway {
             limit: Limit::new(&settings.limit, auth.clone(), redis.clone(), &metrics.limit),
             auth,
             routes,
-            cache: Cache::new(&settings.cache),
+            cache: Cache::new(&settings.cache, &settings.limit, &process.metrics)?,
             balance: Balance::new(settings.retry_tokens, limits.clone(), balance),
             limits,
             common,
@@ -243,6 +248,7 @@ impl Gateway {
         let _redis = self.redis.as_ref().map(Redis::follow);
         let _quotas = layers.limit.follow();
         let _secrets = layers.routes.catalogue.follow();
+        let _kept = layers.cache.follow();
         let web = Server {
             name: "http",
             ..self.server.clone()
@@ -265,9 +271,9 @@ impl Gateway {
             loop {
                 changes.borrow_and_update();
                 let draining = drain.draining();
-                let table = routes.table();
-                let models: Vec<(String, bool)> = table
+                let models: Vec<(String, bool)> = routes
                     .readiness()
+                    .into_iter()
                     .map(|(name, ready)| (name, ready && !draining))
                     .collect();
                 let ready = models.iter().any(|(_, ready)| *ready);

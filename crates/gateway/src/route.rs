@@ -92,6 +92,13 @@ impl Route {
         }
     }
 
+    fn to(provider: &Arc<Provider>) -> Self {
+        Self {
+            to: To::Provider(provider.clone()),
+            chosen: None,
+        }
+    }
+
     /// The model's name.
     pub fn name(&self) -> &str {
         match &self.to {
@@ -116,6 +123,9 @@ impl Route {
     /// What stands for the model version when its answers may be kept: its
     /// workers agree on it and say that it is deterministic.
     pub fn digest(&self) -> Option<&str> {
+        if let To::Provider(provider) = &self.to {
+            return provider.digest.as_deref();
+        }
         self.version()?.digest.as_deref()
     }
 
@@ -124,6 +134,14 @@ impl Route {
         match &self.to {
             To::Provider(provider) => Some(provider),
             To::Workers { .. } => None,
+        }
+    }
+
+    /// The version's number; 0 for a model of a provider.
+    pub fn number(&self) -> u64 {
+        match &self.to {
+            To::Workers { version, .. } => version.number(),
+            To::Provider(_) => 0,
         }
     }
 
@@ -140,15 +158,18 @@ impl Route {
 pub struct Routes {
     table: RwLock<Arc<Table>>,
     changed: watch::Sender<u64>,
+    /// Whether there are to be workers, and not providers alone.
+    workers: bool,
     /// What outside services answer.
     pub catalogue: Arc<Catalogue>,
 }
 
 impl Routes {
-    /// No workers yet.
-    pub fn new(catalogue: Arc<Catalogue>) -> Self {
+    /// No workers yet, and whether there are to be any.
+    pub fn new(catalogue: Arc<Catalogue>, workers: bool) -> Self {
         Self {
             catalogue,
+            workers,
             ..Self::default()
         }
     }
@@ -193,6 +214,7 @@ impl Routes {
             } => {
                 caller.must_be_allowed(name)?;
                 if let Some(chain) = self.catalogue.chains.get(name) {
+                    chain.must_have(version)?;
                     return Ok(Plan::Chain(chain.clone()));
                 }
                 self.model(name, version, field).map(Plan::One)
@@ -201,12 +223,42 @@ impl Routes {
         }
     }
 
-    /// An error unless a model, an alias or a version of it can be called.
+    /// An error unless a model, an alias or a version of it can be called. A
+    /// chain can be, when one of its models can.
     pub fn ready(&self, name: &str, version: &str) -> Result<(), Error> {
-        if self.catalogue.chains.contains_key(name) {
-            return Ok(());
+        let Some(chain) = self.catalogue.chains.get(name) else {
+            return self.model_ready(name, version);
+        };
+        chain.must_have(version)?;
+        let mut ready = chain.models.iter().map(|name| self.model_ready(name, ""));
+        let first = ready.next().unwrap_or_else(|| Err(nobody()));
+        ready.fold(first, Result::or)
+    }
+
+    fn model_ready(&self, name: &str, version: &str) -> Result<(), Error> {
+        let route = self.model(name, version, "name")?;
+        match route.provider() {
+            Some(provider) if !provider.ready() => Err(Error::new(
+                Kind::NotReady,
+                format!("the provider of model '{name}' is left alone"),
+            )),
+            _ => Ok(()),
         }
-        self.model(name, version, "name").map(drop)
+    }
+
+    /// The models and chains by name, and whether one can be called. A model
+    /// of a provider can, whatever the provider says: no outside service takes
+    /// a gateway out of service.
+    pub fn readiness(&self) -> BTreeMap<String, bool> {
+        let mut readiness: BTreeMap<String, bool> = self.table().readiness().collect();
+        let providers = self.catalogue.providers.keys();
+        readiness.extend(providers.map(|name| (name.clone(), true)));
+        for (name, chain) in &self.catalogue.chains {
+            let ready = |name: &String| readiness.get(name) == Some(&true);
+            let ready = chain.models.iter().any(ready);
+            readiness.insert(name.clone(), ready);
+        }
+        readiness
     }
 
     /// A model of a chain, whoever asks: they may call the chain.
@@ -216,32 +268,28 @@ impl Routes {
 
     /// A model of a provider or of workers.
     fn model(&self, name: &str, version: &str, field: &'static str) -> Result<Route, Error> {
-        match self.catalogue.providers.get(name) {
-            Some(provider) => Ok(Route {
-                to: To::Provider(provider.clone()),
-                chosen: None,
-            }),
-            None => self.table().named(name, version, field),
+        if let Some(provider) = self.catalogue.providers.get(name) {
+            provider.must_have(version)?;
+            return Ok(Route::to(provider));
         }
+        if !self.workers {
+            ModelVersion::optional(version, "model_version")?;
+            let name = ModelName::checked(name, field)?;
+            return Err(Error::unknown_model(&name, None));
+        }
+        self.table().named(name, version, field)
     }
 
     /// The only model that does one of these tasks.
     fn doing(&self, tasks: &[&str], caller: &Caller) -> Result<Route, Error> {
         let table = self.table();
         let may = |name: &str| caller.tenant.may_call(name);
-        let mut able: Vec<Route> = table
-            .ready()
-            .filter(|route| tasks.contains(&route.task()) && may(route.name()))
-            .collect();
-        let providers = self.catalogue.providers.values();
-        able.extend(
-            providers
-                .filter(|p| tasks.contains(&p.task.as_str()) && may(&p.name))
-                .map(|provider| Route {
-                    to: To::Provider(provider.clone()),
-                    chosen: None,
-                }),
-        );
+        let does = |route: &Route| tasks.contains(&route.task()) && may(route.name());
+        let providers = &self.catalogue.providers;
+        // A provider's model takes the place of a worker's of the same name.
+        let own = |route: &Route| !providers.contains_key(route.name());
+        let mut able: Vec<Route> = table.ready().filter(does).filter(own).collect();
+        able.extend(providers.values().map(Route::to).filter(does));
         able.sort_by(|a, b| a.name().cmp(b.name()));
         let task = if let [task] = tasks { task } else { "text" };
         match able.as_slice() {
@@ -249,7 +297,7 @@ impl Routes {
                 chosen: HeaderValue::try_from(route.name()).ok(),
                 ..route.clone()
             }),
-            [] if !table.upstreams.iter().any(|upstream| upstream.reachable()) => Err(nobody()),
+            [] if self.workers && !table.reachable() => Err(nobody()),
             [] => Err(Error::new(
                 Kind::NotFound,
                 format!("no model that does {task} is ready"),
@@ -269,6 +317,10 @@ impl Routes {
 }
 
 impl Table {
+    fn reachable(&self) -> bool {
+        self.upstreams.iter().any(|upstream| upstream.reachable())
+    }
+
     /// The models by name, and whether one can be called.
     pub fn readiness(&self) -> impl Iterator<Item = (String, bool)> + '_ {
         self.models
@@ -281,7 +333,7 @@ impl Table {
         let version = ModelVersion::optional(version, "model_version")?;
         let Some(model) = self.models.get(name) else {
             let name = ModelName::checked(name, field)?;
-            if !self.upstreams.iter().any(|upstream| upstream.reachable()) {
+            if !self.reachable() {
                 return Err(nobody());
             }
             return Err(Error::unknown_model(&name, None));

@@ -55,9 +55,9 @@ impl Method {
 
     /// Whose it is to call. A probe has no key, and what is not known says so
     /// to everybody.
-    pub fn access(self, reflection_is_open: bool) -> Access {
+    pub fn access(self) -> Access {
         match self {
-            Self::Reflection if !reflection_is_open => Access::Caller,
+            Self::Reflection => Access::Reflection,
             _ if self.is_probe() => Access::Open,
             _ if self.is_administrative() => Access::Administrator,
             _ => Access::Caller,

@@ -1,20 +1,25 @@
 //! The order of a call through the gateway, on one screen:
 //! rescue → shed → auth → limit → service → route → cache → balance → upstream.
 
+mod chain;
+mod chat;
+
+pub(crate) use chat::Conversation;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderValue};
+use http::HeaderMap;
 use platform::CommonServices;
 use platform::drain::Drain;
 use platform::grpc::{Call, MessageLimits, Reply, code_name, head_code, reject};
 use platform::server::Handler;
 use platform::telemetry::TelemetryControl;
 use platform::tls::Peer;
-use protocol::{Error, FALLBACK_KEY};
+use protocol::Error;
 use tokio::time::{Instant, timeout_at};
-use tonic::{Code, Status};
+use tonic::Status;
 use tracing::Instrument;
 
 use crate::auth::{Auth, Caller};
@@ -22,11 +27,10 @@ use crate::balance::Balance;
 use crate::cache::Cache;
 use crate::limit::{Limit, Wanted};
 use crate::metrics::GatewayMetrics;
-use crate::route::{Plan, Route, Routes, nobody};
+use crate::route::{Plan, Route, Routes};
 use crate::service::{self, Method, Request};
 use crate::shed::Shed;
 use crate::upstream::Answer;
-use crate::upstream::provider::Chain;
 
 /// Everything a call passes. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -55,6 +59,8 @@ pub struct Layers {
 pub enum Access {
     /// Everybody's, under overload too.
     Open,
+    /// Everybody's if the policy says so, else like `Caller`.
+    Reflection,
     /// Anybody's who says who they are.
     Caller,
     /// An administrator's.
@@ -75,8 +81,9 @@ impl Handler for Stack {
             };
             // auth: who calls, and whether it is theirs to call.
             // limit: the tenant's rate, and its calls under way.
-            let access = method.access(layers.auth.reflection_is_open());
-            let caller = self.admit(access, call.metadata(), &call.peer).await?;
+            let caller = self
+                .admit(method.access(), call.metadata(), &call.peer)
+                .await?;
             let entered = match method.is_probe() {
                 true => None,
                 false => Some(layers.limit.enter(&caller).await?),
@@ -112,7 +119,8 @@ impl Stack {
         peer: &Peer,
     ) -> Result<Caller, Error> {
         let auth = &self.0.auth;
-        if access == Access::Open {
+        let reflection = access == Access::Reflection && auth.reflection_is_open();
+        if access == Access::Open || reflection {
             return Ok(auth.anyone());
         }
         let caller = auth.caller(headers, peer).await?;
@@ -145,39 +153,6 @@ impl Stack {
         Ok(answer)
     }
 
-    /// Asks the models of a chain in turn, until one answers.
-    async fn fall_back(&self, chain: &Chain, request: &Request) -> Result<Answer, Status> {
-        let mut reason = None;
-        for name in &chain.models {
-            let answered = async {
-                let route = self.0.routes.member(name)?;
-                let request = request.renamed(name);
-                self.0.cache.answer(self, &route, &request).await
-            };
-            let status = match answered.await {
-                Ok(answer) if !falls_back(answer.code()) => {
-                    return Ok(self.fell_back(answer, name, reason));
-                }
-                Ok(answer) => answer.into_status(),
-                Err(status) if !falls_back(status.code()) => return Err(status),
-                Err(status) => status,
-            };
-            reason = Some(status);
-        }
-        Err(reason.unwrap_or_else(|| nobody().to_status()))
-    }
-
-    /// Says in the answer that it is not the first model's, and why.
-    fn fell_back(&self, mut answer: Answer, name: &str, reason: Option<Status>) -> Answer {
-        if let Some(reason) = reason {
-            let text = format!("{name}; {}", code_name(reason.code()));
-            if let Ok(value) = HeaderValue::try_from(text) {
-                answer.metadata_mut().insert(FALLBACK_KEY, value);
-            }
-        }
-        answer
-    }
-
     /// Sends a request to who can answer it: the way below the cache.
     pub(crate) async fn send(&self, route: &Route, request: &Request) -> Result<Answer, Status> {
         if let Some(provider) = route.provider() {
@@ -194,22 +169,6 @@ impl Stack {
         // balance → upstream: which worker, and which next when it fails.
         Ok(self.0.balance.send(route, request).await?)
     }
-}
-
-/// Whether another model may do better: it is about the model or its servers,
-/// not about the request.
-fn falls_back(code: Code) -> bool {
-    matches!(
-        code,
-        Code::Unavailable
-            | Code::DeadlineExceeded
-            | Code::NotFound
-            | Code::ResourceExhausted
-            | Code::Internal
-            | Code::Unknown
-            | Code::DataLoss
-            | Code::Unimplemented
-    )
 }
 
 /// rescue: every error becomes a status, and so does a deadline that passes.

@@ -2,14 +2,17 @@
 //! fares, and how a call is sent to it.
 
 mod answer;
+mod budget;
+mod ejection;
 pub mod provider;
 
 pub use answer::{Answer, Unanswered};
+pub use budget::Budget;
+use ejection::Ejection;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::uri::{Authority, PathAndQuery, Scheme};
@@ -26,12 +29,6 @@ use crate::metrics::UpstreamNumbers;
 use crate::service::Request;
 use answer::read;
 
-/// Failures in a row after which a worker is left alone.
-const FAILURES_MAX: u32 = 5;
-/// How long it is left alone the first time; twice as long each time again.
-const EJECTION: Duration = Duration::from_millis(500);
-const EJECTION_MAX: Duration = Duration::from_secs(15);
-
 /// A worker.
 pub struct Upstream {
     /// Where it is.
@@ -42,12 +39,7 @@ pub struct Upstream {
     turn: AtomicUsize,
     report: RwLock<Arc<WatchReportResponse>>,
     in_flight: AtomicUsize,
-    failures: AtomicU32,
-    ejections: AtomicU32,
-    /// Microseconds after `born` until which it is left alone.
-    ejected_until_us: AtomicU64,
-    probing: AtomicBool,
-    born: Instant,
+    ejection: Ejection,
     numbers: UpstreamNumbers,
 }
 
@@ -82,7 +74,7 @@ impl Upstream {
     /// A worker that is not connected yet.
     pub fn new(target: Target, numbers: UpstreamNumbers) -> Self {
         let authority = match &target {
-            Target::Tcp(address) => address.parse().ok(),
+            Target::Tcp(address) | Target::Tls(address, _) => address.parse().ok(),
             Target::Memory(_) => None,
         };
         Self {
@@ -92,11 +84,7 @@ impl Upstream {
             turn: AtomicUsize::new(0),
             report: RwLock::default(),
             in_flight: AtomicUsize::new(0),
-            failures: AtomicU32::new(0),
-            ejections: AtomicU32::new(0),
-            ejected_until_us: AtomicU64::new(0),
-            probing: AtomicBool::new(false),
-            born: Instant::now(),
+            ejection: Ejection::default(),
             numbers,
         }
     }
@@ -129,8 +117,16 @@ impl Upstream {
     pub fn reported(&self, report: WatchReportResponse) -> bool {
         let serves = |report: &WatchReportResponse| {
             let models = report.models.iter();
-            let models =
-                models.map(|m| (m.name.clone(), m.version.clone(), m.ready, m.task.clone()));
+            let models = models.map(|m| {
+                let kept = (m.deterministic, m.digest.clone());
+                (
+                    m.name.clone(),
+                    m.version.clone(),
+                    m.ready,
+                    m.task.clone(),
+                    kept,
+                )
+            });
             (report.draining, models.collect::<Vec<_>>())
         };
         let mut current = self.report.write().unwrap_or_else(PoisonError::into_inner);
@@ -155,25 +151,17 @@ impl Upstream {
     /// Whether the worker is left alone because it failed. When its time is
     /// over, one call at a time may try it.
     pub fn ejected(&self) -> bool {
-        let until_us = self.ejected_until_us.load(Ordering::Acquire);
-        until_us != 0 && (self.now_us() < until_us || self.probing.load(Ordering::Acquire))
+        self.ejection.ejected()
     }
 
     /// Whether the worker is being left alone, without trying it.
     pub fn out(&self) -> bool {
-        self.ejected_until_us.load(Ordering::Acquire) != 0
-    }
-
-    fn now_us(&self) -> u64 {
-        u64::try_from(self.born.elapsed().as_micros()).unwrap_or(u64::MAX)
+        self.ejection.out()
     }
 
     /// The worker answered.
     pub fn succeeded(&self) {
-        self.failures.store(0, Ordering::Relaxed);
-        if self.ejected_until_us.swap(0, Ordering::AcqRel) != 0 {
-            self.ejections.store(0, Ordering::Relaxed);
-            self.probing.store(false, Ordering::Release);
+        if self.ejection.succeeded() {
             tracing::info!(worker = %self.target, "answers again");
         }
     }
@@ -181,26 +169,15 @@ impl Upstream {
     /// The worker failed: after several times, or when it was being tried, it
     /// is left alone.
     pub fn failed(&self) {
-        let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
-        let probed = self.probing.swap(false, Ordering::AcqRel);
-        if failures < FAILURES_MAX && !probed {
-            return;
+        if let Some(rest) = self.ejection.failed() {
+            self.numbers.ejections.inc();
+            tracing::warn!(worker = %self.target, ?rest, "left alone: it failed repeatedly");
         }
-        let times = self.ejections.fetch_add(1, Ordering::Relaxed).min(10);
-        let rest = EJECTION.saturating_mul(1 << times).min(EJECTION_MAX);
-        let rest_us = u64::try_from(rest.as_micros()).unwrap_or(u64::MAX);
-        self.failures.store(0, Ordering::Relaxed);
-        let until_us = self.now_us().saturating_add(rest_us);
-        self.ejected_until_us.store(until_us, Ordering::Release);
-        self.numbers.ejections.inc();
-        tracing::warn!(worker = %self.target, ?rest, "left alone: it failed repeatedly");
     }
 
     /// Forgets that the worker was left alone: its connection is new.
     pub fn returned(&self) {
-        self.failures.store(0, Ordering::Relaxed);
-        self.ejected_until_us.store(0, Ordering::Release);
-        self.probing.store(false, Ordering::Release);
+        self.ejection.returned();
     }
 
     fn channel(&self) -> Option<Arc<Channel>> {
@@ -381,9 +358,7 @@ struct Sending<'u> {
 impl<'u> Sending<'u> {
     fn begin(upstream: &'u Upstream, deadline: Instant) -> Self {
         upstream.in_flight.fetch_add(1, Ordering::Relaxed);
-        if upstream.out() {
-            upstream.probing.store(true, Ordering::Release);
-        }
+        upstream.ejection.probe();
         Self {
             upstream,
             started: Instant::now(),
@@ -407,7 +382,7 @@ impl Drop for Sending<'_> {
         if Instant::now() >= self.deadline {
             upstream.failed();
         } else {
-            upstream.probing.store(false, Ordering::Release);
+            upstream.ejection.unprobed();
         }
     }
 }

@@ -109,16 +109,40 @@ pub struct EachSettings {
     pub drain: Drain,
 }
 
-/// Answers each message of a stream with one message, in order. An error ends
-/// the stream with its status. Nothing runs once the caller is gone: the
-/// reply's body owns it all.
-pub fn each<F>(
+/// What answers one message of a stream, framed.
+pub enum Answers {
+    /// One message.
+    One(Bytes),
+    /// Messages that come one by one.
+    Many(BoxStream<'static, Result<Bytes, Status>>),
+}
+
+impl std::fmt::Debug for Answers {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::One(_) => "One",
+            Self::Many(_) => "Many",
+        })
+    }
+}
+
+impl From<Bytes> for Answers {
+    fn from(framed: Bytes) -> Self {
+        Self::One(framed)
+    }
+}
+
+/// Answers each message of a stream with one message or with several, in
+/// order. An error ends the stream with its status. Nothing runs once the
+/// caller is gone: the reply's body owns it all.
+pub fn each<F, A>(
     messages: Messages,
     settings: EachSettings,
     answer: impl Fn(Message) -> F + Send + 'static,
 ) -> Reply
 where
-    F: Future<Output = Result<Bytes, Status>> + Send + 'static,
+    F: Future<Output = Result<A, Status>> + Send + 'static,
+    A: Into<Answers> + Send + 'static,
 {
     let EachSettings {
         concurrency,
@@ -146,8 +170,18 @@ where
             }
         })
         .buffered(concurrency)
+        .map(|answered| match answered.map(A::into) {
+            Ok(Answers::Many(several)) => several.left_stream(),
+            Ok(Answers::One(framed)) => one(Ok(framed)).right_stream(),
+            Err(status) => one(Err(status)).right_stream(),
+        })
+        .flatten()
         .boxed();
     stream(until(deadline, answers))
+}
+
+fn one<T>(item: T) -> stream::Once<std::future::Ready<T>> {
+    stream::once(std::future::ready(item))
 }
 
 /// Ends a stream with DEADLINE_EXCEEDED when its deadline passes.

@@ -6,6 +6,8 @@ mod failure;
 mod http;
 mod identity;
 mod input;
+mod openai;
 mod operations;
+mod outside;
 mod quota;
 mod transport;

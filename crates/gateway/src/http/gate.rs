@@ -294,6 +294,13 @@ pub struct Answered<A> {
 }
 
 impl Visit {
+    /// Which model answered, for the metrics, where it is not known from
+    /// [`Self::forward`].
+    pub fn answered_by(&self, model: &str) {
+        // A request that asks several models counts for the first.
+        let _ = self.model.set(model.to_owned());
+    }
+
     /// Sends a call of the gRPC door down the stack.
     pub async fn forward(
         &self,

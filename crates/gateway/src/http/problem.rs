@@ -2,6 +2,8 @@
 //! status of [`Kind::http_status`], and a body in the form that the callers of
 //! the path know.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
@@ -10,6 +12,7 @@ use protocol::{Error, Kind};
 use serde::Serialize;
 use serde_json::json;
 use tonic::Status;
+use utoipa::ToSchema;
 
 use super::gate::RequestId;
 
@@ -79,28 +82,66 @@ impl Shape {
     pub fn body(self, error: &Error, status: StatusCode, id: &RequestId) -> serde_json::Value {
         match self {
             Self::Problem => json!(Problem::new(error, status, id)),
-            Self::OpenAi => json!({ "error": {
-                "message": error.to_string(),
-                "type": openai_type(error.kind()),
-                "param": error.violation().map(|violation| violation.field.as_str()),
-                "code": openai_code(error),
-            }}),
+            Self::OpenAi => json!(OpenAiError {
+                error: OpenAiReason {
+                    message: error.to_string(),
+                    r#type: openai_type(error),
+                    param: error.violation().map(|violation| violation.field.as_str()),
+                    code: openai_code(error),
+                },
+            }),
         }
     }
 }
 
-/// Problem details.
-#[derive(Debug, Serialize)]
-struct Problem<'e> {
+/// Problem details (RFC 9457).
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Problem<'e> {
+    /// Always `about:blank`: the title says what the status says.
+    #[schema(example = "about:blank")]
     r#type: &'static str,
+    /// The status in words.
+    #[schema(example = "Bad Request")]
     title: &'static str,
+    /// The status.
+    #[schema(minimum = 400, maximum = 599)]
     status: u16,
+    /// What is wrong, or what to do.
     detail: String,
+    /// The name of the gRPC status.
+    #[schema(example = "INVALID_ARGUMENT")]
     code: &'static str,
+    /// The field that is wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, example = "inputs[0].shape")]
     field: Option<&'e str>,
+    /// What the request is called.
     request_id: &'e str,
+    /// The same as `detail`, where clients of REST v2 read it.
     error: String,
+}
+
+/// Why a request failed, as OpenAI's clients read it.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct OpenAiError<'e> {
+    /// The error.
+    error: OpenAiReason<'e>,
+}
+
+/// What went wrong.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct OpenAiReason<'e> {
+    /// What is wrong, or what to do.
+    message: String,
+    /// The kind of error.
+    #[schema(example = "invalid_request_error")]
+    r#type: &'static str,
+    /// The field that is wrong.
+    #[schema(example = "input[1]")]
+    param: Option<&'e str>,
+    /// What programs may go by.
+    #[schema(example = "invalid_argument")]
+    code: String,
 }
 
 impl<'e> Problem<'e> {
@@ -119,13 +160,21 @@ impl<'e> Problem<'e> {
     }
 }
 
-fn openai_type(kind: Kind) -> &'static str {
-    match kind {
+/// A quota that is free again only after this long is spent, not hurried.
+const RATE: Duration = Duration::from_secs(300);
+
+fn is_spent(error: &Error) -> bool {
+    error.kind() == Kind::QuotaSpent && error.retry_after().is_some_and(|after| after > RATE)
+}
+
+fn openai_type(error: &Error) -> &'static str {
+    match error.kind() {
         Kind::Invalid | Kind::NotFound | Kind::TooLarge | Kind::Unsupported => {
             "invalid_request_error"
         }
         Kind::Unauthenticated => "authentication_error",
         Kind::Forbidden => "permission_error",
+        Kind::QuotaSpent if is_spent(error) => "insufficient_quota",
         Kind::QuotaSpent => "rate_limit_error",
         _ => "server_error",
     }
@@ -135,6 +184,7 @@ fn openai_code(error: &Error) -> String {
     match error.kind() {
         Kind::NotFound if error.violation().is_some() => "model_not_found".to_owned(),
         Kind::Unauthenticated => "invalid_api_key".to_owned(),
+        Kind::QuotaSpent if is_spent(error) => "insufficient_quota".to_owned(),
         Kind::QuotaSpent => "rate_limit_exceeded".to_owned(),
         kind => kind.name().to_lowercase(),
     }
@@ -207,8 +257,6 @@ fn advise(error: &Error, headers: &mut HeaderMap) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use http_body_util::BodyExt;
 
     use super::*;
@@ -248,6 +296,9 @@ mod tests {
         assert_eq!(headers["retry-after"], "2");
         assert_eq!(headers["retry-after-ms"], "1100");
         assert_eq!(body["error"]["code"], "rate_limit_exceeded");
+        let error = Error::quota_spent("spent", Duration::from_secs(40_000));
+        let (_, _, body) = told(error, Shape::OpenAi).await;
+        assert_eq!(body["error"]["type"], "insufficient_quota");
         let (status, headers, _) = told(
             Error::new(Kind::Unauthenticated, "who is it?"),
             Shape::Problem,

@@ -16,14 +16,16 @@ use protocol::inference::{
     ServerReadyResponse, TraceSettingRequest, TraceSettingResponse,
     repository_index_response::ModelIndex,
 };
-use protocol::{Kind, LogSettings, TraceSettings};
+use protocol::{Error, Kind, LogSettings, TraceSettings};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
+use super::Wanted;
 use crate::auth::Caller;
 use crate::route::nobody;
 use crate::stack::Stack;
 use crate::upstream::Upstream;
+use crate::upstream::provider::VERSION;
 
 /// Answers one of the gateway's own calls.
 pub async fn fleet(
@@ -98,7 +100,7 @@ pub async fn fleet(
 
 impl Stack {
     pub(crate) fn ready(&self) -> bool {
-        !self.0.drain.draining() && self.0.routes.table().readiness().any(|(_, ready)| ready)
+        !self.0.drain.draining() && self.0.routes.readiness().into_values().any(|ready| ready)
     }
 
     pub(crate) fn model_ready(
@@ -138,6 +140,19 @@ impl Stack {
         Ok(join_all(calls).await)
     }
 
+    /// The same; nobody to ask is no error where providers answer.
+    async fn ask_if_any<Q: prost::Message, A: prost::Message + Default>(
+        &self,
+        path: &'static str,
+        asked: &Q,
+        deadline: Instant,
+    ) -> Result<Vec<Result<A, Status>>, Status> {
+        if self.reachable().is_err() && !self.0.routes.catalogue.providers.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.ask(path, asked, deadline).await
+    }
+
     /// The sums over all workers.
     pub(crate) async fn statistics(
         &self,
@@ -148,9 +163,15 @@ impl Stack {
         if !asked.name.is_empty() {
             caller.must_be_allowed(&asked.name)?;
         }
+        let catalogue = &self.0.routes.catalogue;
+        if catalogue.has(&asked.name) {
+            // What providers do is in the metrics alone.
+            self.0.routes.choose(&asked_for(asked), caller)?;
+            return Ok(ModelStatisticsResponse::default());
+        }
         let path = "/inference.GRPCInferenceService/ModelStatistics";
         let answers = self
-            .ask::<_, ModelStatisticsResponse>(path, asked, deadline)
+            .ask_if_any::<_, ModelStatisticsResponse>(path, asked, deadline)
             .await?;
         let mut sums: BTreeMap<(String, String), ModelStatistics> = BTreeMap::new();
         for statistics in unless_all_failed(answers)?
@@ -178,9 +199,13 @@ impl Stack {
         deadline: Instant,
         caller: &Caller,
     ) -> Result<RepositoryIndexResponse, Status> {
+        if !asked.repository_name.is_empty() {
+            let reason = "a server has one repository: leave it empty";
+            return Err(Error::invalid("repository_name", reason).into());
+        }
         let path = "/inference.GRPCInferenceService/RepositoryIndex";
         let answers = self
-            .ask::<_, RepositoryIndexResponse>(path, asked, deadline)
+            .ask_if_any::<_, RepositoryIndexResponse>(path, asked, deadline)
             .await?;
         let mut models: BTreeMap<(String, String), ModelIndex> = BTreeMap::new();
         for model in unless_all_failed(answers)?
@@ -190,8 +215,14 @@ impl Stack {
         {
             let key = (model.name.clone(), model.version.clone());
             let known = models.get(&key).is_some_and(|known| known.state == "READY");
-            if !known {
+            if !known && !self.0.routes.catalogue.has(&model.name) {
                 models.insert(key, model);
+            }
+        }
+        for (name, reason) in self.0.routes.catalogue.names() {
+            if caller.tenant.may_call(name) {
+                let model = outside(name, reason);
+                models.insert((model.name.clone(), model.version.clone()), model);
             }
         }
         Ok(RepositoryIndexResponse {
@@ -205,6 +236,7 @@ impl Stack {
         deadline: Instant,
     ) -> Result<RepositoryModelLoadResponse, Status> {
         let name = protocol::load_target(asked)?;
+        self.0.routes.catalogue.must_be_workers(name.as_str())?;
         let path = "/inference.GRPCInferenceService/RepositoryModelLoad";
         let answers = self.ask(path, asked, deadline).await?;
         let answer = unless_one_failed(answers)?;
@@ -220,6 +252,7 @@ impl Stack {
         deadline: Instant,
     ) -> Result<RepositoryModelUnloadResponse, Status> {
         let name = protocol::unload_target(asked)?;
+        self.0.routes.catalogue.must_be_workers(name.as_str())?;
         let path = "/inference.GRPCInferenceService/RepositoryModelUnload";
         let answers = self.ask(path, asked, deadline).await?;
         let answer = unless_one_failed(answers)?;
@@ -262,6 +295,24 @@ impl Stack {
             verbose: settings.verbose_level,
         });
         Ok(settings.to_response())
+    }
+}
+
+/// A model that needs no loading.
+fn outside(name: &str, reason: &str) -> ModelIndex {
+    ModelIndex {
+        name: name.to_owned(),
+        version: VERSION.to_owned(),
+        state: "READY".to_owned(),
+        reason: reason.to_owned(),
+    }
+}
+
+fn asked_for(asked: &ModelStatisticsRequest) -> Wanted {
+    Wanted::Named {
+        name: asked.name.clone(),
+        version: asked.version.clone(),
+        field: "name",
     }
 }
 

@@ -5,9 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::{StreamExt, stream};
 use http::HeaderMap;
 use http::uri::PathAndQuery;
-use platform::grpc::{Call, EachSettings, Message, Reply, decode, each, frame, frame_bytes};
+use platform::grpc::{
+    Answers, Call, EachSettings, Message, Reply, decode, each, frame, frame_bytes,
+};
 use protocol::inference::{ModelInferResponse, ModelStreamInferResponse};
 use protocol::tei::v1::{RerankRequest, RerankStreamRequest};
 use protocol::{Error, peek, with_final_response_flag};
@@ -16,7 +19,9 @@ use tonic::Status;
 
 use super::{Door, RERANK, Request, forwarded, wanted};
 use crate::auth::Caller;
-use crate::stack::Stack;
+use crate::limit::Entered;
+use crate::stack::{Conversation, Stack};
+use crate::upstream::provider::{Provider, conversation, last_part, part};
 
 /// Messages of one stream that may be under way at once.
 const CONCURRENCY: usize = 32;
@@ -58,7 +63,7 @@ pub fn each_message(stack: Stack, call: Call, door: Door, caller: Caller) -> Res
         async move {
             match shared.door {
                 Door::Message => Ok(shared.infer(message).await),
-                Door::Metadata(_) => shared.forward(message).await,
+                Door::Metadata(_) => shared.answer(message).await.map(Answers::One),
             }
         }
     }))
@@ -76,42 +81,96 @@ fn one_message_path(path: &str) -> Result<PathAndQuery, Status> {
 }
 
 impl Shared {
-    async fn forward(&self, message: Message) -> Result<Bytes, Status> {
-        let deadline = self.ends.unwrap_or_else(|| Instant::now() + self.patience);
-        let request = Request {
+    fn request(&self, message: Message) -> Result<Request, Error> {
+        Ok(Request {
             wanted: wanted(self.door, &message, &self.headers)?,
             path: self.path.clone(),
             headers: self.headers.clone(),
             message,
-            deadline,
+            deadline: self.ends.unwrap_or_else(|| Instant::now() + self.patience),
             caller: self.caller.clone(),
-        };
+        })
+    }
+
+    async fn answer(&self, message: Message) -> Result<Bytes, Status> {
+        self.forward(&self.request(message)?).await
+    }
+
+    async fn forward(&self, request: &Request) -> Result<Bytes, Status> {
         // Each message counts as a call of its own.
         let _entered = self.stack.0.limit.enter(&self.caller).await?;
         let mut model = String::new();
-        let answered = self.stack.forward(&request, &mut model);
-        match timeout_at(deadline, answered).await {
+        let answered = self.stack.forward(request, &mut model);
+        match timeout_at(request.deadline, answered).await {
             Ok(answer) => answer?.into_framed(),
             Err(_) => Err(Error::deadline_passed().to_status()),
         }
     }
 
     /// An error is an answer too, and the stream stays open.
-    async fn infer(&self, message: Message) -> Bytes {
+    async fn infer(&self, message: Message) -> Answers {
         let id = peek(&message.bytes()).map(|peeked| peeked.id.to_owned());
-        match self.forward(message).await {
-            Ok(framed) => frame_bytes(&with_final_response_flag(
-                framed.get(5..).unwrap_or_default(),
-            )),
-            Err(status) => frame(&ModelStreamInferResponse {
-                error_message: status.message().to_owned(),
-                infer_response: Some(ModelInferResponse {
-                    id: id.unwrap_or_default(),
-                    ..Default::default()
+        let answered = async {
+            let request = self.request(message)?;
+            match self.stack.generates(&request.wanted, &request.caller) {
+                Some(provider) => self.generate(&provider, &request).await,
+                None => self.forward(&request).await.map(|framed| {
+                    let message = framed.get(5..).unwrap_or_default();
+                    Answers::One(frame_bytes(&with_final_response_flag(message)))
                 }),
-            }),
-        }
+            }
+        };
+        let answered = answered.await;
+        answered.unwrap_or_else(|status| {
+            let id = id.unwrap_or_default();
+            Answers::One(failed(id, status.message()))
+        })
     }
+
+    /// A text that comes in parts, each of which is an answer.
+    async fn generate(&self, provider: &Provider, request: &Request) -> Result<Answers, Status> {
+        let entered = self.stack.0.limit.enter(&self.caller).await?;
+        let (chat, id) = conversation(provider, request)?;
+        let asked = Conversation {
+            wanted: &request.wanted,
+            caller: &request.caller,
+            chat: &chat,
+            deadline: request.deadline,
+        };
+        let opened = timeout_at(request.deadline, self.stack.chat_stream(asked)).await;
+        let said = opened.map_err(|_| Error::deadline_passed())??;
+        let model = said.model;
+        let parts = said.answer.map(move |item| {
+            Ok(match item {
+                Ok(delta) => match delta.end {
+                    Some(end) => frame(&last_part(&model, &id, end)),
+                    None => frame(&part(&model, &id, &delta.text)),
+                },
+                Err(error) => failed(id.clone(), &error.to_string()),
+            })
+        });
+        Ok(Answers::Many(held(parts.boxed(), entered)))
+    }
+}
+
+type Parts = stream::BoxStream<'static, Result<Bytes, Status>>;
+
+/// The call counts as under way until its last part.
+fn held(parts: Parts, entered: Entered) -> Parts {
+    stream::unfold((parts, entered), |(mut parts, entered)| async move {
+        parts.next().await.map(|part| (part, (parts, entered)))
+    })
+    .boxed()
+}
+
+fn failed(id: String, message: &str) -> Bytes {
+    frame(&ModelStreamInferResponse {
+        error_message: message.to_owned(),
+        infer_response: Some(ModelInferResponse {
+            id,
+            ..Default::default()
+        }),
+    })
 }
 
 /// Gathers the texts of a rerank stream into one request and sends that: it can

@@ -1,15 +1,57 @@
 //! Outside services that answer as models.
+//!
+//! The shapes of the services are in `openai`, `anthropic` and `cohere`; what
+//! callers ask, in `oip`, `tei` and `chat`. Between them are `client`, which
+//! sends, and the few functions here.
+
+mod anthropic;
+mod catalogue;
+mod chat;
+mod client;
+mod cohere;
+mod generation;
+mod key;
+mod metrics;
+mod oip;
+mod openai;
+mod sse;
+mod stream;
+mod tei;
+mod trouble;
+
+pub use catalogue::{Task, Used};
+pub use chat::{
+    ChatAnswer, ChatDelta, ChatMessage, ChatRequest, ChatStream, ChatUsage, Finish, Role,
+};
+pub use generation::{conversation, last_part, part};
+pub use metrics::ProviderMetrics;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use platform::tasks::Owned;
-use protocol::Error;
+use platform::grpc::MessageLimits;
+use platform::tasks::{Owned, owned};
+use protocol::{Error, ModelName, ModelVersion};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use tonic::Status;
 
-use super::Answer;
+use super::{Answer, Budget, Ejection};
 use crate::service::Request;
+use catalogue::{File, Model, Shape};
+use key::Key;
+use openai::Embedded;
+use trouble::Trouble;
+
+/// The one version that a provider's model has.
+pub const VERSION: &str = "1";
+/// Failures in a row, less a half, that a provider's calls may be sent again.
+const RETRY_TOKENS: u32 = 20;
+/// How often the files with keys are looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Which outside services there are.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -32,6 +74,8 @@ pub struct Catalogue {
     pub providers: BTreeMap<String, Arc<Provider>>,
     /// Chains by their names.
     pub chains: BTreeMap<String, Arc<Chain>>,
+    /// What is counted of them.
+    pub metrics: ProviderMetrics,
 }
 
 /// Models that answer for one another, the preferred first.
@@ -44,30 +88,350 @@ pub struct Chain {
 }
 
 /// One model of an outside service.
-#[derive(Debug)]
 pub struct Provider {
     /// The name that callers know it by.
     pub name: String,
     /// What it does, in the words of a worker's report.
     pub task: String,
+    /// What stands for it when its answers may be kept.
+    pub digest: Option<String>,
+    model: Model,
+    base: reqwest::Url,
+    client: reqwest::Client,
+    key: Key,
+    places: Arc<Semaphore>,
+    ejection: Ejection,
+    budget: Budget,
+    limits: MessageLimits,
+    metrics: ProviderMetrics,
 }
 
+impl fmt::Debug for Provider {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "Provider({})", self.name)
+    }
+}
+
+/// A place among a provider's calls under way, until it is dropped.
+#[derive(Debug)]
+struct Place(#[allow(dead_code, reason = "it is given back when dropped")] OwnedSemaphorePermit);
+
 impl Catalogue {
-    /// Reads the file, if one is named.
-    pub fn new(_settings: &ProviderSettings) -> Result<Self, CatalogueError> {
-        Ok(Self::default())
+    /// Reads the file, if one is named, and the keys. `limits` is what answers
+    /// are held to.
+    pub fn new(
+        settings: &ProviderSettings,
+        limits: &MessageLimits,
+    ) -> Result<Self, CatalogueError> {
+        let Some(path) = &settings.providers else {
+            return Ok(Self::default());
+        };
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| CatalogueError(format!("it cannot be read: {error}")))?;
+        let file = File::read(&text)?;
+        let mut catalogue = Self::default();
+        for (name, model) in file.models {
+            let provider = Provider::new(&name, model, limits, &catalogue.metrics)
+                .map_err(|(field, why)| CatalogueError(format!("models.{name}.{field}: {why}")))?;
+            catalogue.metrics.known(&name);
+            catalogue.providers.insert(name, Arc::new(provider));
+        }
+        for (name, chain) in file.chains {
+            let models = chain.models;
+            let chain = Chain {
+                name: name.clone(),
+                models,
+            };
+            catalogue.chains.insert(name, Arc::new(chain));
+        }
+        Ok(catalogue)
+    }
+
+    /// Whether a name is a provider's model or a chain.
+    pub fn has(&self, name: &str) -> bool {
+        self.providers.contains_key(name) || self.chains.contains_key(name)
+    }
+
+    /// Every name, and what it is.
+    pub fn names(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        let providers = self
+            .providers
+            .keys()
+            .map(|name| (name.as_str(), "provider"));
+        providers.chain(self.chains.keys().map(|name| (name.as_str(), "chain")))
+    }
+
+    /// An error when there is nothing of a model's to load or unload.
+    pub fn must_be_workers(&self, name: &str) -> Result<(), Error> {
+        if !self.has(name) {
+            return Ok(());
+        }
+        let reason = "the model is an outside provider's: it is neither loaded nor unloaded";
+        Err(Error::invalid("model_name", reason))
     }
 
     /// Reads the keys again when their files change, until the tasks are
     /// dropped.
     pub fn follow(&self) -> Vec<Owned> {
-        Vec::new()
+        let providers: Vec<Arc<Provider>> = self.providers.values().cloned().collect();
+        if providers.is_empty() {
+            return Vec::new();
+        }
+        vec![owned(async move {
+            loop {
+                tokio::time::sleep(LOOK).await;
+                for provider in &providers {
+                    if provider.key.read_again() {
+                        tracing::info!(model = %provider.name, "a provider's key was read again");
+                    }
+                }
+            }
+        })]
+    }
+}
+
+impl Chain {
+    /// An error unless the chain has a version.
+    pub fn must_have(&self, version: &str) -> Result<(), Error> {
+        must_be_first(&self.name, version)
+    }
+}
+
+/// Every name of the catalogue has one version.
+fn must_be_first(name: &str, version: &str) -> Result<(), Error> {
+    match ModelVersion::optional(version, "model_version")? {
+        Some(other) if other.to_string() != VERSION => {
+            let name = ModelName::checked(name, "model_name")?;
+            Err(Error::unknown_model(&name, Some(other)))
+        }
+        _ => Ok(()),
     }
 }
 
 impl Provider {
+    fn new(
+        name: &str,
+        model: Model,
+        limits: &MessageLimits,
+        metrics: &ProviderMetrics,
+    ) -> Result<Self, (&'static str, String)> {
+        Ok(Self {
+            name: name.to_owned(),
+            task: model.task.name().to_owned(),
+            digest: model.deterministic.then(|| model.digest()),
+            base: model.url().map_err(|reason| ("base_url", reason))?,
+            client: client::build(&model)?,
+            key: Key::of(&model)?,
+            places: Arc::new(Semaphore::new(model.concurrency_max)),
+            ejection: Ejection::default(),
+            budget: Budget::new(RETRY_TOKENS),
+            limits: limits.clone(),
+            metrics: metrics.clone(),
+            model,
+        })
+    }
+
+    /// Whether it is called: it has not just failed repeatedly.
+    pub fn ready(&self) -> bool {
+        !self.ejection.ejected()
+    }
+
+    /// An error unless the model has a version.
+    pub fn must_have(&self, version: &str) -> Result<(), Error> {
+        must_be_first(&self.name, version)
+    }
+
     /// Answers one message of the Open Inference Protocol or of `tei.v1`.
-    pub async fn answer(&self, _request: &Request) -> Result<Answer, Status> {
-        Err(Error::new(protocol::Kind::Unsupported, "providers").into())
+    pub async fn answer(self: &Arc<Self>, request: &Request) -> Result<Answer, Status> {
+        let path = request.path.path();
+        let tenant = &request.caller.tenant.name;
+        if let Some(method) = path.strip_prefix("/inference.GRPCInferenceService/") {
+            return oip::answer(self, method, request)
+                .await
+                .map(|(answer, used)| answer.costing(self.spend(tenant, used)));
+        }
+        let method = path.strip_prefix("/tei.v1.").unwrap_or(path);
+        let (answer, used) = tei::answer(self, method, request).await?;
+        Ok(answer.costing(self.spend(tenant, used)))
+    }
+
+    /// Continues a conversation.
+    pub async fn chat(
+        self: &Arc<Self>,
+        request: &ChatRequest,
+        deadline: Instant,
+    ) -> Result<ChatAnswer, Error> {
+        self.must_generate()?;
+        request.check()?;
+        self.generate(request, deadline)
+            .await
+            .map_err(|trouble| trouble.to_error(&self.name, "messages"))
+    }
+
+    /// Continues a conversation part by part. Once parts come, the answer is
+    /// this model's: what fails then is the last item.
+    pub async fn chat_stream(
+        self: &Arc<Self>,
+        request: &ChatRequest,
+        deadline: Instant,
+    ) -> Result<ChatStream, Error> {
+        self.must_generate()?;
+        request.check()?;
+        let started = Instant::now();
+        let failed = |trouble: Trouble| trouble.to_error(&self.name, "messages");
+        let place = self.place().map_err(failed)?;
+        let outgoing = self.asked(request, true);
+        let opened = self.open(&outgoing, self.ends(deadline)).await;
+        Ok(stream::deltas(stream::Begun {
+            provider: self.clone(),
+            response: opened.map_err(failed)?,
+            _place: place,
+            started,
+            ends: deadline,
+            prompt_tokens: request.tokens_guessed(),
+        }))
+    }
+
+    /// What an answer costs, counted for a tenant.
+    pub fn spend(&self, tenant: &str, used: Used) -> f64 {
+        let cost = self.model.price.of(used);
+        if cost > 0.0 {
+            self.metrics.spent(tenant, &self.name, cost);
+        }
+        cost
+    }
+
+    fn must_generate(&self) -> Result<(), Error> {
+        if self.model.task == Task::Generation {
+            return Ok(());
+        }
+        let (name, task) = (&self.name, &self.task);
+        let reason = format!("model '{name}' does {task}, not generation");
+        Err(Error::invalid("model", reason))
+    }
+
+    /// A place among the calls under way; none is trouble.
+    fn place(&self) -> Result<Place, Trouble> {
+        let place = self.places.clone().try_acquire_owned();
+        place.map(Place).map_err(|_| {
+            self.metrics
+                .ended(&self.name, Trouble::Full.outcome(), Duration::ZERO);
+            Trouble::Full
+        })
+    }
+
+    /// The call that continues a conversation.
+    fn asked(&self, request: &ChatRequest, stream: bool) -> client::Outgoing {
+        match self.model.kind {
+            Shape::Anthropic => anthropic::chat(&self.model, request, stream),
+            Shape::Openai | Shape::Cohere => openai::chat(&self.model, request, stream),
+        }
+    }
+
+    async fn generate(
+        self: &Arc<Self>,
+        request: &ChatRequest,
+        deadline: Instant,
+    ) -> Result<ChatAnswer, Trouble> {
+        let _place = self.place()?;
+        let outgoing = self.asked(request, false);
+        let read = match self.model.kind {
+            Shape::Anthropic => anthropic::read_chat,
+            Shape::Openai | Shape::Cohere => openai::read_chat,
+        };
+        self.exchange(&outgoing, self.ends(deadline), read).await
+    }
+
+    /// The vectors of texts.
+    async fn embed(
+        self: &Arc<Self>,
+        texts: &[String],
+        options: Embedding,
+        deadline: Instant,
+    ) -> Result<Embedded, Trouble> {
+        let _place = self.place()?;
+        let (rows, model) = (texts.len(), &self.model);
+        let dimensions = options.dimensions;
+        let cohere = model.kind == Shape::Cohere;
+        let outgoing = match cohere {
+            true => cohere::embedding(model, texts, dimensions, options.truncate),
+            false => openai::embedding(model, texts, dimensions),
+        };
+        let width = dimensions.or(model.width);
+        let read = move |bytes: &[u8]| {
+            let read = match cohere {
+                true => cohere::read_embedding(bytes, rows)?,
+                false => openai::read_embedding(bytes, rows)?,
+            };
+            match read.vectors.first() {
+                Some(first) if width.is_some_and(|width| width != first.len()) => {
+                    Err("embeddings of another width")
+                }
+                _ => Ok(read),
+            }
+        };
+        let ends = self.ends(deadline);
+        let mut embedded = self.exchange(&outgoing, ends, read).await?;
+        if options.normalize {
+            embedded.vectors.iter_mut().for_each(normalize);
+        }
+        Ok(embedded)
+    }
+
+    /// The scores of texts for their queries. A service takes one query for
+    /// many texts: each query that there is costs a call.
+    async fn rerank(
+        self: &Arc<Self>,
+        pairs: &[(String, String)],
+        deadline: Instant,
+    ) -> Result<(Vec<f32>, Used), Trouble> {
+        let _place = self.place()?;
+        let ends = self.ends(deadline);
+        let mut queries: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+        for (index, (query, _)) in pairs.iter().enumerate() {
+            queries.entry(query).or_default().push(index);
+        }
+        let mut scores = vec![0.0; pairs.len()];
+        let mut used = Used::default();
+        for (query, places) in queries {
+            let texts = places.iter().filter_map(|place| pairs.get(*place));
+            let texts: Vec<String> = texts.map(|(_, text)| text.clone()).collect();
+            let count = texts.len();
+            let outgoing = cohere::rerank(&self.model, query, &texts);
+            let read = move |bytes: &[u8]| cohere::read_rerank(bytes, count);
+            let scored = self.exchange(&outgoing, ends, read).await?;
+            for (place, score) in places.into_iter().zip(scored.scores) {
+                if let Some(own) = scores.get_mut(place) {
+                    *own = score;
+                }
+            }
+            used.input_tokens += scored.tokens;
+            used.searches += scored.searches;
+            used.requests += 1;
+        }
+        Ok((scores, used))
+    }
+}
+
+/// What is wanted of embeddings.
+#[derive(Debug, Clone, Copy, Default)]
+struct Embedding {
+    /// How many leading dimensions are kept.
+    dimensions: Option<usize>,
+    /// Whether they are scaled to length 1.
+    normalize: bool,
+    /// Whether a text that is too long is cut.
+    truncate: bool,
+}
+
+/// Scales a vector to length 1. One that has it already keeps its bits, as far
+/// as FP32 can tell: most services send such vectors.
+fn normalize(vector: &mut Vec<f32>) {
+    let squares: f64 = vector.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
+    let length = squares.sqrt();
+    if length > 0.0 && (length - 1.0).abs() > 1e-5 {
+        for value in vector.iter_mut() {
+            *value = (f64::from(*value) / length) as f32;
+        }
     }
 }

@@ -356,7 +356,7 @@ fn config(model: &ServedModel) -> ModelConfig {
 /// configuration.
 fn config_parameters(model: &ServedModel) -> HashMap<String, ModelParameter> {
     let (card, queue) = (&model.card, &model.limits.queue);
-    [
+    let mut parameters: HashMap<String, ModelParameter> = [
         ("task", card.task.to_string()),
         ("dtype", card.dtype.to_string()),
         ("device", card.device.clone()),
@@ -366,5 +366,12 @@ fn config_parameters(model: &ServedModel) -> HashMap<String, ModelParameter> {
         ("queue_rows_max", queue.rows_max.to_string()),
     ]
     .map(|(name, string_value)| (name.to_owned(), ModelParameter { string_value }))
-    .into()
+    .into();
+    // In the order of the scores, as a list of JSON: a label may hold anything.
+    if let Ok(string_value) = serde_json::to_string(&card.labels)
+        && !card.labels.is_empty()
+    {
+        parameters.insert("labels".to_owned(), ModelParameter { string_value });
+    }
+    parameters
 }

@@ -1,0 +1,264 @@
+//! What vectors are wanted of: one text or several, or their tokens.
+
+use std::fmt;
+
+use protocol::Error;
+use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
+use utoipa::openapi::schema::{ArrayBuilder, ObjectBuilder, OneOfBuilder, Type};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
+
+use super::super::ask::TEXTS_MAX;
+
+/// Tokens of one input; a model's own limit is lower as a rule.
+pub const TOKENS_MAX: usize = 8192;
+
+/// One text or several, or the tokens of one or several.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Input {
+    /// In the order of the request.
+    pub items: Items,
+    /// Whether there is one that stands in no list.
+    pub single: bool,
+}
+
+/// What the inputs are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Items {
+    /// Texts.
+    Texts(Vec<String>),
+    /// The numbers of tokens in the model's vocabulary.
+    Tokens(Vec<Vec<u32>>),
+}
+
+impl Input {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        match &self.items {
+            Items::Texts(texts) => texts.len(),
+            Items::Tokens(lists) => lists.len(),
+        }
+    }
+
+    /// The field of one of them, for errors.
+    pub fn field(&self, index: usize) -> String {
+        match self.single {
+            true => "input".to_owned(),
+            false => format!("input[{index}]"),
+        }
+    }
+
+    /// An error unless there are some, none of them is empty, and all of them
+    /// are within the limits.
+    pub fn checked(self) -> Result<Self, Error> {
+        let count = self.len();
+        if count == 0 {
+            return Err(Error::invalid("input", "there are none"));
+        }
+        if count > TEXTS_MAX {
+            let reason = format!("{count} inputs: a request may have {TEXTS_MAX}");
+            return Err(Error::invalid("input", reason));
+        }
+        let sizes: Vec<usize> = match &self.items {
+            Items::Texts(texts) => texts.iter().map(String::len).collect(),
+            Items::Tokens(lists) => lists.iter().map(Vec::len).collect(),
+        };
+        if let Some(empty) = sizes.iter().position(|size| *size == 0) {
+            return Err(Error::invalid(self.field(empty), "must not be empty"));
+        }
+        let long = sizes.iter().position(|size| *size > TOKENS_MAX);
+        match (&self.items, long) {
+            (Items::Tokens(_), Some(long)) => Err(Error::invalid(
+                self.field(long),
+                format!("{} tokens: an input may have {TOKENS_MAX}", sizes[long]),
+            )),
+            _ => Ok(self),
+        }
+    }
+}
+
+/// One element of the list.
+enum Element {
+    Text(String),
+    Token(u32),
+    Tokens(Vec<u32>),
+}
+
+impl<'de> Deserialize<'de> for Input {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(InputVisitor)
+    }
+}
+
+impl<'de> Deserialize<'de> for Element {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ElementVisitor)
+    }
+}
+
+struct InputVisitor;
+
+impl<'de> Visitor<'de> for InputVisitor {
+    type Value = Input;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a text, a list of texts, a list of tokens or a list of such lists")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Input, E> {
+        Ok(Input {
+            items: Items::Texts(vec![text.to_owned()]),
+            single: true,
+        })
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Input, A::Error> {
+        let (mut texts, mut tokens, mut lists) = (Vec::new(), Vec::new(), Vec::new());
+        while let Some(element) = list.next_element()? {
+            match element {
+                Element::Text(text) => texts.push(text),
+                Element::Token(token) => tokens.push(token),
+                Element::Tokens(list) => lists.push(list),
+            }
+            let kinds = [texts.is_empty(), tokens.is_empty(), lists.is_empty()];
+            if kinds.iter().filter(|empty| !**empty).count() > 1 {
+                return Err(de::Error::custom("texts and tokens are mixed"));
+            }
+        }
+        let single = !tokens.is_empty();
+        if single {
+            lists.push(tokens);
+        }
+        let items = match lists.is_empty() {
+            true => Items::Texts(texts),
+            false => Items::Tokens(lists),
+        };
+        Ok(Input { items, single })
+    }
+}
+
+struct ElementVisitor;
+
+impl<'de> Visitor<'de> for ElementVisitor {
+    type Value = Element;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a text, a token or a list of tokens")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Element, E> {
+        Ok(Element::Text(text.to_owned()))
+    }
+
+    fn visit_string<E: de::Error>(self, text: String) -> Result<Element, E> {
+        Ok(Element::Text(text))
+    }
+
+    fn visit_u64<E: de::Error>(self, token: u64) -> Result<Element, E> {
+        let token = u32::try_from(token);
+        let token = token.map_err(|_| E::custom("a token is from 0 to 4294967295"))?;
+        Ok(Element::Token(token))
+    }
+
+    fn visit_i64<E: de::Error>(self, _: i64) -> Result<Element, E> {
+        Err(E::custom("a token is from 0 to 4294967295"))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Element, A::Error> {
+        let mut tokens = Vec::new();
+        while let Some(token) = list.next_element()? {
+            tokens.push(token);
+        }
+        Ok(Element::Tokens(tokens))
+    }
+}
+
+impl PartialSchema for Input {
+    fn schema() -> RefOr<Schema> {
+        let text = || {
+            ObjectBuilder::new()
+                .schema_type(Type::String)
+                .min_length(Some(1))
+        };
+        let token = || {
+            ObjectBuilder::new()
+                .schema_type(Type::Integer)
+                .minimum(Some(0))
+                .maximum(Some(u32::MAX))
+        };
+        let tokens = || {
+            ArrayBuilder::new()
+                .items(token())
+                .min_items(Some(1))
+                .max_items(Some(TOKENS_MAX))
+        };
+        let list = |items: RefOr<Schema>| {
+            ArrayBuilder::new()
+                .items(items)
+                .min_items(Some(1))
+                .max_items(Some(TEXTS_MAX))
+        };
+        let one_of = OneOfBuilder::new()
+            .description(Some(
+                "One text, several, the tokens of one, or the tokens of several",
+            ))
+            .item(text().description(Some("One text")))
+            .item(list(text().into()).description(Some("Several texts")))
+            .item(tokens().description(Some("The tokens of one text")))
+            .item(list(tokens().into()).description(Some("The tokens of several texts")));
+        RefOr::T(Schema::from(one_of))
+    }
+}
+
+impl ToSchema for Input {
+    fn name() -> std::borrow::Cow<'static, str> {
+        "EmbeddingInput".into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> Result<Input, String> {
+        let input: Input = serde_json::from_str(json).map_err(|error| error.to_string())?;
+        input.checked().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn every_form_of_input_is_read() {
+        let texts = |texts: &[&str]| Items::Texts(texts.iter().map(ToString::to_string).collect());
+        assert_eq!(read("\"a\"").unwrap().items, texts(&["a"]));
+        assert_eq!(read("[\"a\", \"b\"]").unwrap().items, texts(&["a", "b"]));
+        let one = read("[7, 8]").unwrap();
+        assert_eq!(
+            (one.items.clone(), one.single),
+            (Items::Tokens(vec![vec![7, 8]]), true)
+        );
+        let several = read("[[7, 8], [9]]").unwrap();
+        assert_eq!(several.items, Items::Tokens(vec![vec![7, 8], vec![9]]));
+        assert_eq!(several.field(1), "input[1]");
+    }
+
+    #[test]
+    fn what_is_no_input_is_refused() {
+        for (json, reason) in [
+            ("[]", "there are none"),
+            ("\"\"", "input: must not be empty"),
+            ("[\"a\", \"\"]", "input[1]: must not be empty"),
+            ("[[1], []]", "input[1]: must not be empty"),
+            ("[1, \"a\"]", "texts and tokens are mixed"),
+            ("[1, [2]]", "texts and tokens are mixed"),
+            ("[-1]", "a token is from 0"),
+            ("[4294967296]", "a token is from 0"),
+            ("[1.5]", "a text, a token or a list of tokens"),
+            ("null", "a text, a list of texts"),
+            ("{}", "a text, a list of texts"),
+        ] {
+            let error = read(json).unwrap_err();
+            assert!(error.contains(reason), "{json}: {error}");
+        }
+        let many = serde_json::to_string(&vec!["a"; TEXTS_MAX + 1]).unwrap();
+        assert!(read(&many).unwrap_err().contains("a request may have 2048"));
+    }
+}

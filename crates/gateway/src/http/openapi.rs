@@ -1,0 +1,324 @@
+//! The OpenAPI document, generated from the types of the handlers. What all
+//! operations share, such as their refusals, is added here once.
+
+use std::sync::LazyLock;
+
+use axum::Router;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use bytes::Bytes;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use serde_json::{Value, json};
+use utoipa::OpenApi as _;
+use utoipa::openapi::path::{Operation, Parameter, ParameterBuilder, ParameterIn};
+use utoipa::openapi::schema::{ObjectBuilder, Type};
+use utoipa::openapi::security::{
+    ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme,
+};
+use utoipa::openapi::{
+    ContentBuilder, Header, HeaderBuilder, OpenApi, PathItem, Ref, RefOr, Response as Told,
+    ResponseBuilder,
+};
+
+use super::gate::Routes;
+use super::problem::{OpenAiError, Problem, Shape};
+use super::{chat, classify, openai, rerank};
+use crate::stack::Stack;
+
+#[derive(utoipa::OpenApi)]
+#[openapi(
+    info(
+        title = "Andon",
+        description = "Models of this fleet, through the surfaces that their callers know: the Open Inference Protocol v2 in JSON and with binary tensors, OpenAI's, Cohere's and Jina's, and that of Text Embeddings Inference.\n\nA model answers alike through every surface, and through gRPC. A key goes into the header Authorization as Bearer, or into x-api-key; a gateway that asks nobody who they are needs none."
+    ),
+    servers((url = "/", description = "This server")),
+    paths(
+        openai::list_models,
+        openai::show_model,
+        openai::embed,
+        chat::complete,
+        chat::generate::generate,
+        chat::generate::generate_stream,
+        rerank::rerank_either,
+        rerank::rerank_v1,
+        rerank::rerank_v2,
+        classify::classify,
+        document_as_json,
+    ),
+    components(schemas(Problem, OpenAiError)),
+    tags(
+        (name = "OpenAI", description = "Models, vectors and conversations, as OpenAI's clients ask for them"),
+        (name = "Rerank", description = "Documents ordered by how well they answer a query"),
+        (name = "Classify", description = "Labels for texts"),
+        (name = "Inference", description = "The Open Inference Protocol v2: tensors in and out"),
+        (name = "Repository", description = "Which models there are, loading and unloading them"),
+        (name = "Health", description = "Whether the server and its models are ready"),
+        (name = "Document", description = "This document"),
+    )
+)]
+struct Document;
+
+/// The document as it is sent.
+static JSON: LazyLock<Bytes> = LazyLock::new(|| {
+    // It has no map with keys that are no texts, which is all that could fail.
+    document().to_json().unwrap_or_default().into()
+});
+
+/// The routes.
+pub fn routes(stack: &Stack) -> Router<Stack> {
+    Routes::new(stack, Shape::Problem)
+        .open("/openapi.json", get(document_as_json))
+        .into_router()
+}
+
+/// This document
+#[utoipa::path(
+    get, path = "/openapi.json", tag = "Document", operation_id = "openapi",
+    responses((status = 200, description = "OpenAPI 3.1", body = Value, content_type = "application/json"))
+)]
+async fn document_as_json() -> Response {
+    let headers = [
+        (CONTENT_TYPE, "application/json"),
+        (CACHE_CONTROL, "no-cache"),
+    ];
+    (headers, JSON.clone()).into_response()
+}
+
+/// What an operation is, as far as its refusals depend on it.
+#[derive(Debug, Clone, Copy)]
+struct Kinds {
+    shape: Shape,
+    /// Whether it needs no key.
+    open: bool,
+    /// Whether it names a model, in its address or in its body.
+    model: bool,
+    /// Whether it has a body.
+    body: bool,
+}
+
+/// Operations that answer anybody.
+const OPEN: [&str; 4] = ["/v2", "/v2/health/live", "/v2/health/ready", "/openapi.json"];
+
+/// The whole document.
+pub fn document() -> OpenApi {
+    let mut document = Document::openapi();
+    platform::VERSION.clone_into(&mut document.info.version);
+    let components = document.components.get_or_insert_default();
+    let bearer = HttpBuilder::new()
+        .scheme(HttpAuthScheme::Bearer)
+        .description(Some("A key of Andon or a signed token"))
+        .build();
+    components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
+    let key = ApiKeyValue::with_description("x-api-key", "A key of Andon");
+    components.add_security_scheme("key", SecurityScheme::ApiKey(ApiKey::Header(key)));
+    for (path, item) in &mut document.paths.paths {
+        for operation in operations(item) {
+            let kinds = Kinds {
+                shape: Shape::of_path(path),
+                open: OPEN.contains(&path.as_str()),
+                model: path.contains("{model}") || operation.request_body.is_some(),
+                body: operation.request_body.is_some(),
+            };
+            complete(operation, kinds);
+        }
+    }
+    document
+}
+
+fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
+    [&mut item.get, &mut item.post].into_iter().flatten()
+}
+
+/// Adds what holds for every operation of its kind.
+fn complete(operation: &mut Operation, kinds: Kinds) {
+    let parameters = operation.parameters.get_or_insert_default();
+    parameters.push(RefOr::T(timeout()));
+    if !kinds.open {
+        let nobody = SecurityRequirement::default();
+        let schemes = ["bearer", "key"];
+        let requirement = |scheme| SecurityRequirement::new::<&str, [&str; 0], &str>(scheme, []);
+        let mut all: Vec<SecurityRequirement> = schemes.map(requirement).into();
+        all.push(nobody);
+        operation.security = Some(all);
+    }
+    let responses = &mut operation.responses.responses;
+    for (status, told) in responses.iter_mut() {
+        if let RefOr::T(told) = told {
+            add_headers(status, told, kinds);
+        }
+    }
+    for (status, description, example) in refusals(kinds) {
+        let status = status.to_string();
+        responses.entry(status.clone()).or_insert_with(|| {
+            let mut told = refusal(description, &example, kinds.shape);
+            add_headers(&status, &mut told, kinds);
+            RefOr::T(told)
+        });
+    }
+}
+
+/// The caller's patience.
+fn timeout() -> Parameter {
+    let ms = ObjectBuilder::new()
+        .schema_type(Type::Integer)
+        .minimum(Some(1))
+        .maximum(Some(999_999_999_999_u64));
+    ParameterBuilder::new()
+        .name("timeout")
+        .parameter_in(ParameterIn::Header)
+        .description(Some(
+            "Milliseconds that the caller waits; at most what the server allows, which also holds if it is not given",
+        ))
+        .schema(Some(ms))
+        .example(Some(json!(10_000)))
+        .build()
+}
+
+/// How a request can be refused.
+fn refusals(kinds: Kinds) -> Vec<(u16, &'static str, Value)> {
+    let Kinds { open, model, body, .. } = kinds;
+    let all = [
+        (true, 400, "A field is wrong; it is named", "INVALID_ARGUMENT", "a field: what is wrong with it"),
+        (!open, 401, "No key, or one that is not known", "UNAUTHENTICATED", "the key is not known"),
+        (!open, 403, "The caller may not do this", "PERMISSION_DENIED", "the model is not among those that this caller may call"),
+        (model, 404, "There is no such model, or none that is ready", "NOT_FOUND", "unknown model 'minilm'"),
+        (body, 413, "The body is too large", "RESOURCE_EXHAUSTED", "the message has 70000000 bytes, over the limit of 67108864"),
+        (body, 415, "The content encoding is not known", "INVALID_ARGUMENT", "content-encoding: gzip, deflate and none are known"),
+        (!open, 429, "A quota of the caller is spent; Retry-After says when there is something of it again", "RESOURCE_EXHAUSTED", "the tenant's requests per second are spent"),
+        (true, 500, "The server is at fault", "INTERNAL", "the request could not be answered"),
+        (model, 501, "The model or its server does not do this", "UNIMPLEMENTED", "the model does not do this"),
+        (true, 503, "Overloaded, or nobody who has the model can be reached; Retry-After says when to come back, where that is known", "UNAVAILABLE", "no worker can be reached"),
+        (true, 504, "The caller's patience or the server's own ended", "DEADLINE_EXCEEDED", "the deadline passed"),
+    ];
+    let given = all.into_iter().filter(|(given, ..)| *given);
+    given
+        .map(|(_, status, says, code, detail)| {
+            (status, says, example(kinds.shape, status, code, detail))
+        })
+        .collect()
+}
+
+/// A refusal as it is sent.
+fn example(shape: Shape, status: u16, code: &str, detail: &str) -> Value {
+    let field = (status == 400).then_some("a field");
+    if shape == Shape::OpenAi {
+        let kind = match status {
+            401 => "authentication_error",
+            403 => "permission_error",
+            429 => "rate_limit_error",
+            500 | 503 | 504 => "server_error",
+            _ => "invalid_request_error",
+        };
+        return json!({"error": {
+            "message": detail, "type": kind, "param": field, "code": code.to_lowercase(),
+        }});
+    }
+    let title = http::StatusCode::from_u16(status).ok();
+    let title = title.and_then(|status| status.canonical_reason());
+    let mut problem = json!({
+        "type": "about:blank", "title": title, "status": status, "detail": detail,
+        "code": code, "request_id": "3f1c9a52f3c84f0d9d35a1f0a4f1c2d7", "error": detail,
+    });
+    if let Some(field) = field {
+        problem["field"] = field.into();
+    }
+    problem
+}
+
+fn refusal(description: &str, example: &Value, shape: Shape) -> Told {
+    let (kind, schema) = match shape {
+        Shape::OpenAi => ("application/json", "OpenAiError"),
+        Shape::Problem => ("application/problem+json", "Problem"),
+    };
+    let content = ContentBuilder::new()
+        .schema(Some(Ref::from_schema_name(schema)))
+        .example(Some(example.clone()))
+        .build();
+    ResponseBuilder::new()
+        .description(description)
+        .content(kind, content)
+        .build()
+}
+
+/// The headers of answers.
+fn add_headers(status: &str, told: &mut Told, kinds: Kinds) {
+    let mut add = |name: &str, kind: Type, says: &str| {
+        told.headers
+            .insert(name.to_owned(), RefOr::T(header(kind, says)));
+    };
+    add("x-request-id", Type::String, "The caller's id for the request, or a new one");
+    match status {
+        "200" if kinds.body => {
+            add("x-andon-cache", Type::String, "hit, miss, or how many of the rows were known");
+            add("x-andon-fallback", Type::String, "Which model of a chain answered in place of the first, and why");
+            add("x-compute-tokens", Type::Integer, "Tokens computed");
+        }
+        "401" => add("www-authenticate", Type::String, "How to say who calls"),
+        "429" | "503" => add("retry-after", Type::Integer, "Seconds after which to try again"),
+        _ => {}
+    }
+}
+
+fn header(kind: Type, says: &str) -> Header {
+    HeaderBuilder::new()
+        .schema(Some(ObjectBuilder::new().schema_type(kind)))
+        .description(Some(says))
+        .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn written() -> Value {
+        serde_json::from_slice(&JSON).unwrap()
+    }
+
+    #[test]
+    fn every_operation_has_its_refusals_and_an_answer() {
+        let document = written();
+        assert_eq!(document["openapi"], "3.1.0");
+        let mut ids = BTreeSet::new();
+        for (path, item) in document["paths"].as_object().unwrap() {
+            for (method, operation) in item.as_object().unwrap() {
+                let name = format!("{method} {path}");
+                let responses = operation["responses"].as_object().unwrap();
+                assert!(responses.contains_key("200"), "{name}");
+                for status in ["400", "500", "503", "504"] {
+                    let told = &responses[status];
+                    assert!(told["headers"]["x-request-id"].is_object(), "{name} {status}");
+                    let content = told["content"].as_object().unwrap();
+                    let (kind, content) = content.iter().next().unwrap();
+                    let openai = path.starts_with("/v1/");
+                    assert_eq!(kind == "application/json", openai, "{name}");
+                    assert!(content["example"].is_object(), "{name}");
+                }
+                assert!(operation["summary"].is_string(), "{name}");
+                assert!(ids.insert(operation["operationId"].to_string()), "{name}");
+                if operation.get("requestBody").is_some() {
+                    assert!(responses.contains_key("413"), "{name}");
+                    assert!(operation["security"].is_array(), "{name}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_reference_is_there_and_own_surfaces_are_closed() {
+        let document = written();
+        let text = document.to_string();
+        for reference in text.split("\"#/components/schemas/").skip(1) {
+            let name = reference.split('"').next().unwrap();
+            let schema = &document["components"]["schemas"][name];
+            assert!(schema.is_object(), "{name}");
+        }
+        for name in ["RerankRequest", "RerankTextsRequest", "ClassifyRequest", "GenerateRequest"] {
+            let schema = &document["components"]["schemas"][name];
+            assert_eq!(schema["additionalProperties"], false, "{name}");
+        }
+        let embedding = &document["components"]["schemas"]["EmbeddingRequest"];
+        assert!(embedding.get("additionalProperties").is_none());
+    }
+}

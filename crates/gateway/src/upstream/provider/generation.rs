@@ -1,0 +1,136 @@
+//! Generation by the Open Inference Protocol: one text in, and one out, whole
+//! or in parts, as Triton's generate extension has it.
+
+use platform::grpc::decode;
+use protocol::inference::{
+    InferParameter, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice,
+    model_infer_response::InferOutputTensor,
+};
+use protocol::{Error, InferRequest, Value};
+use tensor::Datatype;
+use tonic::Status;
+
+use super::chat::{ChatMessage, ChatRequest, ChatUsage, Finish, Role};
+use super::oip::column;
+use super::{Provider, VERSION};
+use crate::service::Request;
+
+/// The conversation that a request for generation stands for.
+pub(super) fn to_chat(request: &InferRequest) -> Result<(ChatRequest, String), Error> {
+    let (mut texts, field) = column(request, "text_input")?;
+    let mut chat = ChatRequest::asking(texts.pop().unwrap_or_default());
+    for (name, value) in &request.parameters {
+        let field = format!("parameters[{name}]");
+        match (name.as_str(), value) {
+            ("max_tokens", Value::Integer(count)) => {
+                let count = u32::try_from(*count).ok().filter(|count| *count > 0);
+                let count = count.ok_or_else(|| Error::invalid(&field, "must be at least 1"))?;
+                chat.max_tokens = Some(count);
+            }
+            ("temperature", value) => chat.temperature = Some(number(value, &field, 2.0)?),
+            ("top_p", value) => chat.top_p = Some(number(value, &field, 1.0)?),
+            ("stop", Value::Text(text)) if !text.is_empty() => chat.stop = vec![text.clone()],
+            ("system", Value::Text(text)) => {
+                let message = ChatMessage {
+                    role: Role::System,
+                    text: text.clone(),
+                };
+                chat.messages.insert(0, message);
+            }
+            ("max_tokens", _) => return Err(Error::invalid(field, "must be an integer")),
+            ("stop", _) => return Err(Error::invalid(field, "must be a text that is not empty")),
+            ("system", _) => return Err(Error::invalid(field, "must be a text")),
+            _ => {
+                let reason = format!("model '{}' has no such parameter", request.model);
+                return Err(Error::invalid(field, reason));
+            }
+        }
+    }
+    Ok((chat, field))
+}
+
+/// A number from 0 to a bound.
+fn number(value: &Value, field: &str, most: f64) -> Result<f64, Error> {
+    let number = match value {
+        Value::Number(number) => *number,
+        Value::Integer(number) => *number as f64,
+        _ => return Err(Error::invalid(field, "must be a number")),
+    };
+    // Written so that NaN is outside too.
+    match (0.0..=most).contains(&number) {
+        true => Ok(number),
+        false => Err(Error::invalid(field, format!("must be from 0 to {most}"))),
+    }
+}
+
+/// The conversation that a message of a stream stands for, and its id. The
+/// checks are those of one call.
+pub fn conversation(
+    provider: &Provider,
+    request: &Request,
+) -> Result<(ChatRequest, String), Status> {
+    let request = InferRequest::checked(decode(request.message.bytes())?)?;
+    provider.check(&request)?;
+    let (chat, _) = to_chat(&request)?;
+    Ok((chat, request.id))
+}
+
+/// One part of an answer to a message of a stream.
+pub fn part(model: &str, id: &str, text: &str) -> ModelStreamInferResponse {
+    answered(model, id, text, &[("triton_final_response", flag(false))])
+}
+
+/// The last part, which says why the answer ended.
+pub fn last_part(
+    model: &str,
+    id: &str,
+    (finish, usage): (Finish, ChatUsage),
+) -> ModelStreamInferResponse {
+    let integer =
+        |count: u64| ParameterChoice::Int64Param(i64::try_from(count).unwrap_or(i64::MAX));
+    let parameters = [
+        ("triton_final_response", flag(true)),
+        (
+            "finish_reason",
+            ParameterChoice::StringParam(finish.name().to_owned()),
+        ),
+        ("prompt_tokens", integer(usage.prompt_tokens)),
+        ("completion_tokens", integer(usage.completion_tokens)),
+    ];
+    answered(model, id, "", &parameters)
+}
+
+fn flag(on: bool) -> ParameterChoice {
+    ParameterChoice::BoolParam(on)
+}
+
+fn answered(
+    model: &str,
+    id: &str,
+    text: &str,
+    parameters: &[(&str, ParameterChoice)],
+) -> ModelStreamInferResponse {
+    let output = InferOutputTensor {
+        name: "text_output".to_owned(),
+        datatype: Datatype::Bytes.name().to_owned(),
+        shape: vec![1],
+        ..Default::default()
+    };
+    let parameters = parameters.iter().map(|(name, choice)| {
+        let parameter_choice = Some(choice.clone());
+        ((*name).to_owned(), InferParameter { parameter_choice })
+    });
+    // One element is always short enough to be encoded: messages are bounded.
+    let raw = tensor::encode_bytes_elements(&[text]).unwrap_or_default();
+    ModelStreamInferResponse {
+        error_message: String::new(),
+        infer_response: Some(ModelInferResponse {
+            model_name: model.to_owned(),
+            model_version: VERSION.to_owned(),
+            id: id.to_owned(),
+            parameters: parameters.collect(),
+            outputs: vec![output],
+            raw_output_contents: vec![raw.into()],
+        }),
+    }
+}

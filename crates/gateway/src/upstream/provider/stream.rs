@@ -1,0 +1,150 @@
+//! Answers that come in parts.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream;
+use protocol::Error;
+use reqwest::Response;
+use tokio::time::{Instant, timeout_at};
+
+use super::catalogue::Shape;
+use super::chat::{ChatDelta, ChatStream, ChatUsage, Finish};
+use super::sse::Events;
+use super::trouble::Trouble;
+use super::{Place, Provider, anthropic, openai};
+
+/// Bytes of one answer that comes in parts.
+const STREAM_BYTES_MAX: usize = 64 << 20;
+
+/// What has come of an answer.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Texts that have not been passed on.
+    pub texts: VecDeque<String>,
+    /// Why the answer ended.
+    pub finish: Option<Finish>,
+    /// What it took, as far as it is known.
+    pub usage: Option<ChatUsage>,
+    /// Whether the service said that this is all.
+    pub done: bool,
+}
+
+impl Progress {
+    /// A text comes next.
+    pub fn say(&mut self, text: String) {
+        if !text.is_empty() {
+            self.texts.push_back(text);
+        }
+    }
+}
+
+/// An answer that has begun.
+pub struct Begun {
+    pub(super) provider: Arc<Provider>,
+    pub(super) response: Response,
+    /// Among the calls under way until the answer has ended.
+    pub(super) _place: Place,
+    pub(super) started: Instant,
+    /// When the caller stops waiting.
+    pub(super) ends: Instant,
+    /// Tokens of the conversation, should the service not say.
+    pub(super) prompt_tokens: u64,
+}
+
+struct Reader {
+    begun: Begun,
+    events: Events,
+    progress: Progress,
+    parts: u64,
+    bytes: usize,
+}
+
+/// The parts of an answer as they come.
+pub fn deltas(begun: Begun) -> ChatStream {
+    let reader = Reader {
+        begun,
+        events: Events::default(),
+        progress: Progress::default(),
+        parts: 0,
+        bytes: 0,
+    };
+    stream::unfold(Some(reader), |reader| async {
+        let mut reader = reader?;
+        match reader.next().await {
+            Ok(delta) if delta.end.is_none() => Some((Ok(delta), Some(reader))),
+            Ok(last) => {
+                reader.end(None);
+                Some((Ok(last), None))
+            }
+            Err(trouble) => Some((Err(reader.end(Some(&trouble))), None)),
+        }
+    })
+    .boxed()
+}
+
+impl Reader {
+    async fn next(&mut self) -> Result<ChatDelta, Trouble> {
+        loop {
+            if let Some(text) = self.progress.texts.pop_front() {
+                self.parts += 1;
+                return Ok(ChatDelta { text, end: None });
+            }
+            if self.progress.done {
+                return Ok(self.last());
+            }
+            let silent = Instant::now() + self.begun.provider.model.timeout;
+            let ends = self.begun.ends.min(silent);
+            let chunk = timeout_at(ends, self.begun.response.chunk()).await;
+            let chunk = chunk.map_err(|_| Trouble::Late)?;
+            match chunk.map_err(|_| Trouble::Broken)? {
+                Some(chunk) => self.take(&chunk)?,
+                // Some services end without saying so; an answer with a reason
+                // to end is whole.
+                None if self.progress.finish.is_some() => self.progress.done = true,
+                None => return Err(Trouble::Broken),
+            }
+        }
+    }
+
+    fn take(&mut self, chunk: &[u8]) -> Result<(), Trouble> {
+        self.bytes += chunk.len();
+        if self.bytes > STREAM_BYTES_MAX {
+            return Err(Trouble::TooLong);
+        }
+        for event in self.events.take(chunk).map_err(Trouble::Garbage)? {
+            match self.begun.provider.model.kind {
+                Shape::Anthropic => anthropic::step(&event, &mut self.progress)?,
+                Shape::Openai | Shape::Cohere => openai::step(&event, &mut self.progress)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn last(&self) -> ChatDelta {
+        let usage = self.progress.usage.unwrap_or(ChatUsage {
+            prompt_tokens: self.begun.prompt_tokens,
+            completion_tokens: self.parts,
+        });
+        let finish = self.progress.finish.unwrap_or(Finish::Other);
+        ChatDelta {
+            text: String::new(),
+            end: Some((finish, usage)),
+        }
+    }
+
+    /// Counts what it came to.
+    fn end(&self, trouble: Option<&Trouble>) -> Error {
+        let begun = &self.begun;
+        let provider = &begun.provider;
+        provider.settle(trouble);
+        let outcome = trouble.map_or("ok", Trouble::outcome);
+        let took: Duration = begun.started.elapsed();
+        provider.metrics.ended(&provider.name, outcome, took);
+        trouble
+            .unwrap_or(&Trouble::Broken)
+            .to_error(&provider.name, "messages")
+    }
+}

@@ -1,0 +1,281 @@
+//! What goes wrong with an outside service, and what the caller is told: the
+//! model's name, and neither key nor address.
+
+use std::time::{Duration, SystemTime};
+
+use http::HeaderMap;
+use protocol::{Error, Kind};
+use serde::Deserialize;
+
+/// Characters of a service's own words that a caller is told.
+const WORDS_MAX: usize = 200;
+
+/// Why a service gave no answer that can be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trouble {
+    /// There was no connection.
+    NotSent,
+    /// The connection broke, or the answer was cut off.
+    Broken,
+    /// It said so in the middle of an answer.
+    Failed,
+    /// It answered with a status that is no success.
+    Refused {
+        /// The status of HTTP.
+        status: u16,
+        /// When to come back.
+        after: Option<Duration>,
+    },
+    /// It refuses what the caller sent, in these words.
+    Callers(String),
+    /// What it answered cannot be read.
+    Garbage(&'static str),
+    /// What it answered is too long.
+    TooLong,
+    /// There is no room for the answer among the messages in flight.
+    NoRoom,
+    /// It is left alone because it failed, for so long.
+    LeftAlone(Duration),
+    /// It has as many calls as it may.
+    Full,
+    /// It did not answer in time.
+    Late,
+}
+
+/// What trouble says of the service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Health {
+    /// It answers: the trouble is with the call, the key or the quota.
+    Well,
+    /// It is not well.
+    Ill,
+    /// Nothing.
+    Unknown,
+}
+
+impl Trouble {
+    /// What a status that is no success means.
+    pub fn of_status(status: u16, headers: &HeaderMap, body: &[u8]) -> Self {
+        match status {
+            400 | 413 | 422 => Self::Callers(words(body)),
+            _ => Self::Refused {
+                status,
+                after: retry_after(headers, SystemTime::now()),
+            },
+        }
+    }
+
+    /// What a failed sending means.
+    pub fn of_error(error: &reqwest::Error) -> Self {
+        match error.is_connect() {
+            true => Self::NotSent,
+            false => Self::Broken,
+        }
+    }
+
+    /// Whether the same call may succeed a moment later.
+    pub fn passes(&self) -> bool {
+        match self {
+            Self::NotSent | Self::Broken => true,
+            Self::Refused { status, .. } => {
+                matches!(status, 408 | 409 | 429) || (*status >= 500 && *status != 501)
+            }
+            _ => false,
+        }
+    }
+
+    /// When the service wants to be called again.
+    pub fn after(&self) -> Option<Duration> {
+        match self {
+            Self::Refused { after, .. } => *after,
+            _ => None,
+        }
+    }
+
+    /// What it says of the service.
+    pub fn health(&self) -> Health {
+        match self {
+            Self::Refused { status, .. } if *status < 500 => Health::Well,
+            Self::Callers(_) => Health::Well,
+            Self::LeftAlone(_) | Self::Full | Self::NoRoom => Health::Unknown,
+            _ => Health::Ill,
+        }
+    }
+
+    /// Its name in metrics.
+    pub fn outcome(&self) -> &'static str {
+        match self {
+            Self::NotSent => "not_sent",
+            Self::Broken => "broken",
+            Self::Failed => "failed",
+            Self::Refused { status, .. } => match status {
+                401 | 403 => "key_refused",
+                408 => "late",
+                429 => "limited",
+                status if *status >= 500 => "failed",
+                _ => "refused",
+            },
+            Self::Callers(_) => "invalid",
+            Self::Garbage(_) | Self::TooLong => "garbage",
+            Self::NoRoom | Self::Full => "no_room",
+            Self::LeftAlone(_) => "left_alone",
+            Self::Late => "late",
+        }
+    }
+
+    /// What the caller of a model is told; `field` is what it sent.
+    pub fn to_error(&self, model: &str, field: &str) -> Error {
+        let says = |what: &str| format!("the provider of model '{model}' {what}");
+        let unavailable = |what: &str| Error::new(Kind::NotReady, says(what));
+        match self {
+            Self::NotSent => unavailable("cannot be reached"),
+            Self::Broken => unavailable("broke off"),
+            Self::Failed => unavailable("failed in the middle of its answer"),
+            Self::Refused { status, after } => {
+                let what = match status {
+                    401 | 403 => "does not accept the gateway's key",
+                    404 => "does not know the model",
+                    429 => "takes no more calls now",
+                    _ => "failed",
+                };
+                let what = format!("{what} (HTTP {status})");
+                match after {
+                    Some(after) => Error::overloaded(says(&what), *after),
+                    None => unavailable(&what),
+                }
+            }
+            Self::Callers(words) => {
+                let what = says("refuses it");
+                match words.as_str() {
+                    "" => Error::invalid(field, what),
+                    words => Error::invalid(field, format!("{what}: {words}")),
+                }
+            }
+            Self::Garbage(what) => unavailable(&format!("answered what cannot be used: {what}")),
+            Self::TooLong => unavailable("answered with too many bytes"),
+            Self::NoRoom => {
+                let what = "there is no room for the answer of the provider";
+                let message = format!("{what} of model '{model}'");
+                Error::overloaded(message, Duration::from_millis(100))
+            }
+            Self::LeftAlone(rest) => {
+                Error::overloaded(says("failed repeatedly and is left alone"), *rest)
+            }
+            Self::Full => {
+                let what = "has as many calls as concurrency_max allows";
+                Error::overloaded(says(what), Duration::from_millis(100))
+            }
+            Self::Late => Error::new(Kind::DeadlinePassed, says("did not answer in time")),
+        }
+    }
+}
+
+/// When a service wants to be called again: `retry-after-ms`, or `retry-after`
+/// in seconds or as a date.
+fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = |name: &str| headers.get(name)?.to_str().ok().map(str::trim);
+    let number = |text: &str| text.parse::<f64>().ok().filter(|number| *number >= 0.0);
+    if let Some(ms) = text("retry-after-ms").and_then(number) {
+        return Duration::try_from_secs_f64(ms / 1000.0).ok();
+    }
+    let text = text("retry-after")?;
+    if let Some(seconds) = number(text) {
+        return Duration::try_from_secs_f64(seconds).ok();
+    }
+    let date = httpdate::parse_http_date(text).ok()?;
+    Some(date.duration_since(now).unwrap_or_default())
+}
+
+/// What a service says is wrong, cut short. Services differ in where it stands.
+fn words(body: &[u8]) -> String {
+    #[derive(Deserialize)]
+    struct Named {
+        message: Option<String>,
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Said {
+        Text(String),
+        Named(Named),
+        Else(serde::de::IgnoredAny),
+    }
+    #[derive(Deserialize)]
+    struct Body {
+        error: Option<Said>,
+        message: Option<Said>,
+        detail: Option<Said>,
+    }
+    let Ok(body) = serde_json::from_slice::<Body>(body) else {
+        return String::new();
+    };
+    let said = [body.error, body.message, body.detail];
+    let text = said.into_iter().flatten().find_map(|said| match said {
+        Said::Text(text) => Some(text),
+        Said::Named(named) => named.message,
+        Said::Else(_) => None,
+    });
+    let text = text.unwrap_or_default();
+    let printed = text.chars().filter(|character| !character.is_control());
+    printed.take(WORDS_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+
+    fn after(name: &'static str, value: &str) -> Option<Duration> {
+        let mut headers = HeaderMap::new();
+        headers.insert(name, HeaderValue::try_from(value).unwrap());
+        let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        retry_after(&headers, now)
+    }
+
+    #[test]
+    fn services_say_in_many_ways_when_to_come_back() {
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        assert_eq!(after("retry-after", "7"), seconds(7));
+        assert_eq!(
+            after("retry-after", "0.5"),
+            Some(Duration::from_millis(500))
+        );
+        assert_eq!(
+            after("retry-after-ms", "250"),
+            Some(Duration::from_millis(250))
+        );
+        assert_eq!(
+            after("retry-after", "Sun, 06 Nov 1994 08:49:40 GMT"),
+            seconds(3)
+        );
+        assert_eq!(
+            after("retry-after", "Sun, 06 Nov 1994 08:49:00 GMT"),
+            seconds(0)
+        );
+        for wrong in ["-1", "soon", "", "NaN", "1e300"] {
+            assert_eq!(after("retry-after", wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_a_service_says_is_found_and_cut() {
+        for body in [
+            r#"{"error":{"message":"too long","type":"x"}}"#,
+            r#"{"error":"too long"}"#,
+            r#"{"message":"too long"}"#,
+            r#"{"detail":"too long"}"#,
+        ] {
+            assert_eq!(words(body.as_bytes()), "too long", "{body}");
+        }
+        for body in [
+            "",
+            "no",
+            "[]",
+            r#"{"error":7}"#,
+            r#"{"detail":[{"loc":1}]}"#,
+        ] {
+            assert_eq!(words(body.as_bytes()), "", "{body}");
+        }
+        let long = format!(r#"{{"error":"{}"}}"#, "é\\n".repeat(500));
+        assert_eq!(words(long.as_bytes()), "é".repeat(WORDS_MAX));
+    }
+}

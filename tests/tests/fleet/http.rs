@@ -320,6 +320,13 @@ async fn every_page_of_rest_v2_answers() -> Result<()> {
         .await?
         .json()?;
     ensure!(json["log_info"] == false, "{json}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_rest_v2_refuses_is_a_problem() -> Result<()> {
+    let fleet = Fleet::with(1, &["--model", &digits()?], &[]).await?;
+    let address = fleet.gateway.http;
     for (told, status, field) in [
         (get(address, "/v2/nowhere").await?, 404, None),
         (post(address, "/v2", "{}").await?, 405, None),
@@ -327,7 +334,7 @@ async fn every_page_of_rest_v2_answers() -> Result<()> {
         (
             get(address, "/v2/models/nobody/ready").await?,
             404,
-            Some("name"),
+            Some("model_name"),
         ),
         (
             get(address, "/v2/models/digits/versions/0x1").await?,

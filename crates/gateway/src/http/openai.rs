@@ -45,7 +45,11 @@ static STARTED_S: LazyLock<u64> = LazyLock::new(|| {
 #[schema(example = json!({"model": "minilm", "input": ["The lantern is lit.", "A candle burns."]}))]
 pub struct EmbeddingRequest {
     /// The model.
-    #[schema(min_length = 1, max_length = 128, pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    #[schema(
+        min_length = 1,
+        max_length = 128,
+        pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+    )]
     pub model: String,
     /// The texts or their tokens.
     pub input: Input,
@@ -258,7 +262,12 @@ pub async fn show_model(
 #[into_params(parameter_in = Path)]
 pub struct ModelPath {
     /// The model's name.
-    #[param(min_length = 1, max_length = 128, pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", example = "minilm")]
+    #[param(
+        min_length = 1,
+        max_length = 128,
+        pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        example = "minilm"
+    )]
     pub model: String,
 }
 
@@ -274,10 +283,7 @@ pub struct ModelPath {
     request_body = EmbeddingRequest,
     responses((status = 200, description = "One vector for each input", body = EmbeddingList))
 )]
-pub async fn embed(
-    visit: Visit,
-    request: Json<EmbeddingRequest>,
-) -> Result<Response, Refused> {
+pub async fn embed(visit: Visit, request: Json<EmbeddingRequest>) -> Result<Response, Refused> {
     let request = request.value;
     let input = request.input.checked()?;
     if request.dimensions == Some(0) {
@@ -323,30 +329,33 @@ async fn decoded(
     lists: Vec<Vec<u32>>,
     single: bool,
 ) -> Result<Vec<String>, Error> {
-    let calls = lists.into_iter().enumerate().map(|(index, ids)| async move {
-        let message = tei::DecodeRequest {
-            ids,
-            skip_special_tokens: true,
-        };
-        let told = ask::call::<tei::DecodeResponse>(visit, DECODE, model, &message);
-        let field = match single {
-            true => "input".to_owned(),
-            false => format!("input[{index}]"),
-        };
-        match told.await {
-            Ok(told) if told.message.text.is_empty() => {
-                Err(Error::invalid(field, "has no tokens of a text"))
-            }
-            Ok(told) => Ok(told.message.text),
-            Err(error) if error.kind() == Kind::Unsupported => {
-                let reason = "this model takes texts only, since its tokenizer is not here";
-                Err(Error::invalid(field, reason))
-            }
-            Err(error) => Err(error.renamed(|at, reason| {
-                (at == "ids").then(|| (field, reason.to_owned()))
-            })),
-        }
-    });
+    let calls =
+        lists
+            .into_iter()
+            .enumerate()
+            .map(|(index, ids)| async move {
+                let message = tei::DecodeRequest {
+                    ids,
+                    skip_special_tokens: true,
+                };
+                let told = ask::call::<tei::DecodeResponse>(visit, DECODE, model, &message);
+                let field = match single {
+                    true => "input".to_owned(),
+                    false => format!("input[{index}]"),
+                };
+                match told.await {
+                    Ok(told) if told.message.text.is_empty() => {
+                        Err(Error::invalid(field, "has no tokens of a text"))
+                    }
+                    Ok(told) => Ok(told.message.text),
+                    Err(error) if error.kind() == Kind::Unsupported => {
+                        let reason = "this model takes texts only, since its tokenizer is not here";
+                        Err(Error::invalid(field, reason))
+                    }
+                    Err(error) => Err(error
+                        .renamed(|at, reason| (at == "ids").then(|| (field, reason.to_owned())))),
+                }
+            });
     stream::iter(calls)
         .buffered(CALLS_AT_ONCE)
         .try_collect()
@@ -451,7 +460,14 @@ mod tests {
 
     #[test]
     fn both_forms_have_the_same_bits() {
-        let values = [0.1_f32, -1.0e-7, 3.402_823_5e38, 1.0, -0.0, f32::MIN_POSITIVE];
+        let values = [
+            0.1_f32,
+            -1.0e-7,
+            3.402_823_5e38,
+            1.0,
+            -0.0,
+            f32::MIN_POSITIVE,
+        ];
         let rows = rows(&answer(&[2, 3], &values), 2).unwrap();
         assert_eq!(rows.len(), 2);
         let json = serde_json::to_string(&Vector::Float(rows[0].clone())).unwrap();
@@ -491,8 +507,12 @@ mod tests {
     #[test]
     fn unknown_fields_are_ignored_and_known_ones_checked() {
         let read = |json: &str| serde_json::from_str::<EmbeddingRequest>(json);
-        let request = read(r#"{"model": "a", "input": "b", "extra": 1, "encoding_format": "base64"}"#);
-        assert_eq!(request.unwrap().encoding_format, Some(EncodingFormat::Base64));
+        let request =
+            read(r#"{"model": "a", "input": "b", "extra": 1, "encoding_format": "base64"}"#);
+        assert_eq!(
+            request.unwrap().encoding_format,
+            Some(EncodingFormat::Base64)
+        );
         for wrong in [
             r#"{"input": "b"}"#,
             r#"{"model": "a", "input": "b", "encoding_format": "hex"}"#,

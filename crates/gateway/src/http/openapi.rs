@@ -97,7 +97,12 @@ struct Kinds {
 }
 
 /// Operations that answer anybody.
-const OPEN: [&str; 4] = ["/v2", "/v2/health/live", "/v2/health/ready", "/openapi.json"];
+const OPEN: [&str; 4] = [
+    "/v2",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/openapi.json",
+];
 
 /// The whole document.
 pub fn document() -> OpenApi {
@@ -176,19 +181,87 @@ fn timeout() -> Parameter {
 
 /// How a request can be refused.
 fn refusals(kinds: Kinds) -> Vec<(u16, &'static str, Value)> {
-    let Kinds { open, model, body, .. } = kinds;
+    let Kinds {
+        open, model, body, ..
+    } = kinds;
     let all = [
-        (true, 400, "A field is wrong; it is named", "INVALID_ARGUMENT", "a field: what is wrong with it"),
-        (!open, 401, "No key, or one that is not known", "UNAUTHENTICATED", "the key is not known"),
-        (!open, 403, "The caller may not do this", "PERMISSION_DENIED", "the model is not among those that this caller may call"),
-        (model, 404, "There is no such model, or none that is ready", "NOT_FOUND", "unknown model 'minilm'"),
-        (body, 413, "The body is too large", "RESOURCE_EXHAUSTED", "the message has 70000000 bytes, over the limit of 67108864"),
-        (body, 415, "The content encoding is not known", "INVALID_ARGUMENT", "content-encoding: gzip, deflate and none are known"),
-        (!open, 429, "A quota of the caller is spent; Retry-After says when there is something of it again", "RESOURCE_EXHAUSTED", "the tenant's requests per second are spent"),
-        (true, 500, "The server is at fault", "INTERNAL", "the request could not be answered"),
-        (model, 501, "The model or its server does not do this", "UNIMPLEMENTED", "the model does not do this"),
-        (true, 503, "Overloaded, or nobody who has the model can be reached; Retry-After says when to come back, where that is known", "UNAVAILABLE", "no worker can be reached"),
-        (true, 504, "The caller's patience or the server's own ended", "DEADLINE_EXCEEDED", "the deadline passed"),
+        (
+            true,
+            400,
+            "A field is wrong; it is named",
+            "INVALID_ARGUMENT",
+            "a field: what is wrong with it",
+        ),
+        (
+            !open,
+            401,
+            "No key, or one that is not known",
+            "UNAUTHENTICATED",
+            "the key is not known",
+        ),
+        (
+            !open,
+            403,
+            "The caller may not do this",
+            "PERMISSION_DENIED",
+            "the model is not among those that this caller may call",
+        ),
+        (
+            model,
+            404,
+            "There is no such model, or none that is ready",
+            "NOT_FOUND",
+            "unknown model 'minilm'",
+        ),
+        (
+            body,
+            413,
+            "The body is too large",
+            "RESOURCE_EXHAUSTED",
+            "the message has 70000000 bytes, over the limit of 67108864",
+        ),
+        (
+            body,
+            415,
+            "The content encoding is not known",
+            "INVALID_ARGUMENT",
+            "content-encoding: gzip, deflate and none are known",
+        ),
+        (
+            !open,
+            429,
+            "A quota of the caller is spent; Retry-After says when there is something of it again",
+            "RESOURCE_EXHAUSTED",
+            "the tenant's requests per second are spent",
+        ),
+        (
+            true,
+            500,
+            "The server is at fault",
+            "INTERNAL",
+            "the request could not be answered",
+        ),
+        (
+            model,
+            501,
+            "The model or its server does not do this",
+            "UNIMPLEMENTED",
+            "the model does not do this",
+        ),
+        (
+            true,
+            503,
+            "Overloaded, or nobody who has the model can be reached; Retry-After says when to come back, where that is known",
+            "UNAVAILABLE",
+            "no worker can be reached",
+        ),
+        (
+            true,
+            504,
+            "The caller's patience or the server's own ended",
+            "DEADLINE_EXCEEDED",
+            "the deadline passed",
+        ),
     ];
     let given = all.into_iter().filter(|(given, ..)| *given);
     given
@@ -246,15 +319,31 @@ fn add_headers(status: &str, told: &mut Told, kinds: Kinds) {
         told.headers
             .insert(name.to_owned(), RefOr::T(header(kind, says)));
     };
-    add("x-request-id", Type::String, "The caller's id for the request, or a new one");
+    add(
+        "x-request-id",
+        Type::String,
+        "The caller's id for the request, or a new one",
+    );
     match status {
         "200" if kinds.body => {
-            add("x-andon-cache", Type::String, "hit, miss, or how many of the rows were known");
-            add("x-andon-fallback", Type::String, "Which model of a chain answered in place of the first, and why");
+            add(
+                "x-andon-cache",
+                Type::String,
+                "hit, miss, or how many of the rows were known",
+            );
+            add(
+                "x-andon-fallback",
+                Type::String,
+                "Which model of a chain answered in place of the first, and why",
+            );
             add("x-compute-tokens", Type::Integer, "Tokens computed");
         }
         "401" => add("www-authenticate", Type::String, "How to say who calls"),
-        "429" | "503" => add("retry-after", Type::Integer, "Seconds after which to try again"),
+        "429" | "503" => add(
+            "retry-after",
+            Type::Integer,
+            "Seconds after which to try again",
+        ),
         _ => {}
     }
 }
@@ -288,7 +377,10 @@ mod tests {
                 assert!(responses.contains_key("200"), "{name}");
                 for status in ["400", "500", "503", "504"] {
                     let told = &responses[status];
-                    assert!(told["headers"]["x-request-id"].is_object(), "{name} {status}");
+                    assert!(
+                        told["headers"]["x-request-id"].is_object(),
+                        "{name} {status}"
+                    );
                     let content = told["content"].as_object().unwrap();
                     let (kind, content) = content.iter().next().unwrap();
                     let openai = path.starts_with("/v1/");
@@ -314,7 +406,12 @@ mod tests {
             let schema = &document["components"]["schemas"][name];
             assert!(schema.is_object(), "{name}");
         }
-        for name in ["RerankRequest", "RerankTextsRequest", "ClassifyRequest", "GenerateRequest"] {
+        for name in [
+            "RerankRequest",
+            "RerankTextsRequest",
+            "ClassifyRequest",
+            "GenerateRequest",
+        ] {
             let schema = &document["components"]["schemas"][name];
             assert_eq!(schema["additionalProperties"], false, "{name}");
         }

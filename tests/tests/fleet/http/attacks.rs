@@ -79,8 +79,8 @@ async fn json_that_is_wrong_is_told_where() -> Result<()> {
         (input("[[[1]]]"), "inputs[0].data", "line 2"),
         (input("[1e40]"), "inputs[0].data[0]", "FP32"),
         (input("7"), "inputs[0].data", "array"),
-        (deep.clone(), "body", "line 1"),
-        (input(&deep), "body", "line 2"),
+        (deep.clone(), "[0]", "line 1"),
+        (input(&deep), "inputs[0].data", "line 2"),
         ("\u{0}\u{1}".to_owned(), "body", "line 1, column 1"),
     ] {
         let told = post(address, path, body).await?;

@@ -4,6 +4,7 @@ mod cache;
 mod conformance;
 mod deadline;
 mod failure;
+mod http;
 mod identity;
 mod input;
 mod openai;

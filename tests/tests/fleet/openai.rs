@@ -55,7 +55,12 @@ impl Served {
     }
 
     async fn post(&self, path: &str, body: &Value) -> Result<Response> {
-        Ok(self.client.post(self.address(path)).json(body).send().await?)
+        Ok(self
+            .client
+            .post(self.address(path))
+            .json(body)
+            .send()
+            .await?)
     }
 
     /// The body of an answer that must be one.
@@ -95,7 +100,9 @@ fn decoded(json: &Value) -> Result<Vec<f32>> {
     let text = json.as_str().context("no base64")?;
     let bytes = base64::engine::general_purpose::STANDARD.decode(text)?;
     let numbers = bytes.chunks_exact(4);
-    Ok(numbers.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    Ok(numbers
+        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        .collect())
 }
 
 #[tokio::test]
@@ -116,7 +123,9 @@ async fn a_vector_has_the_same_bits_through_every_door() -> Result<()> {
             normalize: true,
             ..Default::default()
         });
-        request.metadata_mut().insert("andon-model", "minilm".parse()?);
+        request
+            .metadata_mut()
+            .insert("andon-model", "minilm".parse()?);
         let by_tei = embed.embed(request).await?.into_inner().embeddings;
         let number = floats(&as_numbers["data"][index]["embedding"])?;
         let encoded = decoded(&as_base64["data"][index]["embedding"])?;
@@ -146,10 +155,14 @@ async fn inputs_of_every_form_are_taken() -> Result<()> {
         add_special_tokens: true,
         prompt_name: None,
     });
-    request.metadata_mut().insert("andon-model", "minilm".parse()?);
+    request
+        .metadata_mut()
+        .insert("andon-model", "minilm".parse()?);
     let tokens = tokenize.tokenize(request).await?.into_inner().tokens;
     let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
-    let one = served.asked("/v1/embeddings", &json!({"model": "minilm", "input": ids})).await?;
+    let one = served
+        .asked("/v1/embeddings", &json!({"model": "minilm", "input": ids}))
+        .await?;
     let of_tokens = floats(&one["data"][0]["embedding"])?;
     assert_eq!(bits(&of_text), bits(&of_tokens));
     let asked = json!({"model": "minilm", "input": [ids, ids]});
@@ -174,14 +187,38 @@ async fn errors_have_the_shape_of_openai_and_name_the_field() -> Result<()> {
     for (body, status, param) in [
         (json!({"model": "minilm", "input": []}), 400, "input"),
         (json!({"model": "minilm", "input": ""}), 400, "input"),
-        (json!({"model": "minilm", "input": ["a", ""]}), 400, "input[1]"),
+        (
+            json!({"model": "minilm", "input": ["a", ""]}),
+            400,
+            "input[1]",
+        ),
         (json!({"model": "minilm", "input": ["a", 1]}), 400, "input"),
-        (json!({"model": "minilm", "input": ["a", long]}), 400, "input[1]"),
-        (json!({"model": "minilm", "input": [[4_000_000]]}), 400, "input[0]"),
+        (
+            json!({"model": "minilm", "input": ["a", long]}),
+            400,
+            "input[1]",
+        ),
+        (
+            json!({"model": "minilm", "input": [[4_000_000]]}),
+            400,
+            "input[0]",
+        ),
         (json!({"model": "minilm"}), 400, "input"),
-        (json!({"model": "minilm", "input": "a", "dimensions": 0}), 400, "dimensions"),
-        (json!({"model": "minilm", "input": "a", "dimensions": 4000}), 400, "dimensions"),
-        (json!({"model": "minilm", "input": "a", "encoding_format": "hex"}), 400, "encoding_format"),
+        (
+            json!({"model": "minilm", "input": "a", "dimensions": 0}),
+            400,
+            "dimensions",
+        ),
+        (
+            json!({"model": "minilm", "input": "a", "dimensions": 4000}),
+            400,
+            "dimensions",
+        ),
+        (
+            json!({"model": "minilm", "input": "a", "encoding_format": "hex"}),
+            400,
+            "encoding_format",
+        ),
         (json!({"model": "nobody", "input": "a"}), 404, "model"),
         (json!({"model": "digits", "input": "a"}), 400, "model"),
         (json!({"model": "../etc", "input": "a"}), 400, "model"),
@@ -193,7 +230,9 @@ async fn errors_have_the_shape_of_openai_and_name_the_field() -> Result<()> {
         assert!(error["error"]["message"].is_string());
     }
     let broken = served.client.post(served.address("/v1/embeddings"));
-    let broken = broken.header("content-type", "application/json").body("{\"model\": ");
+    let broken = broken
+        .header("content-type", "application/json")
+        .body("{\"model\": ");
     let response = broken.send().await?;
     assert_eq!(response.status(), 400);
     assert!(response.headers().contains_key("x-request-id"));
@@ -204,7 +243,9 @@ async fn errors_have_the_shape_of_openai_and_name_the_field() -> Result<()> {
     let (status, error) = served.refused("/v1/chat/completions", &chat).await?;
     assert_eq!(status, 501, "{error}");
     let generate = json!({"text_input": "a"});
-    let (status, error) = served.refused("/v2/models/minilm/generate", &generate).await?;
+    let (status, error) = served
+        .refused("/v2/models/minilm/generate", &generate)
+        .await?;
     assert_eq!(status, 501, "{error}");
     assert_eq!(error["code"], "UNIMPLEMENTED");
     Ok(())
@@ -215,7 +256,10 @@ async fn models_are_listed_and_shown() -> Result<()> {
     let served = Served::start().await?;
     let list: Value = served.get("/v1/models").await?.json().await?;
     let data = list["data"].as_array().context("data")?;
-    let names: Vec<&str> = data.iter().filter_map(|model| model["id"].as_str()).collect();
+    let names: Vec<&str> = data
+        .iter()
+        .filter_map(|model| model["id"].as_str())
+        .collect();
     assert_eq!(names, ["classifier", "digits", "minilm", "reranker"]);
     let shown: Value = served.get("/v1/models/minilm").await?.json().await?;
     assert_eq!(shown, data[2]);
@@ -231,7 +275,11 @@ async fn models_are_listed_and_shown() -> Result<()> {
 async fn documents_are_ranked_in_both_shapes() -> Result<()> {
     let served = Served::start().await?;
     let mut rerank = tei::rerank_client::RerankClient::new(served.grpc().await?);
-    let texts = ["A candle stands in it.", "The tide is low.", "Paper and light."];
+    let texts = [
+        "A candle stands in it.",
+        "The tide is low.",
+        "Paper and light.",
+    ];
     let request = tei::RerankRequest {
         query: "What burns in a lantern?".to_owned(),
         texts: texts.map(str::to_owned).to_vec(),
@@ -251,7 +299,10 @@ async fn documents_are_ranked_in_both_shapes() -> Result<()> {
             assert_eq!(score.to_bits(), rank.score.to_bits());
             assert_eq!(result["document"]["text"], texts[rank.index as usize]);
         }
-        assert!(told["meta"]["tokens"]["input_tokens"].as_u64() > Some(0), "{told}");
+        assert!(
+            told["meta"]["tokens"]["input_tokens"].as_u64() > Some(0),
+            "{told}"
+        );
         let best = json!({"model": "reranker", "query": "q", "documents": texts, "top_n": 1});
         let best = served.asked(path, &best).await?;
         assert_eq!(best["results"].as_array().map(Vec::len), Some(1));
@@ -268,14 +319,38 @@ async fn documents_are_ranked_in_both_shapes() -> Result<()> {
         assert_eq!(text["text"], texts[rank.index as usize]);
     }
     for (path, body, field) in [
-        ("/rerank", json!({"query": "q", "documents": []}), "documents"),
-        ("/rerank", json!({"query": "q", "texts": ["a", ""]}), "texts[1]"),
-        ("/v2/rerank", json!({"query": "q", "documents": ["a"], "top": 1}), "top"),
-        ("/v2/rerank", json!({"query": "", "documents": ["a"]}), "query"),
-        ("/v2/rerank", json!({"model": "minilm", "query": "q", "documents": ["a"]}), "model"),
+        (
+            "/rerank",
+            json!({"query": "q", "documents": []}),
+            "documents",
+        ),
+        (
+            "/rerank",
+            json!({"query": "q", "texts": ["a", ""]}),
+            "texts[1]",
+        ),
+        (
+            "/v2/rerank",
+            json!({"query": "q", "documents": ["a"], "top": 1}),
+            "top",
+        ),
+        (
+            "/v2/rerank",
+            json!({"query": "", "documents": ["a"]}),
+            "query",
+        ),
+        (
+            "/v2/rerank",
+            json!({"model": "minilm", "query": "q", "documents": ["a"]}),
+            "model",
+        ),
     ] {
         let (status, error) = served.refused(path, &body).await?;
-        assert_eq!((status, &error["field"]), (400, &json!(field)), "{body}: {error}");
+        assert_eq!(
+            (status, &error["field"]),
+            (400, &json!(field)),
+            "{body}: {error}"
+        );
     }
     Ok(())
 }
@@ -299,17 +374,33 @@ async fn texts_are_classified_as_by_tei() -> Result<()> {
         assert_eq!(data["num_classes"], json!(wanted.len()));
         let probs = floats(&data["probs"])?;
         assert_eq!(probs.len(), wanted.len());
-        for (prediction, wanted) in data["predictions"].as_array().context("list")?.iter().zip(&wanted) {
+        for (prediction, wanted) in data["predictions"]
+            .as_array()
+            .context("list")?
+            .iter()
+            .zip(&wanted)
+        {
             assert_eq!(prediction["label"], wanted.label);
             let score: f32 = serde_json::from_value(prediction["score"].clone())?;
             assert_eq!(score.to_bits(), wanted.score.to_bits());
             assert!(bits(&probs).contains(&score.to_bits()));
         }
     }
-    let one = served.asked("/v1/classify", &json!({"input": TEXTS[0], "raw_scores": true})).await?;
+    let one = served
+        .asked(
+            "/v1/classify",
+            &json!({"input": TEXTS[0], "raw_scores": true}),
+        )
+        .await?;
     assert_eq!(one["data"].as_array().map(Vec::len), Some(1));
-    let (status, error) = served.refused("/v1/classify", &json!({"input": "a", "inputs": "b"})).await?;
-    assert_eq!((status, &error["error"]["param"]), (400, &json!("inputs")), "{error}");
+    let (status, error) = served
+        .refused("/v1/classify", &json!({"input": "a", "inputs": "b"}))
+        .await?;
+    assert_eq!(
+        (status, &error["error"]["param"]),
+        (400, &json!("inputs")),
+        "{error}"
+    );
     Ok(())
 }
 
@@ -319,19 +410,31 @@ async fn the_document_and_its_page_are_in_the_binary() -> Result<()> {
     let document: Value = served.get("/openapi.json").await?.json().await?;
     assert_eq!(document["openapi"], "3.1.0");
     let paths = document["paths"].as_object().context("paths")?;
-    for path in ["/v1/embeddings", "/v1/models", "/rerank", "/v1/classify", "/v2/models/{model}/infer"] {
+    for path in [
+        "/v1/embeddings",
+        "/v1/models",
+        "/rerank",
+        "/v1/classify",
+        "/v2/models/{model}/infer",
+    ] {
         assert!(paths.contains_key(path), "{path}");
     }
     let page = served.get("/docs").await?;
     assert_eq!(page.status(), 200);
-    let policy = page.headers()["content-security-policy"].to_str()?.to_owned();
+    let policy = page.headers()["content-security-policy"]
+        .to_str()?
+        .to_owned();
     assert!(policy.starts_with("default-src 'none'"), "{policy}");
     let page = page.text().await?;
     for file in ["docs/page.css", "docs/page.js", "docs/lantern.svg"] {
         assert!(page.contains(file));
         assert_eq!(served.get(&format!("/{file}")).await?.status(), 200);
     }
-    let wrong = served.client.put(served.address("/v1/embeddings")).send().await?;
+    let wrong = served
+        .client
+        .put(served.address("/v1/embeddings"))
+        .send()
+        .await?;
     assert_eq!(wrong.status(), 405);
     assert!(wrong.headers().contains_key("allow"));
     Ok(())

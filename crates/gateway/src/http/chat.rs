@@ -32,7 +32,11 @@ use crate::upstream::provider::{ChatDelta, ChatRequest, ChatUsage};
 }))]
 pub struct ChatCompletionRequest {
     /// The model: one of an outside service that generates text.
-    #[schema(min_length = 1, max_length = 128, pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    #[schema(
+        min_length = 1,
+        max_length = 128,
+        pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+    )]
     pub model: String,
     /// What was said so far.
     #[schema(min_items = 1)]
@@ -220,7 +224,10 @@ pub fn routes(stack: &Stack) -> Router<Stack> {
     let openai = Routes::new(stack, Shape::OpenAi).callers("/v1/chat/completions", post(complete));
     let problem = Routes::new(stack, Shape::Problem)
         .callers("/v2/models/{model}/generate", post(generate::generate))
-        .callers("/v2/models/{model}/generate_stream", post(generate::generate_stream));
+        .callers(
+            "/v2/models/{model}/generate_stream",
+            post(generate::generate_stream),
+        );
     openai.into_router().merge(problem.into_router())
 }
 
@@ -241,7 +248,9 @@ pub async fn complete(
     request: Json<ChatCompletionRequest>,
 ) -> Result<Response, Refused> {
     let request = request.value;
-    let usage = request.stream_options.and_then(|options| options.include_usage);
+    let usage = request
+        .stream_options
+        .and_then(|options| options.include_usage);
     let (stream, model) = (request.stream == Some(true), request.model.clone());
     let asked = neutral(request)?;
     let writer = Writer {
@@ -403,14 +412,26 @@ mod tests {
     fn what_cannot_be_passed_on_is_refused() {
         for (rest, field) in [
             (r#""messages": []"#, "messages"),
-            (r#""messages": [{"role": "tool", "content": "a"}]"#, "messages[0].role"),
-            (r#""messages": [{"role": "user", "content": 1}]"#, "messages[0].content"),
+            (
+                r#""messages": [{"role": "tool", "content": "a"}]"#,
+                "messages[0].role",
+            ),
+            (
+                r#""messages": [{"role": "user", "content": 1}]"#,
+                "messages[0].content",
+            ),
             (
                 r#""messages": [{"role": "user", "content": [{"type": "image_url"}]}]"#,
                 "messages[0].content[0].type",
             ),
-            (r#""messages": [{"role": "user", "content": "a"}], "n": 2"#, "n"),
-            (r#""messages": [{"role": "user", "content": "a"}], "tools": [{}]"#, "tools"),
+            (
+                r#""messages": [{"role": "user", "content": "a"}], "n": 2"#,
+                "n",
+            ),
+            (
+                r#""messages": [{"role": "user", "content": "a"}], "tools": [{}]"#,
+                "tools",
+            ),
             (
                 r#""messages": [{"role": "user", "content": "a"}], "temperature": 3"#,
                 "temperature",
@@ -446,6 +467,9 @@ mod tests {
         assert_eq!(parts[1]["choices"][0]["finish_reason"], "stop");
         assert_eq!(parts[2]["choices"], serde_json::json!([]));
         assert_eq!(parts[2]["usage"]["total_tokens"], 5);
-        assert_eq!(writer.first().unwrap()["choices"][0]["delta"]["role"], "assistant");
+        assert_eq!(
+            writer.first().unwrap()["choices"][0]["delta"]["role"],
+            "assistant"
+        );
     }
 }

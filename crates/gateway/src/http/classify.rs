@@ -29,7 +29,11 @@ const TASKS: &[&str] = &["classification"];
 pub struct ClassifyRequest {
     /// The model; the only one that classifies texts if none is named.
     #[serde(default)]
-    #[schema(min_length = 1, max_length = 128, pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    #[schema(
+        min_length = 1,
+        max_length = 128,
+        pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+    )]
     pub model: Option<String>,
     /// One text or several.
     pub input: OneOrMore,
@@ -109,10 +113,7 @@ pub fn routes(stack: &Stack) -> Router<Stack> {
     request_body = ClassifyRequest,
     responses((status = 200, description = "The labels of each text", body = ClassifyResponse))
 )]
-pub async fn classify(
-    visit: Visit,
-    request: Json<ClassifyRequest>,
-) -> Result<Response, Refused> {
+pub async fn classify(visit: Visit, request: Json<ClassifyRequest>) -> Result<Response, Refused> {
     let request = request.value;
     let input = request.input;
     check_texts("input", &input.texts).map_err(|error| single(error, input.single))?;
@@ -198,7 +199,9 @@ fn classified(index: usize, answer: tei::PredictResponse, order: &[String]) -> C
     let probs: Option<Vec<f32>> = order.iter().map(score).collect();
     Classified {
         index,
-        label: predictions.first().map_or_else(String::new, |p| p.label.clone()),
+        label: predictions
+            .first()
+            .map_or_else(String::new, |p| p.label.clone()),
         probs: probs.filter(|probs| probs.len() == predictions.len() && !probs.is_empty()),
         num_classes: predictions.len(),
         predictions,
@@ -300,7 +303,10 @@ mod tests {
     fn probabilities_have_the_order_of_the_labels() {
         let order = ["bad".to_owned(), "good".to_owned()];
         let told = classified(3, predictions(&[("good", 0.75), ("bad", 0.25)]), &order);
-        assert_eq!((told.index, told.label.as_str(), told.num_classes), (3, "good", 2));
+        assert_eq!(
+            (told.index, told.label.as_str(), told.num_classes),
+            (3, "good", 2)
+        );
         assert_eq!(told.probs, Some(vec![0.25, 0.75]));
         let told = classified(0, predictions(&[("good", 0.75), ("bad", 0.25)]), &[]);
         assert_eq!(told.probs, None);

@@ -81,7 +81,9 @@ mod tests {
     #[test]
     fn every_file_has_the_policy() {
         let response = asset("text/css", STYLE);
-        let policy = response.headers()[CONTENT_SECURITY_POLICY].to_str().unwrap();
+        let policy = response.headers()[CONTENT_SECURITY_POLICY]
+            .to_str()
+            .unwrap();
         assert!(policy.starts_with("default-src 'none';"));
         assert!(policy.contains("connect-src 'self'"));
     }

@@ -1,6 +1,8 @@
 //! The OpenAPI document, generated from the types of the handlers. What all
 //! operations share, such as their refusals, is added here once.
 
+pub mod rest;
+
 use std::sync::LazyLock;
 
 use axum::Router;
@@ -16,13 +18,13 @@ use utoipa::openapi::security::{
     ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme,
 };
 use utoipa::openapi::{
-    ContentBuilder, Header, HeaderBuilder, OpenApi, PathItem, Ref, RefOr, Response as Told,
-    ResponseBuilder,
+    ContentBuilder, Header, HeaderBuilder, OpenApi, PathItem, Ref, RefOr, Required,
+    Response as Told, ResponseBuilder,
 };
 
 use super::gate::Routes;
 use super::problem::{OpenAiError, Problem, Shape};
-use super::{chat, classify, openai, rerank};
+use super::{chat, classify, openai, rerank, rest as rest_v2, tensors};
 use crate::stack::Stack;
 
 #[derive(utoipa::OpenApi)]
@@ -43,6 +45,21 @@ use crate::stack::Stack;
         rerank::rerank_v1,
         rerank::rerank_v2,
         classify::classify,
+        rest_v2::live,
+        rest_v2::ready,
+        rest_v2::server,
+        rest_v2::metadata,
+        rest_v2::model_ready,
+        rest_v2::config,
+        rest_v2::statistics,
+        rest_v2::index,
+        rest_v2::load,
+        rest_v2::unload,
+        tensors::infer,
+        rest_v2::settings::log,
+        rest_v2::settings::change_log,
+        rest_v2::settings::trace,
+        rest_v2::settings::change_trace,
         document_as_json,
     ),
     components(schemas(Problem, OpenAiError)),
@@ -52,6 +69,7 @@ use crate::stack::Stack;
         (name = "Classify", description = "Labels for texts"),
         (name = "Inference", description = "The Open Inference Protocol v2: tensors in and out"),
         (name = "Repository", description = "Which models there are, loading and unloading them"),
+        (name = "Settings", description = "What is logged and traced, for administrators"),
         (name = "Health", description = "Whether the server and its models are ready"),
         (name = "Document", description = "This document"),
     )
@@ -97,7 +115,7 @@ struct Kinds {
 }
 
 /// Operations that answer anybody.
-const OPEN: [&str; 4] = ["/v2", "/v2/health/live", "/v2/health/ready", "/openapi.json"];
+const OPEN: [&str; 3] = ["/v2/health/live", "/v2/health/ready", "/openapi.json"];
 
 /// The whole document.
 pub fn document() -> OpenApi {
@@ -111,6 +129,7 @@ pub fn document() -> OpenApi {
     components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
     let key = ApiKeyValue::with_description("x-api-key", "A key of Andon");
     components.add_security_scheme("key", SecurityScheme::ApiKey(ApiKey::Header(key)));
+    add_versions(&mut document);
     for (path, item) in &mut document.paths.paths {
         for operation in operations(item) {
             let kinds = Kinds {
@@ -127,6 +146,51 @@ pub fn document() -> OpenApi {
 
 fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
     [&mut item.get, &mut item.post].into_iter().flatten()
+}
+
+/// The operations that also take a version of the model, in their address.
+fn add_versions(document: &mut OpenApi) {
+    const MODEL: &str = "/v2/models/{model}";
+    let version = ObjectBuilder::new()
+        .schema_type(Type::String)
+        .pattern(Some("^[1-9][0-9]{0,17}$"));
+    let version = ParameterBuilder::new()
+        .name("version")
+        .parameter_in(ParameterIn::Path)
+        .required(Required::True)
+        .description(Some("The version of the model"))
+        .schema(Some(version))
+        .example(Some(json!("1")))
+        .build();
+    let paths = &mut document.paths.paths;
+    let versioned: Vec<(String, PathItem)> = paths
+        .iter()
+        .filter_map(|(path, item)| {
+            let rest = path.strip_prefix(MODEL)?;
+            // Models of outside services, which generate, have one version.
+            if rest.starts_with("/generate") || rest.starts_with("/trace") {
+                return None;
+            }
+            let mut item = item.clone();
+            for operation in operations(&mut item) {
+                let id = operation.operation_id.take().unwrap_or_default();
+                operation.operation_id = Some(format!("{id}_version"));
+                let parameters = operation.parameters.get_or_insert_default();
+                parameters.push(RefOr::T(version.clone()));
+            }
+            Some((format!("{MODEL}/versions/{{version}}{rest}"), item))
+        })
+        .collect();
+    paths.extend(versioned);
+    // Those of all models, at an address that no model can have.
+    if let Some(mut item) = paths.get("/v2/models/{model}/stats").cloned() {
+        for operation in operations(&mut item) {
+            operation.operation_id = Some("all_statistics".to_owned());
+            operation.summary = Some("What all models have done".to_owned());
+            operation.parameters = None;
+        }
+        paths.insert("/v2/models/stats".to_owned(), item);
+    }
 }
 
 /// Adds what holds for every operation of its kind.
@@ -176,19 +240,87 @@ fn timeout() -> Parameter {
 
 /// How a request can be refused.
 fn refusals(kinds: Kinds) -> Vec<(u16, &'static str, Value)> {
-    let Kinds { open, model, body, .. } = kinds;
+    let Kinds {
+        open, model, body, ..
+    } = kinds;
     let all = [
-        (true, 400, "A field is wrong; it is named", "INVALID_ARGUMENT", "a field: what is wrong with it"),
-        (!open, 401, "No key, or one that is not known", "UNAUTHENTICATED", "the key is not known"),
-        (!open, 403, "The caller may not do this", "PERMISSION_DENIED", "the model is not among those that this caller may call"),
-        (model, 404, "There is no such model, or none that is ready", "NOT_FOUND", "unknown model 'minilm'"),
-        (body, 413, "The body is too large", "RESOURCE_EXHAUSTED", "the message has 70000000 bytes, over the limit of 67108864"),
-        (body, 415, "The content encoding is not known", "INVALID_ARGUMENT", "content-encoding: gzip, deflate and none are known"),
-        (!open, 429, "A quota of the caller is spent; Retry-After says when there is something of it again", "RESOURCE_EXHAUSTED", "the tenant's requests per second are spent"),
-        (true, 500, "The server is at fault", "INTERNAL", "the request could not be answered"),
-        (model, 501, "The model or its server does not do this", "UNIMPLEMENTED", "the model does not do this"),
-        (true, 503, "Overloaded, or nobody who has the model can be reached; Retry-After says when to come back, where that is known", "UNAVAILABLE", "no worker can be reached"),
-        (true, 504, "The caller's patience or the server's own ended", "DEADLINE_EXCEEDED", "the deadline passed"),
+        (
+            true,
+            400,
+            "A field is wrong; it is named",
+            "INVALID_ARGUMENT",
+            "a field: what is wrong with it",
+        ),
+        (
+            !open,
+            401,
+            "No key, or one that is not known",
+            "UNAUTHENTICATED",
+            "the key is not known",
+        ),
+        (
+            !open,
+            403,
+            "The caller may not do this",
+            "PERMISSION_DENIED",
+            "the model is not among those that this caller may call",
+        ),
+        (
+            model,
+            404,
+            "There is no such model, or none that is ready",
+            "NOT_FOUND",
+            "unknown model 'minilm'",
+        ),
+        (
+            body,
+            413,
+            "The body is too large",
+            "RESOURCE_EXHAUSTED",
+            "the message has 70000000 bytes, over the limit of 67108864",
+        ),
+        (
+            body,
+            415,
+            "The content encoding is not known",
+            "INVALID_ARGUMENT",
+            "content-encoding: gzip, deflate and none are known",
+        ),
+        (
+            !open,
+            429,
+            "A quota of the caller is spent; Retry-After says when there is something of it again",
+            "RESOURCE_EXHAUSTED",
+            "the tenant's requests per second are spent",
+        ),
+        (
+            true,
+            500,
+            "The server is at fault",
+            "INTERNAL",
+            "the request could not be answered",
+        ),
+        (
+            model,
+            501,
+            "The model or its server does not do this",
+            "UNIMPLEMENTED",
+            "the model does not do this",
+        ),
+        (
+            true,
+            503,
+            "Overloaded, or nobody who has the model can be reached; Retry-After says when to come back, where that is known",
+            "UNAVAILABLE",
+            "no worker can be reached",
+        ),
+        (
+            true,
+            504,
+            "The caller's patience or the server's own ended",
+            "DEADLINE_EXCEEDED",
+            "the deadline passed",
+        ),
     ];
     let given = all.into_iter().filter(|(given, ..)| *given);
     given
@@ -246,15 +378,31 @@ fn add_headers(status: &str, told: &mut Told, kinds: Kinds) {
         told.headers
             .insert(name.to_owned(), RefOr::T(header(kind, says)));
     };
-    add("x-request-id", Type::String, "The caller's id for the request, or a new one");
+    add(
+        "x-request-id",
+        Type::String,
+        "The caller's id for the request, or a new one",
+    );
     match status {
         "200" if kinds.body => {
-            add("x-andon-cache", Type::String, "hit, miss, or how many of the rows were known");
-            add("x-andon-fallback", Type::String, "Which model of a chain answered in place of the first, and why");
+            add(
+                "x-andon-cache",
+                Type::String,
+                "hit, miss, or how many of the rows were known",
+            );
+            add(
+                "x-andon-fallback",
+                Type::String,
+                "Which model of a chain answered in place of the first, and why",
+            );
             add("x-compute-tokens", Type::Integer, "Tokens computed");
         }
         "401" => add("www-authenticate", Type::String, "How to say who calls"),
-        "429" | "503" => add("retry-after", Type::Integer, "Seconds after which to try again"),
+        "429" | "503" => add(
+            "retry-after",
+            Type::Integer,
+            "Seconds after which to try again",
+        ),
         _ => {}
     }
 }
@@ -288,7 +436,10 @@ mod tests {
                 assert!(responses.contains_key("200"), "{name}");
                 for status in ["400", "500", "503", "504"] {
                     let told = &responses[status];
-                    assert!(told["headers"]["x-request-id"].is_object(), "{name} {status}");
+                    assert!(
+                        told["headers"]["x-request-id"].is_object(),
+                        "{name} {status}"
+                    );
                     let content = told["content"].as_object().unwrap();
                     let (kind, content) = content.iter().next().unwrap();
                     let openai = path.starts_with("/v1/");
@@ -314,7 +465,12 @@ mod tests {
             let schema = &document["components"]["schemas"][name];
             assert!(schema.is_object(), "{name}");
         }
-        for name in ["RerankRequest", "RerankTextsRequest", "ClassifyRequest", "GenerateRequest"] {
+        for name in [
+            "RerankRequest",
+            "RerankTextsRequest",
+            "ClassifyRequest",
+            "GenerateRequest",
+        ] {
             let schema = &document["components"]["schemas"][name];
             assert_eq!(schema["additionalProperties"], false, "{name}");
         }

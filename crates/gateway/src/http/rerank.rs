@@ -37,7 +37,11 @@ const TASKS: &[&str] = &["rerank"];
 pub struct RerankRequest {
     /// The model; the only one that reranks if none is named.
     #[serde(default)]
-    #[schema(min_length = 1, max_length = 128, pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    #[schema(
+        min_length = 1,
+        max_length = 128,
+        pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+    )]
     pub model: Option<String>,
     /// The query.
     #[schema(min_length = 1)]
@@ -69,7 +73,11 @@ pub struct RerankRequest {
 pub struct RerankTextsRequest {
     /// The model; the only one that reranks if none is named. Andon's own.
     #[serde(default)]
-    #[schema(min_length = 1, max_length = 128, pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    #[schema(
+        min_length = 1,
+        max_length = 128,
+        pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+    )]
     pub model: Option<String>,
     /// The query.
     #[schema(min_length = 1)]
@@ -126,7 +134,10 @@ pub enum TruncationDirection {
 #[derive(Debug, ToSchema)]
 #[schema(as = AnyRerankRequest)]
 #[serde(untagged)]
-#[allow(dead_code, reason = "it is a schema only: each form has errors of its own")]
+#[allow(
+    dead_code,
+    reason = "it is a schema only: each form has errors of its own"
+)]
 pub enum AnyRequest {
     /// Cohere's and Jina's.
     Documents(RerankRequest),
@@ -252,10 +263,7 @@ pub fn routes(stack: &Stack) -> Router<Stack> {
     request_body = RerankRequest,
     responses((status = 200, description = "The documents, the best first", body = RerankResponse))
 )]
-pub async fn rerank_v1(
-    visit: Visit,
-    request: Json<RerankRequest>,
-) -> Result<Response, Refused> {
+pub async fn rerank_v1(visit: Visit, request: Json<RerankRequest>) -> Result<Response, Refused> {
     Ok(documents(&visit, request.value, "1").await?)
 }
 
@@ -267,10 +275,7 @@ pub async fn rerank_v1(
     request_body = RerankRequest,
     responses((status = 200, description = "The documents, the best first", body = RerankResponse))
 )]
-pub async fn rerank_v2(
-    visit: Visit,
-    request: Json<RerankRequest>,
-) -> Result<Response, Refused> {
+pub async fn rerank_v2(visit: Visit, request: Json<RerankRequest>) -> Result<Response, Refused> {
     Ok(documents(&visit, request.value, "2").await?)
 }
 
@@ -429,7 +434,10 @@ mod tests {
     #[test]
     fn what_is_not_known_is_refused_with_its_place() {
         for (text, field) in [
-            (&br#"{"query": "q", "documents": ["a"], "top": 1}"#[..], "top"),
+            (
+                &br#"{"query": "q", "documents": ["a"], "top": 1}"#[..],
+                "top",
+            ),
             (br#"{"query": "q", "documents": ["a", 1]}"#, "documents[1]"),
             (
                 br#"{"query": "q", "documents": [{"text": "a", "title": "b"}]}"#,
@@ -437,7 +445,10 @@ mod tests {
             ),
             (br#"{"query": "q", "documents": [{}]}"#, "documents[0].text"),
             (br#"{"documents": ["a"]}"#, "query"),
-            (br#"{"query": "q", "documents": ["a"], "top_n": -1}"#, "top_n"),
+            (
+                br#"{"query": "q", "documents": ["a"], "top_n": -1}"#,
+                "top_n",
+            ),
         ] {
             let error = json::<RerankRequest>(text).unwrap_err();
             assert_eq!(error.violation().unwrap().field, field);

@@ -111,6 +111,8 @@ await checks.check("every_operation_opens", async () => {
   for (let place = 0; place < (await links.count()); place += 1) {
     await links.nth(place).click();
     await page.locator(".address").waitFor();
+    const text = await page.locator("#operation").innerText();
+    expect(!/\[object |undefined|\bNaN\b/.test(text), `it shows no text but ${text.slice(0, 300)}`);
     expect(
       (await page.locator(".answers tr").count()) > 1,
       `${await page.locator(".address").textContent()} shows no errors`,
@@ -128,10 +130,15 @@ await checks.check("the_embeddings_example_is_answered", async () => {
   await screenshot("embeddings");
 });
 
+await checks.check("the_fields_of_a_body_are_shown", async () => {
+  const names = await page.locator("#operation .field .name").allTextContents();
+  expect(names.includes("encoding_format"), `the fields are ${names}`);
+});
+
 await checks.check("a_bad_request_shows_its_problem", async () => {
   const { status, body } = await send('{"model": "minilm", "input": ["x", 7]}');
   expectEqual(status, 400, "the status");
-  expectEqual(JSON.parse(body).error.param, "input[1]", "the field");
+  expectEqual(JSON.parse(body).error.param, "input", "the field");
   await screenshot("bad_request");
 });
 

@@ -314,7 +314,11 @@ async fn probes_stay_open_and_reflection_follows_the_policy() -> Result<()> {
         )?;
     }
     let key = guarded.key("vision").await?;
-    is(&reflection(&[("x-api-key", &key)]).await?, Code::Ok, "")?;
+    is(
+        &reflection(&[("x-api-key", key.as_str())]).await?,
+        Code::Ok,
+        "",
+    )?;
 
     let policy = guarded.folder.join("policy.toml");
     std::fs::write(&policy, format!("reflection = \"ajar\"\n{TENANTS}"))?;

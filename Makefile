@@ -3,6 +3,7 @@
 
 ANDON := target/release/andon
 VENV  := target/venv
+HTTP  ?= 127.0.0.1:8000
 GRPC  ?= 127.0.0.1:8001
 ADMIN ?= 127.0.0.1:8002
 # The oldest device that the build is for: 80 is the A100's generation.
@@ -15,7 +16,7 @@ help: ## Lists the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 run: build models ## Builds, brings the demo models, and serves them
-	$(ANDON) serve --repository models --grpc-addr $(GRPC) --admin-addr $(ADMIN)
+	$(ANDON) serve --repository models --http-addr $(HTTP) --grpc-addr $(GRPC) --admin-addr $(ADMIN)
 
 build: ## Builds the release binary
 	cargo build --release --locked -p cli

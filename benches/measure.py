@@ -32,15 +32,17 @@ def andon_level(port, load):
     return level
 
 
-def wrk_level(url, bodies):
+def wrk_level(url, bodies, head_bytes=None):
     """The function that runs one level of wrk, in the shape of `andon bench`; the
-    requests are the lines of the file `bodies`."""
+    requests are the lines of the file `bodies`, or all of it with binary tensors
+    after a head of so many bytes."""
+    head = [head_bytes] if head_bytes else []
 
     def level(_, concurrency, seconds):
         seconds = seconds or 1
         output = run(
             ["wrk", "--threads", 1, "--connections", concurrency, "--duration", f"{seconds}s",
-             "--timeout", "60s", "--script", BENCHES / "post.lua", url, "--", bodies],
+             "--timeout", "60s", "--script", BENCHES / "post.lua", url, "--", bodies, *head],
             seconds_max=seconds + 120,
         )
         found = re.search(r"^REPORT (.*)$", output, re.MULTILINE)

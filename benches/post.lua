@@ -1,12 +1,21 @@
--- The load of wrk on an HTTP peer: POST of JSON to the URL's path, the bodies in
--- turn from the lines of the file that the first argument names. Prints one line
--- of JSON at the end.
+-- The load of wrk on an HTTP server: POST of JSON to the URL's path, the bodies in
+-- turn from the lines of the file that the first argument names. With a second
+-- argument the file is one body: a head of JSON of so many bytes, then binary
+-- tensors. Prints one line of JSON at the end.
 
 local requests = {}
 local turn = 0
 
 function init(args)
   wrk.method = "POST"
+  if args[2] then
+    wrk.headers["Content-Type"] = "application/octet-stream"
+    wrk.headers["Inference-Header-Content-Length"] = args[2]
+    local file = io.open(args[1], "rb")
+    requests[1] = wrk.format(nil, nil, nil, file:read("*a"))
+    file:close()
+    return
+  end
   wrk.headers["Content-Type"] = "application/json"
   for line in io.lines(args[1]) do
     requests[#requests + 1] = wrk.format(nil, nil, nil, line)

@@ -43,6 +43,7 @@ class Processes:
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.running = {}
 
     def __enter__(self):

@@ -1,9 +1,9 @@
 """Measures Andon beside its peers on this machine and writes docs/benchmarks.md.
 
     make bench
-    target/venv/bin/python benches/run.py [--only gateway|minilm] [--seconds 10]
+    target/venv/bin/python benches/run.py [--only gateway|minilm|front] [--seconds 10]
 
-Two scenarios:
+Three scenarios:
 
 gateway  The echo worker called directly, through Andon's gateway, through
          nginx and through HAProxy, with messages of 1 KB and 600 KB, at 1 and
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 
+import front
 from measure import (
     ANDON,
     BENCHES,
@@ -54,6 +55,7 @@ from page import (
     versions,
     write_section,
 )
+from page_front import front_section
 from processes import ROOT, Failure, Processes, free_port, run
 
 REPORTS = ROOT / "target" / "bench"
@@ -97,11 +99,12 @@ def start_proxies(processes, worker_port):
 def gateway_scenario(options, folder):
     """Samples of the echo worker and of everything that stands before it."""
     with Processes(folder) as processes:
-        worker, gateway, admin = free_port(), free_port(), free_port()
+        worker, gateway, admin, web = (free_port() for _ in range(4))
         processes.start("worker", [ECHO_WORKER, "--grpc-addr", f"127.0.0.1:{worker}"])
         processes.start("andon", [
             ANDON, "gateway", "--worker", f"127.0.0.1:{worker}",
             "--grpc-addr", f"127.0.0.1:{gateway}", "--admin-addr", f"127.0.0.1:{admin}",
+            "--http-addr", f"127.0.0.1:{web}",
         ])
         ports = start_proxies(processes, worker)
 
@@ -125,10 +128,11 @@ def gateway_scenario(options, folder):
 def minilm_scenario(options, folder):
     """Samples of minilm in Andon and in the peer."""
     with Processes(folder) as processes:
-        serve, admin, peer = free_port(), free_port(), free_port()
+        serve, admin, web, peer = (free_port() for _ in range(4))
         processes.start("andon", [
             ANDON, "serve", "--repository", MODELS,
             "--grpc-addr", f"127.0.0.1:{serve}", "--admin-addr", f"127.0.0.1:{admin}",
+            "--http-addr", f"127.0.0.1:{web}",
         ])
         processes.start("fastapi", [
             PYTHON, BENCHES / "peers" / "server.py", "sentence-transformers", "--port", peer,
@@ -172,11 +176,27 @@ def report(scenario, samples, options):
     print(f"wrote {path.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
 
 
+def front_report(options, folder):
+    """Measures the API front and writes its section of the page."""
+    layers = medians(front.layers_scenario(options, os.path.join(folder, "layers")))
+    doors = medians(front.doors_scenario(options, os.path.join(folder, "doors")))
+    computed = front.coalescing_counts(options, os.path.join(folder, "coalescing"))
+    command = f"benches/run.py --only front --rounds {options.rounds} --seconds {options.seconds}"
+    head = (
+        f"Machine: {machine()}. Command: `{command}`. "
+        f"Median of {options.rounds} rounds of {options.seconds} s."
+    )
+    body = f"{head}\n\n{front_section(layers, doors, computed)}"
+    write_section("front", "The API front", body)
+
+
 def need(scenarios):
     """Names everything that is missing before anything starts."""
     missing = []
     if not ANDON.exists():
         missing.append("target/release/andon (cargo build --release)")
+    if "front" in scenarios:
+        missing += front.fits()
     if "gateway" in scenarios:
         if not ECHO_WORKER.exists():
             missing.append("target/release/echo-worker (cargo build --release)")
@@ -200,19 +220,22 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["gateway", "minilm"], help="one scenario")
+    parser.add_argument("--only", choices=["gateway", "minilm", "front"], help="one scenario")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=10, help="length of one measurement")
     parser.add_argument("--warm-seconds", type=int, default=2, help="load before each")
     options = parser.parse_args()
-    scenarios = {"gateway": gateway_scenario, "minilm": minilm_scenario}
+    scenarios = {"gateway": gateway_scenario, "minilm": minilm_scenario, "front": None}
     if options.only:
         scenarios = {options.only: scenarios[options.only]}
     try:
         need(scenarios)
         for name, scenario in scenarios.items():
             with tempfile.TemporaryDirectory(prefix="andon-bench-") as folder:
-                report(name, scenario(options, folder), options)
+                if name == "front":
+                    front_report(options, folder)
+                else:
+                    report(name, scenario(options, folder), options)
     except Failure as failure:
         print(f"benchmark failed: {failure}", file=sys.stderr)
         sys.exit(1)

@@ -226,10 +226,11 @@ def repository(dtype):
 
 def andon_target(processes, title, models, load):
     """`andon serve` on free ports, and the load on it."""
-    serve, admin = free_port(), free_port()
+    serve, admin, web = free_port(), free_port(), free_port()
     processes.start(title, [
         ANDON, "serve", "--repository", models,
         "--grpc-addr", f"127.0.0.1:{serve}", "--admin-addr", f"127.0.0.1:{admin}",
+        "--http-addr", f"127.0.0.1:{web}",
     ])
     wait_for_http(processes, title, f"http://127.0.0.1:{admin}/readyz")
     return Target(title, title, andon_level(serve, load))

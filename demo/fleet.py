@@ -1,6 +1,6 @@
 """Runs a fleet on loopback: `python3 demo/fleet.py target/release/andon`.
 
-    gateway    127.0.0.1:8001, admin 8002
+    gateway    127.0.0.1:8001, HTTP 8000, admin 8002
     worker 1   127.0.0.1:9001, admin 9011
     worker 2   127.0.0.1:9002, admin 9012
     worker 3   127.0.0.1:9003, admin 9013
@@ -31,12 +31,16 @@ DRAIN_SECONDS_MAX = 75
 
 
 class Child:
-    """One role of the fleet and its two ports."""
+    """One role of the fleet and its ports; the gateway alone has one for HTTP."""
 
-    def __init__(self, name, command, grpc, admin):
-        self.name, self.grpc, self.admin = name, grpc, admin
-        ports = ["--grpc-addr", f"{HOST}:{grpc}", "--admin-addr", f"{HOST}:{admin}"]
-        self.command = command + ports
+    def __init__(self, name, command, grpc, admin, http=None):
+        self.name = name
+        self.ports = {"grpc": grpc, "admin": admin}
+        if http is not None:
+            self.ports["http"] = http
+        self.command = list(command)
+        for use, port in self.ports.items():
+            self.command += [f"--{use}-addr", f"{HOST}:{port}"]
         self.process = None
 
     def start(self, events):
@@ -65,7 +69,7 @@ class Child:
 
     def is_ready(self):
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{self.admin}/readyz", timeout=1) as answer:
+            with urllib.request.urlopen(f"http://{HOST}:{self.ports['admin']}/readyz", timeout=1) as answer:
                 return answer.status == 200
         except (urllib.error.URLError, OSError):
             return False
@@ -104,7 +108,7 @@ def parse():
         "--port-base",
         type=int,
         default=8000,
-        help="P for the ports P+1, P+2, P+1001 to P+1003 and P+1011 to P+1013",
+        help="P for the ports P, P+1, P+2, P+1001 to P+1003 and P+1011 to P+1013",
     )
     arguments = parser.parse_args()
     if not os.access(arguments.andon, os.X_OK):
@@ -125,14 +129,14 @@ def plan(arguments):
     ]
     forwards = [andon, "gateway"]
     for worker in workers:
-        forwards += ["--worker", f"{HOST}:{worker.grpc}"]
-    return Child("gateway ", forwards, base + 1, base + 2), workers
+        forwards += ["--worker", f"{HOST}:{worker.ports['grpc']}"]
+    return Child("gateway ", forwards, base + 1, base + 2, base), workers
 
 
 def refuse_taken_ports(children):
     taken = []
     for child in children:
-        for use, port in (("gRPC", child.grpc), ("admin", child.admin)):
+        for use, port in child.ports.items():
             with socket.socket() as probe:
                 # As the roles do: a port in TIME_WAIT is free.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -188,21 +192,26 @@ def drain(children, events, outcome):
 
 
 def examples(gateway, children, andon):
-    address = f"{HOST}:{gateway.grpc}"
-    pids = "\n".join(f"  {c.name}  pid {c.process.pid:<8} {HOST}:{c.grpc}" for c in children)
+    address = f"{HOST}:{gateway.ports['grpc']}"
+    web, admin = (f"http://{HOST}:{gateway.ports[use]}" for use in ("http", "admin"))
+    pids = "\n".join(
+        f"  {c.name}  pid {c.process.pid:<8} {HOST}:{c.ports['grpc']}" for c in children
+    )
     worker = children[-1]
     return f"""
-A gateway and {len(WORKERS)} workers are ready: gRPC on {address}, metrics on http://{HOST}:{gateway.admin}/metrics
+A gateway and {len(WORKERS)} workers are ready: gRPC on {address}, HTTP on {web}, metrics on {admin}/metrics
 {pids}
 
-Try it in another terminal:
+Try it in a browser: {web}/docs
+Or in another terminal:
   {andon} models list --address {address}
   {andon} infer minilm "A lantern around a candle" --address {address}
+  curl {web}/v1/embeddings -H 'content-type: application/json' -d '{{"model":"minilm","input":"A lantern around a candle"}}'
   grpcurl -plaintext -d '{{"inputs":"A lantern around a candle","normalize":true}}' {address} tei.v1.Embed/Embed
 Kill a worker under load; no request fails:
   {andon} bench digits --concurrency 32 --duration 10s --address {address} & sleep 3; kill -9 {worker.process.pid}; wait
 See who is left:
-  curl -s http://{HOST}:{gateway.admin}/metrics | grep andon_gateway_workers
+  curl -s {admin}/metrics | grep andon_gateway_workers
 End the fleet with Ctrl-C.
 """
 

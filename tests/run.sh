@@ -9,6 +9,9 @@ need cc "install a C compiler"
 cargo_tool cargo-nextest cargo-nextest
 python_environment
 buf_tool
+debian redis-server redis-server
+node_environment
+debian chromium chromium
 python3 demo/fetch_models.py models
 # The reference's outputs, and whether the committed weights of `digits` are
 # what its training program makes.

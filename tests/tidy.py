@@ -33,9 +33,10 @@ NEVER_REACHED = {
     "engine": ("tokio", "tonic", "hyper", "prost"),
 }
 # Where generated messages may be named. The law says `service` and `upstream`; what else stands
-# here speaks the wire too: gateways listen to reports, workers write them and the statistics.
+# here speaks the wire too: gateways listen to reports, translate HTTP, and cut and join the rows of
+# answers that are kept; workers write reports and statistics.
 MESSAGES = {
-    "gateway": ("service", "upstream", "discover"),
+    "gateway": ("service", "http", "cache", "upstream", "discover"),
     "worker": ("service", "report", "metrics"),
     "cli": ("client",),
 }

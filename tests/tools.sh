@@ -48,3 +48,17 @@ buf_tool() { # buf, from the npm registry
     ln -sf "../npm/node_modules/.bin/buf" "$tools/bin/buf"
     need buf "npm install @bufbuild/buf did not bring it"
 }
+
+node_environment() { # the Node packages of the tests, as their lock has them
+    debian node nodejs
+    debian npm npm
+    local stamp=target/node/.stamp
+    local wanted
+    wanted=$(cat tests/node/package.json tests/node/package-lock.json | sha256sum)
+    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
+    echo "installing the Node packages of the tests, once" >&2
+    mkdir -p target/node
+    cp tests/node/.npmrc tests/node/package.json tests/node/package-lock.json target/node/
+    (cd target/node && npm ci --ignore-scripts >/dev/null)
+    echo "$wanted" >"$stamp"
+}

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from objects import environment, is_worker, main_container, matches, name_of, of_kind, pod_labels
+from objects import (
+    environment, is_worker, main_container, matches, name_of, of_kind, pod_labels, speaks_tls,
+)
 
 
 @dataclass
@@ -33,9 +35,19 @@ def services(objects, _overlay):
             for port in item["spec"]["ports"]:
                 if port.get("targetPort", port["port"]) not in known:
                     yield f"{name_of(item)}: the port {port['name']} is no port of {name_of(deployment)}"
+        behind = [d for d in deployments
+                  if matches({"matchLabels": item["spec"]["selector"]}, pod_labels(d))]
+        secured = any(speaks_tls(deployment) for deployment in behind)
+        spoken = {"grpc": "kubernetes.io/h2c", "http": "http"}
         for port in item["spec"]["ports"]:
-            if port["name"] == "grpc" and port.get("appProtocol") != "kubernetes.io/h2c":
-                yield f"{name_of(item)}: the port grpc must have the appProtocol kubernetes.io/h2c"
+            wanted = spoken.get(port["name"])
+            wanted = "https" if wanted and secured else wanted
+            if port.get("appProtocol") != wanted:
+                yield f"{name_of(item)}: the port {port['name']} must have the appProtocol {wanted}"
+        for deployment in behind:
+            if not is_worker(deployment):
+                for name in {"http", "grpc"} - {port["name"] for port in item["spec"]["ports"]}:
+                    yield f"{name_of(item)}: has no port {name}"
     yield from _discovery(objects)
 
 
@@ -69,16 +81,18 @@ def policies(objects, overlay):
     workers = [p for p in pods if p.labels.get("app.kubernetes.io/component") == "worker"]
     gateways = [p for p in pods if p not in workers]
 
-    needed = [(CALLER, gateway, "TCP", 8001) for gateway in gateways]
+    doors = [(gateway, port) for gateway in gateways for port in (8000, 8001)]
+
+    needed = [(CALLER, gateway, "TCP", port) for gateway, port in doors]
     needed += [(gateway, worker, "TCP", 8001) for gateway in gateways for worker in workers]
     needed += [(pod, RESOLVER, protocol, 53) for pod in pods for protocol in ("UDP", "TCP")]
     needed += [(MONITORING, pod, "TCP", 8002) for pod in pods]
     refused = [(CALLER, worker, "TCP", 8001) for worker in workers]
-    refused += [(worker, gateway, "TCP", 8001) for gateway in gateways for worker in workers]
+    refused += [(worker, gateway, "TCP", port) for gateway, port in doors for worker in workers]
     refused += [(pod, STRANGER, "TCP", 443) for pod in pods]
     refused += [(STRANGER, pod, "TCP", 8002) for pod in pods]
     if overlay != "local":
-        refused += [(STRANGER, gateway, "TCP", 8001) for gateway in gateways]
+        refused += [(STRANGER, gateway, "TCP", port) for gateway, port in doors]
     for source, target, protocol, port in needed:
         if not _allowed(rules, source, target, protocol, port):
             yield f"NetworkPolicy: {source.name} must reach {target.name} on {protocol} {port}"

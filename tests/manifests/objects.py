@@ -40,6 +40,11 @@ def environment(workload):
     return {entry["name"]: entry.get("value") for entry in main_container(workload).get("env", [])}
 
 
+def speaks_tls(workload):
+    """Whether callers must come over TLS."""
+    return bool(environment(workload).get("ANDON_TLS_CERT"))
+
+
 def matches(selector, labels):
     """Whether a label selector takes these labels. None takes nothing, {} everything."""
     if selector is None:

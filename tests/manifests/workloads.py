@@ -2,6 +2,7 @@
 
 from objects import (
     environment, is_worker, main_container, matches, name_of, of_kind, pod_labels, pod_spec, quantity, seconds,
+    speaks_tls,
 )
 
 VOLUMES_ALLOWED = {
@@ -92,9 +93,63 @@ def memory(objects, _overlay):
             yield f"{name_of(deployment)}: {flying} in flight are more than half of the memory limit {limit}"
 
 
+def ports(objects, _overlay):
+    """Each address that is served is a port of the container, under its name, and there are no others."""
+    for deployment in of_kind(objects, "Deployment"):
+        settings, name = environment(deployment), name_of(deployment)
+        names = {"ANDON_GRPC_ADDR": "grpc", "ANDON_ADMIN_ADDR": "metrics"}
+        if not is_worker(deployment):
+            names["ANDON_HTTP_ADDR"] = "http"
+        served = {port: (settings.get(setting) or "").rpartition(":")[2] for setting, port in names.items()}
+        found = {p["name"]: str(p["containerPort"]) for p in main_container(deployment).get("ports", [])}
+        if found != served:
+            yield f"{name}: the ports of the container are {found}, but it serves {served}"
+
+
+def identity(objects, overlay):
+    """A gateway says openly that it asks nobody, or has its policy, keys and certificate; in production it has them."""
+    for deployment in of_kind(objects, "Deployment"):
+        if is_worker(deployment):
+            continue
+        settings, name = environment(deployment), name_of(deployment)
+        insecure, asks = settings.get("ANDON_INSECURE") == "true", bool(settings.get("ANDON_POLICY"))
+        if insecure == asks:
+            yield f"{name}: either ANDON_INSECURE is true or there is an ANDON_POLICY"
+        if overlay == "production" and insecure:
+            yield f"{name}: in production callers are asked who they are: ANDON_INSECURE must be false"
+        files = {"ANDON_POLICY": "configMap", "ANDON_KEYS": "secret", "ANDON_TLS_CERT": "secret", "ANDON_TLS_KEY": "secret"}
+        for setting, kind in files.items():
+            path = settings.get(setting)
+            if path:
+                yield from (f"{name}: {setting}: {fault}" for fault in _mounted(objects, deployment, path, kind))
+            elif overlay == "production":
+                yield f"{name}: in production {setting} must be given"
+
+
+def _mounted(objects, deployment, path, kind):
+    """Faults of a file that is read again when it changes: its folder is a whole volume, read-only."""
+    folder, _, file = path.rpartition("/")
+    mounts = [m for m in main_container(deployment).get("volumeMounts", []) if m["mountPath"] == folder]
+    if len(mounts) != 1 or mounts[0].get("readOnly") is not True or "subPath" in mounts[0]:
+        yield f"a whole volume must be mounted read-only at {folder}"
+        return
+    volume = next((v for v in pod_spec(deployment).get("volumes", []) if v["name"] == mounts[0]["name"]), {})
+    if kind not in volume:
+        yield f"the volume at {folder} must be a {kind}"
+    elif kind == "configMap":
+        maps = {item["metadata"]["name"]: item.get("data", {}) for item in of_kind(objects, "ConfigMap")}
+        if file not in maps.get(volume["configMap"]["name"], {}):
+            yield f"the ConfigMap {volume['configMap']['name']} has no {file}"
+    elif volume["secret"].get("defaultMode", 0o644) & 0o007:
+        yield f"the Secret at {folder} must not be readable by others"
+
+
 def probes(objects, _overlay):
     """Startup, readiness and liveness ask over gRPC, and liveness does not ask for readiness."""
     for deployment in of_kind(objects, "Deployment"):
+        if speaks_tls(deployment):
+            yield from _web_probes(deployment)
+            continue
         container, name = main_container(deployment), name_of(deployment)
         grpc_ports = {port["containerPort"] for port in container.get("ports", []) if port["name"] == "grpc"}
         for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -111,6 +166,15 @@ def probes(objects, _overlay):
                 yield f"{name}: livenessProbe must ask for andon.live: an unready Pod is not a dead one"
             if kind == "startupProbe" and service == "" and not is_worker(deployment):
                 yield f"{name}: startupProbe must not wait for workers: ask for andon.live"
+
+
+def _web_probes(deployment):
+    """The kubelet's gRPC probes speak no TLS: the port of metrics is asked in clear text."""
+    container, name = main_container(deployment), name_of(deployment)
+    for kind, path in (("startupProbe", "/livez"), ("readinessProbe", "/readyz"), ("livenessProbe", "/livez")):
+        wanted = {"port": "metrics", "path": path}
+        if container.get(kind, {}).get("httpGet") != wanted or "grpc" in container[kind]:
+            yield f"{name}: {kind} must be an HTTP probe of {path} on the port metrics, since callers come over TLS"
 
 
 def containers(objects, _overlay):
@@ -275,6 +339,6 @@ def devices(objects, overlay):
 
 
 CHECKS = [
-    unique, namespace, expected, selectors, rollout, drain, memory, probes, containers, pod_security, tokens,
+    unique, namespace, expected, selectors, rollout, drain, memory, ports, identity, probes, containers, pod_security, tokens,
     weights, disruption, autoscaling, spread, devices,
 ]

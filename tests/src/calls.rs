@@ -95,6 +95,32 @@ pub async fn patient_infer(
     Ok(status.map_or(Code::Unknown, |status| status.code()))
 }
 
+/// Makes a call on a connection of its own and returns what the server says of
+/// it; a status of OK is an answer.
+pub async fn call(
+    address: SocketAddr,
+    path: &str,
+    metadata: &[(&str, &str)],
+    message: &impl prost::Message,
+) -> Result<Status> {
+    let target = platform::channel::Target::Tcp(address.to_string());
+    let channel = platform::channel::Channel::connect(&target, Duration::from_secs(5)).await?;
+    let mut call = http::Request::post(format!("http://{address}{path}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .header("grpc-timeout", "20S");
+    for (name, value) in metadata {
+        call = call.header(*name, *value);
+    }
+    let framed = platform::grpc::frame(message);
+    let (head, body) = channel.send(call.body(())?, framed).await?.into_parts();
+    let rest = http_body_util::BodyExt::collect(body).await?;
+    let trailers = rest.trailers().cloned().unwrap_or_default();
+    let said =
+        Status::from_header_map(&head.headers).or_else(|| Status::from_header_map(&trailers));
+    Ok(said.unwrap_or_else(|| Status::unknown("no status")))
+}
+
 /// The FP32 values of an output, row by row.
 pub fn rows(response: &ModelInferResponse, output: usize) -> Vec<Vec<f32>> {
     let width = response.outputs[output].shape.last().copied().unwrap_or(1);

@@ -2,8 +2,12 @@
 //! which end with their test.
 
 pub mod calls;
+pub mod certificates;
 pub mod load;
 pub mod process;
+pub mod redis;
+pub mod scripts;
+pub mod tokens;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -143,19 +143,8 @@ impl Andon {
     }
 
     /// Sends a signal, for example `libc::SIGTERM`.
-    #[allow(
-        unsafe_code,
-        reason = "kill(2) takes two integers and touches no memory"
-    )]
     pub fn signal(&self, signal: i32) -> Result<()> {
-        let id = i32::try_from(self.id())?;
-        // SAFETY: the process is our child and has not been waited for, so
-        // that its number is still its own.
-        let result = unsafe { libc::kill(id, signal) };
-        if result != 0 {
-            bail!("the signal could not be sent");
-        }
-        Ok(())
+        send(&self.child, signal)
     }
 
     /// Waits for its end.
@@ -169,6 +158,22 @@ impl Andon {
         }
         bail!("it did not end within {patience:?}:\n{}", self.logged())
     }
+}
+
+/// Sends a signal to a process that has not been waited for.
+#[allow(
+    unsafe_code,
+    reason = "kill(2) takes two integers and touches no memory"
+)]
+pub(crate) fn send(child: &Child, signal: i32) -> Result<()> {
+    let id = i32::try_from(child.id())?;
+    // SAFETY: the process is our child and has not been waited for, so that
+    // its number is still its own.
+    let result = unsafe { libc::kill(id, signal) };
+    if result != 0 {
+        bail!("the signal could not be sent");
+    }
+    Ok(())
 }
 
 impl Drop for Andon {

@@ -10,6 +10,7 @@ use platform::telemetry::TelemetrySettings;
 use worker::RepositorySettings;
 
 use crate::client::{Bench, Infer, Models};
+use crate::keys::Keys;
 
 /// A fleet of AI model services behind one gRPC door.
 #[derive(Debug, Parser)]
@@ -54,6 +55,8 @@ pub enum Command {
     Infer(Infer),
     /// Measures a model under load
     Bench(Bench),
+    /// Makes, lists and revokes the API keys of a gateway
+    Keys(Keys),
     /// Prints completions for a shell
     #[command(after_help = "Example:\n  andon completions bash > /etc/bash_completion.d/andon")]
     Completions(Completions),

@@ -5,8 +5,9 @@ mod connection;
 mod infer;
 mod models;
 mod options;
-mod print;
+pub mod print;
 
 pub use bench::{Bench, bench};
 pub use infer::{Infer, infer};
 pub use models::{Models, models};
+pub use options::Format;

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod client;
+mod keys;
 mod roles;
 
 use std::process::ExitCode;
@@ -51,6 +52,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             Command::Models(arguments) => client::models(arguments).await,
             Command::Infer(arguments) => client::infer(arguments).await,
             Command::Bench(arguments) => client::bench(arguments).await,
+            Command::Keys(arguments) => keys::keys(arguments),
             Command::Completions(arguments) => {
                 arguments.print(&mut Andon::command());
                 Ok(())

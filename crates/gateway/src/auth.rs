@@ -1,19 +1,35 @@
-//! Who calls, and what they may call.
+//! Who calls, and what they may call. See docs/decisions/identity.md.
 
+mod files;
+mod jwks;
 mod jwt;
 mod keys;
 mod policy;
 
 pub use keys::{KeyError, KeyFile, NewKey, StoredKey};
-pub use policy::{Pattern, Policy, PolicyError, Tenant};
+pub use policy::{
+    JwksSource, JwtPolicy, LimitPolicy, Openness, Pattern, Policy, PolicyError, RedisLost, Tenant,
+};
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
-use http::HeaderMap;
-use platform::tasks::Owned;
+use arc_swap::ArcSwap;
+use http::header::AUTHORIZATION;
+use http::{HeaderMap, HeaderValue};
+use platform::tasks::{Owned, owned};
 use platform::tls::Peer;
 use protocol::{Error, Kind};
+
+use crate::metrics::AuthMetrics;
+use files::Followed;
+use jwt::Tokens;
+use keys::Keys;
+
+/// How often the files are looked at: a revoked key works no longer.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Where a gateway learns who its callers are.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -40,26 +56,148 @@ pub struct Caller {
     pub credential: Arc<str>,
 }
 
+/// Why a caller is not recognized: a word for the metric, and a sentence that
+/// repeats nothing of what the caller sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Refusal {
+    reason: &'static str,
+    message: &'static str,
+    kind: Kind,
+}
+
+impl Refusal {
+    const fn new(reason: &'static str, message: &'static str) -> Self {
+        Self {
+            reason,
+            message,
+            kind: Kind::Unauthenticated,
+        }
+    }
+}
+
+const MISSING: Refusal = Refusal::new(
+    "missing",
+    "a key or a token is needed: authorization: Bearer, or x-api-key",
+);
+const MALFORMED: Refusal = Refusal::new(
+    "malformed",
+    "the credential cannot be read: authorization takes Bearer and a key or token, x-api-key a key",
+);
+const CONTRADICTORY: Refusal = Refusal::new(
+    "contradictory",
+    "the call brings several credentials that are not the same",
+);
+const STRANGER: Refusal = Refusal::new(
+    "certificate_unknown",
+    "the certificate does not stand for a tenant",
+);
+const NO_TOKENS: Refusal = Refusal::new(
+    "token_not_taken",
+    "the bearer is not a key of this server, and it takes no tokens",
+);
+
 /// Recognizes callers.
 #[derive(Debug)]
 pub struct Auth {
     settings: AuthSettings,
     anyone: Caller,
+    files: Option<Files>,
+    state: ArcSwap<State>,
+    metrics: AuthMetrics,
+}
+
+/// The files as they were when the gateway started.
+#[derive(Debug, Clone)]
+struct Files {
+    policy: Followed,
+    keys: Option<Followed>,
+}
+
+/// Everything that callers are recognized by, at one moment.
+#[derive(Debug, Default)]
+struct State {
+    policy: Arc<Policy>,
+    stored: Arc<Vec<StoredKey>>,
+    keys: Keys,
+    tokens: Option<Tokens>,
+    certificates: HashMap<String, Caller>,
+    anonymous: Option<Caller>,
 }
 
 impl Auth {
     /// Reads the files; without a policy everybody is the same tenant, who may
     /// do everything.
     pub fn new(settings: &AuthSettings) -> Result<Self, PolicyError> {
+        let (mut files, mut state) = (None, State::default());
+        if let Some(path) = &settings.policy {
+            let policy = Followed::open(path, policy::WHAT, policy::BYTES_MAX)?;
+            let keys = match &settings.keys {
+                Some(path) => Some(Followed::open(path, keys::WHAT, keys::BYTES_MAX)?),
+                None => None,
+            };
+            let stored = keys.as_ref().map(|keys| keys::parse(keys.text()));
+            let read = Arc::new(Policy::parse(policy.text(), path)?);
+            state = State::new(
+                read,
+                Arc::new(stored.transpose()?.unwrap_or_default()),
+                None,
+            )?;
+            files = Some(Files { policy, keys });
+        }
         Ok(Self {
             settings: settings.clone(),
             anyone: Caller::gateway(),
+            files,
+            state: ArcSwap::from_pointee(state),
+            metrics: AuthMetrics::default(),
         })
     }
 
-    /// Reads the files again when they change, until the tasks are dropped.
+    /// What is counted of refused callers.
+    pub(crate) fn metrics(&self) -> &AuthMetrics {
+        &self.metrics
+    }
+
+    /// Reads the files again when they change, until the tasks are dropped. A
+    /// bad file changes nothing.
     pub fn follow(self: &Arc<Self>) -> Vec<Owned> {
-        Vec::new()
+        let Some(files) = self.files.clone() else {
+            return Vec::new();
+        };
+        let auth = self.clone();
+        vec![owned(async move { auth.keep_up(files).await })]
+    }
+
+    async fn keep_up(&self, mut files: Files) {
+        let fetching = |state: &State| state.tokens.as_ref().and_then(Tokens::fetching);
+        let mut _fetching = fetching(&self.state.load());
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let before = self.state.load_full();
+            let (policy, stored) = self.changes(&mut files);
+            if policy.is_some() || stored.is_some() {
+                let after = Arc::new(before.next(policy, stored));
+                if !after.same_signers(&before) {
+                    _fetching = fetching(&after);
+                }
+                self.state.store(after);
+            }
+            if let Some(tokens) = &self.state.load().tokens {
+                tokens.look();
+            }
+        }
+    }
+
+    /// What is new in the files, and good.
+    fn changes(&self, files: &mut Files) -> (Option<Policy>, Option<Vec<StoredKey>>) {
+        let path = self.settings.policy.clone().unwrap_or_default();
+        let policy = files.policy.look().map(|text| Policy::parse(text, &path));
+        let stored = files
+            .keys
+            .as_mut()
+            .and_then(Followed::look)
+            .map(keys::parse);
+        (taken(policy, policy::WHAT), taken(stored, keys::WHAT))
     }
 
     /// Whether callers are asked who they are.
@@ -67,20 +205,184 @@ impl Auth {
         self.settings.policy.is_some()
     }
 
+    /// Whether reflection is answered without asking.
+    pub fn reflection_is_open(&self) -> bool {
+        !self.asks() || self.state.load().policy.reflection == Openness::Open
+    }
+
     /// The policy as it stands now.
     pub fn policy(&self) -> Arc<Policy> {
-        Arc::default()
+        self.state.load().policy.clone()
     }
 
     /// Who calls: by a key or a token in the metadata, or by a certificate.
-    pub async fn caller(&self, _headers: &HeaderMap, _peer: &Peer) -> Result<Caller, Error> {
-        Ok(self.anyone.clone())
+    pub async fn caller(&self, headers: &HeaderMap, peer: &Peer) -> Result<Caller, Error> {
+        if !self.asks() {
+            return Ok(self.anyone.clone());
+        }
+        let state = self.state.load_full();
+        state.recognize(headers, peer).await.map_err(|refusal| {
+            self.metrics.refused(refusal.reason);
+            Error::new(refusal.kind, refusal.message)
+        })
     }
 
     /// Whoever calls what needs no identity.
     pub fn anyone(&self) -> Caller {
         self.anyone.clone()
     }
+}
+
+/// What was read, unless it is bad.
+fn taken<T>(read: Option<Result<T, PolicyError>>, what: &'static str) -> Option<T> {
+    match read? {
+        Ok(read) => {
+            tracing::info!("the file of {what} was read again");
+            Some(read)
+        }
+        Err(error) => {
+            tracing::error!(%error, "what was read before stays");
+            None
+        }
+    }
+}
+
+impl State {
+    fn new(
+        policy: Arc<Policy>,
+        stored: Arc<Vec<StoredKey>>,
+        before: Option<&Self>,
+    ) -> Result<Self, PolicyError> {
+        let signers = before.and_then(|before| before.tokens.as_ref());
+        let tokens = policy.jwt.is_some();
+        let tokens = tokens
+            .then(|| Tokens::new(policy.clone(), signers))
+            .transpose()?;
+        let certified = |(name, tenant): (&String, &Arc<Tenant>)| {
+            let credential = format!("cert:{}", shortened(name)).into();
+            let tenant = tenant.clone();
+            (name.clone(), Caller { tenant, credential })
+        };
+        Ok(Self {
+            keys: Keys::new(&stored, &policy),
+            tokens,
+            certificates: policy.certificates.iter().map(certified).collect(),
+            anonymous: policy.anonymous.clone().map(|tenant| Caller {
+                tenant,
+                credential: "anonymous".into(),
+            }),
+            policy,
+            stored,
+        })
+    }
+
+    /// The same with what is new. A policy whose signers cannot be read does
+    /// not keep a key from being revoked.
+    fn next(&self, policy: Option<Policy>, stored: Option<Vec<StoredKey>>) -> Self {
+        let stored = stored.map_or_else(|| self.stored.clone(), Arc::new);
+        let policy = policy.map_or_else(|| self.policy.clone(), Arc::new);
+        let made = Self::new(policy, stored.clone(), Some(self)).or_else(|error| {
+            tracing::error!(%error, "what was read before stays");
+            Self::new(self.policy.clone(), stored, Some(self))
+        });
+        // The signers of the policy as it was are at hand.
+        made.unwrap_or_default()
+    }
+
+    fn same_signers(&self, other: &Self) -> bool {
+        match (&self.tokens, &other.tokens) {
+            (Some(tokens), Some(others)) => tokens.same_signers(others),
+            (None, None) => true,
+            _ => false,
+        }
+    }
+
+    async fn recognize(&self, headers: &HeaderMap, peer: &Peer) -> Result<Caller, Refusal> {
+        let shown = match credential(headers)? {
+            Some(key) if key.starts_with(keys::BEGINNING) => {
+                Some(self.keys.caller(key, SystemTime::now())?)
+            }
+            Some(token) => match &self.tokens {
+                Some(tokens) => Some(tokens.caller(token).await?),
+                None => return Err(NO_TOKENS),
+            },
+            None => None,
+        };
+        match (shown, self.certified(peer)?) {
+            (Some(shown), Some(certified)) if shown.tenant.name != certified.tenant.name => {
+                Err(CONTRADICTORY)
+            }
+            (Some(caller), _) | (None, Some(caller)) => Ok(caller),
+            (None, None) if self.is_stranger(peer) => Err(STRANGER),
+            (None, None) => self.anonymous.clone().ok_or(MISSING),
+        }
+    }
+
+    /// Whom the other end's certificate stands for.
+    fn certified(&self, peer: &Peer) -> Result<Option<Caller>, Refusal> {
+        let mut found: Option<&Caller> = None;
+        for caller in peer
+            .certificate_names
+            .iter()
+            .filter_map(|name| self.certificates.get(name))
+        {
+            match found {
+                Some(other) if other.tenant.name != caller.tenant.name => {
+                    return Err(CONTRADICTORY);
+                }
+                Some(_) => {}
+                None => found = Some(caller),
+            }
+        }
+        Ok(found.cloned())
+    }
+
+    /// Whether certificates stand for tenants here, and this one does not.
+    fn is_stranger(&self, peer: &Peer) -> bool {
+        !self.certificates.is_empty() && !peer.certificate_names.is_empty()
+    }
+}
+
+/// The one credential that the metadata brings. The same one may be there
+/// twice, under two names.
+fn credential(headers: &HeaderMap) -> Result<Option<&str>, Refusal> {
+    let mut found: Option<&str> = None;
+    let bearers = headers.get_all(AUTHORIZATION).iter().map(bearer);
+    let keys = ["x-api-key", "api-key"];
+    let keys = keys.iter().flat_map(|name| headers.get_all(*name)).map(key);
+    for shown in bearers.chain(keys) {
+        let shown = shown.ok_or(MALFORMED)?;
+        match found {
+            Some(other) if other != shown => return Err(CONTRADICTORY),
+            _ => found = Some(shown),
+        }
+    }
+    Ok(found)
+}
+
+fn bearer(value: &HeaderValue) -> Option<&str> {
+    let (scheme, shown) = value.to_str().ok()?.trim().split_once(' ')?;
+    let shown = shown.trim_start();
+    (scheme.eq_ignore_ascii_case("bearer") && !shown.is_empty()).then_some(shown)
+}
+
+fn key(value: &HeaderValue) -> Option<&str> {
+    let shown = value.to_str().ok()?.trim();
+    shown.starts_with(keys::BEGINNING).then_some(shown)
+}
+
+/// A name for the trace, of at most 64 characters that do no harm there.
+fn shortened(name: &str) -> String {
+    name.chars()
+        .filter(|character| !character.is_control())
+        .take(64)
+        .collect()
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let mut hash = [0; 32];
+    hash.copy_from_slice(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes).as_ref());
+    hash
 }
 
 impl Caller {
@@ -115,3 +417,6 @@ impl Caller {
         ))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,13 +1,38 @@
 //! Answers that are known already, row by row, and rows that are being computed.
+//! Only those of models that are declared deterministic.
 
+mod counts;
+mod flight;
+mod key;
+mod known;
+mod memory;
+mod remote;
+mod rows;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tonic::Status;
+use http::header::CACHE_CONTROL;
+use http::{HeaderMap, HeaderValue};
+use platform::metrics::Metrics;
+use platform::tasks::Owned;
+use protocol::{CACHE_KEY, DIGEST_KEY};
+use tonic::{Code, Status};
 
+use crate::limit::LimitSettings;
+use crate::redis::{Redis, RedisError};
 use crate::route::Route;
 use crate::service::Request;
 use crate::stack::Stack;
 use crate::upstream::Answer;
+use counts::{Counts, Readings};
+use flight::Flights;
+use key::Source;
+use known::{Compute, Found, Known};
+use memory::{Memory, Row};
+use remote::{Remote, Seal};
+use rows::{Paid, Rows};
 
 /// What is kept, and for how long.
 #[derive(Debug, Clone, clap::Args)]
@@ -22,7 +47,7 @@ pub struct CacheSettings {
     /// The file with the secret that authenticates answers in Redis: only with
     /// it they are kept there too
     #[arg(long, value_name = "FILE", requires = "redis")]
-    pub cache_secret_file: Option<std::path::PathBuf>,
+    pub cache_secret_file: Option<PathBuf>,
 }
 
 fn bytes_or_none(text: &str) -> Result<usize, String> {
@@ -32,14 +57,80 @@ fn bytes_or_none(text: &str) -> Result<usize, String> {
     }
 }
 
+/// Why a cache cannot be used as it is configured.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// The secret cannot be used.
+    #[error("--cache-secret-file: {0}")]
+    Secret(String),
+    /// Redis cannot be used.
+    #[error(transparent)]
+    Redis(#[from] RedisError),
+}
+
+/// Longer than any answer is worth keeping.
+const TTL_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 /// Known answers.
 #[derive(Debug)]
-pub struct Cache {}
+pub struct Cache {
+    known: Arc<Known>,
+    /// Its own connection: large values must not keep quotas waiting.
+    redis: Option<Arc<Redis>>,
+    remote: Option<Arc<Remote>>,
+}
+
+/// What the caller wants of the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wish {
+    /// An answer, known or not.
+    Any,
+    /// One that is computed now.
+    Fresh,
+    /// The same, which is not kept either.
+    Unkept,
+}
 
 impl Cache {
-    /// An empty cache.
-    pub fn new(_settings: &CacheSettings) -> Self {
-        Self {}
+    /// An empty cache; nothing is connected yet.
+    pub fn new(
+        settings: &CacheSettings,
+        limits: &LimitSettings,
+        metrics: &Metrics,
+    ) -> Result<Self, CacheError> {
+        let ttl = settings.cache_ttl.min(TTL_MAX);
+        let (mut redis, mut remote) = (None, None);
+        if let (Some(url), Some(secret)) = (&limits.redis, &settings.cache_secret_file) {
+            let seal = Seal::read(secret)?;
+            let opened = Redis::open(url, limits.redis_password_file.as_deref())?;
+            let help = "1 while answers are looked up and kept in Redis";
+            metrics.register(|registry| {
+                registry.register("andon_gateway_cache_redis_up", help, opened.up());
+            });
+            remote = Some(Arc::new(Remote::new(opened.clone(), seal, ttl)));
+            redis = Some(opened);
+        }
+        let bytes = settings.cache_bytes;
+        let known = Arc::new(Known {
+            memory: (bytes > 0).then(|| Memory::new(bytes, ttl)),
+            flights: Flights::default(),
+            remote: remote.clone(),
+            counts: Counts::register(metrics),
+        });
+        let readings = Readings(known.clone());
+        metrics.register(|registry| registry.register_collector(Box::new(readings)));
+        Ok(Self {
+            known,
+            redis,
+            remote,
+        })
+    }
+
+    /// Connects to Redis and writes there, until the tasks are dropped.
+    pub fn follow(&self) -> Vec<Owned> {
+        let connecting = self.redis.as_ref().map(Redis::follow);
+        let writing = self.remote.as_ref().and_then(Remote::follow);
+        connecting.into_iter().chain(writing).collect()
     }
 
     /// The answer to a request: what is known of it, and the rest computed.
@@ -49,6 +140,219 @@ impl Cache {
         route: &Route,
         request: &Request,
     ) -> Result<Answer, Status> {
-        stack.send(route, request).await
+        let Some(digest) = route.digest() else {
+            return stack.send(route, request).await;
+        };
+        let source = Source {
+            scope: &request.caller.tenant.cache_scope,
+            model: route.name(),
+            version: route.number(),
+            digest,
+        };
+        let wish = wish(&request.headers);
+        if wish == Wish::Unkept {
+            let mut answer = stack.send(route, request).await?;
+            let note = HeaderValue::from_static("miss");
+            answer.metadata_mut().insert(CACHE_KEY, note);
+            return Ok(answer);
+        }
+        let Some(rows) = rows::of(request, &source) else {
+            return stack.send(route, request).await;
+        };
+        let asking = Asking {
+            stack,
+            route,
+            request,
+            digest,
+            rows: rows.as_ref(),
+            sent: Mutex::default(),
+        };
+        let found = match wish {
+            Wish::Any => self.known.rows(rows.keys(), &asking).await,
+            _ => self.known.fresh(rows.keys(), &asking).await,
+        };
+        match found {
+            Ok(Some(found)) => asking.answer(found).await,
+            Ok(None) => stack.send(route, request).await,
+            Err(instead) => *instead,
+        }
+    }
+}
+
+/// What the request's metadata asks for.
+fn wish(headers: &HeaderMap) -> Wish {
+    let mut wish = Wish::Any;
+    for value in headers.get_all(CACHE_CONTROL) {
+        for directive in value.to_str().unwrap_or_default().split(',') {
+            let directive = directive.trim();
+            if directive.eq_ignore_ascii_case("no-store") {
+                return Wish::Unkept;
+            }
+            if directive.eq_ignore_ascii_case("no-cache")
+                || directive.eq_ignore_ascii_case("max-age=0")
+            {
+                wish = Wish::Fresh;
+            }
+        }
+    }
+    wish
+}
+
+/// One request, some of whose rows have to be computed.
+struct Asking<'a> {
+    stack: &'a Stack,
+    route: &'a Route,
+    request: &'a Request,
+    digest: &'a str,
+    rows: &'a dyn Rows,
+    sent: Mutex<Sent>,
+}
+
+/// What was sent on, and what came back.
+#[derive(Debug, Default)]
+struct Sent {
+    paid: Paid,
+    /// The answer to the request as it came.
+    whole: Option<Answer>,
+}
+
+/// What the caller gets when its rows cannot be put together. Boxed, since it
+/// is large and rare.
+type Instead = Box<Result<Answer, Status>>;
+
+impl Compute for Asking<'_> {
+    type Instead = Instead;
+
+    async fn compute(&self, places: &[usize]) -> Result<Vec<Row>, Instead> {
+        if places.len() == self.rows.keys().len() {
+            let answer = self.sent(None).await?;
+            let Some(rows) = self.read(&answer, places.len()) else {
+                return Err(Box::new(Ok(answer)));
+            };
+            self.lock().whole = Some(answer);
+            return Ok(rows);
+        }
+        let part = self.request.with_message(self.rows.part(places));
+        let answer = self.sent(Some(&part)).await?;
+        match self.read(&answer, places.len()) {
+            Some(rows) => Ok(rows),
+            // It names places of a part that the caller does not know, or
+            // comes from another version than the rows that are known.
+            None if matches!(answer.code(), Code::Ok | Code::InvalidArgument) => {
+                Err(Box::new(Ok(self.sent(None).await?)))
+            }
+            None => Err(Box::new(Ok(answer))),
+        }
+    }
+}
+
+impl Asking<'_> {
+    /// Sends a part of the request, or the request as it came.
+    async fn sent(&self, part: Option<&Request>) -> Result<Answer, Instead> {
+        let request = part.unwrap_or(self.request);
+        let sent = self.stack.send(self.route, request).await;
+        sent.map_err(|status| Box::new(Err(status)))
+    }
+
+    /// The rows of an answer, and what they took; none when the answer is no
+    /// such answer, or that of another version.
+    fn read(&self, answer: &Answer, count: usize) -> Option<Vec<Row>> {
+        let digest = answer.metadata().get(DIGEST_KEY)?;
+        if digest.as_bytes() != self.digest.as_bytes() {
+            return None;
+        }
+        let split = self
+            .rows
+            .split(answer.message()?, answer.metadata(), count)?;
+        let usage = answer.usage();
+        let paid = &mut self.lock().paid;
+        paid.tokens = paid.tokens.saturating_add(usage.tokens);
+        paid.cost += usage.cost;
+        let (sum, took) = (&mut paid.took, split.took);
+        sum.compute_chars = sum.compute_chars.saturating_add(took.compute_chars);
+        sum.compute_tokens = sum.compute_tokens.saturating_add(took.compute_tokens);
+        for (sum, ns) in [
+            (&mut sum.total_time_ns, took.total_time_ns),
+            (&mut sum.tokenization_time_ns, took.tokenization_time_ns),
+            (&mut sum.queue_time_ns, took.queue_time_ns),
+            (&mut sum.inference_time_ns, took.inference_time_ns),
+        ] {
+            *sum = sum.saturating_add(ns);
+        }
+        Some(split.rows)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Sent> {
+        self.sent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The answer of the rows that were found.
+    async fn answer(&self, found: Found) -> Result<Answer, Status> {
+        let note = note(&found);
+        tracing::Span::current().record("andon.cache", note.to_str().unwrap_or_default());
+        let sent = std::mem::take(&mut *self.lock());
+        if let Some(mut whole) = sent.whole {
+            whole.metadata_mut().insert(CACHE_KEY, note);
+            return Ok(whole);
+        }
+        let mut headers = HeaderMap::with_capacity(16);
+        let Some(framed) = self.rows.join(&found.rows, &sent.paid, &mut headers) else {
+            return self.stack.send(self.route, self.request).await;
+        };
+        headers.insert(CACHE_KEY, note);
+        if let Ok(digest) = HeaderValue::try_from(self.digest) {
+            headers.insert(DIGEST_KEY, digest);
+        }
+        Ok(Answer::of_framed(framed, headers).costing(sent.paid.cost))
+    }
+}
+
+/// How many of the rows were known.
+fn note(found: &Found) -> HeaderValue {
+    let (count, computed) = (found.rows.len(), found.computed);
+    match computed {
+        0 => HeaderValue::from_static("hit"),
+        computed if computed >= count => HeaderValue::from_static("miss"),
+        computed => HeaderValue::try_from(format!("{}/{count}", count - computed))
+            .unwrap_or_else(|_| HeaderValue::from_static("miss")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_metadata_asks_for_freshness() {
+        let headers = |values: &[&'static str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(CACHE_CONTROL, HeaderValue::from_static(value));
+            }
+            headers
+        };
+        for (values, wanted) in [
+            (&[][..], Wish::Any),
+            (&["max-age=60"], Wish::Any),
+            (&["no-cache"], Wish::Fresh),
+            (&["max-age=60, No-Cache"], Wish::Fresh),
+            (&["max-age=0"], Wish::Fresh),
+            (&["no-cache", "no-store"], Wish::Unkept),
+            (&["no-store,no-cache"], Wish::Unkept),
+        ] {
+            assert_eq!(wish(&headers(values)), wanted, "{values:?}");
+        }
+    }
+
+    #[test]
+    fn the_note_counts_known_rows() {
+        let found = |count: usize, computed| Found {
+            rows: vec![memory::tests::row("a"); count],
+            computed,
+        };
+        assert_eq!(note(&found(4, 0)), "hit");
+        assert_eq!(note(&found(4, 1)), "3/4");
+        assert_eq!(note(&found(4, 4)), "miss");
+        assert_eq!(note(&found(1, 1)), "miss");
     }
 }

@@ -8,6 +8,7 @@ mod discover;
 mod http;
 mod limit;
 mod metrics;
+mod redis;
 mod route;
 mod service;
 mod shed;
@@ -30,10 +31,11 @@ use protocol::{DESCRIPTORS, SERVICES};
 use crate::http::HttpSettings;
 use auth::{Auth, AuthSettings, PolicyError};
 use balance::Balance;
-use cache::{Cache, CacheSettings};
+use cache::{Cache, CacheError, CacheSettings};
 use discover::DiscoverSettings;
 use limit::{Limit, LimitSettings};
 use metrics::{GatewayMetrics, Readings};
+use redis::{Redis, RedisError};
 use route::Routes;
 use shed::Shed;
 use stack::{Layers, Stack};
@@ -117,6 +119,12 @@ pub enum GatewayError {
     /// The catalogue of providers cannot be used.
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
+    /// Redis cannot be used as it is configured.
+    #[error(transparent)]
+    Redis(#[from] RedisError),
+    /// The cache cannot be used as it is configured.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// Anybody could call.
     #[error(
         "{0} is not a loopback address, and nobody is asked who they are: give --policy FILE, or --insecure if something else guards the port"
@@ -134,6 +142,7 @@ pub struct Gateway {
     server: Server,
     http: HttpSettings,
     discover: DiscoverSettings,
+    redis: Option<Arc<Redis>>,
     process: Process,
     /// Follows the workers and the drain.
     pub health: Health,
@@ -159,7 +168,9 @@ impl Gateway {
         }
         catalogue.metrics.register(&process.metrics);
         let auth = Arc::new(Auth::new(&settings.auth)?);
-        let metrics = GatewayMetrics::register(&process.metrics);
+        let redis = settings.limit.redis()?;
+        auth.metrics().register(&process.metrics);
+        let metrics = GatewayMetrics::register(&process.metrics, redis.as_deref());
         let health = Health::default();
         let common = CommonServices::new(&health, DESCRIPTORS)
             .map_err(|error| GatewayError::Descriptors(error.to_string()))?;
@@ -179,10 +190,10 @@ impl Gateway {
         let balance = metrics.balance.clone();
         let stack = Stack(Arc::new(Layers {
             shed,
-            limit: Limit::new(&settings.limit, auth.clone()),
+            limit: Limit::new(&settings.limit, auth.clone(), redis.clone(), &metrics.limit),
             auth,
             routes,
-            cache: Cache::new(&settings.cache),
+            cache: Cache::new(&settings.cache, &settings.limit, &process.metrics)?,
             balance: Balance::new(settings.retry_tokens, limits.clone(), balance),
             limits,
             common,
@@ -208,6 +219,7 @@ impl Gateway {
                 shards: process.shards.clone(),
                 tls: Tls::new(&settings.tls)?,
             },
+            redis,
             process,
             health,
         })
@@ -233,7 +245,10 @@ impl Gateway {
         );
         let _certificates = self.server.tls.as_ref().map(Tls::follow);
         let _policy = layers.auth.follow();
+        let _redis = self.redis.as_ref().map(Redis::follow);
+        let _quotas = layers.limit.follow();
         let _secrets = layers.routes.catalogue.follow();
+        let _kept = layers.cache.follow();
         let web = Server {
             name: "http",
             ..self.server.clone()

@@ -1,14 +1,34 @@
 //! How much a tenant may call, and whose turn it is when there is not enough
-//! for all.
+//! for all. See docs/decisions/shared_quotas.md and docs/decisions/fair_turns.md.
 
-use std::sync::Arc;
-use std::time::Duration;
+mod fair;
+mod memory;
+mod redis;
+#[cfg(test)]
+mod tests;
 
-use protocol::Error;
+pub use fair::{Turn, Wanted};
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use arc_swap::ArcSwap;
+use platform::tasks::Owned;
+use protocol::{Error, Kind};
 use serde::Deserialize;
-use tokio::time::Instant;
 
-use crate::auth::{Auth, Caller};
+use crate::auth::{Auth, Caller, RedisLost, Tenant};
+use crate::metrics::LimitMetrics;
+use crate::redis::{Redis, RedisError};
+use fair::Fair;
+use memory::{Denied, InFlight, Meters, Needs, Now, Scope, Taken};
+use redis::Shared;
+
+/// When a call under way will probably have ended.
+const IN_FLIGHT_RETRY: Duration = Duration::from_millis(100);
+/// When a lost Redis is looked for again.
+const REDIS_RETRY: Duration = Duration::from_secs(1);
 
 /// How much may be called, of all models together or of some. What is not
 /// named has no limit.
@@ -65,67 +85,274 @@ pub struct LimitSettings {
     pub fair_queue: u32,
 }
 
-/// Counts what each tenant calls.
+impl LimitSettings {
+    /// Redis, if there is one; not connected yet.
+    pub fn redis(&self) -> Result<Option<Arc<Redis>>, RedisError> {
+        let password = self.redis_password_file.as_deref();
+        let url = self.redis.as_deref();
+        url.map(|url| Redis::open(url, password)).transpose()
+    }
+}
+
+/// Counts what each tenant calls. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Limit(Arc<Inner>);
+
 #[derive(Debug)]
-pub struct Limit {
-    _auth: Arc<Auth>,
+struct Inner {
+    auth: Arc<Auth>,
+    /// What is counted, by the names of tenants: those of the policy alone.
+    meters: ArcSwap<HashMap<String, Arc<Meters>>>,
+    adding: Mutex<()>,
+    shared: Option<Arc<Shared>>,
+    fair: Fair,
+    metrics: LimitMetrics,
+    started: Instant,
 }
 
 /// A place among a tenant's calls under way, until it is dropped.
-#[derive(Debug)]
-pub struct Entered {}
+#[derive(Debug, Default)]
+pub struct Entered {
+    _place: Option<InFlight>,
+}
 
-/// What one call may take of its quotas.
+/// What one call may take of its quotas. It keeps its places among the calls
+/// under way until it is dropped.
 #[derive(Debug)]
-pub struct Ticket {}
-
-/// The turn of one call, until it is dropped.
-#[derive(Debug)]
-pub struct Turn {}
-
-/// What a call waits for.
-#[derive(Debug, Clone, Copy)]
-pub struct Wanted<'a> {
-    /// The model.
-    pub model: &'a str,
-    /// Workers that have it.
-    pub workers: usize,
-    /// Rows.
-    pub items: u64,
-    /// When the caller stops waiting.
-    pub deadline: Instant,
+pub struct Ticket {
+    limit: Limit,
+    tenant: Arc<Tenant>,
+    scopes: Vec<Arc<Scope>>,
+    _places: Vec<InFlight>,
 }
 
 impl Limit {
-    /// Counts by the policy that `auth` has.
-    pub fn new(_settings: &LimitSettings, auth: Arc<Auth>) -> Self {
-        Self { _auth: auth }
+    /// Counts by the policy that `auth` has: alone, or with others in Redis.
+    pub fn new(
+        settings: &LimitSettings,
+        auth: Arc<Auth>,
+        redis: Option<Arc<Redis>>,
+        metrics: &LimitMetrics,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            auth,
+            meters: ArcSwap::default(),
+            adding: Mutex::new(()),
+            shared: redis.map(Shared::new),
+            fair: Fair::new(settings, metrics),
+            metrics: metrics.clone(),
+            started: Instant::now(),
+        }))
+    }
+
+    /// Keeps what is counted with Redis in step with it, until the task is
+    /// dropped.
+    pub fn follow(&self) -> Option<Owned> {
+        let started = self.0.started;
+        let shared = self.0.shared.as_ref()?;
+        shared.follow(move || moment(started))
     }
 
     /// Before a call is read: the tenant's rate, and its calls under way.
-    pub async fn enter(&self, _caller: &Caller) -> Result<Entered, Error> {
-        Ok(Entered {})
+    pub async fn enter(&self, caller: &Caller) -> Result<Entered, Error> {
+        let limit = &self.0;
+        let Some(meters) = limit.meters(&caller.tenant) else {
+            return Ok(Entered::default());
+        };
+        let place = limit.place(&meters.all)?;
+        let needs = Needs {
+            requests: Some(1),
+            items: None,
+        };
+        limit.count(&meters.all, needs).await?;
+        Ok(Entered {
+            _place: Some(place),
+        })
     }
 
     /// When the model is known: its own limits, rows, and what earlier calls
-    /// have spent of tokens and costs.
-    pub async fn take(&self, _caller: &Caller, _model: &str, _items: u64) -> Result<Ticket, Error> {
-        Ok(Ticket {})
+    /// have spent of tokens and costs. A call without rows takes requests
+    /// alone.
+    pub async fn take(&self, caller: &Caller, model: &str, items: u64) -> Result<Ticket, Error> {
+        let limit = &self.0;
+        let mut ticket = Ticket {
+            limit: self.clone(),
+            tenant: caller.tenant.clone(),
+            scopes: Vec::new(),
+            _places: Vec::new(),
+        };
+        let Some(meters) = limit.meters(&caller.tenant) else {
+            return Ok(ticket);
+        };
+        let items = (items > 0).then_some(items);
+        let mut taken = Vec::new();
+        let scopes = std::iter::once((&meters.all, None));
+        let scopes = scopes.chain(meters.of_model(model).map(|scope| (scope, Some(1))));
+        for (scope, requests) in scopes {
+            if requests.is_some() {
+                ticket._places.push(
+                    limit
+                        .place(scope)
+                        .inspect_err(|_| limit.give_back(&taken))?,
+                );
+            }
+            let needs = Needs { requests, items };
+            match limit.count(scope, needs).await {
+                Ok(how) => taken.push((scope, needs, how)),
+                Err(error) => {
+                    limit.give_back(&taken);
+                    return Err(error);
+                }
+            }
+        }
+        ticket.scopes = taken
+            .into_iter()
+            .map(|(scope, _, _)| scope.clone())
+            .collect();
+        Ok(ticket)
     }
 
     /// Before a worker is chosen: waits for the tenant's turn when there is
     /// more to do than the workers have at hand.
-    pub async fn turn(&self, _caller: &Caller, _wanted: Wanted<'_>) -> Result<Turn, Error> {
-        Ok(Turn {})
+    pub async fn turn(&self, caller: &Caller, wanted: Wanted<'_>) -> Result<Turn, Error> {
+        let limit = &self.0;
+        // With one tenant there is nobody to be fair to.
+        if wanted.items == 0 || !limit.auth.asks() || limit.auth.policy().tenants.len() < 2 {
+            return Ok(Turn::default());
+        }
+        limit.fair.turn(&caller.tenant, wanted).await
+    }
+}
+
+impl Inner {
+    fn now(&self) -> Now {
+        moment(self.started)
+    }
+
+    /// The limits of a tenant; None when it has none.
+    fn meters(&self, tenant: &Arc<Tenant>) -> Option<Arc<Meters>> {
+        if tenant.model_quotas.is_empty() && tenant.quota == Quota::default() {
+            return None;
+        }
+        let meters = self.meters.load();
+        match meters.get(&tenant.name) {
+            Some(known) if Arc::ptr_eq(&known.tenant, tenant) => Some(known.clone()),
+            known => self.meters_of(tenant, known),
+        }
+    }
+
+    /// The same for a tenant that is new here, or that another reading of the
+    /// policy made.
+    fn meters_of(&self, tenant: &Arc<Tenant>, known: Option<&Arc<Meters>>) -> Option<Arc<Meters>> {
+        let policy = self.auth.policy();
+        // A stream may know its tenant by an earlier policy: the newest holds.
+        let tenant = policy.tenants.get(&tenant.name).unwrap_or(tenant);
+        if let Some(known) = known
+            && Arc::ptr_eq(&known.tenant, tenant)
+        {
+            return Some(known.clone());
+        }
+        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.meters.load_full();
+        let made = Arc::new(Meters::new(
+            tenant,
+            before.get(&tenant.name).map(Arc::as_ref),
+        ));
+        let kept = before
+            .iter()
+            .filter(|(name, _)| policy.tenants.contains_key(*name));
+        let mut after: HashMap<_, _> = kept
+            .map(|(name, one)| (name.clone(), one.clone()))
+            .collect();
+        after.insert(tenant.name.clone(), made.clone());
+        self.meters.store(Arc::new(after));
+        Some(made)
+    }
+
+    fn place(&self, scope: &Scope) -> Result<InFlight, Error> {
+        let shares = match self.shared {
+            Some(_) => self.auth.policy().limits.replicas,
+            None => 1,
+        };
+        scope.enter(shares).map_err(|message| {
+            self.metrics.limited("in_flight").inc();
+            Error::quota_spent(message, IN_FLIGHT_RETRY)
+        })
+    }
+
+    /// Counts what a call needs of one scope, all or nothing.
+    async fn count(&self, scope: &Arc<Scope>, needs: Needs) -> Result<Taken, Error> {
+        if scope.needed(needs).next().is_none() {
+            return Ok(Taken::Alone);
+        }
+        let refused = |denied| self.refused(scope, denied, needs);
+        let Some(shared) = &self.shared else {
+            let counted = scope.take(needs, self.now(), Taken::Alone);
+            return counted.map(|()| Taken::Alone).map_err(refused);
+        };
+        if let Some(counted) = shared.take(scope, needs, || self.now()).await {
+            return counted.map(|()| Taken::Leased).map_err(refused);
+        }
+        let limits = self.auth.policy().limits.clone();
+        if limits.redis_lost == RedisLost::Closed {
+            self.metrics.limited("redis_lost").inc();
+            let message = "the tenant's quotas cannot be checked now";
+            return Err(Error::overloaded(message, REDIS_RETRY));
+        }
+        let share = Taken::Share(limits.replicas);
+        let counted = scope.take(needs, self.now(), share);
+        counted.map(|()| share).map_err(refused)
+    }
+
+    fn give_back(&self, taken: &[(&Arc<Scope>, Needs, Taken)]) {
+        let now = self.now();
+        for (scope, needs, how) in taken {
+            scope.give_back(*needs, now, *how);
+        }
+    }
+
+    fn refused(&self, scope: &Scope, denied: Denied, needs: Needs) -> Error {
+        let what = denied.rule.what;
+        self.metrics.limited(what.name()).inc();
+        let need = needs.of(what).unwrap_or(0);
+        if what.is_post_paid() || need <= denied.rule.limit.max(1) {
+            return Error::quota_spent(scope.spent(&denied.rule), denied.retry_after);
+        }
+        // It would be refused for ever.
+        let limit = denied.rule.written;
+        let message = format!(
+            "the call has {need} rows, over the tenant's {} of {limit}",
+            what.name()
+        );
+        Error::new(Kind::TooLarge, message)
+    }
+}
+
+fn moment(started: Instant) -> Now {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    Now {
+        seconds: started.elapsed().as_secs_f64(),
+        unix_ms: u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(0),
     }
 }
 
 impl Ticket {
     /// Counts what the answer took.
-    pub fn charge(&self, _usage: Usage) {}
-}
-
-/// What is left to wait.
-pub(crate) fn _left(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now())
+    pub fn charge(&self, usage: Usage) {
+        if usage == Usage::default() {
+            return;
+        }
+        let limit = &self.limit.0;
+        limit
+            .metrics
+            .used(&self.tenant.name, usage.tokens, usage.cost);
+        for scope in &self.scopes {
+            let owing = scope.charge(usage, limit.now());
+            if let Some(shared) = &limit.shared
+                && owing
+            {
+                shared.queue(scope);
+            }
+        }
+    }
 }

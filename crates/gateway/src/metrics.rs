@@ -1,6 +1,7 @@
 //! What the gateway did.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use platform::grpc::MessageLimits;
 use platform::metrics::{Metrics, duration_histogram};
@@ -9,10 +10,12 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetri
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
 use tokio::time::Instant;
 
+use crate::redis::Redis;
 use crate::route::Routes;
 use crate::shed::Shed;
 
@@ -43,6 +46,16 @@ struct StateLabel {
     state: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LimitLabel {
+    limit: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TenantLabel {
+    tenant: String,
+}
+
 type Durations<L> = Family<L, Histogram, fn() -> Histogram>;
 
 /// What the gateway counts.
@@ -52,6 +65,8 @@ pub struct GatewayMetrics {
     durations: Durations<MethodLabel>,
     upstream_durations: Durations<WorkerLabel>,
     shed: Family<ReasonLabel, Counter>,
+    /// What quotas count.
+    pub limit: LimitMetrics,
     /// What the balancer counts.
     pub balance: BalanceMetrics,
 }
@@ -81,9 +96,77 @@ impl BalanceMetrics {
     }
 }
 
-impl GatewayMetrics {
+/// What quotas count. Tenants are those of the policy: callers cannot make
+/// labels.
+#[derive(Debug, Clone, Default)]
+pub struct LimitMetrics {
+    limited: Family<LimitLabel, Counter>,
+    tokens: Family<TenantLabel, Counter>,
+    cost: Family<TenantLabel, Counter<f64, AtomicU64>>,
+    /// Calls that wait for their tenant's turn.
+    pub fair_waiting: Gauge,
+}
+
+impl LimitMetrics {
+    /// Counts the calls that a limit refuses.
+    pub fn limited(&self, limit: &'static str) -> Counter {
+        self.limited.get_or_create_owned(&LimitLabel { limit })
+    }
+
+    /// What a tenant's answers took.
+    pub fn used(&self, tenant: &str, tokens: u64, cost: f64) {
+        let label = TenantLabel {
+            tenant: tenant.to_owned(),
+        };
+        if tokens > 0 {
+            self.tokens.get_or_create(&label).inc_by(tokens);
+        }
+        if cost > 0.0 {
+            self.cost.get_or_create(&label).inc_by(cost);
+        }
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        let name = |name: &str| format!("andon_gateway_{name}");
+        let help = "Calls refused, by the limit that refused them";
+        registry.register(name("limited"), help, self.limited.clone());
+        let help = "Tokens computed for a tenant";
+        registry.register(name("tokens"), help, self.tokens.clone());
+        let help =
+            "What outside providers take for a tenant's calls, in the currency of the price table";
+        registry.register(name("cost"), help, self.cost.clone());
+        let help = "Calls that wait for their tenant's turn";
+        registry.register(name("fair_waiting"), help, self.fair_waiting.clone());
+    }
+}
+
+/// What is counted of callers that are not recognized.
+#[derive(Debug, Clone, Default)]
+pub struct AuthMetrics {
+    refused: Family<ReasonLabel, Counter>,
+}
+
+impl AuthMetrics {
     /// Registers what is counted.
-    pub fn register(metrics: &Metrics) -> Self {
+    pub fn register(&self, metrics: &Metrics) {
+        metrics.register(|registry| {
+            registry.register(
+                "andon_gateway_auth_refused",
+                "Calls whose caller was not recognized",
+                self.refused.clone(),
+            );
+        });
+    }
+
+    /// A call is refused.
+    pub fn refused(&self, reason: &'static str) {
+        self.refused.get_or_create(&ReasonLabel { reason }).inc();
+    }
+}
+
+impl GatewayMetrics {
+    /// Registers what is counted, and whether Redis answers where there is one.
+    pub fn register(metrics: &Metrics, redis: Option<&Redis>) -> Self {
         let made = Self {
             requests: Family::default(),
             durations: Family::new_with_constructor(duration_histogram as fn() -> Histogram),
@@ -91,6 +174,7 @@ impl GatewayMetrics {
                 duration_histogram as fn() -> Histogram,
             ),
             shed: Family::default(),
+            limit: LimitMetrics::default(),
             balance: BalanceMetrics::default(),
         };
         for reason in [
@@ -116,6 +200,10 @@ impl GatewayMetrics {
                 made.upstream_durations.clone(),
             );
             registry.register(name("shed"), "Calls refused at once", made.shed.clone());
+            made.limit.register(registry);
+            if let Some(redis) = redis {
+                registry.register(name("redis_up"), "1 while Redis answers", redis.up());
+            }
             let balance = &made.balance;
             registry.register(name("retries"), "Calls sent again", balance.retries.clone());
             registry.register(

@@ -137,6 +137,14 @@ impl Route {
         }
     }
 
+    /// The version's number; 0 for a model of a provider.
+    pub fn number(&self) -> u64 {
+        match &self.to {
+            To::Workers { version, .. } => version.number(),
+            To::Provider(_) => 0,
+        }
+    }
+
     fn version(&self) -> Option<&VersionRoute> {
         match &self.to {
             To::Workers { model, version } => model.versions.get(version),

@@ -37,7 +37,9 @@ pub enum Method {
     Gathered,
     /// Answered by the gateway from what it knows of all workers.
     Fleet(&'static str),
-    /// Health, reflection, and what is not known.
+    /// What the server can do, for tools that ask.
+    Reflection,
+    /// Health, and what is not known.
     Common,
 }
 
@@ -47,13 +49,15 @@ impl Method {
     pub fn is_probe(self) -> bool {
         matches!(
             self,
-            Self::Common | Self::Fleet("ServerLive" | "ServerReady")
+            Self::Common | Self::Reflection | Self::Fleet("ServerLive" | "ServerReady")
         )
     }
 
-    /// Whose it is to call.
+    /// Whose it is to call. A probe has no key, and what is not known says so
+    /// to everybody.
     pub fn access(self) -> Access {
         match self {
+            Self::Reflection => Access::Reflection,
             _ if self.is_probe() => Access::Open,
             _ if self.is_administrative() => Access::Administrator,
             _ => Access::Caller,
@@ -219,13 +223,14 @@ const METHODS: [(&str, Method); 37] = [
 /// The name that a path has in metrics, and what the gateway does with it. An
 /// unknown path has no name of its own: callers must not make new ones.
 pub fn method(path: &str) -> (&'static str, Method) {
-    METHODS.iter().find(|(known, _)| *known == path).map_or(
-        ("other", Method::Common),
-        |(known, method)| {
-            let name = known.rsplit_once('/').map_or(*known, |(_, name)| name);
-            (name, *method)
-        },
-    )
+    if let Some((known, method)) = METHODS.iter().find(|(known, _)| *known == path) {
+        let name = known.rsplit_once('/').map_or(*known, |(_, name)| name);
+        return (name, *method);
+    }
+    match path.starts_with("/grpc.reflection.") {
+        true => ("other", Method::Reflection),
+        false => ("other", Method::Common),
+    }
 }
 
 /// The model that a request is for.
@@ -353,12 +358,13 @@ pub async fn read(
 }
 
 /// What belongs to the caller's connection, or is nobody else's to know.
-const NOT_FORWARDED: [&str; 6] = [
+const NOT_FORWARDED: [&str; 7] = [
     "grpc-encoding",
     "grpc-accept-encoding",
     "content-length",
     "authorization",
     "x-api-key",
+    "api-key",
     "cookie",
 ];
 

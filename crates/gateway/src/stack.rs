@@ -59,6 +59,8 @@ pub struct Layers {
 pub enum Access {
     /// Everybody's, under overload too.
     Open,
+    /// Everybody's if the policy says so, else like `Caller`.
+    Reflection,
     /// Anybody's who says who they are.
     Caller,
     /// An administrator's.
@@ -97,7 +99,7 @@ impl Handler for Stack {
                 Method::Stream(door) => service::each_message(self.clone(), call, door, caller)?,
                 Method::Gathered => service::rerank_stream(self, call, caller).await?,
                 Method::Fleet(name) => service::fleet(self, name, call, &caller).await?,
-                Method::Common => layers.common.answer(call).await,
+                Method::Reflection | Method::Common => layers.common.answer(call).await,
             };
             Ok(reply.map(|body| body.guarded((place, entered))))
         })
@@ -117,7 +119,8 @@ impl Stack {
         peer: &Peer,
     ) -> Result<Caller, Error> {
         let auth = &self.0.auth;
-        if access == Access::Open {
+        let reflection = access == Access::Reflection && auth.reflection_is_open();
+        if access == Access::Open || reflection {
             return Ok(auth.anyone());
         }
         let caller = auth.caller(headers, peer).await?;

@@ -74,7 +74,7 @@ impl Upstream {
     /// A worker that is not connected yet.
     pub fn new(target: Target, numbers: UpstreamNumbers) -> Self {
         let authority = match &target {
-            Target::Tcp(address) => address.parse().ok(),
+            Target::Tcp(address) | Target::Tls(address, _) => address.parse().ok(),
             Target::Memory(_) => None,
         };
         Self {
@@ -117,8 +117,16 @@ impl Upstream {
     pub fn reported(&self, report: WatchReportResponse) -> bool {
         let serves = |report: &WatchReportResponse| {
             let models = report.models.iter();
-            let models =
-                models.map(|m| (m.name.clone(), m.version.clone(), m.ready, m.task.clone()));
+            let models = models.map(|m| {
+                let kept = (m.deterministic, m.digest.clone());
+                (
+                    m.name.clone(),
+                    m.version.clone(),
+                    m.ready,
+                    m.task.clone(),
+                    kept,
+                )
+            });
             (report.draining, models.collect::<Vec<_>>())
         };
         let mut current = self.report.write().unwrap_or_else(PoisonError::into_inner);

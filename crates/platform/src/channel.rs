@@ -23,6 +23,7 @@ use tokio::net::TcpStream;
 use crate::coalesce::Coalesced;
 use crate::memory;
 use crate::tasks::{Owned, owned};
+use crate::tls::ClientTls;
 
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
@@ -33,6 +34,8 @@ const FRAME_BYTES_MAX: u32 = 256 << 10;
 pub enum Target {
     /// A host and port.
     Tcp(String),
+    /// The same over TLS.
+    Tls(String, ClientTls),
     /// A server in the same process.
     Memory(memory::Connector),
 }
@@ -40,7 +43,7 @@ pub enum Target {
 impl fmt::Display for Target {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Tcp(address) => formatter.write_str(address),
+            Self::Tcp(address) | Self::Tls(address, _) => formatter.write_str(address),
             Self::Memory(_) => formatter.write_str("in-process"),
         }
     }
@@ -92,6 +95,11 @@ impl Channel {
                     let stream = TcpStream::connect(address).await?;
                     stream.set_nodelay(true)?;
                     Self::over(stream).await
+                }
+                Target::Tls(address, tls) => {
+                    let stream = TcpStream::connect(address).await?;
+                    stream.set_nodelay(true)?;
+                    Self::over(tls.connect(address, stream).await?).await
                 }
                 Target::Memory(connector) => Self::over(connector.connect().await?).await,
             }

@@ -183,6 +183,7 @@ impl TelemetryControl {
             rpc.system.name = "grpc",
             rpc.method = path,
             rpc.status_code = tracing::field::Empty,
+            andon.cache = tracing::field::Empty,
         );
         // The only error is a span that is not exported.
         let _ = span.set_parent(parent);

@@ -112,11 +112,18 @@ def eventually(condition, message, seconds_max=15.0):
         time.sleep(0.05)
 
 
-def arguments(description):
-    """The parser with what every script takes."""
+def arguments(description, doors=("grpc",)):
+    """The parser with what every script takes: the server's addresses."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--grpc", required=True, metavar="HOST:PORT", help="the server")
+    for door in doors:
+        parser.add_argument(f"--{door}", required=True, metavar="HOST:PORT", help="the server")
     return parser
+
+
+def read_key(path):
+    """The key that a file holds: keys are never flags."""
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
 
 
 def open_channel(address, seconds_max=20):

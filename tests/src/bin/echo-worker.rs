@@ -10,7 +10,7 @@ use clap::Parser;
 use platform::drain::{self, Phase};
 use platform::grpc::{Call, MessageLimits, Metadata, Reply, decode, frame, reject, reply, unary};
 use platform::metrics::Metrics;
-use platform::server::{ConnectionMetrics, Handler, Listener, Server, ServerSettings, bind};
+use platform::server::{ConnectionMetrics, Grpc, Handler, Listener, Server, ServerSettings, bind};
 use platform::shards::Shards;
 use platform::{admin, health::Health, tasks::owned};
 use protocol::inference::model_infer_response::InferOutputTensor;
@@ -128,9 +128,10 @@ async fn main() -> anyhow::Result<()> {
         settings: arguments.server.clone(),
         metrics: ConnectionMetrics::register(&metrics),
         shards: Arc::new(Shards::start(cores)?),
+        tls: None,
     };
     let limits = arguments.server.message_limits();
-    let handler = Echo(Arc::new((limits, arguments.delay)));
+    let handler = Grpc(Echo(Arc::new((limits, arguments.delay))));
     let listener = Listener::Tcp(bind(arguments.grpc_addr)?);
     let _admin = owned(admin::run(
         bind(arguments.admin_addr)?,
@@ -138,7 +139,7 @@ async fn main() -> anyhow::Result<()> {
         vec![health],
     ));
     let mut closing = drain.clone();
-    let serving = server.run(listener, handler, drain);
+    let serving = server.run(listener, Grpc(handler), drain);
     let ending = async {
         drain::termination().await?;
         trigger.drain(Duration::ZERO).await;

@@ -5,30 +5,13 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 use fleet_tests::process::Andon;
+use fleet_tests::scripts::python;
 use fleet_tests::{Fleet, models, root};
 
-/// Runs a script of the Python environment; its failure is the test's.
+/// Runs a script that calls a server over gRPC.
 async fn script(name: &str, address: SocketAddr, flags: &[&str]) -> Result<()> {
-    let python = root().join("target/venv/bin/python");
-    if !python.exists() {
-        bail!("target/venv is missing: run `make test`");
-    }
-    let output = tokio::process::Command::new(python)
-        .arg(root().join("tests/python/conformance").join(name))
-        .args(["--grpc", &address.to_string()])
-        .args(flags)
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output()
-        .await?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() {
-        let error = String::from_utf8_lossy(&output.stderr);
-        bail!("{name} failed:\n{said}\n{error}");
-    }
-    if !said.contains("checks passed") {
-        bail!("{name} did not say what it checked:\n{said}");
-    }
+    let grpc = address.to_string();
+    python(name, &[&["--grpc", &grpc], flags].concat()).await?;
     Ok(())
 }
 

@@ -58,6 +58,11 @@ pub struct Bench {
     /// A file with a text per line, which the requests take in turn
     #[arg(long, value_name = "FILE")]
     texts: Option<PathBuf>,
+    /// So many different requests in turn, for a server that keeps answers;
+    /// models of numbers only
+    #[arg(long, value_name = "COUNT", default_value_t = 1, conflicts_with = "texts",
+          value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    distinct: u32,
     /// Rows of each request
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     rows: Option<u32>,

@@ -2,14 +2,18 @@
 
 use std::error::Error as _;
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context;
 use http::{HeaderMap, HeaderName, HeaderValue};
+use platform::channel::Target;
 use platform::grpc::code_name;
+use platform::tls::ClientTls;
 use protocol::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
 use protocol::inference::{ModelMetadataRequest, ModelMetadataResponse, RepositoryIndexRequest};
 use tonic::metadata::MetadataMap;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
@@ -28,6 +32,13 @@ pub struct Connection {
     /// Metadata that every call carries; repeatable
     #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = header)]
     pub header: Vec<(HeaderName, HeaderValue)>,
+    /// A file with the key that every call carries; without it, the variable
+    /// ANDON_API_KEY
+    #[arg(long, global = true, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// Speak TLS, and trust the authorities of this PEM file
+    #[arg(long, global = true, value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
     /// How long to wait for an answer, for example 5s
     #[arg(long, global = true, value_name = "DURATION", value_parser = platform::config::duration)]
     pub timeout: Option<Duration>,
@@ -35,8 +46,44 @@ pub struct Connection {
 
 impl Connection {
     /// The metadata of a call.
-    pub fn headers(&self) -> HeaderMap {
-        self.header.iter().cloned().collect()
+    pub fn headers(&self) -> anyhow::Result<HeaderMap> {
+        let mut headers: HeaderMap = self.header.iter().cloned().collect();
+        if let Some(key) = self.key()? {
+            let mut value = HeaderValue::try_from(format!("Bearer {key}"))
+                .map_err(|_| anyhow::anyhow!("the key holds characters that no key has"))?;
+            value.set_sensitive(true);
+            headers.insert(http::header::AUTHORIZATION, value);
+        }
+        Ok(headers)
+    }
+
+    /// The key of the file or of the variable.
+    fn key(&self) -> anyhow::Result<Option<String>> {
+        let key = match &self.key_file {
+            Some(file) => std::fs::read_to_string(file)
+                .with_context(|| format!("cannot read {}", file.display()))?,
+            None => std::env::var("ANDON_API_KEY").unwrap_or_default(),
+        };
+        Ok(Some(key.trim().to_owned()).filter(|key| !key.is_empty()))
+    }
+
+    /// Where and how to connect.
+    pub fn target(&self) -> anyhow::Result<Target> {
+        let address = self.address.clone();
+        Ok(match &self.tls_ca {
+            Some(authorities) => Target::Tls(address, ClientTls::new(authorities)?),
+            None => Target::Tcp(address),
+        })
+    }
+
+    /// The address as a URI.
+    pub fn origin(&self) -> String {
+        let scheme = if self.tls_ca.is_some() {
+            "https"
+        } else {
+            "http"
+        };
+        format!("{scheme}://{}", self.address)
     }
 
     /// Why there is no connection, and what to do.
@@ -54,15 +101,23 @@ impl Connection {
 pub struct Client {
     stub: GrpcInferenceServiceClient<Channel>,
     connection: Connection,
+    headers: HeaderMap,
 }
 
 impl Client {
     /// Connects, or says what to do.
     pub async fn connect(connection: &Connection) -> anyhow::Result<Self> {
-        let endpoint = Endpoint::from_shared(format!("http://{}", connection.address))
+        let mut endpoint = Endpoint::from_shared(connection.origin())
             .map_err(|error| connection.unreachable(&error.to_string()))?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true);
+        if let Some(file) = &connection.tls_ca {
+            let authorities =
+                std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+            let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authorities));
+            endpoint = endpoint.tls_config(tls)?;
+        }
+        let headers = connection.headers()?;
         let channel = endpoint
             .connect()
             .await
@@ -72,6 +127,7 @@ impl Client {
                 .max_decoding_message_size(ANSWER_BYTES_MAX)
                 .max_encoding_message_size(ANSWER_BYTES_MAX),
             connection: connection.clone(),
+            headers,
         })
     }
 
@@ -82,7 +138,7 @@ impl Client {
 
     /// A call with the metadata and the deadline that were asked for.
     pub fn request<T>(&self, message: T) -> Request<T> {
-        let metadata = MetadataMap::from_headers(self.connection.headers());
+        let metadata = MetadataMap::from_headers(self.headers.clone());
         let mut request = Request::from_parts(metadata, tonic::Extensions::default(), message);
         if let Some(timeout) = self.connection.timeout {
             request.set_timeout(timeout);
@@ -129,6 +185,9 @@ impl Client {
                     "\n  Does {} speak gRPC? Andon's gRPC port is 8001; 8002 has the metrics",
                     self.connection.address
                 );
+            }
+            Code::Unauthenticated => {
+                text.push_str("\n  Give the key with --key-file FILE or in ANDON_API_KEY");
             }
             Code::Unavailable => {
                 text.push_str("\n  States and reasons are shown by: andon models list");
@@ -221,6 +280,8 @@ mod tests {
         let connection = Connection {
             address: address.clone(),
             header: Vec::new(),
+            key_file: None,
+            tls_ca: None,
             timeout: None,
         };
         let error = Client::connect(&connection)

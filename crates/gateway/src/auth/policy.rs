@@ -1,10 +1,24 @@
 //! The policy file: which tenant may call which model, and how much.
 
+mod file;
+mod pattern;
+
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::files;
 use crate::limit::Quota;
+
+pub use pattern::Pattern;
+
+/// What the file is called in errors.
+pub const WHAT: &str = "the policy";
+/// Some thousands of tenants.
+pub const BYTES_MAX: u64 = 4 << 20;
 
 /// Why a policy cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -31,19 +45,83 @@ pub enum PolicyError {
 #[derive(Debug, Default)]
 pub struct Policy {
     /// The tenants by their names.
-    pub tenants: BTreeMap<String, std::sync::Arc<Tenant>>,
+    pub tenants: BTreeMap<String, Arc<Tenant>>,
+    /// Whose the calls are that bring no credential; without it they are
+    /// refused.
+    pub anonymous: Option<Arc<Tenant>>,
+    /// Whether reflection is answered without a credential.
+    pub reflection: Openness,
+    /// The tenants by the names in their certificates.
+    pub certificates: BTreeMap<String, Arc<Tenant>>,
+    /// Whose tokens are taken; without it none are.
+    pub jwt: Option<JwtPolicy>,
+    /// How quotas are counted.
+    pub limits: LimitPolicy,
 }
 
-/// A model's name, where `*` stands for any characters.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(transparent)]
-pub struct Pattern(String);
+/// Whether something is for everybody.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Openness {
+    /// For everybody.
+    Open,
+    /// For callers with a credential.
+    #[default]
+    Closed,
+}
 
-impl Pattern {
-    /// Whether a name is one of those that the pattern stands for.
-    pub fn matches(&self, name: &str) -> bool {
-        self.0 == "*" || self.0 == name
+/// How quotas are counted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LimitPolicy {
+    /// What happens to calls when Redis is lost.
+    pub redis_lost: RedisLost,
+    /// Gateways that count together: each holds its share, limit ÷ replicas,
+    /// while Redis is lost.
+    pub replicas: u32,
+}
+
+impl Default for LimitPolicy {
+    fn default() -> Self {
+        Self {
+            redis_lost: RedisLost::default(),
+            replicas: 1,
+        }
     }
+}
+
+/// What happens to calls when Redis is lost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RedisLost {
+    /// Each gateway counts its own share.
+    #[default]
+    Open,
+    /// Calls that have a quota are refused.
+    Closed,
+}
+
+/// Whose tokens are taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JwtPolicy {
+    /// Where the signers' keys are.
+    pub jwks: JwksSource,
+    /// Who must have issued them.
+    pub issuer: String,
+    /// Whom they must be for.
+    pub audience: String,
+    /// How far the clocks may be apart.
+    pub leeway: Duration,
+    /// The claim that names the tenant.
+    pub tenant_claim: String,
+}
+
+/// Where a set of signers' keys is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum JwksSource {
+    /// A file, read again when it changes.
+    File(PathBuf),
+    /// A page, fetched again from time to time.
+    Url(reqwest::Url),
 }
 
 /// A team or a customer that shares the fleet with others.
@@ -66,13 +144,26 @@ pub struct Tenant {
     pub model_quotas: Vec<(Pattern, Quota)>,
 }
 
+impl Policy {
+    /// Reads and checks a policy file. A key set that it names is looked for
+    /// beside it, and is not read yet.
+    pub fn read(path: &Path) -> Result<Self, PolicyError> {
+        Self::parse(&files::read(path, WHAT, BYTES_MAX)?, path)
+    }
+
+    /// Checks the text of a policy file; the error names line and field.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, PolicyError> {
+        file::parse(text, path.parent().unwrap_or_else(|| Path::new("")))
+    }
+}
+
 impl Tenant {
     /// Everybody, where nobody is asked who they are.
     pub fn anyone() -> Self {
         Self {
             name: "anyone".to_owned(),
             administrator: true,
-            models: vec![Pattern("*".to_owned())],
+            models: vec![Pattern::any()],
             weight: 1,
             cache_scope: "anyone".to_owned(),
             quota: Quota::default(),
@@ -83,5 +174,179 @@ impl Tenant {
     /// Whether it may call a model or alias.
     pub fn may_call(&self, model: &str) -> bool {
         self.models.iter().any(|pattern| pattern.matches(model))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Policy, String> {
+        Policy::parse(text, Path::new("/etc/andon/policy.toml")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_whole_policy_is_read() {
+        let policy = parse(
+            r#"
+            anonymous = "guest"
+            reflection = "open"
+
+            [tenants.search]
+            models = ["minilm", "rerank-*"]
+            weight = 3
+            cache_scope = "texts"
+            certificates = ["spiffe://cluster/search", "search.internal"]
+            [tenants.search.quota]
+            requests_per_second = 100
+            burst = 200
+            [tenants.search.model_quotas."rerank-*"]
+            in_flight = 4
+
+            [tenants.guest]
+            models = ["digits"]
+            cache_scope = "texts"
+
+            [tenants.operations]
+            administrator = true
+
+            [jwt]
+            jwks_file = "jwks.json"
+            issuer = "https://login.example"
+            audience = "andon"
+            leeway = "10s"
+            tenant_claim = "team"
+
+            [limits]
+            redis_lost = "closed"
+            replicas = 3
+            "#,
+        )
+        .unwrap();
+        let search = &policy.tenants["search"];
+        assert!(search.may_call("rerank-large") && search.may_call("minilm"));
+        assert!(!search.may_call("digits") && !search.administrator);
+        assert_eq!((search.weight, search.cache_scope.as_str()), (3, "texts"));
+        assert_eq!(search.quota.requests_per_second, Some(100.0));
+        assert_eq!(search.model_quotas[0].1.in_flight, Some(4));
+        assert!(search.model_quotas[0].0.matches("rerank-x"));
+        assert_eq!(policy.tenants["operations"].cache_scope, "operations");
+        assert!(policy.tenants["operations"].administrator);
+        assert_eq!(policy.anonymous.unwrap().name, "guest");
+        assert_eq!(policy.reflection, Openness::Open);
+        assert_eq!(policy.certificates["search.internal"].name, "search");
+        let jwt = policy.jwt.unwrap();
+        let file = PathBuf::from("/etc/andon/jwks.json");
+        assert_eq!(jwt.jwks, JwksSource::File(file));
+        assert_eq!(jwt.leeway, Duration::from_secs(10));
+        assert_eq!(jwt.tenant_claim, "team");
+        assert_eq!(policy.limits.redis_lost, RedisLost::Closed);
+        assert_eq!(policy.limits.replicas, 3);
+        assert_eq!(parse("[tenants.a]").unwrap().limits, LimitPolicy::default());
+    }
+
+    #[test]
+    fn errors_name_the_line_and_the_field() {
+        let jwt = "[jwt]\nissuer = \"i\"\naudience = \"a\"\n";
+        for (text, said) in [
+            ("[tenants.a]\nmodel = []", ["line 2", "tenants.a", "model"]),
+            (
+                "[tenants.a]\n\nweight = 0",
+                ["line 3", "tenants.a.weight", "1 to 1000"],
+            ),
+            (
+                "[tenants.a]\nweight = 1001",
+                ["line 2", "tenants.a.weight", "1 to 1000"],
+            ),
+            (
+                "[tenants.a]\nmodels = [\"b\", \"c d\"]",
+                ["line 2", "tenants.a.models[1]", "letters"],
+            ),
+            ("[tenants.\"a b\"]", ["line 1", "tenants", "letters"]),
+            (
+                "anonymous = \"b\"\n[tenants.a]",
+                ["line 1", "anonymous", "no tenant"],
+            ),
+            (
+                "anonymous = \"a\"\n[tenants.a]\nadministrator = true",
+                ["line 1", "anonymous", "administrator"],
+            ),
+            ("reflection = \"ajar\"", ["line 1", "reflection", "open"]),
+            (
+                "[tenants.a]\ncache_scope = \"b\"\n[tenants.b]",
+                ["line 2", "tenants.a.cache_scope", "name it there too"],
+            ),
+            (
+                "[tenants.a]\ncertificates = [\"x\"]\n[tenants.b]\ncertificates = [\"x\"]",
+                ["line 4", "tenants.b.certificates", "two tenants"],
+            ),
+            (
+                "[tenants.a.quota]\nin_flight = 0",
+                ["line 1", "tenants.a.quota.in_flight", "more than nothing"],
+            ),
+            (
+                "[tenants.a.quota]\nrequests_per_second = inf",
+                ["tenants.a.quota.requests_per_second", "number", "line 1"],
+            ),
+            (
+                "[tenants.a.quota]\nburst = 5",
+                ["tenants.a.quota.burst", "requests_per_second", "line 1"],
+            ),
+            (
+                "[tenants.a.model_quotas.\"b c\"]",
+                ["line 1", "tenants.a.model_quotas", "letters"],
+            ),
+            (
+                "[limits]\nreplicas = 0",
+                ["line 2", "limits.replicas", "1 to"],
+            ),
+            (jwt, ["line 1", "jwt", "jwks_file or jwks_url"]),
+            ("a = ", ["line 1", "policy", ""]),
+        ] {
+            let error = parse(text).unwrap_err();
+            for said in said {
+                assert!(error.contains(said), "{text}\n{error}\nlacks {said}");
+            }
+        }
+    }
+
+    #[test]
+    fn key_sets_come_from_trustworthy_places() {
+        let with = |line: &str| {
+            let rest = "issuer = \"i\"\naudience = \"a\"\n";
+            parse(&format!("[tenants.a]\n[jwt]\n{rest}{line}")).map(|policy| policy.jwt.unwrap())
+        };
+        for right in [
+            "https://login.example/keys",
+            "http://127.0.0.1:80/keys",
+            "http://[::1]/keys",
+            "http://localhost:1/keys",
+        ] {
+            let jwt = with(&format!("jwks_url = \"{right}\"")).unwrap();
+            assert!(matches!(jwt.jwks, JwksSource::Url(_)));
+            assert_eq!(jwt.leeway, Duration::from_secs(30));
+        }
+        for wrong in [
+            "jwks_url = \"http://login.example/keys\"",
+            "jwks_url = \"http://127.0.0.1.example/keys\"",
+            "jwks_url = \"https://user:word@login.example/keys\"",
+            "jwks_url = \"ftp://127.0.0.1/keys\"",
+            "jwks_url = \"keys\"",
+            "jwks_url = \"https://a/\"\njwks_file = \"b\"",
+            "jwks_file = \"b\"\nleeway = \"1h\"",
+            "jwks_file = \"b\"\ntenant_claim = \"\"",
+        ] {
+            let error = with(wrong).unwrap_err();
+            assert!(error.contains("line") && error.contains("jwt"), "{error}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_open_unless_it_is_said() {
+        let policy = parse("[tenants.a]").unwrap();
+        assert!(policy.anonymous.is_none() && policy.jwt.is_none());
+        assert_eq!(policy.reflection, Openness::Closed);
+        let tenant = &policy.tenants["a"];
+        assert!(!tenant.administrator && !tenant.may_call("minilm"));
     }
 }

@@ -94,6 +94,11 @@ pub(super) async fn read(
 impl Answer {
     /// An answer that the gateway made itself.
     pub fn own(message: &impl prost::Message, metadata: HeaderMap) -> Self {
+        Self::of_framed(frame(message), metadata)
+    }
+
+    /// An answer of an encoded message with its prefix.
+    pub fn of_framed(framed: Bytes, metadata: HeaderMap) -> Self {
         let mut headers = metadata;
         headers.insert(
             http::header::CONTENT_TYPE,
@@ -103,7 +108,7 @@ impl Answer {
         trailers.insert("grpc-status", HeaderValue::from_static("0"));
         Self {
             headers,
-            first: Some(frame(message)),
+            first: Some(framed),
             rest: Vec::new(),
             trailers: Some(trailers),
             held: Vec::new(),
@@ -136,6 +141,23 @@ impl Answer {
             tokens: tokens.unwrap_or_default(),
             cost: self.cost,
         }
+    }
+
+    /// The message of an answer that has one, without its prefix. It is copied
+    /// only when it came in pieces.
+    pub fn message(&self) -> Option<Bytes> {
+        let first = self.first.clone()?;
+        if self.code() != Code::Ok || first.first() != Some(&0) {
+            return None;
+        }
+        let framed = match self.rest.as_slice() {
+            [] => first,
+            rest => [std::slice::from_ref(&first), rest]
+                .concat()
+                .concat()
+                .into(),
+        };
+        (framed.len() >= 5).then(|| framed.slice(5..))
     }
 
     /// The status's code.

@@ -65,7 +65,7 @@ pub struct Tally {
 impl Load {
     /// A load on one server.
     pub fn new(connection: &Connection, requests: Vec<Bytes>) -> anyhow::Result<Self> {
-        let mut headers = connection.headers();
+        let mut headers = connection.headers()?;
         headers.insert("content-type", HeaderValue::from_static("application/grpc"));
         headers.insert("te", HeaderValue::from_static("trailers"));
         if let Some(timeout) = connection.timeout {
@@ -74,8 +74,8 @@ impl Load {
             headers.insert("grpc-timeout", HeaderValue::try_from(format!("{millis}m"))?);
         }
         Ok(Self {
-            target: Target::Tcp(connection.address.clone()),
-            uri: format!("http://{}{PATH}", connection.address).parse()?,
+            target: connection.target()?,
+            uri: format!("{}{PATH}", connection.origin()).parse()?,
             headers,
             requests,
             timeout: connection.timeout.unwrap_or(TIMEOUT),
@@ -323,6 +323,8 @@ pub mod tests {
     async fn a_server_that_is_gone_is_counted_and_ends_the_run() {
         let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let connection = Connection {
+            key_file: None,
+            tls_ca: None,
             address: listener.local_addr().unwrap().to_string(),
             header: Vec::new(),
             timeout: None,

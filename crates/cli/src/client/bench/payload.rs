@@ -46,7 +46,10 @@ impl Payload {
         };
         let rows = rows(first, options)?;
         // The last request takes texts from the start again, to have as many.
-        let distinct = texts.len().div_ceil(rows).max(1);
+        let distinct = match texts.len().div_ceil(rows) {
+            0 => usize::try_from(options.distinct)?,
+            distinct => distinct,
+        };
         let (mut requests, mut raw_bytes, mut framed_bytes) = (Vec::new(), 0, 0);
         for index in 0..distinct {
             let places = (index * rows..(index + 1) * rows).map(|place| place % texts.len().max(1));
@@ -54,7 +57,12 @@ impl Payload {
                 .filter_map(|place| texts.get(place))
                 .map(String::as_str)
                 .collect();
-            let message = request(metadata, options, rows, &texts)?;
+            let values = Values {
+                rows,
+                texts: &texts,
+                index,
+            };
+            let message = request(metadata, options, values)?;
             raw_bytes += message
                 .raw_input_contents
                 .iter()
@@ -77,12 +85,20 @@ impl Payload {
     }
 }
 
+/// What one request is filled with.
+#[derive(Clone, Copy)]
+struct Values<'a> {
+    rows: usize,
+    texts: &'a [&'a str],
+    /// The request's number: requests of other numbers have other values.
+    index: usize,
+}
+
 /// One request; the first input takes the wanted bytes, the others a row's.
 fn request(
     metadata: &ModelMetadataResponse,
     options: &Bench,
-    rows: usize,
-    texts: &[&str],
+    values: Values<'_>,
 ) -> anyhow::Result<ModelInferRequest> {
     let mut message = ModelInferRequest {
         model_name: options.model.clone(),
@@ -92,8 +108,8 @@ fn request(
     };
     for (place, input) in metadata.inputs.iter().enumerate() {
         let bytes = options.payload_bytes.filter(|_| place == 0);
-        let (shape, raw) = contents(input, rows, texts, bytes)
-            .with_context(|| format!("input '{}'", input.name))?;
+        let (shape, raw) =
+            contents(input, values, bytes).with_context(|| format!("input '{}'", input.name))?;
         message.inputs.push(InferInputTensor {
             name: input.name.clone(),
             datatype: input.datatype.clone(),
@@ -146,10 +162,10 @@ fn row_elements(input: &TensorMetadata) -> anyhow::Result<usize> {
 /// The shape and raw bytes of one input.
 fn contents(
     input: &TensorMetadata,
-    rows: usize,
-    texts: &[&str],
+    values: Values<'_>,
     bytes: Option<usize>,
 ) -> anyhow::Result<(Vec<i64>, Bytes)> {
+    let Values { rows, texts, index } = values;
     let datatype: Datatype = input.datatype.parse()?;
     let mut shape = input.shape.clone();
     if let Some(batch) = shape.first_mut().filter(|length| **length < 0) {
@@ -164,7 +180,7 @@ fn contents(
     }
     let elements = Shape::checked(&shape)?.elements();
     let raw = match width {
-        Some(width) => numbers(datatype, elements, width)?,
+        Some(width) => numbers(datatype, (elements, width), index)?,
         None if texts.is_empty() => {
             let text = text(bytes.unwrap_or(TEXT_BYTES));
             ensure_fits(elements, text.len())?;
@@ -178,11 +194,18 @@ fn contents(
     Ok((shape, raw.into()))
 }
 
-/// Numbers from 0 to 16, which every model so far takes.
-fn numbers(datatype: Datatype, elements: usize, width: usize) -> anyhow::Result<Vec<u8>> {
+/// Numbers from 0 to 16, which every model so far takes. The first are the
+/// digits of `index` to the base 17.
+fn numbers(
+    datatype: Datatype,
+    (elements, width): (usize, usize),
+    index: usize,
+) -> anyhow::Result<Vec<u8>> {
     ensure_fits(elements, width)?;
-    let raw = (0..elements).flat_map(|element| {
-        let value = (element % 17) as u8;
+    let mut left = index;
+    let raw = (0..elements).flat_map(move |element| {
+        let value = ((element + left % 17) % 17) as u8;
+        left /= 17;
         let mut bytes = [0; 8];
         match datatype {
             Datatype::Bool => bytes[0] = value & 1,
@@ -224,6 +247,22 @@ mod tests {
         }
     }
 
+    fn values<'a>(rows: usize, texts: &'a [&'a str]) -> Values<'a> {
+        Values {
+            rows,
+            texts,
+            index: 0,
+        }
+    }
+
+    #[test]
+    fn requests_of_other_numbers_have_other_values() {
+        let made: std::collections::HashSet<Vec<u8>> = (0..5000)
+            .map(|index| numbers(Datatype::Fp32, (64, 4), index).unwrap())
+            .collect();
+        assert_eq!(made.len(), 5000);
+    }
+
     #[test]
     fn payloads_have_about_the_wanted_bytes() {
         for (datatype, shape, rows, wanted, bytes) in [
@@ -236,14 +275,14 @@ mod tests {
             ("INT64", vec![3], 1, vec![3], 24),
         ] {
             let input = input(datatype, &shape);
-            let (shape, raw) = contents(&input, rows, &[], Some(1024)).unwrap();
+            let (shape, raw) = contents(&input, values(rows, &[]), Some(1024)).unwrap();
             assert_eq!((shape, raw.len()), (wanted, bytes), "{datatype}");
         }
     }
 
     #[test]
     fn texts_are_taken_in_turn() {
-        let (shape, raw) = contents(&input("BYTES", &[-1]), 3, &["a", "b"], None).unwrap();
+        let (shape, raw) = contents(&input("BYTES", &[-1]), values(3, &["a", "b"]), None).unwrap();
         let texts: Vec<&[u8]> = tensor::bytes_elements(&raw)
             .collect::<Result<_, _>>()
             .unwrap();
@@ -252,8 +291,8 @@ mod tests {
 
     #[test]
     fn what_fits_no_request_is_refused() {
-        assert!(contents(&input("FP32", &[-1, i64::MAX]), 2, &[], None).is_err());
-        assert!(contents(&input("FP32", &[-1, 1 << 40]), 1, &[], None).is_err());
-        assert!(contents(&input("FP99", &[-1]), 1, &[], None).is_err());
+        assert!(contents(&input("FP32", &[-1, i64::MAX]), values(2, &[]), None).is_err());
+        assert!(contents(&input("FP32", &[-1, 1 << 40]), values(1, &[]), None).is_err());
+        assert!(contents(&input("FP99", &[-1]), values(1, &[]), None).is_err());
     }
 }

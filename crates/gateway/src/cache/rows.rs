@@ -1,0 +1,121 @@
+//! Requests as rows that are known or computed each on its own. What cannot be
+//! read as such goes to a worker as it came, so that the worker's own error
+//! comes back.
+
+mod infer;
+mod rerank;
+mod text;
+
+use bytes::Bytes;
+use http::header::HeaderName;
+use http::{HeaderMap, HeaderValue};
+use platform::grpc::Message;
+use protocol::TOKENS_KEY;
+use protocol::tei::v1 as tei;
+
+use super::key::{Key, Source};
+use super::memory::Row;
+use crate::service::Request;
+
+/// Rows of one request: more are seldom asked for twice.
+const ROWS_MAX: usize = 4096;
+/// Bytes of one request: hashing them keeps a thread for some milliseconds.
+const MESSAGE_BYTES_MAX: usize = 4 << 20;
+
+/// A request whose rows are known or computed each on its own.
+pub trait Rows: Send + Sync {
+    /// What stands for each row.
+    fn keys(&self) -> &[Key];
+
+    /// The request for some of the rows.
+    fn part(&self, places: &[usize]) -> Message;
+
+    /// The rows of an answer to so many, and what they took; none when the
+    /// answer is not what such a request has.
+    fn split(&self, answer: Bytes, headers: &HeaderMap, count: usize) -> Option<Split>;
+
+    /// The answer of some rows, one for each of the request, framed; adds to
+    /// its metadata. None when the rows do not belong together.
+    fn join(&self, rows: &[Row], paid: &Paid, headers: &mut HeaderMap) -> Option<Bytes>;
+}
+
+/// An answer in rows.
+#[derive(Debug)]
+pub struct Split {
+    /// One for each row that was asked for.
+    pub rows: Vec<Row>,
+    /// What the call says it took.
+    pub took: tei::Metadata,
+}
+
+/// What the computed part of an answer took.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Paid {
+    /// Tokens.
+    pub tokens: u64,
+    /// What an outside provider takes for it.
+    pub cost: f64,
+    /// What text calls say of it.
+    pub took: tei::Metadata,
+}
+
+/// A request in rows; none when it is no such request.
+pub fn of(request: &Request, source: &Source<'_>) -> Option<Box<dyn Rows>> {
+    let framed = request.message.framed();
+    if framed.len() < 5 || framed.len() > MESSAGE_BYTES_MAX {
+        return None;
+    }
+    let message = framed.slice(5..);
+    let path = request.path.path();
+    match path {
+        "/inference.GRPCInferenceService/ModelInfer" => infer::Infer::read(message, source),
+        "/tei.v1.Rerank/Rerank" => rerank::Rerank::read(message, source),
+        "/tei.v1.Embed/Embed" => {
+            text::Text::<tei::EmbedRequest, tei::EmbedResponse>::read(message, path, source)
+        }
+        "/tei.v1.Embed/EmbedAll" => {
+            text::Text::<tei::EmbedAllRequest, tei::EmbedAllResponse>::read(message, path, source)
+        }
+        "/tei.v1.Predict/Predict" => {
+            text::Text::<tei::PredictRequest, tei::PredictResponse>::read(message, path, source)
+        }
+        "/tei.v1.Predict/PredictPair" => {
+            text::Text::<tei::PredictPairRequest, tei::PredictResponse>::read(message, path, source)
+        }
+        "/tei.v1.Tokenize/Tokenize" => {
+            text::Text::<tei::EncodeRequest, tei::EncodeResponse>::read(message, path, source)
+        }
+        "/tei.v1.Tokenize/Decode" => {
+            text::Text::<tei::DecodeRequest, tei::DecodeResponse>::read(message, path, source)
+        }
+        _ => None,
+    }
+}
+
+const COMPUTE_TYPE: HeaderName = HeaderName::from_static("x-compute-type");
+const CHARACTERS: HeaderName = HeaderName::from_static("x-compute-characters");
+
+/// The metadata of a text call's answer: `kind` is the kind of device that
+/// computed it once; the tokens are those of this call.
+fn text_headers(kind: &[u8], characters: u32, paid: &Paid, headers: &mut HeaderMap) {
+    if let Ok(kind) = HeaderValue::from_bytes(kind) {
+        headers.insert(COMPUTE_TYPE, kind);
+    }
+    headers.insert(CHARACTERS, characters.into());
+    headers.insert(TOKENS_KEY, paid.tokens.into());
+    for (name, ns) in [
+        ("x-compute-time", paid.took.total_time_ns),
+        ("x-total-time", paid.took.total_time_ns),
+        ("x-tokenization-time", paid.took.tokenization_time_ns),
+        ("x-queue-time", paid.took.queue_time_ns),
+        ("x-inference-time", paid.took.inference_time_ns),
+    ] {
+        headers.insert(HeaderName::from_static(name), (ns / 1_000_000).into());
+    }
+}
+
+/// The kind of device that an answer names.
+fn compute_type(headers: &HeaderMap) -> &[u8] {
+    let kind = headers.get(COMPUTE_TYPE).map(HeaderValue::as_bytes);
+    kind.unwrap_or_default()
+}

@@ -1,0 +1,249 @@
+use super::*;
+
+fn tenant(name: &str, weight: u32) -> Tenant {
+    Tenant {
+        name: name.to_owned(),
+        weight,
+        ..Tenant::anyone()
+    }
+}
+
+fn line(window: u64) -> Line {
+    Line {
+        window,
+        ..Line::default()
+    }
+}
+
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Who has been called of those that wait, in no order; they are removed.
+fn called(waiting: &mut Vec<(usize, Place)>) -> Vec<(usize, u64)> {
+    let mut out = Vec::new();
+    waiting.retain_mut(|(who, place)| match place.called.try_recv() {
+        Ok(()) => {
+            out.push((*who, place.items));
+            false
+        }
+        Err(_) => true,
+    });
+    out
+}
+
+fn join(line: &mut Line, tenants: &[Tenant], who: usize, items: u64) -> Option<(usize, Place)> {
+    match line.enter(&tenants[who], items, 100_000, LONG) {
+        Entry::Passed => None,
+        Entry::Waits(place) => Some((who, place)),
+        Entry::Refused(reason, _) => panic!("{reason:?}"),
+    }
+}
+
+/// Rows by tenant that are served while all have calls waiting.
+fn shares(weights: &[u32], rows: impl Fn(usize, u64) -> u64, turns: usize) -> Vec<u64> {
+    let tenants: Vec<Tenant> = weights
+        .iter()
+        .enumerate()
+        .map(|(index, weight)| tenant(&index.to_string(), *weight))
+        .collect();
+    let mut line = line(8);
+    let (mut waiting, mut running) = (Vec::new(), VecDeque::new());
+    let mut number = 0;
+    for who in (0..tenants.len()).cycle().take(tenants.len() * 40) {
+        number += 1;
+        match join(&mut line, &tenants, who, rows(who, number)) {
+            Some(place) => waiting.push(place),
+            None => running.push_back((who, rows(who, number))),
+        }
+    }
+    let mut served = vec![0; tenants.len()];
+    for _ in 0..turns {
+        let (_, items) = running.pop_front().unwrap();
+        line.release(items, Instant::now());
+        for (who, items) in called(&mut waiting) {
+            served[who] += items;
+            running.push_back((who, items));
+            number += 1;
+            // The same tenant calls again at once.
+            waiting.extend(join(&mut line, &tenants, who, rows(who, number)));
+        }
+        assert!(!running.is_empty(), "rows wait and nobody is called");
+    }
+    served
+}
+
+#[test]
+fn rows_are_shared_by_weight() {
+    for weights in [vec![1, 1], vec![1, 3], vec![1, 2, 5]] {
+        let served = shares(
+            &weights,
+            |who, number| 1 + (who as u64 + number) % 4,
+            20_000,
+        );
+        let total: u64 = served.iter().sum();
+        let weight: u32 = weights.iter().sum();
+        for (served, own) in served.iter().zip(&weights) {
+            let (share, wanted) = (
+                *served as f64 / total as f64,
+                f64::from(*own) / f64::from(weight),
+            );
+            assert!(
+                (share / wanted - 1.0).abs() < 0.03,
+                "{share} of {wanted}, {weights:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn large_calls_take_no_more_than_small_ones() {
+    let served = shares(&[1, 1], |who, _| if who == 0 { 32 } else { 1 }, 20_000);
+    let ratio = served[0] as f64 / served[1] as f64;
+    assert!((ratio - 1.0).abs() < 0.05, "{served:?}");
+}
+
+#[test]
+fn a_tenant_that_comes_new_is_next() {
+    let tenants = [tenant("many", 1), tenant("few", 1)];
+    let mut line = line(4);
+    let mut waiting: Vec<_> = (0..1000)
+        .filter_map(|_| join(&mut line, &tenants, 0, 1))
+        .collect();
+    for _ in 0..500 {
+        line.release(1, Instant::now());
+    }
+    called(&mut waiting);
+    waiting.extend(join(&mut line, &tenants, 1, 1));
+    line.release(1, Instant::now());
+    line.release(1, Instant::now());
+    assert!(called(&mut waiting).iter().any(|(who, _)| *who == 1));
+}
+
+#[test]
+fn a_call_larger_than_the_window_passes() {
+    let tenants = [tenant("a", 1)];
+    let mut line = line(4);
+    assert!(join(&mut line, &tenants, 0, 100).is_none());
+    let mut waiting: Vec<_> = join(&mut line, &tenants, 0, 100).into_iter().collect();
+    assert!(called(&mut waiting).is_empty());
+    line.release(100, Instant::now());
+    assert_eq!(called(&mut waiting), [(0, 100)]);
+}
+
+#[test]
+fn what_cannot_be_in_time_is_refused() {
+    let tenants = [tenant("a", 1)];
+    let mut line = line(1);
+    let start = Instant::now();
+    let mut waiting: Vec<_> = (0..50)
+        .filter_map(|_| join(&mut line, &tenants, 0, 1))
+        .collect();
+    // A row in 10 ms.
+    for number in 1..30 {
+        line.release(1, start + Duration::from_millis(10) * number);
+    }
+    called(&mut waiting);
+    assert_eq!(waiting.len(), 20);
+    let refused = line.enter(&tenants[0], 1, 1000, Duration::from_millis(100));
+    assert!(
+        matches!(refused, Entry::Refused(Reason::TooLate, _)),
+        "{refused:?}"
+    );
+    let waits = line.enter(&tenants[0], 1, 1000, Duration::from_millis(400));
+    assert!(matches!(waits, Entry::Waits(_)), "{waits:?}");
+    let refused = line.enter(&tenants[0], 1, 21, LONG);
+    assert!(
+        matches!(refused, Entry::Refused(Reason::Full, _)),
+        "{refused:?}"
+    );
+    let other = line.enter(&tenant("b", 1), 1, 21, Duration::from_millis(100));
+    assert!(matches!(other, Entry::Waits(_)), "{other:?}");
+}
+
+fn fair(rows: u32) -> (Fair, LimitMetrics) {
+    let settings = LimitSettings {
+        redis: None,
+        redis_password_file: None,
+        fair_rows: rows,
+        fair_queue: 1000,
+    };
+    let metrics = LimitMetrics::default();
+    (Fair::new(&settings, &metrics), metrics)
+}
+
+fn wanted(items: u64) -> Wanted<'static> {
+    Wanted {
+        model: "m",
+        workers: 1,
+        items,
+        deadline: Instant::now() + LONG,
+    }
+}
+
+/// Whoever leaves, before or after being called, gives its turn to the next.
+#[tokio::test]
+async fn callers_who_leave_lose_no_turn() {
+    use futures::FutureExt;
+    use rand::{RngExt, SeedableRng};
+    let mut random = rand::rngs::StdRng::seed_from_u64(7);
+    for _ in 0..50 {
+        let (fair, metrics) = fair(4);
+        let fair = &fair;
+        let tenants: Vec<Tenant> = (1..4).map(|w| tenant(&w.to_string(), w)).collect();
+        let (mut turns, mut waiting) = (Vec::new(), Vec::new());
+        for _ in 0..300 {
+            match random.random_range(0..5) {
+                0 | 1 => {
+                    let who = tenants[random.random_range(0..3)].clone();
+                    let items = random.random_range(1..6);
+                    let mut call = async move { fair.turn(&who, wanted(items)).await }.boxed();
+                    match (&mut call).now_or_never() {
+                        Some(turn) => turns.push(turn.unwrap()),
+                        None => waiting.push(call),
+                    }
+                }
+                2 if !turns.is_empty() => {
+                    turns.swap_remove(random.random_range(0..turns.len()));
+                }
+                3 if !waiting.is_empty() => {
+                    drop(waiting.swap_remove(random.random_range(0..waiting.len())));
+                }
+                _ if !waiting.is_empty() => {
+                    let index = random.random_range(0..waiting.len());
+                    if let Some(turn) = (&mut waiting[index]).now_or_never() {
+                        turns.push(turn.unwrap());
+                        drop(waiting.swap_remove(index));
+                    }
+                }
+                _ => {}
+            }
+            let line = fair.line("m");
+            let line = lock(&line);
+            assert!(line.waiting == 0 || line.under_way >= line.window);
+        }
+        drop(turns);
+        // In whatever order they are called; each round calls one at least.
+        for _ in 0..300 {
+            waiting.retain_mut(|call| call.now_or_never().is_none());
+        }
+        assert!(waiting.is_empty(), "{} are never called", waiting.len());
+        drop(waiting);
+        let line = fair.line("m");
+        let line = lock(&line);
+        assert_eq!((line.under_way, line.waiting, line.lanes.len()), (0, 0, 0));
+        assert_eq!(metrics.fair_waiting.get(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_turn_without_a_line_costs_little() {
+    let (fair, _) = fair(64);
+    let caller = tenant("a", 1);
+    let started = std::time::Instant::now();
+    for _ in 0..100_000 {
+        drop(fair.turn(&caller, wanted(1)).await.unwrap());
+    }
+    println!(
+        "a turn that passes at once: {:?}",
+        started.elapsed() / 100_000
+    );
+}

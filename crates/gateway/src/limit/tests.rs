@@ -1,0 +1,198 @@
+use std::path::Path;
+
+use super::*;
+use crate::auth::{AuthSettings, Policy};
+
+fn limit() -> Limit {
+    let settings = LimitSettings {
+        redis: None,
+        redis_password_file: None,
+        fair_rows: 64,
+        fair_queue: 1000,
+    };
+    let auth = Arc::new(Auth::new(&AuthSettings::default()).unwrap());
+    Limit::new(&settings, auth, None, &LimitMetrics::default())
+}
+
+fn caller(quota: &str) -> Caller {
+    let text = format!("[tenants.a]\nmodels = [\"*\"]\n{quota}");
+    let policy = Policy::parse(&text, Path::new("policy.toml")).unwrap();
+    Caller {
+        tenant: policy.tenants["a"].clone(),
+        credential: "key".into(),
+    }
+}
+
+fn scope(quota: &str) -> Arc<Scope> {
+    Meters::new(&caller(quota).tenant, None).all.clone()
+}
+
+fn at(seconds: f64) -> Now {
+    Now {
+        seconds,
+        // A minute and a day begin with the test.
+        unix_ms: 20_000 * 86_400_000 + (seconds * 1000.0) as u64,
+    }
+}
+
+const REQUEST: Needs = Needs {
+    requests: Some(1),
+    items: None,
+};
+
+fn items(items: u64) -> Needs {
+    Needs {
+        requests: None,
+        items: Some(items),
+    }
+}
+
+#[test]
+fn a_rate_lets_its_burst_pass_and_then_the_rate() {
+    let scope = scope("quota = { requests_per_second = 10, burst = 5 }");
+    let take = |now| scope.take(REQUEST, at(now), Taken::Alone);
+    assert_eq!((0..100).filter(|_| take(1.0).is_ok()).count(), 5);
+    let denied = take(1.0).unwrap_err();
+    assert!((denied.retry_after.as_secs_f64() - 0.1).abs() < 1e-6);
+    // Ten seconds of a call each millisecond.
+    let passed = (0..10_000)
+        .filter(|ms| take(1.0 + f64::from(*ms) / 1000.0).is_ok())
+        .count();
+    assert!((99..=100).contains(&passed), "{passed}");
+    // No more than the burst is saved up.
+    assert_eq!((0..100).filter(|_| take(1000.0).is_ok()).count(), 5);
+}
+
+#[test]
+fn a_share_is_the_limit_by_the_replicas() {
+    let scope = scope("quota = { requests_per_second = 10, items_per_minute = 100 }");
+    let taken = Taken::Share(4);
+    let take = |needs, now| scope.take(needs, at(now), taken).is_ok();
+    let passed = (0..10_000)
+        .filter(|ms| take(REQUEST, f64::from(*ms) / 1000.0))
+        .count();
+    assert!((26..=28).contains(&passed), "{passed}");
+    assert_eq!((0..100).filter(|_| take(items(1), 0.0)).count(), 25);
+}
+
+#[test]
+fn windows_begin_with_the_minute_and_the_day() {
+    let scope = scope("quota = { items_per_minute = 10, items_per_day = 25 }");
+    let take = |n, now| scope.take(items(n), at(now), Taken::Alone);
+    assert!(take(10, 30.0).is_ok());
+    let denied = take(1, 45.0).unwrap_err();
+    assert_eq!(denied.rule.what.name(), "items_per_minute");
+    assert_eq!(denied.retry_after, Duration::from_secs(15));
+    assert!(take(10, 60.0).is_ok());
+    assert!(take(6, 120.0).is_err());
+    assert!(take(5, 120.0).is_ok());
+    let denied = take(1, 180.0).unwrap_err();
+    assert_eq!(denied.rule.what.name(), "items_per_day");
+    assert_eq!(denied.retry_after, Duration::from_secs(86_400 - 180));
+    assert!(take(10, 86_400.0).is_ok());
+}
+
+#[test]
+fn tokens_and_costs_are_paid_afterwards() {
+    let scope = scope("quota = { tokens_per_minute = 100, cost_per_day = 0.5 }");
+    let take = |now| scope.take(items(1), at(now), Taken::Alone);
+    let usage = |tokens, cost| Usage { tokens, cost };
+    assert!(take(0.0).is_ok());
+    scope.charge(usage(99, 0.0), at(1.0));
+    assert!(take(2.0).is_ok());
+    scope.charge(usage(1, 0.25), at(2.0));
+    assert!(take(2.0).is_err());
+    assert!(take(60.0).is_ok());
+    scope.charge(usage(0, 0.25), at(60.0));
+    let denied = take(61.0).unwrap_err();
+    assert_eq!(denied.rule.what.name(), "cost_per_day");
+    assert!(take(86_400.0).is_ok());
+}
+
+#[tokio::test]
+async fn refusals_say_which_limit_and_when() {
+    let limit = limit();
+    let caller = caller(
+        "quota = { requests_per_second = 1, in_flight = 2 }\n\
+         [tenants.a.model_quotas.\"mini*\"]\nitems_per_minute = 100",
+    );
+    let first = limit.enter(&caller).await.unwrap();
+    let error = limit.enter(&caller).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::QuotaSpent);
+    assert!(error.retry_after().unwrap() <= Duration::from_secs(1));
+    let said = "the tenant's limit of 1 requests per second for all models is spent";
+    assert_eq!(error.to_string(), said);
+    let _ticket = limit.take(&caller, "minilm", 100).await.unwrap();
+    let error = limit.take(&caller, "minilm", 1).await.unwrap_err();
+    let said = "the tenant's limit of 100 items per minute for 'mini*' is spent";
+    assert_eq!(error.to_string(), said);
+    // One of another model is not concerned; one without rows takes none.
+    limit.take(&caller, "digits", 1).await.unwrap();
+    limit.take(&caller, "minilm", 0).await.unwrap();
+    let error = limit.take(&caller, "minilm", 101).await.unwrap_err();
+    assert_eq!((error.kind(), error.retry_after()), (Kind::TooLarge, None));
+    drop(first);
+    assert_eq!(limit.0.metrics.limited("items_per_minute").get(), 2);
+}
+
+#[tokio::test]
+async fn places_are_given_back_and_refused_calls_take_nothing() {
+    let limit = limit();
+    let caller = caller(
+        "quota = { items_per_minute = 10 }\n\
+         [tenants.a.model_quotas.\"m\"]\nin_flight = 1\nitems_per_day = 3",
+    );
+    let ticket = limit.take(&caller, "m", 3).await.unwrap();
+    let error = limit.take(&caller, "m", 1).await.unwrap_err();
+    let said = "the tenant's limit of 1 calls under way for 'm' is reached";
+    assert_eq!(error.to_string(), said);
+    drop(ticket);
+    // The place is free, the rows are spent.
+    let error = limit.take(&caller, "m", 1).await.unwrap_err();
+    assert!(error.to_string().contains("3 items per day"), "{error}");
+    let error = limit.take(&caller, "m", 1).await.unwrap_err();
+    assert!(error.to_string().contains("3 items per day"), "{error}");
+    // What those did not use of the whole is there for others.
+    limit.take(&caller, "other", 7).await.unwrap();
+    limit.take(&caller, "other", 1).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn what_is_counted_outlives_the_policy() {
+    let limit = limit();
+    let with = |items: u64| {
+        caller(&format!(
+            "quota = {{ items_per_day = {items}, in_flight = 2 }}"
+        ))
+    };
+    let (before, after) = (with(10), with(20));
+    let place = limit.enter(&before).await.unwrap();
+    limit.take(&before, "m", 10).await.unwrap();
+    limit.take(&before, "m", 1).await.unwrap_err();
+    limit.take(&after, "m", 10).await.unwrap();
+    limit.take(&after, "m", 1).await.unwrap_err();
+    let other = limit.enter(&after).await.unwrap();
+    limit.enter(&after).await.unwrap_err();
+    drop((place, other));
+    limit.enter(&after).await.unwrap();
+}
+
+#[tokio::test]
+async fn limits_cost_little() {
+    let limit = limit();
+    let free = caller("");
+    let all = caller(
+        "quota = { requests_per_second = 1e9, items_per_minute = 1000000000, tokens_per_day = 1000000000, in_flight = 10 }\n\
+         [tenants.a.model_quotas.\"m*\"]\nrequests_per_second = 1e9\nin_flight = 10",
+    );
+    for (what, caller) in [("no limits", &free), ("all limits", &all)] {
+        let started = Instant::now();
+        for _ in 0..100_000 {
+            let entered = limit.enter(caller).await.unwrap();
+            let ticket = limit.take(caller, "minilm", 1).await.unwrap();
+            ticket.charge(Usage::default());
+            drop((entered, ticket));
+        }
+        println!("{what}: {:?}", started.elapsed() / 100_000);
+    }
+}

@@ -1,0 +1,458 @@
+//! What a tenant may call, counted by one gateway and by several with a Redis
+//! that may fail, and how tenants share what there is.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use fleet_tests::calls::{client, texts};
+use fleet_tests::process::{Andon, scratch};
+use fleet_tests::redis::Redis;
+use fleet_tests::{program, until};
+use protocol::inference::ModelInferRequest;
+use tokio::task::JoinSet;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+const UP: &str = "andon_gateway_redis_up";
+
+/// Gateways that hold tenants to a policy, over a worker that echoes.
+struct Held {
+    gateways: Vec<Andon>,
+    keys: BTreeMap<String, String>,
+    _worker: Andon,
+    folder: PathBuf,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // A file that stays harms nobody.
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+impl Held {
+    /// `policy` names the tenants `a` and perhaps `b`.
+    async fn start(policy: &str, gateways: usize, flags: &[&str], delay: &str) -> Result<Self> {
+        let folder = scratch("quota")?;
+        std::fs::create_dir_all(&folder)?;
+        let path = |name: &str| folder.join(name).display().to_string();
+        std::fs::write(folder.join("policy.toml"), policy)?;
+        std::fs::write(folder.join("keys.toml"), "")?;
+        let mut keys = BTreeMap::new();
+        for tenant in ["a", "b"] {
+            if policy.contains(&format!("[tenants.{tenant}]")) {
+                let output = Command::new(program("andon")?)
+                    .args(["keys", "create", "--tenant", tenant])
+                    .args(["--keys", &path("keys.toml")])
+                    .output()?;
+                ensure!(output.status.success(), "no key for {tenant}");
+                let key = String::from_utf8(output.stdout)?.trim().to_owned();
+                keys.insert(tenant.to_owned(), key);
+            }
+        }
+        let echo = ["--delay".to_owned(), delay.to_owned()];
+        let worker = Andon::run(&mut Command::new(program("echo-worker")?), &echo, None)?;
+        let mut all: Vec<String> = flags.iter().map(ToString::to_string).collect();
+        all.extend(["--worker".to_owned(), worker.grpc.to_string()]);
+        all.extend(["--policy".to_owned(), path("policy.toml")]);
+        all.extend(["--keys".to_owned(), path("keys.toml")]);
+        let started = (0..gateways).map(|_| Andon::start("gateway", &all, None));
+        let held = Self {
+            gateways: started.collect::<Result<_>>()?,
+            keys,
+            _worker: worker,
+            folder,
+        };
+        for gateway in &held.gateways {
+            gateway.ready().await?;
+        }
+        Ok(held)
+    }
+
+    fn addresses(&self) -> Vec<SocketAddr> {
+        self.gateways.iter().map(|gateway| gateway.grpc).collect()
+    }
+
+    /// Waits until every gateway has, or misses, its Redis.
+    async fn redis_is(&self, up: f64) -> Result<()> {
+        for gateway in &self.gateways {
+            let what = format!("Redis is seen as {up}");
+            let holds = || async { Ok(gateway.metric(UP).await? == Some(up)) };
+            until(Duration::from_secs(20), &what, holds).await?;
+        }
+        Ok(())
+    }
+
+    /// What a tenant's calls come to: so many at once at each gateway, until a
+    /// time is over.
+    async fn press(&self, tenant: &str, at_once: usize, time: Duration) -> Result<Pressed> {
+        let key = self.keys.get(tenant).context("no such tenant")?;
+        let load = Load {
+            key: key.clone(),
+            at_once,
+            end: End::Time(time),
+        };
+        press(&self.addresses(), &load).await
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Load {
+    key: String,
+    at_once: usize,
+    end: End,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum End {
+    /// After so long.
+    Time(Duration),
+    /// After so many refusals by each slot.
+    Refusals(usize),
+}
+
+#[derive(Debug, Default)]
+struct Pressed {
+    /// How long each call took that passed.
+    passed: Vec<Duration>,
+    refused: Vec<Status>,
+    /// The longest of all, passed or not.
+    longest: Duration,
+    seconds: f64,
+}
+
+impl Pressed {
+    fn quantile(&mut self, part: f64) -> Duration {
+        self.passed.sort_unstable();
+        let index = (self.passed.len() as f64 * part) as usize;
+        let last = self.passed.len().saturating_sub(1);
+        self.passed
+            .get(index.min(last))
+            .copied()
+            .unwrap_or_default()
+    }
+
+    /// Every refusal has this code, says this, and when to come back.
+    fn all_refused(&self, code: Code, said: &str) -> Result<()> {
+        for status in &self.refused {
+            ensure!(
+                status.code() == code && status.message().contains(said),
+                "{code:?} {said}: {status:?}"
+            );
+            let retry = status.get_details_retry_info();
+            let after = retry.and_then(|info| info.retry_delay);
+            ensure!(after.is_some(), "no RetryInfo: {status:?}");
+        }
+        Ok(())
+    }
+}
+
+async fn press(addresses: &[SocketAddr], load: &Load) -> Result<Pressed> {
+    let started = Instant::now();
+    let mut slots = JoinSet::new();
+    for address in addresses {
+        let client = client(*address).await?;
+        for _ in 0..load.at_once {
+            slots.spawn(slot(client.clone(), load.clone()));
+        }
+    }
+    let mut all = Pressed::default();
+    while let Some(ended) = slots.join_next().await {
+        let ended = ended??;
+        all.passed.extend(ended.passed);
+        all.refused.extend(ended.refused);
+        all.longest = all.longest.max(ended.longest);
+    }
+    all.seconds = started.elapsed().as_secs_f64();
+    Ok(all)
+}
+
+async fn slot(mut client: fleet_tests::calls::Client, load: Load) -> Result<Pressed> {
+    let message = ModelInferRequest {
+        model_name: "echo".to_owned(),
+        ..texts(&["a text"])
+    };
+    let (started, mut out) = (Instant::now(), Pressed::default());
+    loop {
+        match load.end {
+            End::Time(time) if started.elapsed() >= time => return Ok(out),
+            End::Refusals(count) if out.refused.len() >= count => return Ok(out),
+            _ => {}
+        }
+        let mut request = tonic::Request::new(message.clone());
+        request.set_timeout(Duration::from_secs(20));
+        request
+            .metadata_mut()
+            .insert("x-api-key", load.key.parse()?);
+        let sent = Instant::now();
+        let answered = client.model_infer(request).await;
+        out.longest = out.longest.max(sent.elapsed());
+        match answered {
+            Ok(_) => out.passed.push(sent.elapsed()),
+            Err(status) => {
+                out.refused.push(status);
+                // A refusal costs little, and two cores have other work.
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        }
+    }
+}
+
+fn tenant(name: &str, quota: &str) -> String {
+    format!("[tenants.{name}]\nmodels = [\"*\"]\nquota = {{ {quota} }}\n")
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[tokio::test]
+async fn a_tenant_is_held_to_its_quota_and_others_are_not() -> Result<()> {
+    let policy = tenant("a", "requests_per_second = 50, burst = 10") + &tenant("b", "");
+    let held = Held::start(&policy, 1, &[], "0s").await?;
+    let (a, b) = tokio::join!(held.press("a", 4, 3 * SECOND), held.press("b", 1, SECOND));
+    let (a, b) = (a?, b?);
+    let allowed = 10.0 + 50.0 * a.seconds;
+    let passed = a.passed.len() as f64;
+    ensure!(passed <= allowed + 1.0, "{passed} of {allowed}");
+    ensure!(passed >= 0.8 * allowed, "{passed} of {allowed}");
+    ensure!(!a.refused.is_empty(), "nothing was refused");
+    a.all_refused(Code::ResourceExhausted, "limit of 50 requests per second")?;
+    ensure!(
+        b.refused.is_empty() && !b.passed.is_empty(),
+        "{:?}",
+        b.refused
+    );
+    let counted = held.gateways[0]
+        .metric("andon_gateway_limited_total{limit=\"requests_per_second\"}")
+        .await?;
+    ensure!(counted == Some(a.refused.len() as f64), "{counted:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn two_gateways_share_one_quota() -> Result<()> {
+    let redis = Redis::with(Some("a-password-of-the-test")).await?;
+    let file = scratch("password")?;
+    std::fs::write(&file, "a-password-of-the-test\n")?;
+    let (url, file) = (redis.url(), file.display().to_string());
+    let flags = [
+        "--redis",
+        &url,
+        "--redis-password-file",
+        &file,
+        "--log",
+        "debug",
+    ];
+    let policy =
+        tenant("a", "items_per_day = 3000") + &tenant("b", "requests_per_second = 300, burst = 30");
+    let held = Held::start(&policy, 2, &flags, "0s").await?;
+    held.redis_is(1.0).await?;
+    // Rows of a day: both gateways call until there are none.
+    let key = held.keys.get("a").context("a key")?.clone();
+    let end = End::Refusals(20);
+    let addresses = held.addresses();
+    let load = |at_once| Load {
+        key: key.clone(),
+        at_once,
+        end,
+    };
+    let (few, many) = (load(1), load(6));
+    let (one, other) = tokio::join!(press(&addresses[..1], &few), press(&addresses[1..], &many));
+    let (one, other) = (one?, other?);
+    let sum = one.passed.len() + other.passed.len();
+    println!(
+        "rows per day: {} + {} of 3000",
+        one.passed.len(),
+        other.passed.len()
+    );
+    ensure!((2850..=3000).contains(&sum), "{sum} of 3000");
+    one.all_refused(Code::ResourceExhausted, "limit of 3000 items per day")?;
+    // Requests per second.
+    let pressed = held.press("b", 4, 4 * SECOND).await?;
+    let (allowed, passed) = (30.0 + 300.0 * pressed.seconds, pressed.passed.len() as f64);
+    println!("requests: {passed} of {allowed:.0}");
+    ensure!(
+        passed <= 1.05 * allowed && passed >= 0.8 * allowed,
+        "{passed} of {allowed}"
+    );
+    for gateway in &held.gateways {
+        ensure!(
+            !gateway.logged().contains("a-password"),
+            "a secret is in the log"
+        );
+    }
+    std::fs::remove_file(file)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_lost_redis_leaves_each_gateway_its_share() -> Result<()> {
+    let mut redis = Redis::start().await?;
+    let url = redis.url();
+    let policy = tenant("a", "requests_per_second = 200, burst = 20")
+        + "[limits]\nredis_lost = \"open\"\nreplicas = 4\n";
+    let held = Held::start(&policy, 1, &["--redis", &url], "0s").await?;
+    held.redis_is(1.0).await?;
+    held.press("a", 2, SECOND).await?;
+    redis.kill()?;
+    held.redis_is(0.0).await?;
+    let mut pressed = held.press("a", 4, 3 * SECOND).await?;
+    let (allowed, passed) = (5.0 + 50.0 * pressed.seconds, pressed.passed.len() as f64);
+    println!(
+        "without Redis: {passed} of {allowed:.0}, p99 {:?}",
+        pressed.quantile(0.99)
+    );
+    ensure!(
+        passed <= 1.05 * allowed && passed >= 0.8 * allowed,
+        "{passed} of {allowed}"
+    );
+    pressed.all_refused(Code::ResourceExhausted, "requests per second")?;
+    redis.again().await?;
+    held.redis_is(1.0).await?;
+    let pressed = held.press("a", 4, 3 * SECOND).await?;
+    let (allowed, passed) = (20.0 + 200.0 * pressed.seconds, pressed.passed.len() as f64);
+    ensure!(
+        passed <= 1.05 * allowed && passed >= 0.8 * allowed,
+        "{passed} of {allowed}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_lost_redis_closes_where_the_policy_says_so() -> Result<()> {
+    let mut redis = Redis::start().await?;
+    let url = redis.url();
+    let policy = tenant("a", "requests_per_second = 1000")
+        + &tenant("b", "")
+        + "[limits]\nredis_lost = \"closed\"\n";
+    let held = Held::start(&policy, 1, &["--redis", &url], "0s").await?;
+    held.redis_is(1.0).await?;
+    let pressed = held.press("a", 1, SECOND).await?;
+    ensure!(!pressed.passed.is_empty(), "{:?}", pressed.refused);
+    redis.kill()?;
+    held.redis_is(0.0).await?;
+    let (a, b) = tokio::join!(held.press("a", 2, SECOND), held.press("b", 2, SECOND));
+    let (a, b) = (a?, b?);
+    ensure!(
+        a.passed.is_empty() && !a.refused.is_empty(),
+        "{} passed",
+        a.passed.len()
+    );
+    a.all_refused(Code::Unavailable, "cannot be checked")?;
+    // Who has no quota needs no Redis.
+    ensure!(
+        b.refused.is_empty() && !b.passed.is_empty(),
+        "{:?}",
+        b.refused
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_frozen_redis_holds_nobody_up() -> Result<()> {
+    let redis = Redis::start().await?;
+    let url = redis.url();
+    // One at a time is granted: each call would wait for Redis.
+    let policy = tenant(
+        "a",
+        "requests_per_second = 40000, burst = 4, items_per_day = 10000000",
+    );
+    let held = Held::start(&policy, 1, &["--redis", &url], "0s").await?;
+    held.redis_is(1.0).await?;
+    let mut before = held.press("a", 4, 2 * SECOND).await?;
+    redis.signal(libc::SIGSTOP)?;
+    let mut frozen = held.press("a", 4, 3 * SECOND).await?;
+    held.redis_is(0.0).await?;
+    let mut after = held.press("a", 4, 2 * SECOND).await?;
+    redis.signal(libc::SIGCONT)?;
+    held.redis_is(1.0).await?;
+    for (when, pressed) in [
+        ("before", &mut before),
+        ("frozen", &mut frozen),
+        ("passed by", &mut after),
+    ] {
+        let (half, most) = (pressed.quantile(0.5), pressed.quantile(0.99));
+        println!(
+            "{when}: {} passed, p50 {half:?}, p99 {most:?}, longest {:?}",
+            pressed.passed.len(),
+            pressed.longest
+        );
+        ensure!(
+            pressed.passed.len() > 100,
+            "{when}: {} passed",
+            pressed.passed.len()
+        );
+        pressed.all_refused(Code::ResourceExhausted, "requests per second")?;
+        // Generous: it is 20 ms and what a busy machine adds.
+        ensure!(
+            pressed.longest < 2 * SECOND,
+            "{when}: {:?}",
+            pressed.longest
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_url_with_a_password_is_refused_at_the_start() -> Result<()> {
+    let flags = [
+        "--worker",
+        "127.0.0.1:1",
+        "--redis",
+        "redis://:hidden-one@127.0.0.1:1",
+    ];
+    let flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
+    let mut gateway = Andon::start("gateway", &flags, None)?;
+    let status = gateway.ended(20 * SECOND).await?;
+    ensure!(!status.success(), "it started");
+    let said = gateway.logged();
+    ensure!(
+        said.contains("--redis-password-file") && !said.contains("hidden-one"),
+        "{said}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn tenants_share_what_there_is() -> Result<()> {
+    // Four rows at a time, 20 ms each.
+    let policy = tenant("a", "") + &tenant("b", "");
+    let held = Held::start(&policy, 1, &["--fair-rows", "4"], "20ms").await?;
+    let time = 4 * SECOND;
+    let (one, other) = tokio::join!(held.press("a", 40, time), held.press("b", 8, time));
+    let (one, other) = (one?, other?);
+    ensure!(
+        one.refused.is_empty() && other.refused.is_empty(),
+        "{:?}",
+        one.refused
+    );
+    let share = other.passed.len() as f64 / (one.passed.len() + other.passed.len()) as f64;
+    println!("forty at once beside eight: the eight have {share:.3} of the rows");
+    ensure!((0.4..0.6).contains(&share), "{share}");
+    // One that asks for less than its share, beside another at its share and
+    // at ten times that.
+    let mut p99 = Vec::new();
+    for at_once in [2, 20] {
+        let (busy, quiet) = tokio::join!(held.press("a", at_once, time), held.press("b", 2, time));
+        let (mut busy, mut quiet) = (busy?, quiet?);
+        println!(
+            "beside {at_once} at once: p50 {:?}, p99 {:?}; theirs {:?}",
+            quiet.quantile(0.5),
+            quiet.quantile(0.99),
+            busy.quantile(0.99)
+        );
+        p99.push(quiet.quantile(0.99).as_secs_f64());
+    }
+    println!(
+        "p99 at ten times the other's share: {:.2} times",
+        p99[1] / p99[0]
+    );
+    let waiting = held.gateways[0]
+        .metric("andon_gateway_fair_waiting")
+        .await?;
+    ensure!(waiting == Some(0.0), "{waiting:?} still wait");
+    Ok(())
+}

@@ -139,7 +139,7 @@ async fn main() -> anyhow::Result<()> {
         vec![health],
     ));
     let mut closing = drain.clone();
-    let serving = server.run(listener, Grpc(handler), drain);
+    let serving = server.run(listener, handler, drain);
     let ending = async {
         drain::termination().await?;
         trigger.drain(Duration::ZERO).await;

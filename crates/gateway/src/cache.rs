@@ -103,6 +103,10 @@ impl Cache {
         if let (Some(url), Some(secret)) = (&limits.redis, &settings.cache_secret_file) {
             let seal = Seal::read(secret)?;
             let opened = Redis::open(url, limits.redis_password_file.as_deref())?;
+            let help = "1 while answers are looked up and kept in Redis";
+            metrics.register(|registry| {
+                registry.register("andon_gateway_cache_redis_up", help, opened.up());
+            });
             remote = Some(Arc::new(Remote::new(opened.clone(), seal, ttl)));
             redis = Some(opened);
         }

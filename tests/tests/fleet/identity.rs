@@ -17,6 +17,13 @@ use tonic::{Code, Status};
 const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
 const REFLECTION: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
 
+/// A question of reflection: which services there are.
+#[derive(Clone, PartialEq, prost::Message)]
+struct ListServices {
+    #[prost(string, tag = "7")]
+    list_services: String,
+}
+
 const TENANTS: &str = r#"
     [tenants.vision]
     models = ["dig*"]
@@ -51,16 +58,9 @@ impl Guarded {
         }
         let path = |name: &str| folder.join(name).display().to_string();
         let (policy, keys) = (path("policy.toml"), path("keys.toml"));
-        let given: Vec<String> = flags
-            .iter()
-            .map(|flag| match flag.strip_prefix("@") {
-                Some(name) => path(name),
-                None => (*flag).to_owned(),
-            })
-            .collect();
-        let mut flags = vec!["--policy", &policy, "--keys", &keys, "--log", "debug"];
-        flags.extend(given.iter().map(String::as_str));
-        let fleet = Fleet::with(1, &["--model", &digits()], &flags).await?;
+        let mut all = vec!["--policy", &policy, "--keys", &keys, "--log", "debug"];
+        all.extend(flags);
+        let fleet = Fleet::with(1, &["--model", &digits()], &all).await?;
         Ok(Self { fleet, folder })
     }
 
@@ -117,6 +117,12 @@ fn digits() -> String {
     format!("digits={}", root().join("demo/digits/1").display())
 }
 
+/// Another secret behind the same prefix.
+fn forged(key: &str) -> String {
+    let (rest, last) = key.split_at(key.len() - 1);
+    format!("{rest}{}", if last == "A" { "Q" } else { "A" })
+}
+
 fn bearer(token: &str) -> String {
     format!("Bearer {token}")
 }
@@ -130,7 +136,7 @@ fn is(status: &Status, code: Code, said: &str) -> Result<()> {
 }
 
 #[tokio::test]
-async fn keys_let_in_until_they_are_revoked_or_expire() -> Result<()> {
+async fn keys_let_in_whom_they_stand_for() -> Result<()> {
     let guarded = Guarded::start(TENANTS, &[], &[]).await?;
     is(
         &guarded.infer(&[]).await?,
@@ -145,9 +151,7 @@ async fn keys_let_in_until_they_are_revoked_or_expire() -> Result<()> {
         "",
     )?;
     is(&guarded.infer(&[("api-key", &key)]).await?, Code::Ok, "")?;
-    // Another secret behind a prefix that is known.
-    let (rest, last) = key.split_at(key.len() - 1);
-    let forged = format!("{rest}{}", if last == "A" { "Q" } else { "A" });
+    let forged = forged(&key);
     is(
         &guarded.infer(&[("x-api-key", &forged)]).await?,
         Code::Unauthenticated,
@@ -175,6 +179,23 @@ async fn keys_let_in_until_they_are_revoked_or_expire() -> Result<()> {
         "several",
     )?;
 
+    for reason in ["missing", "key_unknown", "malformed", "contradictory"] {
+        ensure!(
+            guarded.refused(reason).await? >= 1.0,
+            "{reason} is not counted"
+        );
+    }
+    for secret in [&key, &other, &forged] {
+        guarded.says_nothing_of(secret)?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn keys_end_when_they_expire_or_are_revoked() -> Result<()> {
+    let guarded = Guarded::start(TENANTS, &[], &[]).await?;
+    let key = guarded.key("vision").await?;
+    let other = guarded.key("search").await?;
     let brief = guarded.keys(&["create", "--tenant", "vision", "--expires", "1s"])?;
     let brief = [("x-api-key", brief.as_str())];
     until(Duration::from_secs(20), "the key expires", || async {
@@ -188,7 +209,7 @@ async fn keys_let_in_until_they_are_revoked_or_expire() -> Result<()> {
     })
     .await?;
     is(
-        &guarded.infer(&[("x-api-key", &forged)]).await?,
+        &guarded.infer(&[("x-api-key", &forged(&key))]).await?,
         Code::Unauthenticated,
         "not known",
     )?;
@@ -211,21 +232,9 @@ async fn keys_let_in_until_they_are_revoked_or_expire() -> Result<()> {
     }
     let stored = std::fs::read_to_string(guarded.folder.join("keys.toml"))?;
     ensure!(!list.contains(&key[15..]) && !stored.contains(&key[15..]));
-    for reason in [
-        "missing",
-        "key_unknown",
-        "key_malformed",
-        "contradictory",
-        "key_revoked",
-    ] {
-        ensure!(
-            guarded.refused(reason).await? >= 1.0,
-            "{reason} is not counted"
-        );
-    }
-    guarded.says_nothing_of(&key)?;
-    guarded.says_nothing_of(&other)?;
-    guarded.says_nothing_of(&forged)
+    ensure!(guarded.refused("key_expired").await? >= 1.0);
+    ensure!(guarded.refused("key_revoked").await? >= 1.0);
+    guarded.says_nothing_of(&key)
 }
 
 #[tokio::test]
@@ -268,6 +277,11 @@ async fn administrative_calls_need_the_role() -> Result<()> {
 async fn probes_stay_open_and_reflection_follows_the_policy() -> Result<()> {
     let guarded = Guarded::start(TENANTS, &[], &[]).await?;
     let address = guarded.fleet.gateway.grpc;
+    let list = ListServices {
+        list_services: "*".to_owned(),
+    };
+    let reflection =
+        async |metadata: &[(&str, &str)]| call(address, REFLECTION, metadata, &list).await;
     for path in [
         "/grpc.health.v1.Health/Check",
         "/inference.GRPCInferenceService/ServerLive",
@@ -301,7 +315,7 @@ async fn probes_stay_open_and_reflection_follows_the_policy() -> Result<()> {
     }
     let key = guarded.key("vision").await?;
     is(
-        &call(address, REFLECTION, &[("x-api-key", &key)], &()).await?,
+        &reflection(&[("x-api-key", key.as_str())]).await?,
         Code::Ok,
         "",
     )?;
@@ -321,14 +335,10 @@ async fn probes_stay_open_and_reflection_follows_the_policy() -> Result<()> {
     )
     .await?;
     is(&guarded.infer(&[("x-api-key", &key)]).await?, Code::Ok, "")?;
-    is(
-        &call(address, REFLECTION, &[], &()).await?,
-        Code::Unauthenticated,
-        "",
-    )?;
+    is(&reflection(&[]).await?, Code::Unauthenticated, "")?;
     std::fs::write(&policy, format!("reflection = \"open\"\n{TENANTS}"))?;
     until(Duration::from_secs(20), "reflection is open", || async {
-        Ok(call(address, REFLECTION, &[], &()).await?.code() == Code::Ok)
+        Ok(reflection(&[]).await?.code() == Code::Ok)
     })
     .await?;
     let logged = guarded.fleet.gateway.logged();

@@ -1,12 +1,15 @@
 //! The fleet as its users meet it: processes, clients of other people, faults.
 
+mod cache;
 mod conformance;
 mod deadline;
 mod failure;
+mod http;
 mod identity;
 mod input;
 mod openai;
 mod operations;
 mod outside;
+mod providers;
 mod quota;
 mod transport;

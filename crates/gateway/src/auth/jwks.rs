@@ -344,3 +344,6 @@ async fn fetch(client: &reqwest::Client, url: &reqwest::Url) -> Result<String, S
     }
     String::from_utf8(page).map_err(|_| "the answer is not text".to_owned())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,8 @@
 //! The OpenAPI document, generated from the types of the handlers. What all
 //! operations share, such as their refusals, is added here once.
 
+pub mod rest;
+
 use std::sync::LazyLock;
 
 use axum::Router;
@@ -16,13 +18,13 @@ use utoipa::openapi::security::{
     ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme,
 };
 use utoipa::openapi::{
-    ContentBuilder, Header, HeaderBuilder, OpenApi, PathItem, Ref, RefOr, Response as Told,
-    ResponseBuilder,
+    ContentBuilder, Header, HeaderBuilder, OpenApi, PathItem, Ref, RefOr, Required,
+    Response as Told, ResponseBuilder,
 };
 
 use super::gate::Routes;
 use super::problem::{OpenAiError, Problem, Shape};
-use super::{chat, classify, openai, rerank};
+use super::{chat, classify, openai, rerank, rest as rest_v2, tensors};
 use crate::stack::Stack;
 
 #[derive(utoipa::OpenApi)]
@@ -43,6 +45,21 @@ use crate::stack::Stack;
         rerank::rerank_v1,
         rerank::rerank_v2,
         classify::classify,
+        rest_v2::live,
+        rest_v2::ready,
+        rest_v2::server,
+        rest_v2::metadata,
+        rest_v2::model_ready,
+        rest_v2::config,
+        rest_v2::statistics,
+        rest_v2::index,
+        rest_v2::load,
+        rest_v2::unload,
+        tensors::infer,
+        rest_v2::settings::log,
+        rest_v2::settings::change_log,
+        rest_v2::settings::trace,
+        rest_v2::settings::change_trace,
         document_as_json,
     ),
     components(schemas(Problem, OpenAiError)),
@@ -52,6 +69,7 @@ use crate::stack::Stack;
         (name = "Classify", description = "Labels for texts"),
         (name = "Inference", description = "The Open Inference Protocol v2: tensors in and out"),
         (name = "Repository", description = "Which models there are, loading and unloading them"),
+        (name = "Settings", description = "What is logged and traced, for administrators"),
         (name = "Health", description = "Whether the server and its models are ready"),
         (name = "Document", description = "This document"),
     )
@@ -119,12 +137,7 @@ struct Kinds {
 }
 
 /// Operations that answer anybody.
-const OPEN: [&str; 4] = [
-    "/v2",
-    "/v2/health/live",
-    "/v2/health/ready",
-    "/openapi.json",
-];
+const OPEN: [&str; 3] = ["/v2/health/live", "/v2/health/ready", "/openapi.json"];
 
 /// The whole document.
 pub fn document() -> OpenApi {
@@ -138,6 +151,7 @@ pub fn document() -> OpenApi {
     components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
     let key = ApiKeyValue::with_description("x-api-key", "A key of Andon");
     components.add_security_scheme("key", SecurityScheme::ApiKey(ApiKey::Header(key)));
+    add_versions(&mut document);
     for (path, item) in &mut document.paths.paths {
         for operation in operations(item) {
             let kinds = Kinds {
@@ -154,6 +168,51 @@ pub fn document() -> OpenApi {
 
 fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
     [&mut item.get, &mut item.post].into_iter().flatten()
+}
+
+/// The operations that also take a version of the model, in their address.
+fn add_versions(document: &mut OpenApi) {
+    const MODEL: &str = "/v2/models/{model}";
+    let version = ObjectBuilder::new()
+        .schema_type(Type::String)
+        .pattern(Some("^[1-9][0-9]{0,17}$"));
+    let version = ParameterBuilder::new()
+        .name("version")
+        .parameter_in(ParameterIn::Path)
+        .required(Required::True)
+        .description(Some("The version of the model"))
+        .schema(Some(version))
+        .example(Some(json!("1")))
+        .build();
+    let paths = &mut document.paths.paths;
+    let versioned: Vec<(String, PathItem)> = paths
+        .iter()
+        .filter_map(|(path, item)| {
+            let rest = path.strip_prefix(MODEL)?;
+            // Models of outside services, which generate, have one version.
+            if rest.starts_with("/generate") || rest.starts_with("/trace") {
+                return None;
+            }
+            let mut item = item.clone();
+            for operation in operations(&mut item) {
+                let id = operation.operation_id.take().unwrap_or_default();
+                operation.operation_id = Some(format!("{id}_version"));
+                let parameters = operation.parameters.get_or_insert_default();
+                parameters.push(RefOr::T(version.clone()));
+            }
+            Some((format!("{MODEL}/versions/{{version}}{rest}"), item))
+        })
+        .collect();
+    paths.extend(versioned);
+    // Those of all models, at an address that no model can have.
+    if let Some(mut item) = paths.get("/v2/models/{model}/stats").cloned() {
+        for operation in operations(&mut item) {
+            operation.operation_id = Some("all_statistics".to_owned());
+            operation.summary = Some("What all models have done".to_owned());
+            operation.parameters = None;
+        }
+        paths.insert("/v2/models/stats".to_owned(), item);
+    }
 }
 
 /// Adds what holds for every operation of its kind.

@@ -1,7 +1,7 @@
 //! REST v2: the Open Inference Protocol in JSON, with Triton's extensions.
 
 mod answers;
-mod settings;
+pub mod settings;
 
 use axum::extract::{FromRequestParts, Path, Request, State};
 use axum::response::{IntoResponse, Response};
@@ -20,9 +20,15 @@ use protocol::inference::{
 use protocol::{Error, Kind};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use utoipa::ToSchema;
 
 use super::body;
 use super::gate::{Routes, Visit};
+use super::openai::ModelPath;
+use super::openapi::rest::{
+    IndexedModel, ModelConfiguration, ModelMetadata, ParameterForm, ServerMetadata, Statistics,
+};
 use super::problem::{Refused, Shape};
 use super::tensors::infer;
 use crate::service::Wanted;
@@ -138,16 +144,33 @@ async fn optional<T: for<'de> Deserialize<'de> + Default>(
     body::json(&received.joined())
 }
 
-async fn live() {}
+/// Whether the server lives
+#[utoipa::path(
+    get, path = "/v2/health/live", tag = "Health", operation_id = "server_live",
+    responses((status = 200, description = "It lives"))
+)]
+pub async fn live() {}
 
-async fn ready(visit: Visit) -> Result<(), Refused> {
+/// Whether the server is ready
+///
+/// It is when a model is ready and it does not drain.
+#[utoipa::path(
+    get, path = "/v2/health/ready", tag = "Health", operation_id = "server_ready",
+    responses((status = 200, description = "A model is ready"))
+)]
+pub async fn ready(visit: Visit) -> Result<(), Refused> {
     match visit.stack.ready() {
         true => Ok(()),
         false => Err(Error::new(Kind::NotReady, "no model is ready").into()),
     }
 }
 
-async fn server() -> Json<Value> {
+/// What the server is
+#[utoipa::path(
+    get, path = "/v2", tag = "Inference", operation_id = "server_metadata",
+    responses((status = 200, description = "Its name, version and extensions", body = ServerMetadata))
+)]
+pub async fn server() -> Json<Value> {
     Json(json!({
         "name": "andon",
         "version": platform::VERSION,
@@ -155,7 +178,13 @@ async fn server() -> Json<Value> {
     }))
 }
 
-async fn metadata(visit: Visit, model: Model) -> Result<Response, Refused> {
+/// What a model takes and gives
+#[utoipa::path(
+    get, path = "/v2/models/{model}", tag = "Inference", operation_id = "model_metadata",
+    params(ModelPath),
+    responses((status = 200, description = "Its versions, inputs and outputs", body = ModelMetadata))
+)]
+pub async fn metadata(visit: Visit, model: Model) -> Result<Response, Refused> {
     let asked = Message::own(&ModelMetadataRequest {
         name: model.name.clone(),
         version: model.version.clone(),
@@ -167,13 +196,25 @@ async fn metadata(visit: Visit, model: Model) -> Result<Response, Refused> {
     Ok(Json(answers::metadata(&answered.message)).into_response())
 }
 
-async fn model_ready(visit: Visit, model: Model) -> Result<(), Refused> {
+/// Whether a model is ready
+#[utoipa::path(
+    get, path = "/v2/models/{model}/ready", tag = "Health", operation_id = "model_ready",
+    params(ModelPath),
+    responses((status = 200, description = "It can be called"))
+)]
+pub async fn model_ready(visit: Visit, model: Model) -> Result<(), Refused> {
     visit.caller.must_be_allowed(&model.name)?;
     let routes = &visit.stack.0.routes;
     Ok(routes.ready(&model.name, &model.version)?)
 }
 
-async fn config(visit: Visit, model: Model) -> Result<Response, Refused> {
+/// How a model is configured
+#[utoipa::path(
+    get, path = "/v2/models/{model}/config", tag = "Inference", operation_id = "model_config",
+    params(ModelPath),
+    responses((status = 200, description = "As Triton writes it", body = ModelConfiguration))
+)]
+pub async fn config(visit: Visit, model: Model) -> Result<Response, Refused> {
     let asked = Message::own(&ModelConfigRequest {
         name: model.name.clone(),
         version: model.version.clone(),
@@ -186,7 +227,13 @@ async fn config(visit: Visit, model: Model) -> Result<Response, Refused> {
     Ok(Json(answers::config(&config)).into_response())
 }
 
-async fn statistics(visit: Visit, model: Model) -> Result<Json<Value>, Refused> {
+/// What a model has done
+#[utoipa::path(
+    get, path = "/v2/models/{model}/stats", tag = "Inference", operation_id = "model_statistics",
+    params(ModelPath),
+    responses((status = 200, description = "Counts and times, summed over the workers", body = Statistics))
+)]
+pub async fn statistics(visit: Visit, model: Model) -> Result<Json<Value>, Refused> {
     let asked = ModelStatisticsRequest {
         name: model.name,
         version: model.version,
@@ -198,14 +245,27 @@ async fn statistics(visit: Visit, model: Model) -> Result<Json<Value>, Refused> 
     Ok(Json(answers::statistics(&answer)))
 }
 
-#[derive(Debug, Default, Deserialize)]
+/// Which models are asked for.
+#[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
-struct IndexAsked {
+#[schema(as = RepositoryIndexRequest, example = json!({"ready": true}))]
+pub struct IndexAsked {
+    /// A server has one repository: empty.
+    #[schema(max_length = 0)]
     repository_name: String,
+    /// Whether only those that are ready are wanted.
     ready: bool,
 }
 
-async fn index(
+/// Which models there are
+///
+/// The body may be left out.
+#[utoipa::path(
+    post, path = "/v2/repository/index", tag = "Repository", operation_id = "repository_index",
+    request_body = Option<IndexAsked>,
+    responses((status = 200, description = "Every version of every model, and its state", body = Vec<IndexedModel>))
+)]
+pub async fn index(
     State(stack): State<Stack>,
     visit: Visit,
     request: Request,
@@ -219,9 +279,13 @@ async fn index(
     Ok(Json(answers::index(&answer)))
 }
 
-#[derive(Debug, Default, Deserialize)]
+/// How a model is loaded or unloaded.
+#[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
-struct LoadAsked {
+#[schema(as = RepositoryModelRequest, example = json!({}))]
+pub struct LoadAsked {
+    /// Triton's parameters.
+    #[schema(value_type = BTreeMap<String, ParameterForm>)]
     parameters: Map<String, Value>,
 }
 
@@ -248,7 +312,15 @@ impl LoadAsked {
     }
 }
 
-async fn load(
+/// Load a model
+///
+/// For administrators. Every worker loads it, or loads it again.
+#[utoipa::path(
+    post, path = "/v2/repository/models/{model}/load", tag = "Repository", operation_id = "load_model",
+    params(ModelPath), request_body = Option<LoadAsked>,
+    responses((status = 200, description = "It is loaded"))
+)]
+pub async fn load(
     State(stack): State<Stack>,
     visit: Visit,
     model: Model,
@@ -264,7 +336,15 @@ async fn load(
     Ok(())
 }
 
-async fn unload(
+/// Unload a model
+///
+/// For administrators. What is under way finishes first.
+#[utoipa::path(
+    post, path = "/v2/repository/models/{model}/unload", tag = "Repository", operation_id = "unload_model",
+    params(ModelPath), request_body = Option<LoadAsked>,
+    responses((status = 200, description = "It is unloaded"))
+)]
+pub async fn unload(
     State(stack): State<Stack>,
     visit: Visit,
     model: Model,

@@ -4,7 +4,7 @@
 //! A binary tensor is copied once on its way in, from the pieces that the
 //! connection read into the message, and not at all on its way out.
 
-mod request;
+pub mod request;
 mod response;
 mod scan;
 
@@ -17,6 +17,8 @@ use protocol::{Error, Kind};
 
 use super::body;
 use super::gate::{Visit, guarded};
+use super::openai::ModelPath;
+use super::openapi::rest::InferAnswer;
 use super::problem::Refused;
 use super::rest::{Model, must_be_known};
 use crate::stack::Stack;
@@ -25,7 +27,25 @@ use crate::stack::Stack;
 const HEADER_LENGTH: &str = "inference-header-content-length";
 const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
 
-/// Answers one inference request.
+/// Infer
+///
+/// Tensors in, tensors out. The data of a tensor is a list in JSON, flat or
+/// nested, or it comes behind the JSON as bytes: then the body is
+/// application/octet-stream, the header Inference-Header-Content-Length gives
+/// the length of the JSON, and the tensor's parameter binary_data_size the
+/// number of its bytes. Outputs come as bytes where binary_data or
+/// binary_data_output asks for it.
+#[utoipa::path(
+    post, path = "/v2/models/{model}/infer", tag = "Inference", operation_id = "infer",
+    params(ModelPath),
+    request_body(content(
+        (request::Asked = "application/json"),
+        (String = "application/octet-stream"),
+    )),
+    responses((status = 200, description = "The outputs", content(
+        (InferAnswer = "application/json"), (String = "application/octet-stream"),
+    )))
+)]
 pub async fn infer(
     State(stack): State<Stack>,
     visit: Visit,

@@ -130,21 +130,25 @@ fn falls_back(code: Code) -> bool {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn each_model_but_the_last_has_half_of_the_time() {
+    #[test]
+    fn each_model_but_the_last_has_half_of_the_time() {
         let chain = Chain {
             name: "any".to_owned(),
             models: ["a", "b", "c"].map(str::to_owned).to_vec(),
         };
         let metrics = ProviderMetrics::default();
-        let deadline = Instant::now() + Duration::from_secs(8);
+        let deadline = Instant::now() + Duration::from_secs(800);
+        // Little time passes meanwhile.
+        let about = |end: Instant, seconds: u64| {
+            let wanted = deadline - Duration::from_secs(seconds);
+            end >= wanted && end < wanted + Duration::from_secs(60)
+        };
         let mut descent = Descent::new(&chain, &metrics, deadline);
         assert_eq!(descent.said("a"), None);
-        assert_eq!(descent.ends(0), deadline - Duration::from_secs(4));
-        tokio::time::advance(Duration::from_secs(4)).await;
+        assert!(about(descent.ends(0), 400));
         descent.fell(Status::unavailable("no")).unwrap();
         assert_eq!(descent.said("b").unwrap(), "b; UNAVAILABLE");
-        assert_eq!(descent.ends(1), deadline - Duration::from_secs(2));
+        assert!(about(descent.ends(1), 400));
         assert_eq!(descent.ends(2), deadline);
         let wrong = descent.fell(Status::invalid_argument("text"));
         assert_eq!(wrong.unwrap_err().code(), Code::InvalidArgument);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::StreamExt;
 use http::HeaderValue;
 use protocol::{Error, Kind};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tonic::Status;
 
 use super::Stack;
@@ -70,13 +70,10 @@ impl Stack {
         let (plan, ticket) = self.plan(asked).await?;
         let mut said = self
             .ask_generating(&plan, asked, |provider, ends| async move {
-                // The half of the time is for the first part: the rest may
-                // take as long as the caller waits.
-                let opened = provider.chat_stream(asked.chat, asked.deadline);
-                match timeout_at(ends, opened).await {
-                    Ok(opened) => opened,
-                    Err(_) => Err(Error::deadline_passed()),
-                }
+                // The half of the time is for the beginning: the rest may take
+                // as long as the caller waits.
+                let chat = asked.chat;
+                provider.chat_stream(chat, ends, asked.deadline).await
             })
             .await?;
         let mut meter = Meter::new(ticket, &said.provider, asked);

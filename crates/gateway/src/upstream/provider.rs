@@ -268,11 +268,13 @@ impl Provider {
             .map_err(|trouble| trouble.to_error(&self.name, "messages"))
     }
 
-    /// Continues a conversation part by part. Once parts come, the answer is
-    /// this model's: what fails then is the last item.
+    /// Continues a conversation part by part. Parts must come by `opens`, and
+    /// may then come until `deadline`. Once they come, the answer is this
+    /// model's: what fails then is the last item.
     pub async fn chat_stream(
         self: &Arc<Self>,
         request: &ChatRequest,
+        opens: Instant,
         deadline: Instant,
     ) -> Result<ChatStream, Error> {
         self.must_generate()?;
@@ -281,7 +283,7 @@ impl Provider {
         let failed = |trouble: Trouble| trouble.to_error(&self.name, "messages");
         let place = self.place().map_err(failed)?;
         let outgoing = self.asked(request, true);
-        let opened = self.open(&outgoing, self.ends(deadline)).await;
+        let opened = self.open(&outgoing, self.ends(opens)).await;
         Ok(stream::deltas(stream::Begun {
             provider: self.clone(),
             response: opened.map_err(failed)?,

@@ -86,6 +86,11 @@ async fn a_flood_of_unknown_signers_fetches_once() -> Result<()> {
     let page = page.mount_as_scoped(&server).await;
     let source = format!("jwks_url = \"{}/keys\"", server.uri());
     let guarded = Guarded::start(&policy(&source), &[], &[]).await?;
+    let patience = std::time::Duration::from_secs(20);
+    fleet_tests::until(patience, "the signers are known", || async {
+        Ok(guarded.fleet.gateway.logged().contains("keys were fetched"))
+    })
+    .await?;
     let token = old.sign(&claims("vision"))?;
     is(&infer(&guarded, &token).await?, Code::Ok, "")?;
     drop(page);

@@ -56,13 +56,17 @@ function typeOf(schema) {
 
 function boundsOf(schema) {
   const names = {
-    minLength: "at least % characters", maxLength: "at most % characters", minItems: "at least % elements",
-    maxItems: "at most % elements", minimum: "from %", maximum: "to %", pattern: "matches %", default: "% if not given",
+    minLength: "% or more characters", maxLength: "up to % characters", minItems: "% or more elements",
+    maxItems: "up to % elements", minimum: "from %", maximum: "to %", pattern: "matches %", default: "% if not given",
   };
   const plain = resolve(schema);
   return Object.entries(names)
     .filter(([name]) => plain[name] !== undefined && plain[name] !== null)
     .map(([name, words]) => words.replace("%", String(plain[name])));
+}
+
+function sayings(description, schema) {
+  return [description?.replace(/\.$/, ""), ...boundsOf(schema)].filter(Boolean).join(" · ");
 }
 
 /** The objects within a schema, whatever stands around them. */
@@ -77,13 +81,13 @@ function objectsOf(schema, depth = 0) {
 function fields(schema, depth = 0) {
   const plain = resolve(schema);
   const rows = Object.entries(plain.properties ?? {}).map(([name, property]) => {
-    const says = [resolve(property).description ?? property.description, ...boundsOf(property)].filter(Boolean);
+    const says = sayings(property.description ?? resolve(property).description, property);
     const inner = depth < 4 ? objectsOf(property) : [];
     return make("div", { className: "field" },
       make("span", { className: "name" }, name),
       make("span", { className: "type" }, typeOf(property)),
       plain.required?.includes(name) ? make("span", { className: "must" }, "required") : null,
-      says.length ? make("div", { className: "says" }, says.join(" · ")) : null,
+      says ? make("div", { className: "says" }, says) : null,
       inner.map((object) => make("details", { open: depth < 1 },
         make("summary", null, object.title ?? "its fields"),
         make("div", { className: "nested" }, fields(object, depth + 1)))));
@@ -135,13 +139,17 @@ function showGroups() {
   ]));
 }
 
+function paragraphs(text) {
+  return (text ?? "").split(/\n\n/).filter(Boolean);
+}
+
 function overview() {
   const { info, tags } = state.document;
   const first = (tag) => state.operations.find((operation) => operation.tag === tag);
   return [
     make("div", { className: "overview" },
       make("h1", null, info.title),
-      (info.description ?? "").split(/\n\n/).map((text) => make("p", null, text))),
+      paragraphs(info.description).map((text) => make("p", null, text))),
     make("div", { className: "tiles" }, (tags ?? []).filter((tag) => first(tag.name)).map((tag) =>
       make("a", { className: "tile", href: `#${encodeURIComponent(first(tag.name).id)}` },
         make("strong", null, tag.name), make("span", null, tag.description ?? "")))),
@@ -152,7 +160,7 @@ function describe(operation) {
   const parts = [
     make("h1", null, operation.summary ?? operation.path),
     make("div", { className: "address" }, make("span", { className: `verb ${operation.method}` }, operation.method.toUpperCase()), operation.path),
-    (operation.description ?? "").split(/\n\n/).filter(Boolean).map((text) => make("p", null, text)),
+    paragraphs(operation.description).map((text) => make("p", null, text)),
   ];
   if (operation.parameters.length) {
     parts.push(make("h2", null, "Parameters"), make("div", { className: "fields" }, operation.parameters.map((parameter) =>
@@ -160,7 +168,7 @@ function describe(operation) {
         make("span", { className: "name" }, parameter.name),
         make("span", { className: "type" }, `${typeOf(parameter.schema)} · ${parameter.in}`),
         parameter.required ? make("span", { className: "must" }, "required") : null,
-        make("div", { className: "says" }, [parameter.description, ...boundsOf(parameter.schema)].filter(Boolean).join(" · "))))));
+        make("div", { className: "says" }, sayings(parameter.description, parameter.schema))))));
   }
   for (const [type, content] of Object.entries(resolve(operation.requestBody).content ?? {})) {
     const shapes = objectsOf(content.schema ?? {});

@@ -1,6 +1,6 @@
 //! What is logged and traced, as Triton's JSON has it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -16,12 +16,25 @@ use super::super::problem::Refused;
 use super::{Model, optional};
 use crate::stack::Stack;
 
-/// What is logged.
+/// What is logged
+///
+/// For administrators.
+#[utoipa::path(
+    get, path = "/v2/logging", tag = "Settings", operation_id = "log_settings",
+    responses((status = 200, description = "The settings", body = BTreeMap<String, Value>))
+)]
 pub async fn log(State(stack): State<Stack>) -> Result<Json<Value>, Refused> {
     answer_log(&stack, LogSettingsRequest::default())
 }
 
-/// Changes what is logged.
+/// Change what is logged
+///
+/// For administrators.
+#[utoipa::path(
+    post, path = "/v2/logging", tag = "Settings", operation_id = "change_log_settings",
+    request_body(content = BTreeMap<String, Value>, example = json!({"log_verbose_level": 1})),
+    responses((status = 200, description = "The settings", body = BTreeMap<String, Value>))
+)]
 pub async fn change_log(
     State(stack): State<Stack>,
     request: Request,
@@ -61,12 +74,25 @@ fn answer_log(stack: &Stack, asked: LogSettingsRequest) -> Result<Json<Value>, R
     Ok(Json(Value::Object(settings.collect())))
 }
 
-/// What is traced.
+/// What is traced
+///
+/// For administrators.
+#[utoipa::path(
+    get, path = "/v2/trace/setting", tag = "Settings", operation_id = "trace_settings",
+    responses((status = 200, description = "The settings", body = BTreeMap<String, Value>))
+)]
 pub async fn trace(State(stack): State<Stack>, model: Model) -> Result<Json<Value>, Refused> {
     answer_trace(&stack, model, HashMap::new())
 }
 
-/// Changes what is traced.
+/// Change what is traced
+///
+/// For administrators.
+#[utoipa::path(
+    post, path = "/v2/trace/setting", tag = "Settings", operation_id = "change_trace_settings",
+    request_body(content = BTreeMap<String, Value>, example = json!({"trace_rate": "100"})),
+    responses((status = 200, description = "The settings", body = BTreeMap<String, Value>))
+)]
 pub async fn change_trace(
     State(stack): State<Stack>,
     model: Model,

@@ -15,8 +15,10 @@ use serde::Deserialize;
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use tensor::{Datatype, Shape, TensorError};
+use utoipa::ToSchema;
 
 use super::super::body::{self, Received};
+use super::super::openapi::rest::{DatatypeForm, DimensionForm, ParameterForm};
 use super::super::rest::Model;
 use super::HEADER_LENGTH;
 use super::scan::scan;
@@ -26,36 +28,60 @@ const RAW_CONTENTS: u32 = 7;
 const BINARY_SIZE: &str = "binary_data_size";
 
 /// What the caller sends.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct Asked<'b> {
+#[schema(as = InferRequest, example = json!({"inputs": [
+    {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["The lantern is lit."]}
+]}))]
+pub struct Asked<'b> {
+    /// The caller's id for the request, which comes back.
     #[serde(default)]
     id: String,
+    /// Those of the protocol and the model's own.
     #[serde(default)]
+    #[schema(value_type = BTreeMap<String, ParameterForm>)]
     parameters: Parameters,
+    /// What goes in.
     #[serde(borrow)]
     inputs: Vec<AskedInput<'b>>,
+    /// What is wanted; all if there are none.
     #[serde(default)]
     outputs: Vec<AskedOutput>,
 }
 
-#[derive(Deserialize)]
+/// A tensor that goes in.
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct AskedInput<'b> {
+#[schema(as = InferInput)]
+pub struct AskedInput<'b> {
+    /// Its name.
     name: String,
+    /// What its elements are.
+    #[schema(value_type = DatatypeForm)]
     datatype: String,
+    /// Its dimensions.
+    #[schema(value_type = Vec<DimensionForm>)]
     shape: Vec<i64>,
+    /// `binary_data_size`, where its data comes behind the JSON.
     #[serde(default)]
+    #[schema(value_type = BTreeMap<String, ParameterForm>)]
     parameters: Parameters,
+    /// Its elements in rows, flat or nested.
     #[serde(default, borrow)]
+    #[schema(value_type = Option<Vec<serde_json::Value>>)]
     data: Option<&'b RawValue>,
 }
 
-#[derive(Deserialize)]
+/// An output that is wanted.
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct AskedOutput {
+#[schema(as = InferRequestedOutput)]
+pub struct AskedOutput {
+    /// Its name.
     name: String,
+    /// `binary_data`: whether it comes behind the JSON.
     #[serde(default)]
+    #[schema(value_type = BTreeMap<String, ParameterForm>)]
     parameters: Parameters,
 }
 

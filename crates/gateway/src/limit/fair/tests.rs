@@ -221,9 +221,12 @@ async fn callers_who_leave_lose_no_turn() {
             assert!(line.waiting == 0 || line.under_way >= line.window);
         }
         drop(turns);
-        for call in waiting {
-            drop(call.await.unwrap());
+        // In whatever order they are called; each round calls one at least.
+        for _ in 0..300 {
+            waiting.retain_mut(|call| call.now_or_never().is_none());
         }
+        assert!(waiting.is_empty(), "{} are never called", waiting.len());
+        drop(waiting);
         let line = fair.line("m");
         let line = lock(&line);
         assert_eq!((line.under_way, line.waiting, line.lanes.len()), (0, 0, 0));

@@ -1,0 +1,404 @@
+//! Every row of the table of errors that can be caused from outside, at both
+//! doors: one condition, one code, one field.
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use fleet_tests::calls::{call, patient_infer, pixels, texts};
+use fleet_tests::process::{Andon, free_port, scratch};
+use fleet_tests::{Fleet, program, until};
+use platform::grpc::code_name;
+use protocol::inference::infer_parameter::ParameterChoice;
+use protocol::inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
+use protocol::inference::{
+    InferParameter, ModelInferRequest, RepositoryModelLoadRequest, SystemSharedMemoryStatusRequest,
+};
+use tokio::task::JoinSet;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+use super::{Spoken, Told, digits, get, post, send};
+
+const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
+
+/// The table.
+fn http_status(code: Code, retry: bool) -> u16 {
+    match code {
+        Code::NotFound => 404,
+        Code::Unavailable => 503,
+        Code::ResourceExhausted if retry => 429,
+        Code::ResourceExhausted => 413,
+        Code::InvalidArgument => 400,
+        Code::Unauthenticated => 401,
+        Code::PermissionDenied => 403,
+        Code::DeadlineExceeded => 504,
+        Code::Unimplemented => 501,
+        _ => 500,
+    }
+}
+
+/// How the HTTP door calls a field of the gRPC door.
+fn at_http(field: &str) -> String {
+    let index = field
+        .strip_prefix("raw_input_contents[")
+        .and_then(|rest| rest.strip_suffix(']'))
+        .or_else(|| field.strip_prefix("inputs[")?.strip_suffix("].contents"));
+    index.map_or_else(|| field.to_owned(), |index| format!("inputs[{index}].data"))
+}
+
+/// What both doors must agree on; `field` is the HTTP door's.
+fn agree(what: &str, said: &Status, told: &Told, code: Code, field: Option<&str>) -> Result<()> {
+    let details = said.get_error_details();
+    let retry = details.retry_info().is_some();
+    let named = details
+        .bad_request()
+        .and_then(|bad| Some(bad.field_violations.first()?.field.clone()));
+    ensure!(said.code() == code, "{what}: {said:?}");
+    ensure!(told.status == http_status(code, retry), "{what}: {told:?}");
+    ensure!(
+        told.text("code")?.as_deref() == Some(code_name(code)),
+        "{what}: {told:?}"
+    );
+    let at_http = named.as_deref().map(at_http);
+    ensure!(at_http.as_deref() == field, "{what}: {named:?}");
+    ensure!(told.text("field")?.as_deref() == field, "{what}: {told:?}");
+    ensure!(
+        told.headers.contains_key("retry-after") == retry,
+        "{what}: {told:?}"
+    );
+    // A body and a message differ in length, and a wait in time.
+    if code != Code::ResourceExhausted {
+        let message = match (&named, &at_http) {
+            (Some(grpc), Some(http)) => said.message().replacen(grpc, http, 1),
+            _ => said.message().to_owned(),
+        };
+        ensure!(
+            told.text("error")?.as_deref() == Some(&*message),
+            "{what}: {told:?} {said:?}"
+        );
+    }
+    Ok(())
+}
+
+/// One row of the table at both doors of a gateway.
+async fn row(
+    gateway: &Andon,
+    what: &str,
+    request: &ModelInferRequest,
+    metadata: &[(&str, &str)],
+    (code, field): (Code, Option<&str>),
+) -> Result<()> {
+    let said = call(gateway.grpc, INFER, metadata, request).await?;
+    for spoken in [Spoken::One, Spoken::Two] {
+        let told = send(gateway.http, spoken, request, false, metadata).await?;
+        agree(what, &said, &told, code, field)?;
+    }
+    Ok(())
+}
+
+fn parameter(choice: ParameterChoice) -> InferParameter {
+    InferParameter {
+        parameter_choice: Some(choice),
+    }
+}
+
+fn with(name: &str, choice: ParameterChoice) -> ModelInferRequest {
+    let mut request = pixels(&[[3.0; 64]]);
+    let parameters = &mut request.parameters;
+    parameters.insert(name.to_owned(), parameter(choice));
+    request
+}
+
+fn changed(change: impl FnOnce(&mut ModelInferRequest)) -> ModelInferRequest {
+    let mut request = pixels(&[[3.0; 64]]);
+    change(&mut request);
+    request
+}
+
+fn input(change: impl FnOnce(&mut InferInputTensor)) -> ModelInferRequest {
+    changed(|request| change(&mut request.inputs[0]))
+}
+
+/// What is wrong, the request, and the field.
+fn invalid() -> Vec<(&'static str, ModelInferRequest, &'static str)> {
+    vec![
+        (
+            "a name",
+            changed(|r| r.model_name = "bad name".into()),
+            "model_name",
+        ),
+        (
+            "a version",
+            changed(|r| r.model_version = "x1".into()),
+            "model_version",
+        ),
+        (
+            "a shape",
+            input(|i| i.shape = vec![2, 32]),
+            "inputs[0].shape",
+        ),
+        (
+            "a negative size",
+            input(|i| i.shape = vec![-1, 64]),
+            "inputs[0].shape",
+        ),
+        (
+            "a huge shape",
+            input(|i| i.shape = vec![i64::MAX, 64]),
+            "inputs[0].shape",
+        ),
+        (
+            "a datatype",
+            input(|i| i.datatype = "INT32".into()),
+            "inputs[0].datatype",
+        ),
+        (
+            "no datatype",
+            input(|i| i.datatype = "FLOAT".into()),
+            "inputs[0].datatype",
+        ),
+        (
+            "a byte count",
+            input(|i| i.shape = vec![1, 65]),
+            "inputs[0].data",
+        ),
+        (
+            "no rows",
+            changed(|r| {
+                r.inputs[0].shape = vec![0, 64];
+                r.raw_input_contents[0] = Vec::new().into();
+            }),
+            "inputs[0].shape",
+        ),
+        ("a value", pixels(&[[f32::NAN; 64]]), "inputs[0].data"),
+        ("an input", input(|i| i.name = "colours".into()), "inputs"),
+        (
+            "no input",
+            changed(|r| {
+                r.inputs.clear();
+                r.raw_input_contents.clear();
+            }),
+            "inputs",
+        ),
+        (
+            "an input twice",
+            changed(|r| {
+                r.inputs.push(r.inputs[0].clone());
+                r.raw_input_contents.push(r.raw_input_contents[0].clone());
+            }),
+            "inputs[1].name",
+        ),
+    ]
+}
+
+/// The same of outputs and parameters.
+fn invalid_besides() -> Vec<(&'static str, ModelInferRequest, &'static str)> {
+    let shared = parameter(ParameterChoice::StringParam("region".to_owned()));
+    vec![
+        (
+            "an output",
+            changed(|r| {
+                r.outputs.push(InferRequestedOutputTensor {
+                    name: "nothing".into(),
+                    ..Default::default()
+                });
+            }),
+            "outputs[0].name",
+        ),
+        (
+            "shared memory",
+            input(|i| {
+                i.parameters.insert("shared_memory_region".into(), shared);
+            }),
+            "inputs[0].parameters[shared_memory_region]",
+        ),
+        (
+            "a parameter",
+            with("colour", ParameterChoice::BoolParam(true)),
+            "parameters[colour]",
+        ),
+        (
+            "a priority",
+            with("priority", ParameterChoice::Int64Param(-1)),
+            "parameters[priority]",
+        ),
+        (
+            "a type",
+            with("timeout", ParameterChoice::DoubleParam(0.5)),
+            "parameters[timeout]",
+        ),
+        (
+            "a reserved name",
+            with("triton_x", ParameterChoice::BoolParam(true)),
+            "parameters[triton_x]",
+        ),
+        (
+            "a number",
+            with("priority", ParameterChoice::Uint64Param(u64::MAX)),
+            "parameters[priority]",
+        ),
+    ]
+}
+
+#[tokio::test]
+async fn a_bad_request_is_told_alike_at_both_doors() -> Result<()> {
+    let limit = ["--message-bytes-max", "256KiB"];
+    let fleet = Fleet::with(1, &["--model", &digits()?], &limit).await?;
+    let gateway = &fleet.gateway;
+    for (what, request, field) in [invalid(), invalid_besides()].concat() {
+        let wanted = (Code::InvalidArgument, Some(field));
+        row(gateway, what, &request, &[], wanted).await?;
+    }
+    let unknown = changed(|r| r.model_name = "nobody".into());
+    let wanted = (Code::NotFound, Some("model_name"));
+    row(gateway, "an unknown model", &unknown, &[], wanted).await?;
+    let unknown = changed(|r| r.model_version = "99".into());
+    let wanted = (Code::NotFound, Some("model_version"));
+    row(gateway, "an unknown version", &unknown, &[], wanted).await?;
+    let large = pixels(&[[3.0; 64]; 2000]);
+    let wanted = (Code::ResourceExhausted, None);
+    row(gateway, "a large message", &large, &[], wanted).await?;
+    let path = "/inference.GRPCInferenceService/SystemSharedMemoryStatus";
+    let asked = SystemSharedMemoryStatusRequest::default();
+    let said = call(gateway.grpc, path, &[], &asked).await?;
+    let told = get(gateway.http, "/v2/systemsharedmemory/status").await?;
+    agree("shared memory", &said, &told, Code::Unimplemented, None)
+}
+
+fn echo(delay: &str) -> Result<Andon> {
+    let flags = ["--delay".to_owned(), delay.to_owned()];
+    Andon::run(&mut Command::new(program("echo-worker")?), &flags, None)
+}
+
+async fn gateway(worker: SocketAddr, flags: &[&str]) -> Result<Andon> {
+    let mut all: Vec<String> = flags.iter().map(ToString::to_string).collect();
+    all.extend(["--worker".to_owned(), worker.to_string()]);
+    Andon::start("gateway", &all, None)
+}
+
+fn echoed() -> ModelInferRequest {
+    let mut request = texts(&["a text"]);
+    request.model_name = "echo".to_owned();
+    request
+}
+
+#[tokio::test]
+async fn a_full_gateway_is_told_alike_at_both_doors() -> Result<()> {
+    let worker = echo("1h")?;
+    let gateway = gateway(worker.grpc, &["--calls-max", "1"]).await?;
+    gateway.ready().await?;
+    let mut held = JoinSet::new();
+    let address = gateway.http;
+    held.spawn(async move { send(address, Spoken::One, &echoed(), true, &[]).await });
+    until(Duration::from_secs(20), "the call is held", || async {
+        Ok(gateway.metric("andon_gateway_in_flight").await? == Some(1.0))
+    })
+    .await?;
+    let wanted = (Code::Unavailable, None);
+    row(&gateway, "overload", &echoed(), &[], wanted).await?;
+    // A full gateway is neither dead nor gone.
+    for path in ["/v2/health/live", "/v2/health/ready"] {
+        let told = get(gateway.http, path).await?;
+        ensure!(told.status == 200, "{told:?}");
+    }
+    // A caller who leaves gives the place back.
+    held.shutdown().await;
+    until(Duration::from_secs(20), "the place is free", || async {
+        Ok(gateway.metric("andon_gateway_in_flight").await? == Some(0.0))
+    })
+    .await?;
+    let waited = send(address, Spoken::Two, &echoed(), false, &[("timeout", "50")]).await?;
+    ensure!(waited.status == 504, "{waited:?}");
+    let code = patient_infer(gateway.grpc, &echoed(), Duration::from_millis(50)).await?;
+    ensure!(
+        waited.text("code")?.as_deref() == Some(code_name(code)),
+        "{waited:?}"
+    );
+    let wrong = send(address, Spoken::One, &echoed(), false, &[("timeout", "1s")]).await?;
+    ensure!(
+        wrong.status == 400 && wrong.text("field")?.as_deref() == Some("timeout"),
+        "{wrong:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_gateway_without_workers_is_told_alike_at_both_doors() -> Result<()> {
+    let gateway = gateway(free_port()?, &[]).await?;
+    until(Duration::from_secs(20), "it serves", || async {
+        Ok(get(gateway.http, "/v2/health/live").await?.status == 200)
+    })
+    .await?;
+    let wanted = (Code::Unavailable, None);
+    row(&gateway, "no worker", &pixels(&[[3.0; 64]]), &[], wanted).await?;
+    let told = get(gateway.http, "/v2/health/ready").await?;
+    ensure!(told.status == 503, "{told:?}");
+    let told = get(gateway.http, "/v2/models/digits/ready").await?;
+    ensure!(told.status == 503, "{told:?}");
+    Ok(())
+}
+
+const POLICY: &str = r#"
+    [tenants.a]
+    models = ["echo"]
+    [tenants.a.quota]
+    requests_per_second = 0.001
+    burst = 6
+"#;
+
+#[tokio::test]
+async fn a_caller_who_may_not_is_told_alike_at_both_doors() -> Result<()> {
+    let folder = scratch("doors")?;
+    std::fs::create_dir_all(&folder)?;
+    let path = |name: &str| folder.join(name).display().to_string();
+    std::fs::write(folder.join("policy.toml"), POLICY)?;
+    std::fs::write(folder.join("keys.toml"), "")?;
+    let (policy, keys) = (path("policy.toml"), path("keys.toml"));
+    let made = Command::new(program("andon")?)
+        .args(["keys", "create", "--tenant", "a", "--keys", &keys])
+        .output()?;
+    ensure!(made.status.success(), "{made:?}");
+    let key = String::from_utf8(made.stdout)?.trim().to_owned();
+    let worker = echo("0s")?;
+    let gateway = gateway(worker.grpc, &["--policy", &policy, "--keys", &keys]).await?;
+    gateway.ready().await?;
+    let request = echoed();
+    let wanted = (Code::Unauthenticated, None);
+    row(&gateway, "no credential", &request, &[], wanted).await?;
+    row(&gateway, "no key", &request, &[("x-api-key", "x")], wanted).await?;
+    let told = send(gateway.http, Spoken::One, &request, true, &[]).await?;
+    ensure!(told.headers.contains_key("www-authenticate"), "{told:?}");
+    let own = [("x-api-key", key.as_str())];
+    // Three of six.
+    let wanted = (Code::PermissionDenied, None);
+    let other = changed(|r| r.model_name = "digits".into());
+    row(&gateway, "another model", &other, &own, wanted).await?;
+    // Two that are refused before the rate is counted.
+    let load = "/inference.GRPCInferenceService/RepositoryModelLoad";
+    let asked = RepositoryModelLoadRequest {
+        model_name: "echo".to_owned(),
+        ..Default::default()
+    };
+    let said = call(gateway.grpc, load, &own, &asked).await?;
+    let url = format!("http://{}/v2/repository/models/echo/load", gateway.http);
+    let loading = super::web(Spoken::One)?.post(url).header("x-api-key", &key);
+    let told = super::told(loading).await?;
+    agree("to load", &said, &told, Code::PermissionDenied, None)?;
+    let mut spent = send(gateway.http, Spoken::One, &request, false, &own).await?;
+    ensure!(spent.status == 200, "{spent:?}");
+    for _ in 0..10 {
+        spent = send(gateway.http, Spoken::One, &request, false, &own).await?;
+    }
+    ensure!(spent.status == 429, "{spent:?}");
+    let wanted = (Code::ResourceExhausted, None);
+    row(&gateway, "the quota", &request, &own, wanted).await?;
+    let told = post(gateway.http, "/v2/repository/index", "").await?;
+    ensure!(told.status == 401, "{told:?}");
+    ensure!(
+        get(gateway.http, "/v2/health/ready").await?.status == 200,
+        "not ready"
+    );
+    std::fs::remove_dir_all(&folder).context("the folder stays")
+}

@@ -1,0 +1,292 @@
+//! Texts that providers' models write, whole and in parts.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use futures::StreamExt;
+use protocol::inference::model_infer_request::InferInputTensor;
+use protocol::inference::{
+    InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse,
+    infer_parameter::ParameterChoice,
+};
+use serde_json::{Value, json};
+use tonic::Code;
+use wiremock::matchers::{body_partial_json, header};
+use wiremock::{MockServer, ResponseTemplate};
+
+use super::{Outside, SECRET, entry, key, posts, quoted, texts};
+
+/// A request for a text.
+fn prompt(model: &str, id: &str, text: &str) -> ModelInferRequest {
+    let raw = tensor::encode_bytes_elements(&[text]).unwrap_or_default();
+    let parameter = |choice| InferParameter {
+        parameter_choice: Some(choice),
+    };
+    ModelInferRequest {
+        model_name: model.to_owned(),
+        id: id.to_owned(),
+        parameters: [
+            ("max_tokens", ParameterChoice::Int64Param(7)),
+            ("temperature", ParameterChoice::DoubleParam(0.5)),
+            ("stop", ParameterChoice::StringParam("END".to_owned())),
+            ("system", ParameterChoice::StringParam("be kind".to_owned())),
+        ]
+        .map(|(name, choice)| (name.to_owned(), parameter(choice)))
+        .into(),
+        inputs: vec![InferInputTensor {
+            name: "text_input".to_owned(),
+            datatype: "BYTES".to_owned(),
+            shape: vec![1],
+            ..Default::default()
+        }],
+        raw_input_contents: vec![raw.into()],
+        ..Default::default()
+    }
+}
+
+fn said(answer: &ModelInferResponse) -> Result<String> {
+    let raw = answer.raw_output_contents.first().context("no output")?;
+    let text = raw.get(4..).context("no element")?;
+    Ok(String::from_utf8(text.to_vec())?)
+}
+
+const OPENAI: &str = "kind = \"openai\"\ntask = \"generation\"\n\
+                      price = { input_per_million = 1e6, output_per_million = 2e6 }";
+
+fn openai_asks() -> Value {
+    json!({
+        "model": "theirs", "max_tokens": 7, "temperature": 0.5, "stop": ["END"],
+        "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}],
+    })
+}
+
+/// Answers whole, or in these events when a stream is asked for.
+async fn writer(path: &str, asked: Value, answer: Value, events: &str) -> MockServer {
+    let server = MockServer::start().await;
+    let sse = ResponseTemplate::new(200).set_body_raw(events.to_owned(), "text/event-stream");
+    posts(path)
+        .and(body_partial_json(asked.clone()))
+        .and(body_partial_json(json!({"stream": true})))
+        .respond_with(sse)
+        .with_priority(1)
+        .mount(&server)
+        .await;
+    posts(path)
+        .and(body_partial_json(asked))
+        .respond_with(ResponseTemplate::new(200).set_body_json(answer))
+        .mount(&server)
+        .await;
+    server
+}
+
+const OPENAI_EVENTS: &str = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n\
+    data: {\"choices\":[{\"delta\":{\"content\":\"Good \"}}]}\n\n\
+    data: {\"choices\":[{\"delta\":{\"content\":\"day\"}}]}\n\n\
+    data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"length\"}]}\n\n\
+    data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}}\n\n\
+    data: [DONE]\n\n";
+
+async fn openai_writer() -> MockServer {
+    let answer = json!({
+        "choices": [{"message": {"role": "assistant", "content": "Good day"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+    });
+    writer("/v1/chat/completions", openai_asks(), answer, OPENAI_EVENTS).await
+}
+
+/// Sends messages on one stream and gathers what comes back.
+async fn streamed(
+    outside: &Outside,
+    requests: Vec<ModelInferRequest>,
+) -> Result<Vec<ModelStreamInferResponse>> {
+    let requests = futures::stream::iter(requests);
+    let answers = outside.client.clone().model_stream_infer(requests).await?;
+    let answers: Vec<_> = answers.into_inner().collect().await;
+    Ok(answers.into_iter().collect::<Result<_, _>>()?)
+}
+
+/// The id, the text and whether it is the last, of each part.
+fn parts(answers: &[ModelStreamInferResponse]) -> Result<Vec<(String, String, bool)>> {
+    let parts = answers.iter().map(|answer| {
+        ensure!(answer.error_message.is_empty(), "{}", answer.error_message);
+        let part = answer.infer_response.as_ref().context("no answer")?;
+        let last = part.parameters.get("triton_final_response");
+        let last = last.and_then(|last| last.parameter_choice.clone());
+        let last = last == Some(ParameterChoice::BoolParam(true));
+        Ok((part.id.clone(), said(part)?, last))
+    });
+    parts.collect()
+}
+
+fn wanted(id: &str) -> Vec<(String, String, bool)> {
+    [("Good ", false), ("day", false), ("", true)]
+        .map(|(text, last)| (id.to_owned(), text.to_owned(), last))
+        .to_vec()
+}
+
+const COST: &str = "andon_gateway_provider_cost_total{tenant=\"anyone\",model=\"big\"}";
+
+#[tokio::test]
+async fn an_openai_shaped_service_writes_whole_and_in_parts() -> Result<()> {
+    let server = openai_writer().await;
+    let url = format!("{}/v1", server.uri());
+    let outside = Outside::start(&entry("big", &url, OPENAI)).await?;
+    let (answer, metadata) = outside.call(prompt("big", "1", "hello")).await?;
+    ensure!(said(&answer)? == "Good day" && answer.id == "1");
+    ensure!(
+        metadata
+            .get("x-compute-tokens")
+            .context("no tokens")?
+            .to_str()?
+            == "5"
+    );
+    ensure!(outside.gateway.metric(COST).await? == Some(7.0));
+
+    // The answers to two requests of one stream keep their order.
+    let requests = vec![prompt("big", "a", "hello"), prompt("big", "b", "hello")];
+    let answers = streamed(&outside, requests).await?;
+    ensure!(
+        parts(&answers)? == [wanted("a"), wanted("b")].concat(),
+        "{answers:?}"
+    );
+    let last = answers.last().and_then(|last| last.infer_response.as_ref());
+    let reason = last.and_then(|last| last.parameters.get("finish_reason").cloned());
+    let length = ParameterChoice::StringParam("length".to_owned());
+    ensure!(reason.and_then(|reason| reason.parameter_choice) == Some(length));
+    ensure!(outside.gateway.metric(COST).await? == Some(21.0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_anthropic_shaped_service_writes_whole_and_in_parts() -> Result<()> {
+    let asked = json!({
+        "model": "theirs", "max_tokens": 7, "system": "be kind", "stop_sequences": ["END"],
+        "messages": [{"role": "user", "content": "hello"}],
+    });
+    let answer = json!({
+        "content": [{"type": "text", "text": "Good day"}], "stop_reason": "end_turn",
+        "usage": {"input_tokens": 3, "output_tokens": 2},
+    });
+    let events = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":3}}}\n\n\
+        event: ping\ndata: {\"type\":\"ping\"}\n\n\
+        event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"delta\":{\"type\":\"text_delta\",\"text\":\"Good \"}}\n\n\
+        event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"delta\":{\"type\":\"text_delta\",\"text\":\"day\"}}\n\n\
+        event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{\"output_tokens\":2}}\n\n\
+        event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n";
+    let server = writer("/v1/messages", asked, answer, events).await;
+    let (url, key) = (format!("{}/v1", server.uri()), key()?);
+    let more = format!(
+        "{}\nkey_file = {}",
+        OPENAI.replace("openai", "anthropic"),
+        quoted(&key)
+    );
+    let mut outside = Outside::start(&entry("big", &url, &more)).await?;
+    outside.files.push(key);
+    let (answer, _) = outside.call(prompt("big", "", "hello")).await?;
+    ensure!(said(&answer)? == "Good day");
+    let answers = streamed(&outside, vec![prompt("big", "a", "hello")]).await?;
+    ensure!(parts(&answers)? == wanted("a"), "{answers:?}");
+    ensure!(outside.gateway.metric(COST).await? == Some(14.0));
+    let asked = server.received_requests().await.unwrap_or_default();
+    for request in asked {
+        let sent = |name: &str| request.headers.get(name).and_then(|v| v.to_str().ok());
+        ensure!(sent("x-api-key") == Some(SECRET) && sent("anthropic-version").is_some());
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_off_says_so_and_the_next_request_is_answered() -> Result<()> {
+    let (whole, _) = OPENAI_EVENTS
+        .split_once("data: {\"choices\":[{\"delta\":{}")
+        .context("events")?;
+    let answer = json!({"choices": [{"message": {"content": "Good day"}}]});
+    for events in [
+        whole.to_owned(),
+        format!("{whole}data: {{\"error\":{{\"message\":\"no\"}}}}\n\n"),
+        format!("{whole}data: rubbish\n\n"),
+    ] {
+        let asked = json!({"model": "theirs"});
+        let server = writer("/v1/chat/completions", asked, answer.clone(), &events).await;
+        let url = format!("{}/v1", server.uri());
+        let outside = Outside::start(&entry("big", &url, OPENAI)).await?;
+        let requests = vec![prompt("big", "a", "hello"), texts("nobody", &["a"])];
+        let answers = streamed(&outside, requests).await?;
+        ensure!(answers.len() == 4, "{answers:?}");
+        ensure!(parts(&answers[..2])? == wanted("a")[..2]);
+        ensure!(answers[2].error_message.contains("'big'"), "{answers:?}");
+        ensure!(answers[3].error_message.contains("nobody"), "{answers:?}");
+        // What came is charged all the same: the parts, and a guess at what was read.
+        let cost = outside.gateway.metric(COST).await?.unwrap_or_default();
+        ensure!(cost >= 4.0, "{cost}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_service_that_falls_silent_in_the_middle_is_given_up() -> Result<()> {
+    let server = MockServer::start().await;
+    let slow = ResponseTemplate::new(200).set_delay(Duration::from_secs(300));
+    posts("/v1/chat/completions")
+        .respond_with(slow)
+        .mount(&server)
+        .await;
+    let url = format!("{}/v1", server.uri());
+    let more = format!("{OPENAI}\ntimeout = \"1s\"");
+    let outside = Outside::start(&entry("big", &url, &more)).await?;
+    let answers = streamed(&outside, vec![prompt("big", "a", "hello")]).await?;
+    ensure!(
+        answers.len() == 1 && answers[0].error_message.contains("'big'"),
+        "{answers:?}"
+    );
+    let status = outside.fails(prompt("big", "a", "hello")).await?;
+    ensure!(status.code() == Code::DeadlineExceeded, "{status:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_a_prompt_is_named() -> Result<()> {
+    let server = openai_writer().await;
+    let url = format!("{}/v1", server.uri());
+    let outside = Outside::start(&entry("big", &url, OPENAI)).await?;
+    for (name, choice) in [
+        ("max_tokens", ParameterChoice::Int64Param(0)),
+        ("temperature", ParameterChoice::DoubleParam(f64::NAN)),
+        ("top_p", ParameterChoice::DoubleParam(1.5)),
+        ("stop", ParameterChoice::StringParam(String::new())),
+        ("system", ParameterChoice::BoolParam(true)),
+        ("color", ParameterChoice::BoolParam(true)),
+    ] {
+        let mut request = prompt("big", "a", "hello");
+        let value = InferParameter {
+            parameter_choice: Some(choice),
+        };
+        request.parameters.insert(name.to_owned(), value);
+        let status = outside.fails(request).await?;
+        ensure!(status.code() == Code::InvalidArgument, "{name}: {status:?}");
+        let field = format!("parameters[{name}]");
+        ensure!(status.message().contains(&field), "{status:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_bearer_is_sent_only_where_there_is_a_key() -> Result<()> {
+    let server = openai_writer().await;
+    let guarded = MockServer::start().await;
+    posts("/v1/chat/completions")
+        .and(header("authorization", "x"))
+        .respond_with(ResponseTemplate::new(500))
+        .mount(&guarded)
+        .await;
+    let url = format!("{}/v1", server.uri());
+    let outside = Outside::start(&entry("big", &url, OPENAI)).await?;
+    outside.call(prompt("big", "a", "hello")).await?;
+    let asked = server.received_requests().await.unwrap_or_default();
+    ensure!(
+        asked
+            .iter()
+            .all(|request| !request.headers.contains_key("authorization"))
+    );
+    Ok(())
+}

@@ -1,0 +1,48 @@
+//! What outside services take, and budgets that refuse when they are spent.
+
+use anyhow::{Result, ensure};
+use fleet_tests::process::scratch;
+use tonic::Code;
+use tonic_types::StatusExt;
+
+use super::{Outside, embedder, embedding, texts};
+
+const PRICED: &str = "price = { input_per_million = 50000.0, per_request = 0.1 }";
+
+#[tokio::test]
+async fn costs_are_counted_by_the_price_table() -> Result<()> {
+    let server = embedder().await;
+    let outside = Outside::start(&embedding("small", &server, PRICED)).await?;
+    // Two texts have four tokens: 4 × 0.05 + 0.1.
+    outside.call(texts("small", &["a", "b"])).await?;
+    let cost = "andon_gateway_provider_cost_total{tenant=\"anyone\",model=\"small\"}";
+    let counted = outside.gateway.metric(cost).await?.unwrap_or_default();
+    ensure!((counted - 0.3).abs() < 1e-9, "{counted}");
+    let requests = "andon_gateway_provider_requests_total{model=\"small\",outcome=\"ok\"}";
+    ensure!(outside.gateway.metric(requests).await? == Some(1.0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_budget_that_is_spent_refuses() -> Result<()> {
+    let server = embedder().await;
+    let policy = scratch("policy.toml")?;
+    let text = "anonymous = \"guest\"\n[tenants.guest]\nmodels = [\"*\"]\n\
+                [tenants.guest.quota]\ncost_per_day = 0.5\n";
+    std::fs::write(&policy, text)?;
+    let flag = policy.display().to_string();
+    let catalogue = embedding("small", &server, PRICED);
+    let mut outside = Outside::with(&catalogue, &["--policy", &flag]).await?;
+    outside.files.push(policy);
+    // 0.3 each: the second call goes beyond, and the third finds nothing left.
+    outside.call(texts("small", &["a", "b"])).await?;
+    outside.call(texts("small", &["a", "b"])).await?;
+    let status = outside.fails(texts("small", &["a", "b"])).await?;
+    ensure!(status.code() == Code::ResourceExhausted, "{status:?}");
+    ensure!(
+        status.get_error_details().retry_info().is_some(),
+        "{status:?}"
+    );
+    ensure!(server.received_requests().await.unwrap_or_default().len() == 2);
+    Ok(())
+}

@@ -5,7 +5,7 @@ pub mod settings;
 
 use axum::extract::{FromRequestParts, Path, Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get, post};
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
@@ -36,7 +36,7 @@ use crate::stack::Stack;
 
 /// Every route.
 pub fn routes(stack: &Stack) -> Router<Stack> {
-    let shared_memory = || any(shared_memory);
+    let shared_memory = || get(shared_memory).post(shared_memory);
     Routes::new(stack, Shape::Problem)
         .open("/v2/health/live", get(live))
         .open("/v2/health/ready", get(ready))

@@ -2,6 +2,7 @@
 //! operations share, such as their refusals, is added here once.
 
 pub mod rest;
+mod unsigned;
 
 use std::sync::LazyLock;
 
@@ -80,29 +81,9 @@ struct Document;
 static JSON: LazyLock<Bytes> = LazyLock::new(|| {
     // It has no map with keys that are no texts, which is all that could fail.
     let mut written = serde_json::to_value(document()).unwrap_or_default();
-    widen(&mut written);
+    unsigned::widen(&mut written);
     written.to_string().into()
 });
-
-/// Numbers of 32 bits without a sign: what is generated calls them `int32`,
-/// which has one and ends at half of them.
-fn widen(node: &mut Value) {
-    let parts: Vec<&mut Value> = match node {
-        Value::Object(fields) => {
-            let unsigned = fields
-                .get("minimum")
-                .is_some_and(|least| least.as_f64() >= Some(0.0));
-            if unsigned && fields.get("format").is_some_and(|format| format == "int32") {
-                fields.insert("format".to_owned(), json!("int64"));
-                fields.entry("maximum").or_insert(json!(u32::MAX));
-            }
-            fields.values_mut().collect()
-        }
-        Value::Array(elements) => elements.iter_mut().collect(),
-        _ => return,
-    };
-    parts.into_iter().for_each(widen);
-}
 
 /// The routes.
 pub fn routes(stack: &Stack) -> Router<Stack> {
@@ -476,17 +457,6 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn unsigned_numbers_may_be_as_large_as_they_are() {
-        let document = written();
-        let top = &document["components"]["schemas"]["RerankRequest"]["properties"]["top_n"];
-        assert_eq!(
-            (&top["minimum"], &top["maximum"]),
-            (&json!(1), &json!(u32::MAX))
-        );
-        assert_eq!(top["format"], "int64");
     }
 
     #[test]

@@ -20,9 +20,9 @@ mod tei;
 mod trouble;
 
 pub use catalogue::{Task, Used};
-pub use chat::{
-    ChatAnswer, ChatDelta, ChatMessage, ChatRequest, ChatStream, ChatUsage, Finish, Role,
-};
+#[cfg(test)]
+pub use chat::Finish;
+pub use chat::{ChatAnswer, ChatDelta, ChatMessage, ChatRequest, ChatStream, ChatUsage, Role};
 pub use generation::{conversation, last_part, part};
 pub use metrics::ProviderMetrics;
 

@@ -215,8 +215,8 @@ fn wrong(path: &str, error: &serde_json::Error) -> Error {
 pub struct Json<T> {
     /// What it says.
     pub value: T,
-    /// Its bytes count as in flight until this is dropped.
-    pub held: Option<BytesHeld>,
+    /// Never read: the body's bytes count as in flight until it is dropped.
+    _held: Option<BytesHeld>,
 }
 
 impl<T: DeserializeOwned> FromRequest<Stack> for Json<T> {
@@ -229,7 +229,7 @@ impl<T: DeserializeOwned> FromRequest<Stack> for Json<T> {
         let value = json(&received.joined())?;
         Ok(Self {
             value,
-            held: received.held,
+            _held: received.held,
         })
     }
 }

@@ -113,11 +113,8 @@ async fn gateways_share_what_they_know_and_redis_sees_no_input() -> Result<()> {
     let secret = pair.repository.0.join("another secret");
     std::fs::write(&secret, "another secret that nobody else has, as long")?;
     let path = secret.display().to_string();
-    let stranger = beside(
-        &pair.fleet,
-        &["--redis", &pair.flags[1], "--cache-secret-file", &path],
-    );
-    let stranger = stranger.await?;
+    let flags = ["--redis", &pair.flags[1], "--cache-secret-file", &path];
+    let stranger = beside(&pair.fleet, &flags).await?;
     pair.redis_is(&stranger, true).await?;
     ensure!(ask(stranger.grpc, &pixels(&[image(1)]), &[]).await?.cache == "miss");
     Ok(())

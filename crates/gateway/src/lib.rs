@@ -276,7 +276,7 @@ impl Gateway {
                     .into_iter()
                     .map(|(name, ready)| (name, ready && !draining))
                     .collect();
-                let ready = models.iter().any(|(_, ready)| *ready);
+                let ready = routes.able() && !draining;
                 health.replace(ready, &SERVICES, models);
                 if draining {
                     drain.reached(Phase::Closing).await;

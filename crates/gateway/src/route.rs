@@ -2,6 +2,7 @@
 //! is made anew whenever a worker comes, goes or serves other models.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -160,6 +161,8 @@ pub struct Routes {
     changed: watch::Sender<u64>,
     /// Whether there are to be workers, and not providers alone.
     workers: bool,
+    /// Whether a worker has had a model ready.
+    met: AtomicBool,
     /// What outside services answer.
     pub catalogue: Arc<Catalogue>,
 }
@@ -185,6 +188,9 @@ impl Routes {
     /// Makes the table anew from what the workers report.
     pub fn rebuild(&self, upstreams: Vec<Arc<Upstream>>) {
         let table = Arc::new(build(upstreams));
+        if table.readiness().any(|(_, ready)| ready) {
+            self.met.store(true, Ordering::Release);
+        }
         *self.table.write().unwrap_or_else(PoisonError::into_inner) = table;
         self.changed.send_modify(|count| *count += 1);
     }
@@ -244,6 +250,14 @@ impl Routes {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// Whether the gateway has something to answer with. Where it has workers,
+    /// providers count once it has met them: a gateway that has just started
+    /// must not be sent calls for models that it does not know yet.
+    pub fn able(&self) -> bool {
+        let met = !self.workers || self.met.load(Ordering::Acquire);
+        met && self.readiness().into_values().any(|ready| ready)
     }
 
     /// The models and chains by name, and whether one can be called. A model

@@ -318,6 +318,12 @@ async fn documents_are_ranked_in_both_shapes() -> Result<()> {
         assert_eq!(score.to_bits(), rank.score.to_bits());
         assert_eq!(text["text"], texts[rank.index as usize]);
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn wrong_rankings_are_told_the_field() -> Result<()> {
+    let served = Served::start().await?;
     for (path, body, field) in [
         (
             "/rerank",

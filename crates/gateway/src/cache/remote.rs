@@ -65,15 +65,18 @@ impl Store for Redis {
     }
 }
 
+/// Rows of one answer.
+type Entries = Vec<(Key, Row)>;
+
 /// Rows in Redis.
 #[derive(Debug)]
 pub struct Remote {
     store: Arc<dyn Store>,
     seal: Seal,
     ttl: Duration,
-    queue: mpsc::Sender<Vec<(Key, Row)>>,
+    queue: mpsc::Sender<Entries>,
     /// Until somebody writes them.
-    queued: Mutex<Option<mpsc::Receiver<Vec<(Key, Row)>>>>,
+    queued: Mutex<Option<mpsc::Receiver<Entries>>>,
     waiting_bytes: Arc<AtomicUsize>,
     unwritten: Arc<AtomicU64>,
 }

@@ -241,94 +241,111 @@ fn timeout() -> Parameter {
         .build()
 }
 
+/// Which operations can be refused in a way.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Refused {
+    Always,
+    /// Those that ask who calls.
+    Callers,
+    /// Those that name a model.
+    Models,
+    /// Those that have a body.
+    Bodies,
+}
+
+/// Every refusal: who has it, its status, what it says, its code, an example.
+const REFUSALS: [(Refused, u16, &str, &str, &str); 11] = [
+    (
+        Refused::Always,
+        400,
+        "A field is wrong; it is named",
+        "INVALID_ARGUMENT",
+        "a field: what is wrong with it",
+    ),
+    (
+        Refused::Callers,
+        401,
+        "No key, or one that is not known",
+        "UNAUTHENTICATED",
+        "the key is not known",
+    ),
+    (
+        Refused::Callers,
+        403,
+        "The caller may not do this",
+        "PERMISSION_DENIED",
+        "the model is not among those that this caller may call",
+    ),
+    (
+        Refused::Models,
+        404,
+        "There is no such model, or none that is ready",
+        "NOT_FOUND",
+        "unknown model 'minilm'",
+    ),
+    (
+        Refused::Bodies,
+        413,
+        "The body is too large",
+        "RESOURCE_EXHAUSTED",
+        "the message has 70000000 bytes, over the limit of 67108864",
+    ),
+    (
+        Refused::Bodies,
+        415,
+        "The content encoding is not known",
+        "INVALID_ARGUMENT",
+        "content-encoding: gzip, deflate and none are known",
+    ),
+    (
+        Refused::Callers,
+        429,
+        "A quota of the caller is spent; Retry-After says when there is something of it again",
+        "RESOURCE_EXHAUSTED",
+        "the tenant's requests per second are spent",
+    ),
+    (
+        Refused::Always,
+        500,
+        "The server is at fault",
+        "INTERNAL",
+        "the request could not be answered",
+    ),
+    (
+        Refused::Models,
+        501,
+        "The model or its server does not do this",
+        "UNIMPLEMENTED",
+        "the model does not do this",
+    ),
+    (
+        Refused::Always,
+        503,
+        "Overloaded, or nobody who has the model can be reached; Retry-After says when to come back, where that is known",
+        "UNAVAILABLE",
+        "no worker can be reached",
+    ),
+    (
+        Refused::Always,
+        504,
+        "The caller's patience or the server's own ended",
+        "DEADLINE_EXCEEDED",
+        "the deadline passed",
+    ),
+];
+
 /// How a request can be refused.
 fn refusals(kinds: Kinds) -> Vec<(u16, &'static str, Value)> {
-    let Kinds {
-        open, model, body, ..
-    } = kinds;
-    let all = [
-        (
-            true,
-            400,
-            "A field is wrong; it is named",
-            "INVALID_ARGUMENT",
-            "a field: what is wrong with it",
-        ),
-        (
-            !open,
-            401,
-            "No key, or one that is not known",
-            "UNAUTHENTICATED",
-            "the key is not known",
-        ),
-        (
-            !open,
-            403,
-            "The caller may not do this",
-            "PERMISSION_DENIED",
-            "the model is not among those that this caller may call",
-        ),
-        (
-            model,
-            404,
-            "There is no such model, or none that is ready",
-            "NOT_FOUND",
-            "unknown model 'minilm'",
-        ),
-        (
-            body,
-            413,
-            "The body is too large",
-            "RESOURCE_EXHAUSTED",
-            "the message has 70000000 bytes, over the limit of 67108864",
-        ),
-        (
-            body,
-            415,
-            "The content encoding is not known",
-            "INVALID_ARGUMENT",
-            "content-encoding: gzip, deflate and none are known",
-        ),
-        (
-            !open,
-            429,
-            "A quota of the caller is spent; Retry-After says when there is something of it again",
-            "RESOURCE_EXHAUSTED",
-            "the tenant's requests per second are spent",
-        ),
-        (
-            true,
-            500,
-            "The server is at fault",
-            "INTERNAL",
-            "the request could not be answered",
-        ),
-        (
-            model,
-            501,
-            "The model or its server does not do this",
-            "UNIMPLEMENTED",
-            "the model does not do this",
-        ),
-        (
-            true,
-            503,
-            "Overloaded, or nobody who has the model can be reached; Retry-After says when to come back, where that is known",
-            "UNAVAILABLE",
-            "no worker can be reached",
-        ),
-        (
-            true,
-            504,
-            "The caller's patience or the server's own ended",
-            "DEADLINE_EXCEEDED",
-            "the deadline passed",
-        ),
-    ];
-    let given = all.into_iter().filter(|(given, ..)| *given);
+    let given = REFUSALS.iter().filter(|(who, ..)| match who {
+        Refused::Always => true,
+        Refused::Callers => !kinds.open,
+        Refused::Models => kinds.model,
+        Refused::Bodies => kinds.body,
+    });
     given
         .map(|(_, status, says, code, detail)| {
-            (status, says, example(kinds.shape, status, code, detail))
+            let example = example(kinds.shape, *status, code, detail);
+            (*status, *says, example)
         })
         .collect()
 }

@@ -20,7 +20,6 @@ use protocol::inference::{
 use protocol::{Error, Kind};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
 use utoipa::ToSchema;
 
 use super::body;

@@ -100,7 +100,7 @@ pub async fn fleet(
 
 impl Stack {
     pub(crate) fn ready(&self) -> bool {
-        !self.0.drain.draining() && self.0.routes.readiness().into_values().any(|ready| ready)
+        !self.0.drain.draining() && self.0.routes.able()
     }
 
     pub(crate) fn model_ready(

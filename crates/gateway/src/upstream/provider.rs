@@ -428,7 +428,7 @@ struct Embedding {
 
 /// Scales a vector to length 1. One that has it already keeps its bits, as far
 /// as FP32 can tell: most services send such vectors.
-fn normalize(vector: &mut Vec<f32>) {
+fn normalize(vector: &mut [f32]) {
     let squares: f64 = vector.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
     let length = squares.sqrt();
     if length > 0.0 && (length - 1.0).abs() > 1e-5 {

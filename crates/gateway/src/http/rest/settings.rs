@@ -1,6 +1,6 @@
 //! What is logged and traced, as Triton's JSON has it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use axum::Json;
 use axum::extract::{Request, State};

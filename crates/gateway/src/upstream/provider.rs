@@ -375,7 +375,10 @@ impl Provider {
         let ends = self.ends(deadline);
         let mut embedded = self.exchange(&outgoing, ends, read).await?;
         if options.normalize {
-            embedded.vectors.iter_mut().for_each(normalize);
+            embedded
+                .vectors
+                .iter_mut()
+                .for_each(|vector| normalize(vector));
         }
         Ok(embedded)
     }

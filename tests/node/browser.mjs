@@ -113,7 +113,7 @@ await checks.check("every_operation_opens", async () => {
     await links.nth(place).click();
     await page.locator(".address").waitFor();
     const text = await page.locator("#operation").innerText();
-    expect(!/\[object |undefined|\bNaN\b/.test(text), `it shows no text but ${text.slice(0, 300)}`);
+    expect(!/\[object |undefined|\bNaN\b/.test(text), `it shows no text but ${text.slice(0, 1500)}`);
     expect(
       (await page.locator(".answers tr").count()) > 1,
       `${await page.locator(".address").textContent()} shows no errors`,

@@ -101,6 +101,7 @@ impl BalanceMetrics {
 #[derive(Debug, Clone, Default)]
 pub struct LimitMetrics {
     limited: Family<LimitLabel, Counter>,
+    calls: Family<TenantLabel, Counter>,
     tokens: Family<TenantLabel, Counter>,
     cost: Family<TenantLabel, Counter<f64, AtomicU64>>,
     /// Calls that wait for their tenant's turn.
@@ -111,6 +112,12 @@ impl LimitMetrics {
     /// Counts the calls that a limit refuses.
     pub fn limited(&self, limit: &'static str) -> Counter {
         self.limited.get_or_create_owned(&LimitLabel { limit })
+    }
+
+    /// A call of a tenant's that the policy names.
+    pub fn called(&self, tenant: &str) {
+        let tenant = tenant.to_owned();
+        self.calls.get_or_create(&TenantLabel { tenant }).inc();
     }
 
     /// What a tenant's answers took.
@@ -130,6 +137,8 @@ impl LimitMetrics {
         let name = |name: &str| format!("andon_gateway_{name}");
         let help = "Calls refused, by the limit that refused them";
         registry.register(name("limited"), help, self.limited.clone());
+        let help = "Calls of each tenant that were let in";
+        registry.register(name("tenant_calls"), help, self.calls.clone());
         let help = "Tokens computed for a tenant";
         registry.register(name("tokens"), help, self.tokens.clone());
         let help =

@@ -124,6 +124,12 @@ impl Stack {
             return Ok(auth.anyone());
         }
         let caller = auth.caller(headers, peer).await?;
+        if auth.asks() {
+            let span = tracing::Span::current();
+            span.record("andon.tenant", caller.tenant.name.as_str());
+            span.record("andon.credential", &*caller.credential);
+            self.0.metrics.limit.called(&caller.tenant.name);
+        }
         if access == Access::Administrator {
             caller.must_administrate()?;
         }

@@ -184,6 +184,8 @@ impl TelemetryControl {
             rpc.method = path,
             rpc.status_code = tracing::field::Empty,
             andon.cache = tracing::field::Empty,
+            andon.tenant = tracing::field::Empty,
+            andon.credential = tracing::field::Empty,
         );
         // The only error is a span that is not exported.
         let _ = span.set_parent(parent);
@@ -202,6 +204,9 @@ impl TelemetryControl {
             otel.kind = "server",
             http.route = route,
             andon.request.id = id,
+            andon.cache = tracing::field::Empty,
+            andon.tenant = tracing::field::Empty,
+            andon.credential = tracing::field::Empty,
         );
         // The only error is a span that is not exported.
         let _ = span.set_parent(parent);

@@ -54,6 +54,10 @@ function typeOf(schema) {
   return types.map((type) => (type === "array" ? `[${typeOf(plain.items ?? {})}]` : type)).join(" | ");
 }
 
+function written(value) {
+  return typeof value === "object" ? JSON.stringify(value) : String(value);
+}
+
 function boundsOf(schema) {
   const names = {
     minLength: "% or more characters", maxLength: "up to % characters", minItems: "% or more elements",
@@ -62,7 +66,7 @@ function boundsOf(schema) {
   const plain = resolve(schema);
   return Object.entries(names)
     .filter(([name]) => plain[name] !== undefined && plain[name] !== null)
-    .map(([name, words]) => words.replace("%", String(plain[name])));
+    .map(([name, words]) => words.replace("%", () => written(plain[name])));
 }
 
 function sayings(description, schema) {

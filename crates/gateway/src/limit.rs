@@ -122,8 +122,22 @@ pub struct Entered {
 pub struct Ticket {
     limit: Limit,
     tenant: Arc<Tenant>,
+    counted: Counted,
     scopes: Vec<Arc<Scope>>,
     _places: Vec<InFlight>,
+}
+
+/// What a call counts as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counted {
+    /// A request of its own.
+    Request,
+    /// One of several calls that answer one request, which has been counted:
+    /// its rows alone.
+    Part,
+    /// A model that answers for a chain, whose request and rows have been
+    /// counted: what the model's own quotas say.
+    Member,
 }
 
 impl Limit {
@@ -173,11 +187,18 @@ impl Limit {
     /// When the model is known: its own limits, rows, and what earlier calls
     /// have spent of tokens and costs. A call without rows takes requests
     /// alone.
-    pub async fn take(&self, caller: &Caller, model: &str, items: u64) -> Result<Ticket, Error> {
+    pub async fn take(
+        &self,
+        caller: &Caller,
+        model: &str,
+        items: u64,
+        counted: Counted,
+    ) -> Result<Ticket, Error> {
         let limit = &self.0;
         let mut ticket = Ticket {
             limit: self.clone(),
             tenant: caller.tenant.clone(),
+            counted,
             scopes: Vec::new(),
             _places: Vec::new(),
         };
@@ -186,8 +207,10 @@ impl Limit {
         };
         let items = (items > 0).then_some(items);
         let mut taken = Vec::new();
-        let scopes = std::iter::once((&meters.all, None));
-        let scopes = scopes.chain(meters.of_model(model).map(|scope| (scope, Some(1))));
+        let all = (counted != Counted::Member).then_some((&meters.all, None));
+        let request = (counted != Counted::Part).then_some(1);
+        let of_model = meters.of_model(model).map(|scope| (scope, request));
+        let scopes = all.into_iter().chain(of_model);
         for (scope, requests) in scopes {
             if requests.is_some() {
                 ticket._places.push(
@@ -343,9 +366,12 @@ impl Ticket {
             return;
         }
         let limit = &self.limit.0;
-        limit
-            .metrics
-            .used(&self.tenant.name, usage.tokens, usage.cost);
+        // The chain's own ticket has it too.
+        if self.counted != Counted::Member {
+            limit
+                .metrics
+                .used(&self.tenant.name, usage.tokens, usage.cost);
+        }
         for scope in &self.scopes {
             let owing = scope.charge(usage, limit.now());
             if let Some(shared) = &limit.shared

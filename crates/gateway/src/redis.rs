@@ -1,6 +1,7 @@
 //! Redis, where gateways count together and keep answers. It is never waited
-//! for: a command has 20 ms, and a Redis that fails several times in a row is
-//! passed by until it answers a probe.
+//! for: a command has 20 ms, and a Redis that does not answer within them, or
+//! fails several times in a row, is passed by until it answers a probe. So no
+//! call waits twice.
 
 use std::future::Future;
 use std::path::Path;
@@ -214,7 +215,7 @@ impl Redis {
             Ok(Err(error)) if error.is_unrecoverable_error() => self.pass_by("connection lost"),
             // Its own refusals too: read-only, loading, out of memory.
             Ok(Err(_)) => self.failed("it answers with errors"),
-            Err(_) => self.failed("it does not answer in time"),
+            Err(_) => self.pass_by("it does not answer in time"),
         }
         None
     }
@@ -262,7 +263,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_hangs_is_passed_by_after_three_commands_and_comes_back() {
+    async fn one_that_hangs_is_passed_by_at_once_and_comes_back() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         // Answers what connecting needs and nothing after it.
@@ -282,13 +283,9 @@ mod tests {
         while !redis.available() {
             tokio::task::yield_now().await;
         }
-        let mut sent = 0;
-        while redis.available() {
-            let none: Option<String> = redis.run(&::redis::cmd("GET")).await;
-            assert_eq!(none, None);
-            sent += 1;
-        }
-        assert!(sent <= FAILURES_MAX, "{sent}");
+        let none: Option<String> = redis.run(&::redis::cmd("GET")).await;
+        assert_eq!(none, None);
+        assert!(!redis.available());
         let none: Option<String> = redis.run(&::redis::cmd("GET")).await;
         assert_eq!(none, None);
         while !redis.available() {

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use crate::auth::Caller;
+use crate::limit::Counted;
 use crate::stack::Access;
 
 /// Where a call says which model it is for.
@@ -264,6 +265,8 @@ pub struct Request {
     pub wanted: Wanted,
     /// Who asks.
     pub caller: Caller,
+    /// What it counts as.
+    pub counted: Counted,
 }
 
 impl Request {
@@ -276,6 +279,7 @@ impl Request {
             deadline,
             wanted: Wanted::Doing(&[]),
             caller: Caller::gateway(),
+            counted: Counted::Request,
         }
     }
 
@@ -285,7 +289,10 @@ impl Request {
         match self.path.path() {
             "/inference.GRPCInferenceService/ModelInfer" => peek_rows(bytes),
             "/tei.v1.Rerank/Rerank" => peek_count(bytes, 2),
-            path if path.starts_with("/inference.") || path.starts_with("/tei.v1.Info/") => 0,
+            // What computes nothing on a device has no rows.
+            path if path.starts_with("/inference.") => 0,
+            path if path.starts_with("/tei.v1.Info/") => 0,
+            path if path.starts_with("/tei.v1.Tokenize/") => 0,
             _ => 1,
         }
     }
@@ -300,6 +307,7 @@ impl Request {
             deadline: self.deadline,
             wanted: self.wanted.clone(),
             caller: self.caller.clone(),
+            counted: self.counted,
         }
     }
 
@@ -354,6 +362,7 @@ pub async fn read(
         deadline,
         wanted,
         caller,
+        counted: Counted::Request,
     })
 }
 

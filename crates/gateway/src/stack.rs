@@ -80,11 +80,12 @@ impl Handler for Stack {
                 false => Some(layers.shed.admit()?),
             };
             // auth: who calls, and whether it is theirs to call.
-            // limit: the tenant's rate, and its calls under way.
+            // limit: the tenant's rate, and its calls under way. Each message of
+            // a stream counts as a call of its own.
             let caller = self
                 .admit(method.access(), call.metadata(), &call.peer)
                 .await?;
-            let entered = match method.is_probe() {
+            let entered = match method.is_probe() || matches!(method, Method::Stream(_)) {
                 true => None,
                 false => Some(layers.limit.enter(&caller).await?),
             };
@@ -149,7 +150,12 @@ impl Stack {
         // limit, once the model is known: its own quotas, and rows.
         let limit = &self.0.limit;
         let ticket = limit
-            .take(&request.caller, plan.name(), request.items())
+            .take(
+                &request.caller,
+                plan.name(),
+                request.items(),
+                request.counted,
+            )
             .await?;
         let answer = match &plan {
             Plan::One(route) => self.0.cache.answer(self, route, request).await?,

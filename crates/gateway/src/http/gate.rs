@@ -3,6 +3,7 @@
 //! when the response has been sent.
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -26,6 +27,7 @@ use tracing::Instrument;
 use super::body::discard;
 use super::problem::{Refused, Shape, refusal, written};
 use crate::auth::Caller;
+use crate::limit::Counted;
 use crate::service::{Request as Forwarded, Wanted, own_headers};
 use crate::stack::{Access, Stack};
 use crate::upstream::Answer;
@@ -226,6 +228,7 @@ impl Way<'_> {
             id: self.id,
             headers: forwarded(&head.headers),
             model: self.model,
+            called: Arc::default(),
         };
         head.extensions.insert(visit);
         let request = Request::from_parts(head, body);
@@ -280,6 +283,8 @@ pub struct Visit {
     /// The metadata of calls that are made for it.
     pub headers: HeaderMap,
     model: Arc<OnceLock<String>>,
+    /// Whether a call has been made for it.
+    called: Arc<AtomicBool>,
 }
 
 /// The decoded answer of a worker or a provider.
@@ -301,6 +306,14 @@ impl Visit {
         let _ = self.model.set(model.to_owned());
     }
 
+    /// Several calls for one request count as one.
+    fn counted(&self) -> Counted {
+        match self.called.swap(true, Ordering::Relaxed) {
+            false => Counted::Request,
+            true => Counted::Part,
+        }
+    }
+
     /// Sends a call of the gRPC door down the stack.
     pub async fn forward(
         &self,
@@ -315,6 +328,7 @@ impl Visit {
             deadline: self.deadline,
             wanted,
             caller: self.caller.clone(),
+            counted: self.counted(),
         };
         let mut named = Named {
             model: &self.model,

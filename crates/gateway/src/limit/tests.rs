@@ -122,14 +122,29 @@ async fn refusals_say_which_limit_and_when() {
     assert!(error.retry_after().unwrap() <= Duration::from_secs(1));
     let said = "the tenant's limit of 1 requests per second for all models is spent";
     assert_eq!(error.to_string(), said);
-    let _ticket = limit.take(&caller, "minilm", 100).await.unwrap();
-    let error = limit.take(&caller, "minilm", 1).await.unwrap_err();
+    let _ticket = limit
+        .take(&caller, "minilm", 100, Counted::Request)
+        .await
+        .unwrap();
+    let error = limit
+        .take(&caller, "minilm", 1, Counted::Request)
+        .await
+        .unwrap_err();
     let said = "the tenant's limit of 100 items per minute for 'mini*' is spent";
     assert_eq!(error.to_string(), said);
     // One of another model is not concerned; one without rows takes none.
-    limit.take(&caller, "digits", 1).await.unwrap();
-    limit.take(&caller, "minilm", 0).await.unwrap();
-    let error = limit.take(&caller, "minilm", 101).await.unwrap_err();
+    limit
+        .take(&caller, "digits", 1, Counted::Request)
+        .await
+        .unwrap();
+    limit
+        .take(&caller, "minilm", 0, Counted::Request)
+        .await
+        .unwrap();
+    let error = limit
+        .take(&caller, "minilm", 101, Counted::Request)
+        .await
+        .unwrap_err();
     assert_eq!((error.kind(), error.retry_after()), (Kind::TooLarge, None));
     drop(first);
     assert_eq!(limit.0.metrics.limited("items_per_minute").get(), 2);
@@ -142,19 +157,34 @@ async fn places_are_given_back_and_refused_calls_take_nothing() {
         "quota = { items_per_minute = 10 }\n\
          [tenants.a.model_quotas.\"m\"]\nin_flight = 1\nitems_per_day = 3",
     );
-    let ticket = limit.take(&caller, "m", 3).await.unwrap();
-    let error = limit.take(&caller, "m", 1).await.unwrap_err();
+    let ticket = limit.take(&caller, "m", 3, Counted::Request).await.unwrap();
+    let error = limit
+        .take(&caller, "m", 1, Counted::Request)
+        .await
+        .unwrap_err();
     let said = "the tenant's limit of 1 calls under way for 'm' is reached";
     assert_eq!(error.to_string(), said);
     drop(ticket);
     // The place is free, the rows are spent.
-    let error = limit.take(&caller, "m", 1).await.unwrap_err();
+    let error = limit
+        .take(&caller, "m", 1, Counted::Request)
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("3 items per day"), "{error}");
-    let error = limit.take(&caller, "m", 1).await.unwrap_err();
+    let error = limit
+        .take(&caller, "m", 1, Counted::Request)
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("3 items per day"), "{error}");
     // What those did not use of the whole is there for others.
-    limit.take(&caller, "other", 7).await.unwrap();
-    limit.take(&caller, "other", 1).await.unwrap_err();
+    limit
+        .take(&caller, "other", 7, Counted::Request)
+        .await
+        .unwrap();
+    limit
+        .take(&caller, "other", 1, Counted::Request)
+        .await
+        .unwrap_err();
 }
 
 #[tokio::test]
@@ -167,10 +197,19 @@ async fn what_is_counted_outlives_the_policy() {
     };
     let (before, after) = (with(10), with(20));
     let place = limit.enter(&before).await.unwrap();
-    limit.take(&before, "m", 10).await.unwrap();
-    limit.take(&before, "m", 1).await.unwrap_err();
-    limit.take(&after, "m", 10).await.unwrap();
-    limit.take(&after, "m", 1).await.unwrap_err();
+    limit
+        .take(&before, "m", 10, Counted::Request)
+        .await
+        .unwrap();
+    limit
+        .take(&before, "m", 1, Counted::Request)
+        .await
+        .unwrap_err();
+    limit.take(&after, "m", 10, Counted::Request).await.unwrap();
+    limit
+        .take(&after, "m", 1, Counted::Request)
+        .await
+        .unwrap_err();
     let other = limit.enter(&after).await.unwrap();
     limit.enter(&after).await.unwrap_err();
     drop((place, other));
@@ -189,7 +228,10 @@ async fn limits_cost_little() {
         let started = Instant::now();
         for _ in 0..100_000 {
             let entered = limit.enter(caller).await.unwrap();
-            let ticket = limit.take(caller, "minilm", 1).await.unwrap();
+            let ticket = limit
+                .take(caller, "minilm", 1, Counted::Request)
+                .await
+                .unwrap();
             ticket.charge(Usage::default());
             drop((entered, ticket));
         }

@@ -19,6 +19,7 @@ use tonic::Status;
 
 use super::{Door, RERANK, Request, forwarded, wanted};
 use crate::auth::Caller;
+use crate::limit::Counted;
 use crate::limit::Entered;
 use crate::stack::{Conversation, Stack};
 use crate::upstream::provider::{Provider, conversation, last_part, part};
@@ -89,6 +90,7 @@ impl Shared {
             message,
             deadline: self.ends.unwrap_or_else(|| Instant::now() + self.patience),
             caller: self.caller.clone(),
+            counted: Counted::Request,
         })
     }
 
@@ -212,6 +214,7 @@ pub async fn rerank_stream(stack: &Stack, call: Call, caller: Caller) -> Result<
         deadline,
         wanted,
         caller,
+        counted: Counted::Request,
     };
     let mut model = String::new();
     Ok(stack.forward(&request, &mut model).await?.into_reply())

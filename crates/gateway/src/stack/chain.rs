@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status};
 
 use super::Stack;
+use crate::limit::Counted;
 use crate::route::nobody;
 use crate::service::Request;
 use crate::upstream::Answer;
@@ -81,7 +82,12 @@ impl Stack {
             request.deadline = descent.ends(place);
             let answered = async {
                 let route = self.0.routes.member(name)?;
-                self.0.cache.answer(self, &route, &request).await
+                let (caller, items) = (&request.caller, request.items());
+                let limit = &self.0.limit;
+                let ticket = limit.take(caller, name, items, Counted::Member).await?;
+                let answer = self.0.cache.answer(self, &route, &request).await?;
+                ticket.charge(answer.usage());
+                Ok(answer)
             };
             // A provider says itself that it is late, a little earlier.
             let answered = timeout_at(request.deadline + WORD, answered).await;

@@ -12,7 +12,7 @@ use tonic::Status;
 use super::Stack;
 use super::chain::Descent;
 use crate::auth::Caller;
-use crate::limit::{Ticket, Usage};
+use crate::limit::{Counted, Ticket, Usage};
 use crate::route::{Plan, Route};
 use crate::service::Wanted;
 use crate::upstream::provider::{
@@ -42,6 +42,8 @@ pub(crate) struct Continued<T> {
     /// Why it is not the first model of its chain.
     pub fallback: Option<HeaderValue>,
     provider: Arc<Provider>,
+    /// What the model of a chain takes of its own quotas.
+    member: Option<Ticket>,
 }
 
 impl Stack {
@@ -51,12 +53,12 @@ impl Stack {
         asked: Conversation<'_>,
     ) -> Result<Continued<ChatAnswer>, Status> {
         let (plan, ticket) = self.plan(asked).await?;
-        let said = self
+        let mut said = self
             .ask_generating(&plan, asked, |provider, ends| async move {
                 provider.chat(asked.chat, ends).await
             })
             .await?;
-        let meter = Meter::new(ticket, &said.provider, asked);
+        let meter = Meter::new([Some(ticket), said.member.take()], &said.provider, asked);
         meter.charged(said.answer.usage);
         Ok(said)
     }
@@ -76,7 +78,8 @@ impl Stack {
                 provider.chat_stream(chat, ends, asked.deadline).await
             })
             .await?;
-        let mut meter = Meter::new(ticket, &said.provider, asked);
+        let tickets = [Some(ticket), said.member.take()];
+        let mut meter = Meter::new(tickets, &said.provider, asked);
         said.answer = said
             .answer
             .map(move |item| {
@@ -104,7 +107,11 @@ impl Stack {
 
     async fn plan(&self, asked: Conversation<'_>) -> Result<(Plan, Ticket), Status> {
         let plan = self.0.routes.choose(asked.wanted, asked.caller)?;
-        let ticket = self.0.limit.take(asked.caller, plan.name(), 1).await?;
+        let ticket = self
+            .0
+            .limit
+            .take(asked.caller, plan.name(), 1, Counted::Request)
+            .await?;
         Ok((plan, ticket))
     }
 
@@ -123,6 +130,7 @@ impl Stack {
                 let provider = generating(route)?;
                 let answer = attempt(provider.clone(), asked.deadline).await?;
                 return Ok(Continued {
+                    member: None,
                     answer,
                     model: provider.name.clone(),
                     fallback: None,
@@ -137,12 +145,15 @@ impl Stack {
             let answered = async {
                 let route = self.0.routes.member(name)?;
                 let provider = generating(&route)?;
+                let limit = &self.0.limit;
+                let ticket = limit.take(asked.caller, name, 1, Counted::Member).await?;
                 let answer = attempt(provider.clone(), descent.ends(place)).await?;
-                Ok::<_, Error>((answer, provider))
+                Ok::<_, Error>((answer, provider, ticket))
             };
             match answered.await {
-                Ok((answer, provider)) => {
+                Ok((answer, provider, ticket)) => {
                     return Ok(Continued {
+                        member: Some(ticket),
                         answer,
                         model: name.clone(),
                         fallback: descent.said(name),
@@ -169,7 +180,9 @@ fn generating(route: &Route) -> Result<Arc<Provider>, Error> {
 /// Charges a conversation once. A caller who leaves is charged for what came
 /// until then, as far as that can be told.
 struct Meter {
-    ticket: Option<Ticket>,
+    /// The request's, and that of the model of a chain.
+    tickets: [Option<Ticket>; 2],
+    charged: bool,
     provider: Arc<Provider>,
     tenant: String,
     prompt_tokens: u64,
@@ -177,9 +190,14 @@ struct Meter {
 }
 
 impl Meter {
-    fn new(ticket: Ticket, provider: &Arc<Provider>, asked: Conversation<'_>) -> Self {
+    fn new(
+        tickets: [Option<Ticket>; 2],
+        provider: &Arc<Provider>,
+        asked: Conversation<'_>,
+    ) -> Self {
         Self {
-            ticket: Some(ticket),
+            tickets,
+            charged: false,
             provider: provider.clone(),
             tenant: asked.caller.tenant.name.clone(),
             prompt_tokens: asked.chat.tokens_guessed(),
@@ -201,11 +219,15 @@ impl Meter {
     }
 
     fn charge(&mut self, usage: ChatUsage) {
-        if let Some(ticket) = self.ticket.take() {
-            ticket.charge(Usage {
-                tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
-                cost: self.provider.spend(&self.tenant, Used::from(usage)),
-            });
+        if std::mem::replace(&mut self.charged, true) {
+            return;
+        }
+        let usage = Usage {
+            tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
+            cost: self.provider.spend(&self.tenant, Used::from(usage)),
+        };
+        for ticket in self.tickets.iter_mut().filter_map(Option::take) {
+            ticket.charge(usage);
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use hyper_util::rt::TokioIo;
 use protocol::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
@@ -33,6 +33,9 @@ impl Authority {
     pub fn new() -> Result<Self> {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // Who issues for its own name looks like a certificate that signed itself.
+        let name = "an authority of the tests";
+        params.distinguished_name.push(DnType::CommonName, name);
         Ok(Self(CertifiedIssuer::self_signed(
             params,
             KeyPair::generate()?,

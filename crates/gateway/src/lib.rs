@@ -285,6 +285,7 @@ impl Gateway {
                 tokio::select! {
                     changed = changes.changed() => if changed.is_err() { return },
                     () = drain.reached(Phase::Draining) => {}
+                    () = routes.patience_ended() => {}
                 }
             }
         })

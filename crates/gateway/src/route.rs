@@ -9,11 +9,16 @@ use std::time::Duration;
 use http::HeaderValue;
 use protocol::{Error, Kind, MODEL_KEY, ModelName, ModelVersion};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::auth::Caller;
 use crate::service::Wanted;
 use crate::upstream::Upstream;
 use crate::upstream::provider::{Catalogue, Chain, Provider};
+
+/// How long a gateway that has providers too waits for its workers before it
+/// says that it is ready.
+const WORKERS_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The models of all workers.
 #[derive(Debug, Default)]
@@ -163,6 +168,8 @@ pub struct Routes {
     workers: bool,
     /// Whether a worker has had a model ready.
     met: AtomicBool,
+    /// When providers count although no worker has come.
+    patience_ends: Option<Instant>,
     /// What outside services answer.
     pub catalogue: Arc<Catalogue>,
 }
@@ -173,6 +180,7 @@ impl Routes {
         Self {
             catalogue,
             workers,
+            patience_ends: Some(Instant::now() + WORKERS_PATIENCE),
             ..Self::default()
         }
     }
@@ -253,11 +261,24 @@ impl Routes {
     }
 
     /// Whether the gateway has something to answer with. Where it has workers,
-    /// providers count once it has met them: a gateway that has just started
-    /// must not be sent calls for models that it does not know yet.
+    /// providers count once it has met them, or has waited long enough: a
+    /// gateway that has just started must not be sent calls for models that it
+    /// does not know yet.
     pub fn able(&self) -> bool {
-        let met = !self.workers || self.met.load(Ordering::Acquire);
+        let met = !self.workers || self.met.load(Ordering::Acquire) || !self.patient();
         met && self.readiness().into_values().any(|ready| ready)
+    }
+
+    fn patient(&self) -> bool {
+        self.patience_ends.is_some_and(|end| Instant::now() < end)
+    }
+
+    /// Returns when providers count although no worker has come.
+    pub async fn patience_ended(&self) {
+        match self.patience_ends {
+            Some(end) if self.patient() => tokio::time::sleep_until(end).await,
+            _ => std::future::pending().await,
+        }
     }
 
     /// The models and chains by name, and whether one can be called. A model

@@ -58,6 +58,8 @@ struct Reader {
     begun: Begun,
     events: Events,
     progress: Progress,
+    /// What went wrong after the texts that have come.
+    trouble: Option<Trouble>,
     parts: u64,
     bytes: usize,
 }
@@ -68,6 +70,7 @@ pub fn deltas(begun: Begun) -> ChatStream {
         begun,
         events: Events::default(),
         progress: Progress::default(),
+        trouble: None,
         parts: 0,
         bytes: 0,
     };
@@ -92,6 +95,9 @@ impl Reader {
                 self.parts += 1;
                 return Ok(ChatDelta { text, end: None });
             }
+            if let Some(trouble) = self.trouble.take() {
+                return Err(trouble);
+            }
             if self.progress.done {
                 return Ok(self.last());
             }
@@ -100,7 +106,7 @@ impl Reader {
             let chunk = timeout_at(ends, self.begun.response.chunk()).await;
             let chunk = chunk.map_err(|_| Trouble::Late)?;
             match chunk.map_err(|_| Trouble::Broken)? {
-                Some(chunk) => self.take(&chunk)?,
+                Some(chunk) => self.trouble = self.take(&chunk).err(),
                 // Some services end without saying so; an answer with a reason
                 // to end is whole.
                 None if self.progress.finish.is_some() => self.progress.done = true,

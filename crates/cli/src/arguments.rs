@@ -12,7 +12,7 @@ use worker::RepositorySettings;
 use crate::client::{Bench, Infer, Models};
 use crate::keys::Keys;
 
-/// A fleet of AI model services behind one gRPC door.
+/// A fleet of AI model services behind one gateway.
 #[derive(Debug, Parser)]
 #[command(
     name = "andon",
@@ -32,15 +32,17 @@ pub enum Command {
     /// Gateway and worker in one process
     #[command(
         after_help = "Example:\n  andon serve --repository models",
-        // On loopback nobody needs a key.
+        // Without a policy nobody is asked, so that loopback is the default.
         mut_arg("grpc_addr", |argument| argument.default_value("127.0.0.1:8001")),
         mut_arg("http_addr", |argument| argument.default_value("127.0.0.1:8000")),
+        mut_arg("admin_addr", |argument| argument.default_value("127.0.0.1:8002")),
     )]
     Serve(Box<Serve>),
     /// Takes calls and forwards them to workers
     #[command(
-        after_help = "Examples:\n  andon gateway --worker 127.0.0.1:9001 --worker 127.0.0.1:9002\n  \
-                      andon gateway --worker-dns andon-workers:8001"
+        after_help = "Examples:\n  andon gateway --worker 127.0.0.1:9001 --worker 127.0.0.1:9002 \
+                      --grpc-addr 127.0.0.1:8001 --http-addr 127.0.0.1:8000\n  \
+                      andon gateway --worker-dns andon-workers:8001 --policy policy.toml --keys keys.toml"
     )]
     Gateway(Box<Gateway>),
     /// Serves models

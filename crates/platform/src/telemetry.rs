@@ -300,18 +300,20 @@ pub fn start(settings: &TelemetrySettings, role: &str) -> Result<Telemetry, Tele
         LogFormat::Text => tracing_subscriber::fmt::layer()
             .with_ansi(std::io::stderr().is_terminal())
             .with_writer(std::io::stderr)
+            .with_filter(filter_fn(is_no_call))
             .boxed(),
         LogFormat::Json => tracing_subscriber::fmt::layer()
             .json()
             .flatten_event(true)
             .with_writer(std::io::stderr)
+            .with_filter(filter_fn(is_no_call))
             .boxed(),
     };
     let exported = exporter
         .as_ref()
         .map(|exporter| tracing_opentelemetry::layer().with_tracer(exporter.tracer("andon")));
-    // One filter for all: with a filter for each layer, the spans that h2 opens
-    // for every frame are made and thrown away at every call.
+    // One filter before all: with levels in a filter for each layer, the spans
+    // that h2 opens for every frame are made and thrown away at every call.
     Registry::default()
         .with(filter_fn(move |metadata| {
             metadata.target() == REQUEST_TARGET || filter.logs(metadata)
@@ -320,6 +322,12 @@ pub fn start(settings: &TelemetrySettings, role: &str) -> Result<Telemetry, Tele
         .with(written)
         .try_init()?;
     Ok(Telemetry { control, exporter })
+}
+
+/// Whether the log may show something: the span of a call holds what its caller
+/// said, and is for the trace alone.
+fn is_no_call(metadata: &Metadata<'_>) -> bool {
+    metadata.target() != REQUEST_TARGET
 }
 
 fn exporter(endpoint: &str, role: &str) -> Result<SdkTracerProvider, TelemetryError> {

@@ -8,8 +8,10 @@ use anyhow::{Context, Result, ensure};
 use fleet_tests::calls::{client, infer, pixels, texts};
 use fleet_tests::load::Load;
 use fleet_tests::process::{Andon, free_port, scratch};
+use fleet_tests::redis::Redis;
 use fleet_tests::{Fleet, models, program, root, until};
 use protocol::inference::{RepositoryModelLoadRequest, RepositoryModelUnloadRequest};
+use serde_json::json;
 use tonic::Code;
 
 /// Runs `andon` to its end and returns what it wrote to standard error.
@@ -104,7 +106,12 @@ async fn a_file_configures_and_variables_and_flags_override_it() -> Result<()> {
 
 #[tokio::test]
 async fn every_metric_that_dashboards_name_is_there() -> Result<()> {
-    let fleet = Fleet::start(1).await?;
+    let redis = Redis::start().await?;
+    let secret = scratch("secret")?;
+    std::fs::write(&secret, "a secret of the cache, of some length\n")?;
+    let path = secret.display().to_string();
+    let flags = ["--redis", &redis.url(), "--cache-secret-file", &path];
+    let fleet = Fleet::with(1, &[], &flags).await?;
     let client = client(fleet.gateway.grpc).await?;
     infer(&client, pixels(&[[0.0; 64]]), Duration::from_secs(5)).await?;
     infer(&client, texts(&["a text"]), Duration::from_secs(5)).await?;
@@ -126,6 +133,7 @@ async fn every_metric_that_dashboards_name_is_there() -> Result<()> {
     }
     let exact = "nv_inference_request_success{model=\"minilm\",version=\"1\"}";
     ensure!(worker.metric(exact).await? == Some(1.0), "{page}");
+    std::fs::remove_file(&secret)?;
     Ok(())
 }
 
@@ -301,5 +309,55 @@ async fn traces_reach_a_collector_and_follow_the_call() -> Result<()> {
     .await?;
     child.kill().await?;
     std::fs::remove_file(&seen)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_log_of_a_traced_call_holds_nothing_of_its_caller() -> Result<()> {
+    // Nobody takes connections at either address: the provider fails inside the
+    // span of the call, which is worth a line.
+    let (service, collector) = (free_port()?, free_port()?);
+    let (policy, catalogue) = (scratch("policy.toml")?, scratch("providers.toml")?);
+    std::fs::write(
+        &policy,
+        "anonymous = \"quietfolk\"\n[tenants.quietfolk]\nmodels = [\"*\"]\n",
+    )?;
+    std::fs::write(
+        &catalogue,
+        format!(
+            "[models.outside]\nkind = \"openai\"\ntask = \"embedding\"\n\
+             base_url = \"http://{service}/v1\"\nmodel = \"m\"\n"
+        ),
+    )?;
+    for format in ["text", "json"] {
+        let flags = [
+            "--policy".to_owned(),
+            policy.display().to_string(),
+            "--providers".to_owned(),
+            catalogue.display().to_string(),
+            "--otlp-endpoint".to_owned(),
+            format!("http://{collector}"),
+            "--log".to_owned(),
+            "debug".to_owned(),
+            "--log-format".to_owned(),
+            format.to_owned(),
+        ];
+        let gateway = Andon::start("gateway", &flags, None)?;
+        gateway.ready().await?;
+        let answer = reqwest::Client::new()
+            .post(format!("http://{}/v1/embeddings", gateway.http))
+            .header("x-request-id", "said-by-the-caller")
+            .json(&json!({ "model": "outside", "input": "a text" }))
+            .send()
+            .await?;
+        ensure!(answer.status().as_u16() == 503, "{}", answer.status());
+        let log = gateway.logged();
+        ensure!(log.contains("a provider could not be called"), "{log}");
+        for word in ["said-by-the-caller", "quietfolk", "andon.", "otel.name"] {
+            ensure!(!log.contains(word), "{word} is in the log: {log}");
+        }
+    }
+    std::fs::remove_file(&policy)?;
+    std::fs::remove_file(&catalogue)?;
     Ok(())
 }

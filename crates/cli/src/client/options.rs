@@ -6,6 +6,9 @@ use http::{HeaderName, HeaderValue};
 use protocol::inference::InferParameter;
 use protocol::inference::infer_parameter::ParameterChoice;
 
+/// Metadata that holds secrets, which come from files or variables alone.
+const SECRETS: [&str; 3] = ["authorization", "x-api-key", "api-key"];
+
 /// How a tool writes its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
@@ -45,6 +48,11 @@ pub fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
     if key.as_str().ends_with("-bin") || key.as_str().starts_with("grpc-") {
         return Err(format!(
             "'{key}' cannot be set here: it is binary or reserved by gRPC"
+        ));
+    }
+    if SECRETS.contains(&key.as_str()) {
+        return Err(format!(
+            "'{key}' would show a secret in the list of processes: use --key-file, or the variable ANDON_API_KEY"
         ));
     }
     let value = HeaderValue::from_str(&value)
@@ -138,8 +146,23 @@ mod tests {
     }
 
     #[test]
+    fn secrets_are_no_headers() {
+        for text in [
+            "Authorization=Bearer s3cret",
+            "x-api-key=s3cret",
+            "api-key=s3cret",
+        ] {
+            let said = header(text).unwrap_err();
+            assert!(
+                said.contains("--key-file") && !said.contains("s3cret"),
+                "{said}"
+            );
+        }
+    }
+
+    #[test]
     fn headers_that_grpc_owns_are_refused() {
-        assert!(header("authorization=Bearer x").is_ok());
+        assert!(header("andon-model=minilm").is_ok());
         assert!(header("grpc-timeout=1S").is_err());
         assert!(header("x-bin=AA").is_err());
         assert!(header("a b=c").is_err());

@@ -344,7 +344,8 @@ async fn the_log_of_a_traced_call_holds_nothing_of_its_caller() -> Result<()> {
         ];
         let gateway = Andon::start("gateway", &flags, None)?;
         gateway.ready().await?;
-        let answer = reqwest::Client::new()
+        let client = reqwest::Client::builder().no_proxy().build()?;
+        let answer = client
             .post(format!("http://{}/v1/embeddings", gateway.http))
             .header("x-request-id", "said-by-the-caller")
             .json(&json!({ "model": "outside", "input": "a text" }))

@@ -11,6 +11,10 @@ gateway  The echo worker called directly, through Andon's gateway, through
 minilm   One sentence per request at 1, 8 and 64 in flight: `andon serve`, with
          the load of `andon bench`, beside FastAPI with sentence-transformers,
          with the load of wrk.
+front    The API front: rows of numbers through a gateway that does ever more
+         (identity and quotas, then the cache); one embedding and a tensor of
+         600 KB at each door; and how often 1,000 identical requests at once are
+         computed.
 
 All targets of a scenario run at once and are measured in turn, the order
 reversed from round to round, so that a machine that changes its mind does so

@@ -83,7 +83,8 @@ fn cross_origin(origins: &[String]) -> CorsLayer {
             gate::ANSWERED
                 .map(HeaderName::from_static)
                 .into_iter()
-                .chain([http::header::RETRY_AFTER]),
+                .chain([http::header::RETRY_AFTER, problem::RETRY_AFTER_MS])
+                .chain([HeaderName::from_static(tensors::HEADER_LENGTH)]),
         ))
 }
 
@@ -94,7 +95,7 @@ async fn unknown_path() -> Refused {
 async fn wrong_method() -> Refused {
     Refused {
         status: Some(StatusCode::METHOD_NOT_ALLOWED),
-        ..Error::new(Kind::Unsupported, "the path takes other methods").into()
+        ..problem::wrong_method().into()
     }
 }
 

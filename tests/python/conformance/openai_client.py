@@ -130,7 +130,7 @@ def check_errors(checks, client):
         ("input_empty", {"input": []}, "input"),
         ("input_null", {"input": None}, "input"),
         ("input_is_a_number", {"input": 7}, "input"),
-        ("input_holds_a_number", {"input": ["x", 7]}, "input"),
+        ("input_holds_a_number", {"input": ["x", 7]}, "input[1]"),
         ("model_is_a_number", {"model": 7}, "model"),
     ]
     for name, change, param in cases:

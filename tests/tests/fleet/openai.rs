@@ -192,7 +192,11 @@ async fn errors_have_the_shape_of_openai_and_name_the_field() -> Result<()> {
             400,
             "input[1]",
         ),
-        (json!({"model": "minilm", "input": ["a", 1]}), 400, "input"),
+        (
+            json!({"model": "minilm", "input": ["a", 1]}),
+            400,
+            "input[1]",
+        ),
         (
             json!({"model": "minilm", "input": ["a", long]}),
             400,

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
 
-use super::problem::Refused;
+use super::problem::{Refused, broken_off};
 use crate::stack::Stack;
 
 /// How long a body may pause.
@@ -122,7 +122,7 @@ fn broken(error: &axum::Error) -> Error {
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(cause) = source {
         if cause.is::<hyper::Error>() {
-            return Error::new(Kind::Cancelled, "the request broke off");
+            return broken_off();
         }
         source = cause.source();
     }
@@ -190,11 +190,16 @@ fn wrong(path: &str, error: &serde_json::Error) -> Error {
         };
         return Error::invalid(field, format!("is given twice at {place}"));
     }
+    // What is known comes last: the caller's own name before it may hold
+    // anything.
+    let known = text.rsplit_once("`, expected ").map(|(_, known)| known);
     if text.starts_with("unknown field") {
-        let known = text.rsplit_once(", ").map_or("", |_| {
-            text.split_once("`, ").map_or("", |(_, known)| known)
-        });
-        return Error::invalid(field, format!("is not known at {place}: {known}"));
+        let known = known.map_or_else(String::new, |known| format!(": expected {known}"));
+        return Error::invalid(field, format!("is not known at {place}{known}"));
+    }
+    if text.starts_with("unknown variant") {
+        let known = known.unwrap_or("another");
+        return Error::invalid(field, format!("must be {known} at {place}"));
     }
     let description = match text
         .strip_prefix("invalid ")
@@ -254,6 +259,35 @@ mod tests {
     struct Inner {
         shape: Vec<i64>,
         name: String,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum Form {
+        Float,
+        Base64,
+    }
+
+    #[test]
+    fn a_word_that_is_not_known_is_not_repeated() {
+        for wrong in ["secret", "secret`, expected `x", "secret: x, expected"] {
+            let error = json::<Form>(json_text(wrong).as_bytes()).unwrap_err();
+            let said = error.to_string();
+            assert!(
+                said.contains("must be `float` or `base64` at line 1"),
+                "{said}"
+            );
+            assert!(!said.contains("secret"), "{said}");
+        }
+        let named = r#"{"inputs": [], "secret`, expected `x": 1}"#;
+        let reason = json::<Outer>(named.as_bytes()).unwrap_err();
+        let reason = &reason.violation().unwrap().description;
+        assert!(!reason.contains("secret"), "{reason}");
+        assert!(reason.ends_with(": expected `inputs`"), "{reason}");
+    }
+
+    fn json_text(text: &str) -> String {
+        serde_json::to_string(text).unwrap()
     }
 
     fn refused(text: &str) -> (String, String) {

@@ -17,6 +17,7 @@ use serde_json::Value;
 use std::time::{SystemTime, UNIX_EPOCH};
 use utoipa::ToSchema;
 
+use super::ask::{of_model, of_name};
 use super::body::Json;
 use super::gate::{Routes, Visit};
 use super::problem::{Refused, Shape};
@@ -225,7 +226,15 @@ pub fn routes(stack: &Stack) -> Router<Stack> {
     let problem = Routes::new(stack, Shape::Problem)
         .callers("/v2/models/{model}/generate", post(generate::generate))
         .callers(
+            "/v2/models/{model}/versions/{version}/generate",
+            post(generate::generate),
+        )
+        .callers(
             "/v2/models/{model}/generate_stream",
+            post(generate::generate_stream),
+        )
+        .callers(
+            "/v2/models/{model}/versions/{version}/generate_stream",
             post(generate::generate_stream),
         );
     openai.into_router().merge(problem.into_router())
@@ -259,12 +268,16 @@ pub async fn complete(
         model: model.clone(),
         usage: usage == Some(true),
     };
+    let wanted = of_name(&model);
+    let in_terms = |error: Error| error.renamed(of_model);
     if stream {
-        let (headers, parts) = way::chat_stream(&visit, &model, &asked).await?;
+        let parts = way::chat_stream(&visit, &wanted, &asked).await;
+        let (headers, parts) = parts.map_err(in_terms)?;
         let response = events::response(parts, writer, Shape::OpenAi, &visit);
         return Ok((headers, response).into_response());
     }
-    let (headers, answer) = way::chat(&visit, &model, &asked).await?;
+    let answer = way::chat(&visit, &wanted, &asked).await;
+    let (headers, answer) = answer.map_err(in_terms)?;
     let completion = ChatCompletion {
         id: writer.id,
         object: "chat.completion",

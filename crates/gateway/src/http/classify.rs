@@ -4,15 +4,15 @@ use axum::Router;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use futures::{StreamExt, TryStreamExt, stream};
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue};
 use protocol::inference::{ModelConfigRequest, ModelConfigResponse};
-use protocol::{Error, tei::v1 as tei};
+use protocol::{CACHE_KEY, Error, TOKENS_KEY, tei::v1 as tei};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::ask::{self, CALLS_AT_ONCE, check_texts, tokens};
 use super::body::Json;
-use super::gate::{Answered, Routes, Visit};
+use super::gate::{Answered, Routes, Visit, guarded};
 use super::openai::Usage;
 use super::problem::{Refused, Shape};
 use super::rerank::NotEmpty;
@@ -133,15 +133,21 @@ pub async fn classify(visit: Visit, request: Json<ClassifyRequest>) -> Result<Re
         .buffered(CALLS_AT_ONCE)
         .try_collect()
         .await?;
+    let cache = cached(answers.iter().map(|answer| &answer.headers));
     let mut headers = HeaderMap::new();
-    let (mut data, mut counted) = (Vec::with_capacity(answers.len()), 0);
+    let (mut data, mut held) = (Vec::with_capacity(answers.len()), Vec::new());
+    let mut counted = 0;
     for (index, answer) in answers.into_iter().enumerate() {
         counted += tokens(&answer.headers);
         data.push(classified(index, answer.message, &order));
         headers = answer.headers;
+        held.extend(answer.held);
     }
-    // One answer's cost is not that of all.
-    headers.insert(protocol::TOKENS_KEY, counted.into());
+    // What one answer took is not what all did.
+    headers.insert(TOKENS_KEY, counted.into());
+    if let Some(cache) = cache {
+        headers.insert(CACHE_KEY, cache);
+    }
     let response = ClassifyResponse {
         id: visit.id.as_str().to_owned(),
         object: "list",
@@ -149,7 +155,20 @@ pub async fn classify(visit: Visit, request: Json<ClassifyRequest>) -> Result<Re
         data,
         usage: Usage::of(counted),
     };
-    Ok((headers, axum::Json(response)).into_response())
+    let response = (headers, axum::Json(response)).into_response();
+    Ok(guarded(response, held))
+}
+
+/// How many of the texts were known; none where no answer says so.
+fn cached<'a>(answers: impl Iterator<Item = &'a HeaderMap>) -> Option<HeaderValue> {
+    let said: Vec<&HeaderValue> = answers.filter_map(|all| all.get(CACHE_KEY)).collect();
+    let known = said.iter().filter(|said| **said == "hit").count();
+    match said.len() {
+        0 => None,
+        all if known == all => Some(HeaderValue::from_static("hit")),
+        _ if known == 0 => Some(HeaderValue::from_static("miss")),
+        all => HeaderValue::try_from(format!("{known}/{all}")).ok(),
+    }
 }
 
 async fn predict(
@@ -312,6 +331,28 @@ mod tests {
         assert_eq!(told.probs, None);
         let told = classified(0, predictions(&[("good", 0.75)]), &order);
         assert_eq!(told.probs, None);
+    }
+
+    #[test]
+    fn how_many_texts_were_known_is_said_of_all() {
+        for (said, wanted) in [
+            (&[][..], None),
+            (&["hit", "hit"], Some("hit")),
+            (&["miss"], Some("miss")),
+            (&["hit", "miss", "hit"], Some("2/3")),
+        ] {
+            let headers = |said: &&'static str| {
+                HeaderMap::from_iter([(
+                    http::HeaderName::from_static(CACHE_KEY),
+                    HeaderValue::from_static(said),
+                )])
+            };
+            let answers: Vec<HeaderMap> = said.iter().map(headers).collect();
+            let told = cached(answers.iter());
+            assert_eq!(told, wanted.map(HeaderValue::from_static));
+        }
+        let unsaid = [HeaderMap::new(), HeaderMap::new()];
+        assert_eq!(cached(unsaid.iter()), None);
     }
 
     #[test]

@@ -2,11 +2,12 @@
 //! stack: rescue → shed → auth → limit. What it takes on the way is given back
 //! when the response has been sent.
 
+mod patience;
+
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -31,6 +32,7 @@ use crate::limit::Counted;
 use crate::service::{Request as Forwarded, Wanted, own_headers};
 use crate::stack::{Access, Stack};
 use crate::upstream::Answer;
+use patience::Patience;
 
 /// The header that names a request: the caller's, or made here.
 pub const REQUEST_ID: &str = "x-request-id";
@@ -38,8 +40,6 @@ pub const REQUEST_ID: &str = "x-request-id";
 pub const ANSWERED: [&str; 5] = [REQUEST_ID, CACHE_KEY, FALLBACK_KEY, DIGEST_KEY, TOKENS_KEY];
 /// A caller's id that is longer is replaced.
 const REQUEST_ID_BYTES_MAX: usize = 128;
-/// The header that says how long the caller waits, in milliseconds.
-const TIMEOUT: &str = "timeout";
 
 /// What a request is called in its answer and in the trace.
 #[derive(Debug, Clone)]
@@ -173,13 +173,13 @@ struct Way<'g> {
 impl Way<'_> {
     /// rescue: a deadline that passes becomes an answer.
     async fn rescue(self, request: Request, next: Next) -> Result<Response, Refused> {
-        let deadline_max = self.gate.stack.0.deadline_max;
-        let timeout = match timeout(request.headers()) {
-            Ok(timeout) => timeout.unwrap_or(deadline_max).min(deadline_max),
+        let patience_max = self.gate.stack.0.deadline_max;
+        let patience = match Patience::of(request.headers(), self.gate.shape, patience_max) {
+            Ok(patience) => patience,
             Err(error) => return Err(refuse(request.into_body(), error).await),
         };
-        let deadline = self.arrived + timeout;
-        match timeout_at(deadline, self.answer(request, next, deadline)).await {
+        let deadline = self.arrived + patience.until_begun;
+        match timeout_at(deadline, self.answer(request, next, patience)).await {
             Ok(answered) => answered,
             Err(_) => Err(Error::deadline_passed().into()),
         }
@@ -189,7 +189,7 @@ impl Way<'_> {
         self,
         request: Request,
         next: Next,
-        deadline: Instant,
+        patience: Patience,
     ) -> Result<Response, Refused> {
         let layers = &self.gate.stack.0;
         let open = self.gate.access == Access::Open;
@@ -224,7 +224,8 @@ impl Way<'_> {
         let visit = Visit {
             stack: self.gate.stack.clone(),
             caller,
-            deadline,
+            deadline: self.arrived + patience.until_begun,
+            ends: self.arrived + patience.until_ended,
             id: self.id,
             headers: forwarded(&head.headers),
             model: self.model,
@@ -241,21 +242,6 @@ impl Way<'_> {
 async fn refuse(body: Body, error: Error) -> Refused {
     discard(body).await;
     error.into()
-}
-
-/// The caller's patience.
-fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
-    let Some(value) = headers.get(TIMEOUT) else {
-        return Ok(None);
-    };
-    let ms = value.to_str().ok().and_then(|text| {
-        let digits = text.len() <= 12 && text.bytes().all(|byte| byte.is_ascii_digit());
-        text.parse::<u64>().ok().filter(|ms| digits && *ms > 0)
-    });
-    let ms = ms.ok_or_else(|| {
-        Error::invalid(TIMEOUT, "must be a positive whole number of milliseconds")
-    })?;
-    Ok(Some(Duration::from_millis(ms)))
 }
 
 /// The metadata of a forwarded call: the trace, what the caller says about
@@ -276,8 +262,11 @@ pub struct Visit {
     pub stack: Stack,
     /// Who asks.
     pub caller: Caller,
-    /// When the caller stops waiting.
+    /// When the caller stops waiting for the answer, or for the first of its
+    /// parts.
     pub deadline: Instant,
+    /// When the caller stops waiting for the rest of them.
+    pub ends: Instant,
     /// What the request is called.
     pub id: RequestId,
     /// The metadata of calls that are made for it.
@@ -437,17 +426,6 @@ mod tests {
             HeaderName::from_static(name),
             HeaderValue::from_bytes(value.as_bytes()).unwrap(),
         )])
-    }
-
-    #[test]
-    fn a_timeout_is_read_or_refused() {
-        assert_eq!(timeout(&HeaderMap::new()), Ok(None));
-        let read = timeout(&with(TIMEOUT, "50"));
-        assert_eq!(read, Ok(Some(Duration::from_millis(50))));
-        for wrong in ["", "0", "-1", "1.5", "+5", "1s", "9999999999999"] {
-            let error = timeout(&with(TIMEOUT, wrong)).unwrap_err();
-            assert_eq!(error.violation().unwrap().field, "timeout", "{wrong}");
-        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The OpenAPI document, generated from the types of the handlers. What all
 //! operations share, such as their refusals, is added here once.
 
+mod refusals;
 pub mod rest;
 mod unsigned;
 
@@ -19,8 +20,7 @@ use utoipa::openapi::security::{
     ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme,
 };
 use utoipa::openapi::{
-    ContentBuilder, Header, HeaderBuilder, OpenApi, PathItem, Ref, RefOr, Required,
-    Response as Told, ResponseBuilder,
+    Header, HeaderBuilder, OpenApi, PathItem, RefOr, Required, Response as Told,
 };
 
 use super::gate::Routes;
@@ -105,9 +105,11 @@ async fn document_as_json() -> Response {
     (headers, JSON.clone()).into_response()
 }
 
-/// What an operation is, as far as its refusals depend on it.
+/// What an operation is, as far as its refusals and headers depend on it.
 #[derive(Debug, Clone, Copy)]
-struct Kinds {
+struct Kinds<'p> {
+    /// Its address.
+    path: &'p str,
     shape: Shape,
     /// Whether it needs no key.
     open: bool,
@@ -136,6 +138,7 @@ pub fn document() -> OpenApi {
     for (path, item) in &mut document.paths.paths {
         for operation in operations(item) {
             let kinds = Kinds {
+                path,
                 shape: Shape::of_path(path),
                 open: OPEN.contains(&path.as_str()),
                 model: path.contains("{model}") || operation.request_body.is_some(),
@@ -170,8 +173,7 @@ fn add_versions(document: &mut OpenApi) {
         .iter()
         .filter_map(|(path, item)| {
             let rest = path.strip_prefix(MODEL)?;
-            // Models of outside services, which generate, have one version.
-            if rest.starts_with("/generate") || rest.starts_with("/trace") {
+            if rest.starts_with("/trace") {
                 return None;
             }
             let mut item = item.clone();
@@ -197,9 +199,9 @@ fn add_versions(document: &mut OpenApi) {
 }
 
 /// Adds what holds for every operation of its kind.
-fn complete(operation: &mut Operation, kinds: Kinds) {
+fn complete(operation: &mut Operation, kinds: Kinds<'_>) {
     let parameters = operation.parameters.get_or_insert_default();
-    parameters.push(RefOr::T(timeout()));
+    parameters.extend(request_headers(kinds).map(RefOr::T));
     if !kinds.open {
         let nobody = SecurityRequirement::default();
         let schemes = ["bearer", "key"];
@@ -214,195 +216,78 @@ fn complete(operation: &mut Operation, kinds: Kinds) {
             add_headers(status, told, kinds);
         }
     }
-    for (status, description, example) in refusals(kinds) {
+    for (status, mut told) in refusals::refusals(kinds) {
         let status = status.to_string();
         responses.entry(status.clone()).or_insert_with(|| {
-            let mut told = refusal(description, &example, kinds.shape);
             add_headers(&status, &mut told, kinds);
             RefOr::T(told)
         });
     }
 }
 
-/// The caller's patience.
-fn timeout() -> Parameter {
-    let ms = ObjectBuilder::new()
-        .schema_type(Type::Integer)
-        .minimum(Some(1))
-        .maximum(Some(999_999_999_999_u64));
-    ParameterBuilder::new()
-        .name("timeout")
-        .parameter_in(ParameterIn::Header)
-        .description(Some(
-            "Milliseconds that the caller waits; at most what the server allows, which also holds if it is not given",
-        ))
-        .schema(Some(ms))
-        .example(Some(json!(10_000)))
-        .build()
-}
-
-/// Which operations can be refused in a way.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Refused {
-    Always,
-    /// Those that ask who calls.
-    Callers,
-    /// Those that name a model.
-    Models,
-    /// Those that have a body.
-    Bodies,
-}
-
-/// Every refusal: who has it, its status, what it says, its code, an example.
-const REFUSALS: [(Refused, u16, &str, &str, &str); 11] = [
-    (
-        Refused::Always,
-        400,
-        "A field is wrong; it is named",
-        "INVALID_ARGUMENT",
-        "a field: what is wrong with it",
-    ),
-    (
-        Refused::Callers,
-        401,
-        "No key, or one that is not known",
-        "UNAUTHENTICATED",
-        "the key is not known",
-    ),
-    (
-        Refused::Callers,
-        403,
-        "The caller may not do this",
-        "PERMISSION_DENIED",
-        "the model is not among those that this caller may call",
-    ),
-    (
-        Refused::Models,
-        404,
-        "There is no such model, or none that is ready",
-        "NOT_FOUND",
-        "unknown model 'minilm'",
-    ),
-    (
-        Refused::Bodies,
-        413,
-        "The body is too large",
-        "RESOURCE_EXHAUSTED",
-        "the message has 70000000 bytes, over the limit of 67108864",
-    ),
-    (
-        Refused::Bodies,
-        415,
-        "The content encoding is not known",
-        "INVALID_ARGUMENT",
-        "content-encoding: gzip, deflate and none are known",
-    ),
-    (
-        Refused::Callers,
-        429,
-        "A quota of the caller is spent; Retry-After says when there is something of it again",
-        "RESOURCE_EXHAUSTED",
-        "the tenant's requests per second are spent",
-    ),
-    (
-        Refused::Always,
-        500,
-        "The server is at fault",
-        "INTERNAL",
-        "the request could not be answered",
-    ),
-    (
-        Refused::Models,
-        501,
-        "The model or its server does not do this",
-        "UNIMPLEMENTED",
-        "the model does not do this",
-    ),
-    (
-        Refused::Always,
-        503,
-        "Overloaded, or nobody who has the model can be reached; Retry-After says when to come back, where that is known",
-        "UNAVAILABLE",
-        "no worker can be reached",
-    ),
-    (
-        Refused::Always,
-        504,
-        "The caller's patience or the server's own ended",
-        "DEADLINE_EXCEEDED",
-        "the deadline passed",
-    ),
-];
-
-/// How a request can be refused.
-fn refusals(kinds: Kinds) -> Vec<(u16, &'static str, Value)> {
-    let given = REFUSALS.iter().filter(|(who, ..)| match who {
-        Refused::Always => true,
-        Refused::Callers => !kinds.open,
-        Refused::Models => kinds.model,
-        Refused::Bodies => kinds.body,
-    });
-    given
-        .map(|(_, status, says, code, detail)| {
-            let example = example(kinds.shape, *status, code, detail);
-            (*status, *says, example)
-        })
-        .collect()
-}
-
-/// A refusal as it is sent.
-fn example(shape: Shape, status: u16, code: &str, detail: &str) -> Value {
-    let field = (status == 400).then_some("a field");
-    if shape == Shape::OpenAi {
-        let kind = match status {
-            401 => "authentication_error",
-            403 => "permission_error",
-            429 => "rate_limit_error",
-            500 | 503 | 504 => "server_error",
-            _ => "invalid_request_error",
-        };
-        return json!({"error": {
-            "message": detail, "type": kind, "param": field, "code": code.to_lowercase(),
-        }});
-    }
-    let title = http::StatusCode::from_u16(status).ok();
-    let title = title.and_then(|status| status.canonical_reason());
-    let mut problem = json!({
-        "type": "about:blank", "title": title, "status": status, "detail": detail,
-        "code": code, "request_id": "3f1c9a52f3c84f0d9d35a1f0a4f1c2d7", "error": detail,
-    });
-    if let Some(field) = field {
-        problem["field"] = field.into();
-    }
-    problem
-}
-
-fn refusal(description: &str, example: &Value, shape: Shape) -> Told {
-    let (kind, schema) = match shape {
-        Shape::OpenAi => ("application/json", "OpenAiError"),
-        Shape::Problem => ("application/problem+json", "Problem"),
+/// The headers that requests may have: the caller's patience, and what the
+/// request is called; whether an answer may be one that is known; where the
+/// JSON of tensors ends.
+fn request_headers(kinds: Kinds<'_>) -> impl Iterator<Item = Parameter> {
+    let whole = || ObjectBuilder::new().schema_type(Type::Integer);
+    let text = || ObjectBuilder::new().schema_type(Type::String);
+    let header = |name: &str, schema: ObjectBuilder, says: &str, example: Value| {
+        ParameterBuilder::new()
+            .name(name)
+            .parameter_in(ParameterIn::Header)
+            .description(Some(says))
+            .schema(Some(schema))
+            .example(Some(example))
+            .build()
     };
-    let content = ContentBuilder::new()
-        .schema(Some(Ref::from_schema_name(schema)))
-        .example(Some(example.clone()))
-        .build();
-    ResponseBuilder::new()
-        .description(description)
-        .content(kind, content)
-        .build()
+    let ms = whole().minimum(Some(1)).maximum(Some(999_999_999_999_u64));
+    let patience = match kinds.shape {
+        Shape::OpenAi => {
+            "Milliseconds that the caller waits; at most what the server allows, which also holds if it is not given. What OpenAI's clients say in X-Stainless-Timeout is read where this is not given"
+        }
+        Shape::Problem => {
+            "Milliseconds that the caller waits; at most what the server allows, which also holds if it is not given"
+        }
+    };
+    let id = "What the request is called: up to 128 printable characters; a new name if it is not given or not fit";
+    let mut headers = vec![
+        header("timeout", ms, patience, json!(10_000)),
+        header("x-request-id", text(), id, json!("request-1")),
+    ];
+    if kinds.body {
+        let fresh =
+            "no-cache for an answer that is computed anew, no-store for one that is not kept";
+        headers.push(header("cache-control", text(), fresh, json!("no-cache")));
+    }
+    if kinds.path.ends_with(INFER) {
+        headers.push(header(
+            "Inference-Header-Content-Length",
+            whole().minimum(Some(0)),
+            JSON_BYTES,
+            json!(158),
+        ));
+    }
+    headers.into_iter()
 }
+
+/// How the addresses of operations on tensors end.
+const INFER: &str = "/infer";
+const JSON_BYTES: &str = "Bytes of the JSON, where the bytes of tensors follow it";
 
 /// The headers of answers.
-fn add_headers(status: &str, told: &mut Told, kinds: Kinds) {
+fn add_headers(status: &str, told: &mut Told, kinds: Kinds<'_>) {
     let mut add = |name: &str, kind: Type, says: &str| {
         told.headers
             .insert(name.to_owned(), RefOr::T(header(kind, says)));
     };
-    add(
-        "x-request-id",
-        Type::String,
-        "The caller's id for the request, or a new one",
-    );
+    // What is refused before it is read has no name.
+    if status != "431" {
+        add(
+            "x-request-id",
+            Type::String,
+            "The caller's id for the request, or a new one",
+        );
+    }
     match status {
         "200" if kinds.body => {
             add(
@@ -411,18 +296,28 @@ fn add_headers(status: &str, told: &mut Told, kinds: Kinds) {
                 "hit, miss, or how many of the rows were known",
             );
             add(
+                "x-andon-digest",
+                Type::String,
+                "What stands for the model version where its answers are kept",
+            );
+            add(
                 "x-andon-fallback",
                 Type::String,
                 "Which model of a chain answered in place of the first, and why",
             );
             add("x-compute-tokens", Type::Integer, "Tokens computed");
+            if kinds.path.ends_with(INFER) {
+                add("Inference-Header-Content-Length", Type::Integer, JSON_BYTES);
+            }
         }
         "401" => add("www-authenticate", Type::String, "How to say who calls"),
-        "429" | "503" => add(
-            "retry-after",
-            Type::Integer,
-            "Seconds after which to try again",
-        ),
+        "405" => add("allow", Type::String, "The methods that the path takes"),
+        "429" | "503" => {
+            let says = "Seconds after which to try again";
+            add("retry-after", Type::Integer, says);
+            let says = "The same in milliseconds";
+            add("retry-after-ms", Type::Integer, says);
+        }
         _ => {}
     }
 }
@@ -454,7 +349,7 @@ mod tests {
                 let name = format!("{method} {path}");
                 let responses = operation["responses"].as_object().unwrap();
                 assert!(responses.contains_key("200"), "{name}");
-                for status in ["400", "500", "503", "504"] {
+                for status in ["400", "405", "500", "503", "504"] {
                     let told = &responses[status];
                     assert!(
                         told["headers"]["x-request-id"].is_object(),

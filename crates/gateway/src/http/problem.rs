@@ -17,7 +17,7 @@ use utoipa::ToSchema;
 use super::gate::RequestId;
 
 /// When to come back, in milliseconds: some clients read it first.
-const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
+pub const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 
 /// A request that was refused. Its response gets its body from [`written`],
 /// which knows the form and the request's id.
@@ -190,6 +190,21 @@ fn openai_code(error: &Error) -> String {
     }
 }
 
+/// A path that there is, asked in another way.
+pub fn wrong_method() -> Error {
+    Error::new(Kind::Unsupported, "the path takes other methods")
+}
+
+/// A body that nobody here can decompress.
+pub fn unknown_encoding() -> Error {
+    Error::invalid("content-encoding", "gzip, deflate and none are known")
+}
+
+/// A request whose end did not come.
+pub fn broken_off() -> Error {
+    Error::new(Kind::Cancelled, "the request broke off")
+}
+
 /// What the layers around the routes refused by themselves, in plain text.
 pub fn foreign(response: &Response) -> Option<Refused> {
     let status = response.status();
@@ -202,9 +217,7 @@ pub fn foreign(response: &Response) -> Option<Refused> {
         return None;
     }
     let error = match status {
-        StatusCode::UNSUPPORTED_MEDIA_TYPE => {
-            Error::invalid("content-encoding", "gzip, deflate and none are known")
-        }
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => unknown_encoding(),
         status if status.is_client_error() => Error::new(Kind::Invalid, "the request is malformed"),
         _ => Error::new(Kind::Internal, "the request could not be answered"),
     };

@@ -24,7 +24,7 @@ use super::rest::{Model, must_be_known};
 use crate::stack::Stack;
 
 /// Gives the length of the JSON before the binary tensors.
-const HEADER_LENGTH: &str = "inference-header-content-length";
+pub const HEADER_LENGTH: &str = "inference-header-content-length";
 const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
 
 /// Infer
@@ -87,7 +87,9 @@ fn header_length(headers: &HeaderMap) -> Result<Option<usize>, Error> {
     let Some(value) = headers.get(HEADER_LENGTH) else {
         return Ok(None);
     };
-    let length = value.to_str().ok().and_then(|text| text.parse().ok());
+    let text = value.to_str().ok();
+    let digits = text.filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let length = digits.and_then(|digits| digits.parse().ok());
     length
         .map(Some)
         .ok_or_else(|| Error::invalid(HEADER_LENGTH, "must be the length of the JSON in bytes"))
@@ -149,7 +151,7 @@ mod tests {
             )]))
         };
         assert_eq!(with("12"), Ok(Some(12)));
-        for wrong in ["", "-1", "x", "99999999999999999999999"] {
+        for wrong in ["", "-1", "+1", "x", "99999999999999999999999"] {
             assert_eq!(
                 with(wrong).unwrap_err().violation().unwrap().field,
                 HEADER_LENGTH

@@ -36,7 +36,7 @@ pub fn response(parts: ChatStream, writer: impl Events, shape: Shape, visit: &Vi
         ended: false,
         shape,
         id: visit.id.clone(),
-        deadline: visit.deadline,
+        deadline: visit.ends,
     };
     let headers = [
         (CONTENT_TYPE, "text/event-stream; charset=utf-8"),

@@ -1,6 +1,5 @@
 //! Triton's generate extension: a text, and what follows it.
 
-use axum::extract::Path;
 use axum::response::{IntoResponse, Response};
 use protocol::Error;
 use serde::{Deserialize, Serialize};
@@ -11,6 +10,7 @@ use super::super::body::Json;
 use super::super::gate::Visit;
 use super::super::openai::ModelPath;
 use super::super::problem::{Refused, Shape};
+use super::super::rest::Model;
 use super::message::Stop;
 use super::{events, way};
 use crate::upstream::provider::{ChatDelta, ChatRequest};
@@ -61,7 +61,7 @@ pub struct GenerateParameters {
 pub struct GenerateResponse {
     /// The model.
     model_name: String,
-    /// Models of outside services have no versions.
+    /// Its version: models of outside services have one.
     #[schema(example = "1")]
     model_version: &'static str,
     /// The caller's id for the request.
@@ -83,11 +83,12 @@ pub struct GenerateResponse {
 )]
 pub async fn generate(
     visit: Visit,
-    Path(path): Path<ModelPath>,
+    model: Model,
     request: Json<GenerateRequest>,
 ) -> Result<Response, Refused> {
-    let (asked, writer) = read(path.model, request.value, false)?;
-    let (headers, answer) = way::chat(&visit, &writer.model, &asked).await?;
+    let wanted = model.wanted();
+    let (asked, writer) = read(model.name, request.value, false)?;
+    let (headers, answer) = way::chat(&visit, &wanted, &asked).await?;
     let response = writer.response(answer.text);
     Ok((headers, axum::Json(response)).into_response())
 }
@@ -102,11 +103,12 @@ pub async fn generate(
 )]
 pub async fn generate_stream(
     visit: Visit,
-    Path(path): Path<ModelPath>,
+    model: Model,
     request: Json<GenerateRequest>,
 ) -> Result<Response, Refused> {
-    let (asked, writer) = read(path.model, request.value, true)?;
-    let (headers, parts) = way::chat_stream(&visit, &writer.model, &asked).await?;
+    let wanted = model.wanted();
+    let (asked, writer) = read(model.name, request.value, true)?;
+    let (headers, parts) = way::chat_stream(&visit, &wanted, &asked).await?;
     let response = events::response(parts, writer, Shape::Problem, &visit);
     Ok((headers, response).into_response())
 }

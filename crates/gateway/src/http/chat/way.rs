@@ -3,26 +3,25 @@
 use http::{HeaderMap, HeaderName, HeaderValue};
 use protocol::{Error, FALLBACK_KEY};
 
-use super::super::ask::{of_model, of_name};
 use super::super::gate::Visit;
+use crate::service::Wanted;
 use crate::stack::Conversation;
 use crate::upstream::provider::{ChatAnswer, ChatRequest, ChatStream};
 
 /// A whole answer, and what the caller is told besides.
 pub async fn chat(
     visit: &Visit,
-    model: &str,
+    wanted: &Wanted,
     chat: &ChatRequest,
 ) -> Result<(HeaderMap, ChatAnswer), Error> {
-    let wanted = of_name(model);
     let said = visit.stack.chat(Conversation {
-        wanted: &wanted,
+        wanted,
         caller: &visit.caller,
         chat,
         deadline: visit.deadline,
     });
     let said = said.await;
-    let said = said.map_err(|status| Error::from_status(&status).renamed(of_model))?;
+    let said = said.map_err(|status| Error::from_status(&status))?;
     visit.answered_by(&said.model);
     Ok((told(said.fallback), said.answer))
 }
@@ -30,18 +29,17 @@ pub async fn chat(
 /// An answer in parts, and what the caller is told besides.
 pub async fn chat_stream(
     visit: &Visit,
-    model: &str,
+    wanted: &Wanted,
     chat: &ChatRequest,
 ) -> Result<(HeaderMap, ChatStream), Error> {
-    let wanted = of_name(model);
     let said = visit.stack.chat_stream(Conversation {
-        wanted: &wanted,
+        wanted,
         caller: &visit.caller,
         chat,
-        deadline: visit.deadline,
+        deadline: visit.ends,
     });
     let said = said.await;
-    let said = said.map_err(|status| Error::from_status(&status).renamed(of_model))?;
+    let said = said.map_err(|status| Error::from_status(&status))?;
     visit.answered_by(&said.model);
     Ok((told(said.fallback), said.answer))
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use protocol::Error;
-use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
+use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, SeqAccess, Visitor};
 use utoipa::openapi::schema::{ArrayBuilder, ObjectBuilder, OneOfBuilder, Type};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
@@ -84,15 +84,37 @@ enum Element {
     Tokens(Vec<u32>),
 }
 
+/// What the elements of the list are, as far as it is known.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Elements {
+    Any,
+    Texts,
+    Tokens,
+    Lists,
+}
+
+impl Elements {
+    /// An error unless the list may have one of these. It is made where the
+    /// element is read, so that it names the element.
+    fn take<E: de::Error>(self, kind: Self, element: Element) -> Result<Element, E> {
+        if self == Self::Any || self == kind {
+            return Ok(element);
+        }
+        Err(E::custom("texts and tokens are mixed"))
+    }
+}
+
 impl<'de> Deserialize<'de> for Input {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(InputVisitor)
     }
 }
 
-impl<'de> Deserialize<'de> for Element {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(ElementVisitor)
+impl<'de> DeserializeSeed<'de> for Elements {
+    type Value = Element;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Element, D::Error> {
+        deserializer.deserialize_any(self)
     }
 }
 
@@ -114,16 +136,23 @@ impl<'de> Visitor<'de> for InputVisitor {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Input, A::Error> {
         let (mut texts, mut tokens, mut lists) = (Vec::new(), Vec::new(), Vec::new());
-        while let Some(element) = list.next_element()? {
-            match element {
-                Element::Text(text) => texts.push(text),
-                Element::Token(token) => tokens.push(token),
-                Element::Tokens(list) => lists.push(list),
-            }
-            let kinds = [texts.is_empty(), tokens.is_empty(), lists.is_empty()];
-            if kinds.iter().filter(|empty| !**empty).count() > 1 {
-                return Err(de::Error::custom("texts and tokens are mixed"));
-            }
+        // The first says what the others must be.
+        let mut kind = Elements::Any;
+        while let Some(element) = list.next_element_seed(kind)? {
+            kind = match element {
+                Element::Text(text) => {
+                    texts.push(text);
+                    Elements::Texts
+                }
+                Element::Token(token) => {
+                    tokens.push(token);
+                    Elements::Tokens
+                }
+                Element::Tokens(list) => {
+                    lists.push(list);
+                    Elements::Lists
+                }
+            };
         }
         let single = !tokens.is_empty();
         if single {
@@ -137,27 +166,30 @@ impl<'de> Visitor<'de> for InputVisitor {
     }
 }
 
-struct ElementVisitor;
-
-impl<'de> Visitor<'de> for ElementVisitor {
+impl<'de> Visitor<'de> for Elements {
     type Value = Element;
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("a text, a token or a list of tokens")
+        formatter.write_str(match self {
+            Self::Any => "a text, a token or a list of tokens",
+            Self::Texts => "a text",
+            Self::Tokens => "a token",
+            Self::Lists => "a list of tokens",
+        })
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<Element, E> {
-        Ok(Element::Text(text.to_owned()))
+        self.visit_string(text.to_owned())
     }
 
     fn visit_string<E: de::Error>(self, text: String) -> Result<Element, E> {
-        Ok(Element::Text(text))
+        self.take(Self::Texts, Element::Text(text))
     }
 
     fn visit_u64<E: de::Error>(self, token: u64) -> Result<Element, E> {
         let token = u32::try_from(token);
         let token = token.map_err(|_| E::custom("a token is from 0 to 4294967295"))?;
-        Ok(Element::Token(token))
+        self.take(Self::Tokens, Element::Token(token))
     }
 
     fn visit_i64<E: de::Error>(self, _: i64) -> Result<Element, E> {
@@ -169,7 +201,7 @@ impl<'de> Visitor<'de> for ElementVisitor {
         while let Some(token) = list.next_element()? {
             tokens.push(token);
         }
-        Ok(Element::Tokens(tokens))
+        self.take(Self::Lists, Element::Tokens(tokens))
     }
 }
 
@@ -257,6 +289,11 @@ mod tests {
         ] {
             let error = read(json).unwrap_err();
             assert!(error.contains(reason), "{json}: {error}");
+        }
+        for json in ["[\"a\", 1]", "[1, \"a\"]", "[[1], 2]", "[\"a\", null]"] {
+            let error = super::super::super::body::json::<Input>(json.as_bytes());
+            let error = error.unwrap_err();
+            assert_eq!(error.violation().unwrap().field, "[1]", "{json}");
         }
         let many = serde_json::to_string(&vec!["a"; TEXTS_MAX + 1]).unwrap();
         assert!(read(&many).unwrap_err().contains("a request may have 2048"));

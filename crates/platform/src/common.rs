@@ -14,6 +14,9 @@ use tower_service::Service;
 use crate::grpc::{Body, Call, Reply};
 use crate::health::Health;
 
+/// A question of reflection: a name, or a list of the names of extensions.
+const REFLECTION_BYTES_MAX: usize = 4096;
+
 type Handle = dyn Fn(Request<tonic::body::Body>) -> BoxFuture<'static, Response<tonic::body::Body>>
     + Send
     + Sync;
@@ -40,8 +43,16 @@ impl CommonServices {
         };
         Ok(Self {
             health: health.service(),
-            reflection_v1: handle(builder().build_v1()?),
-            reflection_v1alpha: handle(builder().build_v1alpha()?),
+            reflection_v1: handle(
+                builder()
+                    .build_v1()?
+                    .max_decoding_message_size(REFLECTION_BYTES_MAX),
+            ),
+            reflection_v1alpha: handle(
+                builder()
+                    .build_v1alpha()?
+                    .max_decoding_message_size(REFLECTION_BYTES_MAX),
+            ),
         })
     }
 

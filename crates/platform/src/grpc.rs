@@ -69,16 +69,16 @@ pub fn head_code(headers: &HeaderMap) -> Code {
 /// Decodes the only message of a call; bytes that are no such message are the
 /// caller's fault.
 pub fn decode<Q: prost::Message + Default>(message: Bytes) -> Result<Q, Status> {
-    Q::decode(message).map_err(|error| {
-        let description = format!("not a message of this call: {error}");
-        let mut details = ErrorDetails::new();
-        details.add_bad_request_violation("message", &description);
-        Status::with_error_details(
-            Code::InvalidArgument,
-            format!("message: {description}"),
-            details,
-        )
-    })
+    Q::decode(message)
+        .map_err(|error| invalid("message", &format!("not a message of this call: {error}")))
+}
+
+/// A field of the call is wrong.
+fn invalid(field: &str, description: &str) -> Status {
+    let mut details = ErrorDetails::new();
+    details.add_bad_request_violation(field, description);
+    let message = format!("{field}: {description}");
+    Status::with_error_details(Code::InvalidArgument, message, details)
 }
 
 /// Answers a call of one message with one message.

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::stream::{self, Stream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tonic::{Request, Response, Status};
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_server::{Health as HealthService, HealthServer};
@@ -16,9 +16,17 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 /// Name that answers SERVING as long as the process runs: for liveness probes.
 pub const LIVE: &str = "andon.live";
 
+/// A name of a service; whoever asks need not say who they are.
+const MESSAGE_BYTES_MAX: usize = 1024;
+/// Watches that may be open: they have no end of their own.
+const WATCHES_MAX: usize = 1024;
+
 /// Whether each name is serving. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Health(Arc<watch::Sender<Names>>);
+pub struct Health {
+    names: Arc<watch::Sender<Names>>,
+    watches: Arc<Semaphore>,
+}
 
 #[derive(Debug, PartialEq)]
 struct Names {
@@ -30,10 +38,13 @@ struct Names {
 impl Default for Health {
     fn default() -> Self {
         let names = [(LIVE.to_owned(), true), (String::new(), false)];
-        Self(Arc::new(watch::Sender::new(Names {
-            serving: names.into(),
-            closed: false,
-        })))
+        Self {
+            names: Arc::new(watch::Sender::new(Names {
+                serving: names.into(),
+                closed: false,
+            })),
+            watches: Arc::new(Semaphore::new(WATCHES_MAX)),
+        }
     }
 }
 
@@ -50,7 +61,7 @@ impl Health {
         names.extend(services.iter().map(|name| ((*name).to_owned(), ready)));
         names.insert(String::new(), ready);
         names.insert(LIVE.to_owned(), true);
-        self.0.send_if_modified(|current| {
+        self.names.send_if_modified(|current| {
             let changed = current.serving != names;
             current.serving = names;
             changed
@@ -59,7 +70,7 @@ impl Health {
 
     /// Ends every watch.
     pub fn close(&self) {
-        self.0.send_modify(|names| names.closed = true);
+        self.names.send_modify(|names| names.closed = true);
     }
 
     /// Whether the empty name is serving.
@@ -73,12 +84,12 @@ impl Health {
     }
 
     fn status(&self, name: &str) -> Option<bool> {
-        self.0.borrow().serving.get(name).copied()
+        self.names.borrow().serving.get(name).copied()
     }
 
     /// The service to route `grpc.health.v1.Health` to.
     pub fn service(&self) -> HealthServer<Self> {
-        HealthServer::new(self.clone())
+        HealthServer::new(self.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 }
 
@@ -114,10 +125,12 @@ impl HealthService for Health {
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let name = request.into_inner().service;
-        let names = self.0.subscribe();
+        let place = self.watches.clone().try_acquire_owned();
+        let place = place.map_err(|_| Status::unavailable("there are too many watches"))?;
+        let names = self.names.subscribe();
         let statuses = stream::unfold(
-            (names, name, None::<Option<bool>>),
-            |(mut names, name, told)| async move {
+            (names, name, None::<Option<bool>>, place),
+            |(mut names, name, told, place)| async move {
                 loop {
                     let (now, closed) = {
                         let names = names.borrow_and_update();
@@ -127,12 +140,31 @@ impl HealthService for Health {
                         return None;
                     }
                     if told != Some(now) {
-                        return Some((Ok(response(now)), (names, name, Some(now))));
+                        return Some((Ok(response(now)), (names, name, Some(now), place)));
                     }
                     names.changed().await.ok()?;
                 }
             },
         );
         Ok(Response::new(Box::pin(statuses)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn there_are_only_so_many_watches() {
+        let health = Health::default();
+        let watch = || health.watch(Request::new(HealthCheckRequest::default()));
+        let mut open = Vec::new();
+        for _ in 0..WATCHES_MAX {
+            open.push(watch().await.unwrap());
+        }
+        let refused = watch().await.err().map(|status| status.code());
+        assert_eq!(refused, Some(tonic::Code::Unavailable));
+        open.pop();
+        assert!(watch().await.is_ok());
     }
 }

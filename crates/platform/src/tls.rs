@@ -66,7 +66,7 @@ pub struct Peer {
     /// Where it is; none in the same process.
     pub address: Option<std::net::SocketAddr>,
     /// Whom its certificate was made for, when an authority vouched for it:
-    /// URIs, DNS names, then the common name.
+    /// URIs, then DNS names; the common name where it has neither.
     pub certificate_names: Vec<String>,
 }
 
@@ -276,7 +276,11 @@ pub(crate) fn certificate_names(der: &[u8]) -> Vec<String> {
             _ => None,
         }));
     }
-    let common = certificate.subject().iter_common_name();
-    names.extend(common.filter_map(|name| name.as_str().ok().map(str::to_owned)));
+    // Who has other names is known by them: not every authority checks the
+    // common name (RFC 9525, 2).
+    if names.is_empty() {
+        let common = certificate.subject().iter_common_name();
+        names.extend(common.filter_map(|name| name.as_str().ok().map(str::to_owned)));
+    }
     names
 }

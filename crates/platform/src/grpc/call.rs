@@ -7,7 +7,7 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::{MessageLimits, Messages};
+use super::{MessageLimits, Messages, invalid};
 use crate::tls::Peer;
 
 /// The longest deadline of a stream that a clock can hold without care.
@@ -114,7 +114,7 @@ pub fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
         .ok()
         .and_then(parse_timeout)
         .map(Some)
-        .ok_or_else(|| Status::invalid_argument("grpc-timeout: at most 8 digits and a unit"))
+        .ok_or_else(|| invalid("grpc-timeout", "at most 8 digits and a unit"))
 }
 
 fn parse_timeout(value: &str) -> Option<Duration> {

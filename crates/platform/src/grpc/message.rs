@@ -12,6 +12,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use super::invalid;
+
 /// A message's flag and length.
 const PREFIX_BYTES: usize = 5;
 
@@ -154,9 +156,9 @@ impl Messages {
         let message = self
             .next()
             .await?
-            .ok_or_else(|| Status::invalid_argument("message: the call brought none"))?;
+            .ok_or_else(|| invalid("message", "the call brought none"))?;
         if self.next().await?.is_some() {
-            return Err(Status::invalid_argument("message: the call brought two"));
+            return Err(invalid("message", "the call brought two"));
         }
         Ok(message)
     }
@@ -179,7 +181,7 @@ impl Messages {
                     "message compression: only gzip is supported",
                 ));
             }
-            _ => return Err(Status::invalid_argument("message: an unknown flag")),
+            _ => return Err(invalid("message", "an unknown flag")),
         };
         let length = prefix.get_u32() as usize;
         if length > self.limits.message_bytes_max {
@@ -253,7 +255,7 @@ impl Messages {
         let mut reader = flate2::read::GzDecoder::new(bytes).take(bytes_max as u64 + 1);
         reader
             .read_to_end(&mut inflated)
-            .map_err(|error| Status::invalid_argument(format!("message: not gzip: {error}")))?;
+            .map_err(|error| invalid("message", &format!("not gzip: {error}")))?;
         if inflated.len() > bytes_max {
             return Err(too_large(inflated.len(), bytes_max));
         }
@@ -276,7 +278,7 @@ fn joined(rest: &Bytes, chunk: Bytes) -> Bytes {
 }
 
 fn cut() -> Status {
-    Status::invalid_argument("message: the call ended in the middle of a message")
+    invalid("message", "the call ended in the middle of a message")
 }
 
 fn too_large(bytes: usize, bytes_max: usize) -> Status {

@@ -6,7 +6,7 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use hyper_util::server::graceful::GracefulConnection;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::time::{sleep, timeout};
@@ -75,6 +75,19 @@ pub(super) async fn read_preface(io: &mut (impl AsyncRead + Unpin)) -> io::Resul
     Ok(())
 }
 
+/// Reads until the bytes cannot be the preface of HTTP/2, or are the whole of
+/// it; none when the peer has nothing to say.
+pub(super) async fn read_first(io: &mut (impl AsyncRead + Unpin)) -> io::Result<Bytes> {
+    let mut first = BytesMut::with_capacity(4096);
+    loop {
+        let count = io.read_buf(&mut first).await?;
+        let begun = first.len() < PREFACE.len() && PREFACE.starts_with(&first);
+        if count == 0 || !begun {
+            return Ok(first.freeze());
+        }
+    }
+}
+
 /// A connection whose first bytes were read and are given once more to hyper.
 pub(super) struct Rewound<T> {
     io: T,
@@ -129,5 +142,35 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Rewound<T> {
 
     fn is_write_vectored(&self) -> bool {
         self.io.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_part_of_a_preface_is_not_enough() {
+        let (mut near, mut far) = tokio::io::duplex(64);
+        near.write_all(&PREFACE[..10]).await.unwrap();
+        let soon = Duration::from_millis(1);
+        assert!(timeout(soon, read_first(&mut far)).await.is_err());
+
+        for (said, all) in [
+            (&PREFACE[..], true),
+            (b"PRI * HTTP/2.0\r\n\r\nXX", true),
+            (b"POST / HTTP/1.1\r\n", true),
+            (b"PRI *", false),
+            (b"", false),
+        ] {
+            let (mut near, mut far) = tokio::io::duplex(64);
+            near.write_all(said).await.unwrap();
+            if !all {
+                drop(near);
+            }
+            assert_eq!(read_first(&mut far).await.unwrap(), said);
+        }
     }
 }

@@ -4,18 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use bytes::BytesMut;
 use http::Request;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 use tower_service::Service;
 
 use super::connection::{
     CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, HEADER_BYTES_MAX, PING_TIMEOUT, Rewound,
-    STREAM_WINDOW_BYTES, run,
+    STREAM_WINDOW_BYTES, read_first, run,
 };
 use super::{Io, Protocol, Server};
 use crate::coalesce::Coalesced;
@@ -38,14 +36,14 @@ impl Protocol for Http {
 
     async fn serve(self, server: &Server, mut io: impl Io, peer: Arc<Peer>, drain: Drain) {
         let settings = &server.settings;
-        // hyper waits for the first byte for ever, and a graceful end with it.
-        let mut first = BytesMut::with_capacity(4096);
-        match timeout(settings.preface_timeout, io.read_buf(&mut first)).await {
-            Ok(Ok(count)) if count > 0 => {}
+        // hyper waits for what it knows a protocol by for ever, and a graceful
+        // end with it.
+        let first = match timeout(settings.preface_timeout, read_first(&mut io)).await {
+            Ok(Ok(first)) if !first.is_empty() => first,
             // A port that was only looked at.
             Ok(_) => return,
             Err(_) => return server.metrics.refuse(server.name, "preface_timeout"),
-        }
+        };
         let router = self.0;
         let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
@@ -69,7 +67,7 @@ impl Protocol for Http {
             .max_header_list_size(HEADER_BYTES_MAX)
             .keep_alive_interval(settings.keepalive_interval)
             .keep_alive_timeout(PING_TIMEOUT);
-        let io = TokioIo::new(Coalesced::new(Rewound::new(io, first.freeze())));
+        let io = TokioIo::new(Coalesced::new(Rewound::new(io, first)));
         run(builder.serve_connection(io, service), server, drain).await;
     }
 }

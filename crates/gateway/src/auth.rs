@@ -106,11 +106,13 @@ pub struct Auth {
     metrics: AuthMetrics,
 }
 
-/// The files as they were when the gateway started.
+/// The files as they were at the last look.
 #[derive(Debug, Clone)]
 struct Files {
     policy: Followed,
     keys: Option<Followed>,
+    /// A policy that is good, but whose signers' file is not there yet.
+    waiting: Option<Arc<Policy>>,
 }
 
 /// Everything that callers are recognized by, at one moment.
@@ -142,7 +144,11 @@ impl Auth {
                 Arc::new(stored.transpose()?.unwrap_or_default()),
                 None,
             )?;
-            files = Some(Files { policy, keys });
+            files = Some(Files {
+                policy,
+                keys,
+                waiting: None,
+            });
         }
         Ok(Self {
             settings: settings.clone(),
@@ -174,9 +180,8 @@ impl Auth {
         loop {
             tokio::time::sleep(LOOK).await;
             let before = self.state.load_full();
-            let (policy, stored) = self.changes(&mut files);
-            if policy.is_some() || stored.is_some() {
-                let after = Arc::new(before.next(policy, stored));
+            if let Some(after) = self.renewed(&mut files) {
+                let after = Arc::new(after);
                 if !after.same_signers(&before) {
                     _fetching = fetching(&after);
                 }
@@ -188,10 +193,41 @@ impl Auth {
         }
     }
 
+    /// The state by what is new in the files, if anything is. A policy whose
+    /// signers cannot be read keeps no key from being revoked, and is tried
+    /// again at the next look.
+    fn renewed(&self, files: &mut Files) -> Option<State> {
+        let before = self.state.load_full();
+        let (policy, stored) = self.changes(files);
+        let (new, stored) = (policy.is_some(), stored.map(Arc::new));
+        if let Some(policy) = policy.map(Arc::new).or_else(|| files.waiting.take()) {
+            match before.next(Some(policy.clone()), stored.clone()) {
+                Ok(after) => {
+                    if !new {
+                        tracing::info!("the policy can be used now");
+                    }
+                    return Some(after);
+                }
+                Err(error) => {
+                    if new {
+                        tracing::error!(%error, "the policy waits; what was read before stays");
+                    }
+                    files.waiting = Some(policy);
+                }
+            }
+        }
+        // The signers of the policy as it was are at hand.
+        stored.map(|stored| before.next(None, Some(stored)).unwrap_or_default())
+    }
+
     /// What is new in the files, and good.
     fn changes(&self, files: &mut Files) -> (Option<Policy>, Option<Vec<StoredKey>>) {
         let path = self.settings.policy.clone().unwrap_or_default();
         let policy = files.policy.look().map(|text| Policy::parse(text, &path));
+        if policy.is_some() {
+            // It is no longer what the file says.
+            files.waiting = None;
+        }
         let stored = files
             .keys
             .as_mut()
@@ -276,17 +312,15 @@ impl State {
         })
     }
 
-    /// The same with what is new. A policy whose signers cannot be read does
-    /// not keep a key from being revoked.
-    fn next(&self, policy: Option<Policy>, stored: Option<Vec<StoredKey>>) -> Self {
-        let stored = stored.map_or_else(|| self.stored.clone(), Arc::new);
-        let policy = policy.map_or_else(|| self.policy.clone(), Arc::new);
-        let made = Self::new(policy, stored.clone(), Some(self)).or_else(|error| {
-            tracing::error!(%error, "what was read before stays");
-            Self::new(self.policy.clone(), stored, Some(self))
-        });
-        // The signers of the policy as it was are at hand.
-        made.unwrap_or_default()
+    /// The same with what is new.
+    fn next(
+        &self,
+        policy: Option<Arc<Policy>>,
+        stored: Option<Arc<Vec<StoredKey>>>,
+    ) -> Result<Self, PolicyError> {
+        let policy = policy.unwrap_or_else(|| self.policy.clone());
+        let stored = stored.unwrap_or_else(|| self.stored.clone());
+        Self::new(policy, stored, Some(self))
     }
 
     fn same_signers(&self, other: &Self) -> bool {

@@ -54,19 +54,28 @@ pub fn peek(message: &[u8]) -> Result<Peeked<'_>, Error> {
 }
 
 /// The rows of an encoded `ModelInferRequest`: the first dimension of its first
-/// input. One when it cannot be told; the worker checks what is wrong.
+/// input. One when it cannot be told, or when the message has no byte for each
+/// of them; the worker checks what is wrong.
 pub fn peek_rows(message: &[u8]) -> u64 {
-    first_dimension(message).unwrap_or(1)
+    let rows_max = message.len() as u64;
+    first_dimension(message)
+        .filter(|rows| (1..=rows_max).contains(rows))
+        .unwrap_or(1)
 }
 
-/// Field 5 holds the inputs, and field 3 of an input its shape.
+/// Field 5 holds the inputs, and field 3 of an input its shape, in one piece or
+/// in several, of which some may be empty.
 fn first_dimension(message: &[u8]) -> Option<u64> {
     let mut input = length_delimited(message, 5)?;
     while !input.is_empty() {
         match decode_key(&mut input).ok()? {
             (3, WireType::LengthDelimited) => {
-                decode_varint(&mut input).ok()?;
-                return decode_varint(&mut input).ok();
+                let length = usize::try_from(decode_varint(&mut input).ok()?).ok()?;
+                let (mut packed, after) = input.split_at_checked(length)?;
+                if !packed.is_empty() {
+                    return decode_varint(&mut packed).ok();
+                }
+                input = after;
             }
             (3, WireType::Varint) => return decode_varint(&mut input).ok(),
             (_, wire_type) => input = skip_field(input, wire_type)?,
@@ -208,6 +217,7 @@ mod tests {
             shape: vec![300, 2],
             ..Default::default()
         }];
+        request.raw_input_contents = vec![Bytes::from(vec![0; 600])];
         let bytes = request.encode_to_vec();
         assert_eq!(peek_rows(&bytes), 300);
         let renamed = inference::ModelInferRequest::decode(renamed(&bytes, "minilm")).unwrap();
@@ -222,6 +232,43 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(peek_count(&rerank.encode_to_vec(), 2), 2);
+    }
+
+    #[test]
+    fn rows_are_those_that_a_reader_finds() {
+        // An input with these bytes, and some contents after it.
+        let with = |input: &[u8]| {
+            let mut message = vec![(5 << 3) | 2, input.len() as u8];
+            message.extend(input);
+            message.extend([(7 << 3) | 2, 127]);
+            message.extend([0; 127]);
+            message
+        };
+        let packed = [(3 << 3) | 2, 2, 100, 2];
+        assert_eq!(peek_rows(&with(&packed)), 100);
+        // An empty piece says nothing; the next one does.
+        let empty = [&[(3 << 3) | 2, 0][..], &packed].concat();
+        assert_eq!(peek_rows(&with(&empty)), 100);
+        let message = with(&empty);
+        let read = inference::ModelInferRequest::decode(message.as_slice()).unwrap();
+        assert_eq!(read.inputs[0].shape, [100, 2]);
+        assert_eq!(peek_rows(&with(&[3 << 3, 9])), 9);
+        for shape in [
+            vec![-1],
+            vec![0],
+            vec![i64::MIN],
+            vec![i64::MAX],
+            vec![1000],
+        ] {
+            let input = inference::model_infer_request::InferInputTensor {
+                shape,
+                ..Default::default()
+            };
+            assert_eq!(peek_rows(&with(&input.encode_to_vec())), 1);
+        }
+        // A piece that is longer than its input, and no piece at all.
+        assert_eq!(peek_rows(&with(&[(3 << 3) | 2, 9, 50])), 1);
+        assert_eq!(peek_rows(&with(&[])), 1);
     }
 
     #[test]
@@ -241,7 +288,8 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            let _ = (peek(&bytes), peek_rows(&bytes), peek_count(&bytes, 2));
+            let _ = (peek(&bytes), peek_count(&bytes, 2));
+            prop_assert!(peek_rows(&bytes) <= (bytes.len() as u64).max(1));
         }
 
         #[test]

@@ -13,7 +13,7 @@ use jsonwebtoken::jwk::{
 use jsonwebtoken::{Algorithm, DecodingKey};
 use platform::tasks::{Owned, owned};
 use serde::Deserialize;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::files::{self, Followed};
@@ -32,6 +32,8 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 /// How often a key that is not known may make the gateway fetch: whoever can
 /// send tokens can make up names of keys.
 const ASK_INTERVAL: Duration = Duration::from_secs(60);
+/// Calls that may wait for a fetch.
+const WAITING_MAX: usize = 64;
 
 const UNKNOWN: Refusal = Refusal::new(
     "token_key",
@@ -44,6 +46,12 @@ const UNNAMED: Refusal = Refusal::new(
 const NOT_FETCHED: Refusal = Refusal {
     reason: "signers_unreachable",
     message: "tokens cannot be checked yet: the signers' keys cannot be fetched",
+    kind: protocol::Kind::NotReady,
+};
+
+const BUSY: Refusal = Refusal {
+    reason: "signers_busy",
+    message: "the token cannot be checked yet: many wait for the signers' keys",
     kind: protocol::Kind::NotReady,
 };
 
@@ -158,6 +166,7 @@ pub struct Signers {
     asking: Mutex<Asking>,
     asked: Notify,
     fetched: watch::Sender<()>,
+    waiting: Semaphore,
 }
 
 /// Whether somebody has asked for a fetch.
@@ -183,6 +192,7 @@ impl Signers {
             asking: Mutex::default(),
             asked: Notify::new(),
             fetched: watch::Sender::new(()),
+            waiting: Semaphore::new(WAITING_MAX),
         })
     }
 
@@ -210,7 +220,7 @@ impl Signers {
     pub async fn choose(&self, kid: Option<&str>) -> Result<(Arc<Signer>, u64), Refusal> {
         let chosen = self.known(kid);
         let may_be_new = matches!(chosen, Err(refusal) if refusal != UNNAMED);
-        if may_be_new && self.ask().await {
+        if may_be_new && self.ask().await? {
             return self.known(kid);
         }
         chosen
@@ -223,24 +233,29 @@ impl Signers {
     }
 
     /// Has the page fetched once for all who ask meanwhile, and waits for it;
-    /// false when that was done a moment ago, or nobody fetches.
-    async fn ask(&self) -> bool {
-        let mut fetched = {
+    /// false when that was done a moment ago, or nobody fetches. When many wait
+    /// already, a further one is refused at once.
+    async fn ask(&self) -> Result<bool, Refusal> {
+        let (mut fetched, _place) = {
             let mut asking = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
             let lately = asking
                 .last
                 .is_some_and(|last| last.elapsed() < ASK_INTERVAL);
             if !asking.under_way && (lately || matches!(self.source, JwksSource::File(_))) {
-                return false;
+                return Ok(false);
             }
+            let place = self.waiting.try_acquire().map_err(|_| BUSY)?;
             if !asking.under_way {
                 (asking.under_way, asking.last) = (true, Some(Instant::now()));
                 self.asked.notify_one();
             }
-            self.fetched.subscribe()
+            (self.fetched.subscribe(), place)
         };
         let patience = FETCH_TIMEOUT + Duration::from_secs(1);
-        matches!(timeout(patience, fetched.changed()).await, Ok(Ok(())))
+        Ok(matches!(
+            timeout(patience, fetched.changed()).await,
+            Ok(Ok(()))
+        ))
     }
 
     /// Fetches the page now, from time to time, and when somebody asks; none

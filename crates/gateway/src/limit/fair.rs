@@ -291,7 +291,7 @@ impl Line {
         self.waiting += 1;
         let number = self.number;
         if let Some(lane) = self.lanes.get_mut(&tenant.name) {
-            lane.rows += items;
+            lane.rows = lane.rows.saturating_add(items);
             lane.waiters.push_back(Waiter {
                 number,
                 items,
@@ -346,7 +346,7 @@ impl Line {
 
     /// Counts a call that has its turn.
     fn serve(&mut self, tenant: &str, items: u64) {
-        self.under_way += items;
+        self.under_way = self.under_way.saturating_add(items);
         if let Some(lane) = self.lanes.get_mut(tenant) {
             self.time = lane.start;
             lane.start += items as f64 / lane.weight;
@@ -366,7 +366,7 @@ impl Line {
                 return;
             };
             self.waiting -= 1;
-            lane.rows -= waiter.items;
+            lane.rows = lane.rows.saturating_sub(waiter.items);
             // Who has left takes no turn.
             if waiter.call.send(()).is_ok() {
                 let tenant = tenant.clone();
@@ -397,7 +397,7 @@ impl Line {
             .binary_search_by_key(&place.number, |waiter| waiter.number);
         if let Ok(index) = found {
             lane.waiters.remove(index);
-            lane.rows -= place.items;
+            lane.rows = lane.rows.saturating_sub(place.items);
             self.waiting -= 1;
         }
     }

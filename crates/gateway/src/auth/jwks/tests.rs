@@ -79,9 +79,14 @@ async fn a_flood_of_unknown_keys_fetches_once_for_all() {
     page.now_answers(ok(&OLD.replace("\"old\"", "\"new\"")));
     let names: Vec<String> = (0..200).map(|number| format!("made-up-{number}")).collect();
     let flood = names.iter().map(|name| signers.choose(Some(name)));
-    for chosen in futures::future::join_all(flood).await {
-        assert_eq!(chosen.err(), Some(UNKNOWN));
-    }
+    // So many wait for it; the others are told at once to come again.
+    let refused = futures::future::join_all(flood).await;
+    let refused: Vec<Refusal> = refused.into_iter().filter_map(Result::err).collect();
+    let with = |refusal: Refusal| refused.iter().filter(|one| **one == refusal).count();
+    assert_eq!(
+        (with(UNKNOWN), with(BUSY)),
+        (WAITING_MAX, 200 - WAITING_MAX)
+    );
     assert_eq!(page.fetched(), 2);
     // That fetch brought the new key and took the old one away.
     assert!(signers.choose(Some("new")).await.is_ok());

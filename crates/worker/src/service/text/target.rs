@@ -69,22 +69,18 @@ impl Target {
         repository: &Repository,
         task: Task,
     ) -> Result<Arc<ServedModel>, Error> {
-        let doing = repository.doing(task);
         if let Some(name) = &self.name {
             let model = repository.find(name, self.version)?;
             if model.card.task == task {
                 return Ok(model);
             }
-            let able = listed(&doing);
+            // Which others do is not for every caller to know.
             return Err(Error::invalid(
                 MODEL_KEY,
-                format!(
-                    "model '{name}' does {}, not {task}; models that do: {able}",
-                    model.card.task
-                ),
+                format!("model '{name}' does {}, not {task}", model.card.task),
             ));
         }
-        only(doing, task.as_str())
+        only(repository.doing(task), task.as_str())
     }
 
     /// The model whose tokenizer answers: named, or the only one.
@@ -257,9 +253,6 @@ fn only(mut models: Vec<Arc<ServedModel>>, task: &str) -> Result<Arc<ServedModel
 }
 
 fn listed(models: &[Arc<ServedModel>]) -> String {
-    if models.is_empty() {
-        return "none".to_owned();
-    }
     let names: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
     names.join(", ")
 }

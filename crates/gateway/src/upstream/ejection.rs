@@ -91,8 +91,12 @@ impl Ejection {
     /// It failed: after several times, or when it was being tried, it is left
     /// alone for so long.
     pub fn failed(&self) -> Option<Duration> {
-        let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
         let probed = self.probing.swap(false, Ordering::AcqRel);
+        // Calls that were under way when it was left alone say nothing new.
+        if !probed && self.out() {
+            return None;
+        }
+        let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
         if failures < FAILURES_MAX && !probed {
             return None;
         }
@@ -139,5 +143,18 @@ mod tests {
         assert!(ejection.succeeded());
         assert!(ejection.admit().is_ok() && ejection.admit().is_ok());
         assert!(!ejection.succeeded());
+    }
+
+    #[test]
+    fn calls_under_way_do_not_make_it_worse() {
+        let mut ejection = Ejection::default();
+        let failed = |ejection: &Ejection| ejection.failed();
+        assert_eq!((1..FAILURES_MAX).find_map(|_| failed(&ejection)), None);
+        assert_eq!(failed(&ejection), Some(EJECTION));
+        for _ in 0..100 {
+            assert_eq!(failed(&ejection), None);
+        }
+        ejection.born -= EJECTION;
+        assert!(ejection.admit().is_ok(), "it is tried after the first time");
     }
 }

@@ -15,7 +15,7 @@ const FILES_MAX: usize = 10_000;
 /// once.
 pub fn of(folder: &Path, options: &LoadOptions, card: &Card) -> Result<String, EngineError> {
     let mut files = Vec::new();
-    list(folder, &mut files).map_err(unreadable)?;
+    list(folder, &mut files)?;
     files.sort();
     let mut context = Context::new(&SHA256);
     let computed = format!(
@@ -23,6 +23,8 @@ pub fn of(folder: &Path, options: &LoadOptions, card: &Card) -> Result<String, E
         options.task, options.tokens_max, card.dtype, card.kernels, card.device, card.family
     );
     context.update(computed.as_bytes());
+    // Another program may compute other numbers.
+    context.update(concat!(" ", env!("CARGO_PKG_VERSION"), "\0").as_bytes());
     let mut buffer = vec![0_u8; 1 << 20];
     for path in files {
         let name = path.strip_prefix(folder).unwrap_or(&path);
@@ -43,15 +45,30 @@ pub fn of(folder: &Path, options: &LoadOptions, card: &Card) -> Result<String, E
     Ok(digits(context.finish().as_ref()))
 }
 
-/// The files below a folder; links are not followed.
-fn list(folder: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let kind = entry.file_type()?;
-        if kind.is_dir() {
-            list(&entry.path(), files)?;
-        } else if kind.is_file() && files.len() < FILES_MAX {
-            files.push(entry.path());
+/// The files below a folder. A link may lead to a file, as all do in a snapshot
+/// of a Hugging Face cache; one to a folder might lead in a circle.
+fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), EngineError> {
+    for entry in std::fs::read_dir(folder).map_err(unreadable)? {
+        let entry = entry.map_err(unreadable)?;
+        let path = entry.path();
+        if entry.file_type().map_err(unreadable)?.is_dir() {
+            list(&path, files)?;
+            continue;
+        }
+        let refused = |reason: &str| EngineError::Unusable {
+            file: entry.file_name().to_string_lossy().into_owned(),
+            reason: reason.to_owned(),
+        };
+        let real = std::fs::metadata(&path).map_err(unreadable)?;
+        if real.is_dir() {
+            return Err(refused("it is a link to a folder"));
+        }
+        // Pipes and the like are no part of a model.
+        if real.is_file() {
+            if files.len() == FILES_MAX {
+                return Err(refused("the model has too many files"));
+            }
+            files.push(path);
         }
     }
     Ok(())
@@ -86,5 +103,31 @@ mod tests {
         std::fs::remove_dir_all(&folder).unwrap();
         assert_ne!(first, changed);
         assert_ne!(changed, moved);
+    }
+
+    #[test]
+    fn links_stand_for_the_files_that_they_lead_to() {
+        let folder = std::env::temp_dir().join(format!("andon-links-{}", std::process::id()));
+        let snapshot = folder.join("snapshots/one");
+        std::fs::create_dir_all(&snapshot).unwrap();
+        std::fs::create_dir_all(folder.join("blobs")).unwrap();
+        let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/digits/1");
+        let options = LoadOptions::default();
+        let card = engine::load(&digits, &options).unwrap().card;
+        let digest = || of(&snapshot, &options, &card);
+        std::fs::write(folder.join("blobs/a"), "one").unwrap();
+        std::os::unix::fs::symlink("../../blobs/a", snapshot.join("weights")).unwrap();
+        let first = digest().unwrap();
+        std::fs::write(folder.join("blobs/a"), "two").unwrap();
+        let changed = digest().unwrap();
+        std::fs::remove_file(snapshot.join("weights")).unwrap();
+        std::fs::write(snapshot.join("weights"), "two").unwrap();
+        let plain = digest().unwrap();
+        std::os::unix::fs::symlink("../../blobs", snapshot.join("more")).unwrap();
+        let circle = digest();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_ne!(first, changed);
+        assert_eq!(changed, plain);
+        assert!(matches!(circle, Err(EngineError::Unusable { .. })));
     }
 }

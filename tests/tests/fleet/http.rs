@@ -1,7 +1,10 @@
 //! The HTTP door: the same answers and the same errors as the gRPC door's.
 
 mod attacks;
+mod callers;
 mod errors;
+mod known;
+mod pages;
 
 use std::io::{Read, Write};
 use std::net::SocketAddr;

@@ -6,6 +6,7 @@ mod generation;
 mod money;
 mod trouble;
 mod vectors;
+mod web;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -17,7 +17,7 @@ use utoipa::openapi::schema::{ObjectBuilder, Type};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
-use super::ask::{self, check_texts, tokens};
+use super::ask::{self, check_texts, element, tokens};
 use super::body::{self, Json, json, must_be_json};
 use super::gate::{Answered, Routes, Visit, guarded};
 use super::openai::Usage;
@@ -402,7 +402,12 @@ async fn ask(
     let answered: Result<Answered<tei::RerankResponse>, Error> =
         ask::call(visit, RERANK, model, message).await;
     let mut answered = answered.map_err(|error| {
-        error.renamed(|at, reason| (at == "texts").then(|| (field.to_owned(), reason.to_owned())))
+        error.renamed(|at, reason| {
+            (at == "texts").then(|| match element(reason) {
+                Some((index, reason)) => (format!("{field}[{index}]"), reason),
+                None => (field.to_owned(), reason.to_owned()),
+            })
+        })
     })?;
     // Outside services need not keep the order.
     let ranks = &mut answered.message.ranks;

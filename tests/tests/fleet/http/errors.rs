@@ -6,14 +6,15 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use fleet_tests::calls::{call, patient_infer, pixels, texts};
+use fleet_tests::calls::{call, client, pixels, texts};
 use fleet_tests::process::{Andon, free_port, scratch};
 use fleet_tests::{Fleet, program, until};
 use platform::grpc::code_name;
 use protocol::inference::infer_parameter::ParameterChoice;
 use protocol::inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
 use protocol::inference::{
-    InferParameter, ModelInferRequest, RepositoryModelLoadRequest, SystemSharedMemoryStatusRequest,
+    InferParameter, ModelInferRequest, RepositoryModelLoadRequest, RepositoryModelUnloadRequest,
+    ServerReadyRequest, SystemSharedMemoryStatusRequest,
 };
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
@@ -284,6 +285,24 @@ fn echoed() -> ModelInferRequest {
     request
 }
 
+/// What the gRPC door says to a caller who waits only so long.
+async fn impatient(address: SocketAddr, timeout: &str) -> Result<Status> {
+    let target = platform::channel::Target::Tcp(address.to_string());
+    let channel = platform::channel::Channel::connect(&target, Duration::from_secs(5)).await?;
+    let call = http::Request::post(format!("http://{address}{INFER}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .header("grpc-timeout", timeout)
+        .body(())?;
+    let framed = platform::grpc::frame(&echoed());
+    let (head, body) = channel.send(call, framed).await?.into_parts();
+    let rest = http_body_util::BodyExt::collect(body).await?;
+    let trailers = rest.trailers().cloned().unwrap_or_default();
+    let said =
+        Status::from_header_map(&head.headers).or_else(|| Status::from_header_map(&trailers));
+    said.context("no status")
+}
+
 #[tokio::test]
 async fn a_full_gateway_is_told_alike_at_both_doors() -> Result<()> {
     let worker = echo("1h")?;
@@ -309,13 +328,12 @@ async fn a_full_gateway_is_told_alike_at_both_doors() -> Result<()> {
         Ok(gateway.metric("andon_gateway_in_flight").await? == Some(0.0))
     })
     .await?;
-    let waited = send(address, Spoken::Two, &echoed(), false, &[("timeout", "50")]).await?;
-    ensure!(waited.status == 504, "{waited:?}");
-    let code = patient_infer(gateway.grpc, &echoed(), Duration::from_millis(50)).await?;
-    ensure!(
-        waited.text("code")?.as_deref() == Some(code_name(code)),
-        "{waited:?}"
-    );
+    // The worker never answers: whichever patience ends first has ended here.
+    let said = impatient(gateway.grpc, "50m").await?;
+    for spoken in [Spoken::One, Spoken::Two] {
+        let told = send(address, spoken, &echoed(), false, &[("timeout", "50")]).await?;
+        agree("a deadline", &said, &told, Code::DeadlineExceeded, None)?;
+    }
     let wrong = send(address, Spoken::One, &echoed(), false, &[("timeout", "1s")]).await?;
     ensure!(
         wrong.status == 400 && wrong.text("field")?.as_deref() == Some("timeout"),
@@ -338,6 +356,70 @@ async fn a_gateway_without_workers_is_told_alike_at_both_doors() -> Result<()> {
     let told = get(gateway.http, "/v2/models/digits/ready").await?;
     ensure!(told.status == 503, "{told:?}");
     Ok(())
+}
+
+#[tokio::test]
+async fn a_model_that_is_not_ready_is_told_alike_at_both_doors() -> Result<()> {
+    let mut fleet = Fleet::with(1, &["--model", &digits()?], &[]).await?;
+    let unload = RepositoryModelUnloadRequest {
+        model_name: "digits".to_owned(),
+        ..Default::default()
+    };
+    let path = "/inference.GRPCInferenceService/RepositoryModelUnload";
+    let said = call(fleet.gateway.grpc, path, &[], &unload).await?;
+    ensure!(said.code() == Code::Ok, "{said:?}");
+    let request = pixels(&[[3.0; 64]]);
+    let address = fleet.gateway.grpc;
+    until(Duration::from_secs(20), "it is unloaded", || async {
+        let said = call(address, INFER, &[], &request).await?;
+        Ok(said.code() == Code::NotFound)
+    })
+    .await?;
+    let wanted = (Code::NotFound, None);
+    row(&fleet.gateway, "no ready version", &request, &[], wanted).await?;
+    let named = changed(|r| r.model_version = "1".into());
+    let wanted = (Code::Unavailable, None);
+    row(&fleet.gateway, "an unready version", &named, &[], wanted).await?;
+
+    // A model whose workers are gone is known all the same.
+    let load = RepositoryModelLoadRequest {
+        model_name: "digits".to_owned(),
+        ..Default::default()
+    };
+    let path = "/inference.GRPCInferenceService/RepositoryModelLoad";
+    let said = call(address, path, &[], &load).await?;
+    ensure!(said.code() == Code::Ok, "{said:?}");
+    until(Duration::from_secs(20), "it is loaded", || async {
+        Ok(call(address, INFER, &[], &request).await?.code() == Code::Ok)
+    })
+    .await?;
+    fleet.workers[0] = None;
+    fleet.all_connected(0).await?;
+    let wanted = (Code::Unavailable, None);
+    row(&fleet.gateway, "no worker", &request, &[], wanted).await
+}
+
+#[tokio::test]
+async fn a_gateway_that_drains_is_not_ready_at_either_door() -> Result<()> {
+    let fleet = Fleet::with(1, &["--model", &digits()?], &[]).await?;
+    let client = client(fleet.gateway.grpc).await?;
+    let (web, address) = (super::web(Spoken::One)?, fleet.gateway.http);
+    let ask = || super::told(web.get(format!("http://{address}/v2/health/ready")));
+    ensure!(ask().await?.status == 200, "not ready");
+    fleet.gateway.signal(libc::SIGTERM)?;
+    until(
+        Duration::from_secs(20),
+        "it says that it drains",
+        || async {
+            let told = ask().await?;
+            let asked = client.clone().server_ready(ServerReadyRequest {}).await?;
+            let code = told.text("code")?;
+            Ok(told.status == 503
+                && code.as_deref() == Some("UNAVAILABLE")
+                && !asked.into_inner().ready)
+        },
+    )
+    .await
 }
 
 const POLICY: &str = r#"

@@ -50,7 +50,7 @@ fn said(answer: &ModelInferResponse) -> Result<String> {
     Ok(String::from_utf8(text.to_vec())?)
 }
 
-const OPENAI: &str = "kind = \"openai\"\ntask = \"generation\"\n\
+pub(super) const OPENAI: &str = "kind = \"openai\"\ntask = \"generation\"\n\
                       price = { input_per_million = 1e6, output_per_million = 2e6 }";
 
 fn openai_asks() -> Value {
@@ -61,7 +61,7 @@ fn openai_asks() -> Value {
 }
 
 /// Answers whole, or in these events when a stream is asked for.
-async fn writer(path: &str, asked: Value, answer: Value, events: &str) -> MockServer {
+pub(super) async fn writer(path: &str, asked: Value, answer: Value, events: &str) -> MockServer {
     let server = MockServer::start().await;
     let sse = ResponseTemplate::new(200).set_body_raw(events.to_owned(), "text/event-stream");
     posts(path)
@@ -79,7 +79,7 @@ async fn writer(path: &str, asked: Value, answer: Value, events: &str) -> MockSe
     server
 }
 
-const OPENAI_EVENTS: &str = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n\
+pub(super) const OPENAI_EVENTS: &str = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n\
     data: {\"choices\":[{\"delta\":{\"content\":\"Good \"}}]}\n\n\
     data: {\"choices\":[{\"delta\":{\"content\":\"day\"}}]}\n\n\
     data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"length\"}]}\n\n\

@@ -221,7 +221,7 @@ fn pairs(model: &str, pairs: &[(&str, &str)]) -> ModelInferRequest {
 }
 
 /// Scores texts by their length, the best first.
-fn score(request: &Request) -> ResponseTemplate {
+pub(super) fn score(request: &Request) -> ResponseTemplate {
     let body: Value = request.body_json().unwrap_or_default();
     let texts = body["documents"].as_array().cloned().unwrap_or_default();
     let mut results: Vec<(usize, f64)> = texts

@@ -32,7 +32,7 @@ pub async fn log(State(stack): State<Stack>) -> Result<Json<Value>, Refused> {
 /// For administrators.
 #[utoipa::path(
     post, path = "/v2/logging", tag = "Settings", operation_id = "change_log_settings",
-    request_body(content = BTreeMap<String, Value>, example = json!({"log_verbose_level": 1})),
+    request_body(content = Option<BTreeMap<String, Value>>, example = json!({"log_verbose_level": 1})),
     responses((status = 200, description = "The settings", body = BTreeMap<String, Value>))
 )]
 pub async fn change_log(
@@ -90,7 +90,7 @@ pub async fn trace(State(stack): State<Stack>, model: Model) -> Result<Json<Valu
 /// For administrators.
 #[utoipa::path(
     post, path = "/v2/trace/setting", tag = "Settings", operation_id = "change_trace_settings",
-    request_body(content = BTreeMap<String, Value>, example = json!({"trace_rate": "100"})),
+    request_body(content = Option<BTreeMap<String, Value>>, example = json!({"trace_rate": "100"})),
     responses((status = 200, description = "The settings", body = BTreeMap<String, Value>))
 )]
 pub async fn change_trace(

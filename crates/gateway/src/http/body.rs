@@ -1,21 +1,24 @@
 //! The body of a request: read within limits, and JSON that says what is wrong
 //! with it.
 
+use std::fmt;
+use std::marker::PhantomData;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{FromRequest, Request};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http_body_util::BodyExt;
 use platform::grpc::{BytesHeld, MessageLimits};
 use protocol::{Error, Kind};
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{self, DeserializeOwned, IgnoredAny, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::error::Category;
 
+use super::ask::TEXTS_MAX;
 use super::problem::{Refused, broken_off};
 use crate::stack::Stack;
 
@@ -25,10 +28,18 @@ const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
 /// see no answer before they have sent everything.
 const DISCARDED_BYTES_MAX: usize = 4 << 20;
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
+/// JSON that is read as a whole: what it becomes takes several times its bytes,
+/// which nobody counts.
+const JSON_BYTES_MAX: usize = 16 << 20;
+/// Pieces that are shorter are put together: each takes some bytes by itself.
+const SMALL_BYTES: usize = 4 << 10;
+/// How much is put together.
+const GATHERED_BYTES: usize = 64 << 10;
 /// Of a caller's own names in a field's path.
 const FIELD_CHARACTERS_MAX: usize = 128;
 
-/// A body that was read, in the pieces that it came in.
+/// A body that was read, in the pieces that it came in; small ones are put
+/// together.
 #[derive(Debug, Default)]
 pub struct Received {
     /// The pieces.
@@ -40,6 +51,26 @@ pub struct Received {
 }
 
 impl Received {
+    fn push(&mut self, chunk: Bytes, small: &mut BytesMut) {
+        self.length += chunk.len();
+        if chunk.len() >= SMALL_BYTES {
+            self.put(small);
+            self.chunks.push(chunk);
+            return;
+        }
+        small.extend_from_slice(&chunk);
+        if small.len() >= GATHERED_BYTES {
+            self.put(small);
+        }
+    }
+
+    /// What was put together is a piece now.
+    fn put(&mut self, small: &mut BytesMut) {
+        if !small.is_empty() {
+            self.chunks.push(small.split().freeze());
+        }
+    }
+
     /// In one piece: a copy where it came in several.
     pub fn joined(&self) -> Bytes {
         match self.chunks.as_slice() {
@@ -47,6 +78,19 @@ impl Received {
             [one] => one.clone(),
             several => several.concat().into(),
         }
+    }
+}
+
+/// The limits of a body of JSON.
+pub fn json_limits(limits: &MessageLimits) -> MessageLimits {
+    at_most(limits, JSON_BYTES_MAX)
+}
+
+/// The same limits for bodies of at most so many bytes.
+pub fn at_most(limits: &MessageLimits, bytes_max: usize) -> MessageLimits {
+    MessageLimits {
+        message_bytes_max: limits.message_bytes_max.min(bytes_max),
+        ..limits.clone()
     }
 }
 
@@ -75,20 +119,21 @@ async fn gather(
     if let Some(length) = said.filter(|length| *length > bytes_max) {
         return Err(Error::too_large(length, bytes_max));
     }
-    let mut received = Received::default();
+    let (mut received, mut small) = (Received::default(), BytesMut::new());
     loop {
         let frame = tokio::time::timeout(CHUNK_TIMEOUT, body.frame())
             .await
             .map_err(|_| Error::new(Kind::DeadlinePassed, "the rest of the body did not come"))?;
         let Some(frame) = frame else {
+            received.put(&mut small);
             return Ok(received);
         };
         let Ok(chunk) = frame.map_err(|error| broken(&error))?.into_data() else {
             continue;
         };
-        received.length += chunk.len();
-        if received.length > bytes_max {
-            return Err(Error::too_large(received.length, bytes_max));
+        let length = received.length + chunk.len();
+        if length > bytes_max {
+            return Err(Error::too_large(length, bytes_max));
         }
         let more = limits.budget.take(chunk.len());
         let more = more.map_err(|status| Error::from_status(&status))?;
@@ -96,7 +141,7 @@ async fn gather(
             (Some(held), Some(more)) => held.merge(more),
             (held, more) => *held = held.take().or(more),
         }
-        received.chunks.push(chunk);
+        received.push(chunk, &mut small);
     }
 }
 
@@ -155,6 +200,54 @@ pub fn json<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, Error> {
         reader.end().map_err(|error| wrong("", &error))?;
         Ok(value)
     })
+}
+
+/// Reads a list of texts, or of what stands for one.
+pub fn texts<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
+    deserializer.deserialize_seq(Texts(PhantomData))
+}
+
+struct Texts<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Texts<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a sequence")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+        let mut texts = Vec::new();
+        while texts.len() < TEXTS_MAX {
+            match list.next_element()? {
+                Some(text) => texts.push(text),
+                None => return Ok(texts),
+            }
+        }
+        none_left(&mut list, texts.len(), |count| {
+            format!("{count} texts: a request may have {TEXTS_MAX}")
+        })?;
+        Ok(texts)
+    }
+}
+
+/// An error, by the whole count, when a list goes on behind the most that is
+/// kept of it.
+pub fn none_left<'de, A: SeqAccess<'de>>(
+    list: &mut A,
+    kept: usize,
+    reason: impl FnOnce(usize) -> String,
+) -> Result<(), A::Error> {
+    let mut count = kept;
+    while list.next_element::<IgnoredAny>()?.is_some() {
+        count += 1;
+    }
+    match count > kept {
+        true => Err(de::Error::custom(reason(count))),
+        false => Ok(()),
+    }
 }
 
 /// What is wrong with JSON, without any of the caller's values.
@@ -229,7 +322,7 @@ impl<T: DeserializeOwned> FromRequest<Stack> for Json<T> {
 
     async fn from_request(request: Request, stack: &Stack) -> Result<Self, Refused> {
         let right = must_be_json(request.headers());
-        let received = read(request, &stack.0.limits).await?;
+        let received = read(request, &json_limits(&stack.0.limits)).await?;
         right?;
         let value = json(&received.joined())?;
         Ok(Self {
@@ -360,6 +453,41 @@ mod tests {
         drop(first);
         assert_eq!(limits.budget.used(), 0);
         assert_eq!(limits.refused.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn small_pieces_are_put_together() {
+        let limits = MessageLimits::new(1 << 20, 1 << 20);
+        let large = Bytes::from(vec![b'x'; SMALL_BYTES]);
+        let small = || std::iter::repeat_n(Bytes::from_static(b"ab"), 50_000);
+        let pieces: Vec<Bytes> = small().chain([large]).chain(small()).collect();
+        let whole = pieces.concat();
+        let pieces = pieces.into_iter().map(Ok::<_, std::convert::Infallible>);
+        let body = Body::from_stream(futures::stream::iter(pieces));
+        let received = read(Request::new(body), &limits).await.unwrap();
+        assert!(received.chunks.len() <= 5, "{}", received.chunks.len());
+        assert_eq!(received.length, whole.len());
+        assert_eq!(received.joined(), whole);
+    }
+
+    #[test]
+    fn long_lists_are_counted_and_not_kept() {
+        #[derive(Debug, Deserialize)]
+        struct Listed {
+            #[serde(deserialize_with = "texts")]
+            texts: Vec<String>,
+        }
+        let read = |count: usize| {
+            let list = vec!["a"; count];
+            let text = serde_json::json!({ "texts": list }).to_string();
+            json::<Listed>(text.as_bytes()).map(|read| read.texts.len())
+        };
+        assert_eq!(read(0), Ok(0));
+        assert_eq!(read(TEXTS_MAX), Ok(TEXTS_MAX));
+        let error = read(TEXTS_MAX + 7).unwrap_err();
+        assert_eq!(error.violation().unwrap().field, "texts");
+        let said = "2055 texts: a request may have 2048";
+        assert!(error.to_string().contains(said), "{error}");
     }
 
     proptest! {

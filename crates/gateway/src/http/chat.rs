@@ -12,6 +12,7 @@ use axum::Router;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use protocol::Error;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -78,7 +79,8 @@ pub struct ChatCompletionRequest {
     /// Tools are not passed on: a list of some is refused.
     #[serde(default)]
     #[schema(max_items = 0)]
-    pub tools: Option<Vec<Value>>,
+    #[schema(value_type = Option<Vec<Value>>)]
+    pub tools: Option<Vec<IgnoredAny>>,
     /// The form of the answer: text.
     #[serde(default)]
     #[allow(dead_code, reason = "it is checked by being read")]

@@ -245,6 +245,7 @@ mod one_or_more {
     use utoipa::{PartialSchema, ToSchema};
 
     use super::super::ask::TEXTS_MAX;
+    use super::super::body::none_left;
     use super::{NotEmpty, OneOrMore};
 
     struct TextsVisitor;
@@ -265,8 +266,15 @@ mod one_or_more {
 
         fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<OneOrMore, A::Error> {
             let mut texts = Vec::new();
-            while let Some(text) = list.next_element()? {
+            while texts.len() < TEXTS_MAX
+                && let Some(text) = list.next_element()?
+            {
                 texts.push(text);
+            }
+            if texts.len() == TEXTS_MAX {
+                none_left(&mut list, TEXTS_MAX, |count| {
+                    format!("{count} texts: a request may have {TEXTS_MAX}")
+                })?;
             }
             Ok(OneOrMore {
                 texts,

@@ -18,7 +18,7 @@ use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::ask::{self, check_texts, element, tokens};
-use super::body::{self, Json, json, must_be_json};
+use super::body::{self, Json, json, json_limits, must_be_json};
 use super::gate::{Answered, Routes, Visit, guarded};
 use super::openai::Usage;
 use super::problem::{Refused, Shape};
@@ -47,6 +47,7 @@ pub struct RerankRequest {
     #[schema(min_length = 1)]
     pub query: String,
     /// The documents. One that is too long for the model is cut.
+    #[serde(deserialize_with = "body::texts")]
     #[schema(min_items = 1, max_items = 2048)]
     pub documents: Vec<Document>,
     /// How many of the best are wanted; all if not given.
@@ -83,6 +84,7 @@ pub struct RerankTextsRequest {
     #[schema(min_length = 1)]
     pub query: String,
     /// The texts.
+    #[serde(deserialize_with = "body::texts")]
     #[schema(min_items = 1, max_items = 2048)]
     #[schema(value_type = Vec<NotEmpty>)]
     pub texts: Vec<String>,
@@ -298,7 +300,7 @@ pub async fn rerank_either(
         texts: Option<IgnoredAny>,
     }
     let right = must_be_json(request.headers());
-    let received = body::read(request, &stack.0.limits).await?;
+    let received = body::read(request, &json_limits(&stack.0.limits)).await?;
     right?;
     let bytes = received.joined();
     let form: Form = json(&bytes)?;

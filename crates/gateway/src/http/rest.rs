@@ -129,13 +129,17 @@ pub fn must_be_known(headers: &HeaderMap) -> Result<(), Error> {
     body::must_be_json(headers)
 }
 
+/// Settings and names.
+const SETTINGS_BYTES_MAX: usize = 1 << 20;
+
 /// The JSON of a body that may be left out.
 async fn optional<T: for<'de> Deserialize<'de> + Default>(
     stack: &Stack,
     request: Request,
 ) -> Result<T, Error> {
     let known = must_be_known(request.headers());
-    let received = body::read(request, &stack.0.limits).await?;
+    let limits = body::at_most(&stack.0.limits, SETTINGS_BYTES_MAX);
+    let received = body::read(request, &limits).await?;
     if received.length == 0 {
         return Ok(T::default());
     }

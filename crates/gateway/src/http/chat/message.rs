@@ -7,6 +7,7 @@ use utoipa::openapi::schema::{ArrayBuilder, OneOfBuilder};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
+use super::super::body::none_left;
 use super::super::rerank::NotEmpty;
 use crate::upstream::provider::{ChatMessage, Role};
 
@@ -69,6 +70,9 @@ impl fmt::Debug for Content {
         write!(formatter, "{} bytes", self.0.len())
     }
 }
+
+/// Texts that may end an answer.
+const STOPS_MAX: usize = 16;
 
 /// One text or several that end an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,6 +147,12 @@ impl<'de> Visitor<'de> for StopVisitor {
         let mut texts = Vec::new();
         while let Some(text) = list.next_element()? {
             texts.push(text);
+            if texts.len() == STOPS_MAX {
+                none_left(&mut list, STOPS_MAX, |count| {
+                    format!("{count} texts: there may be {STOPS_MAX}")
+                })?;
+                break;
+            }
         }
         Ok(Stop(texts))
     }
@@ -152,7 +162,7 @@ impl PartialSchema for Stop {
     fn schema() -> RefOr<Schema> {
         let list = ArrayBuilder::new()
             .items(NotEmpty::schema())
-            .max_items(Some(16));
+            .max_items(Some(STOPS_MAX));
         let one_of = OneOfBuilder::new()
             .description(Some("One text or several"))
             .item(NotEmpty::schema())

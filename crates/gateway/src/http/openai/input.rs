@@ -9,6 +9,7 @@ use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::super::ask::TEXTS_MAX;
+use super::super::body::none_left;
 
 /// Tokens of one input; a model's own limit is lower as a rule.
 pub const TOKENS_MAX: usize = 8192;
@@ -76,6 +77,9 @@ impl Input {
         }
     }
 }
+
+const INPUTS: &str = "inputs: a request may have ";
+const TOKENS: &str = "tokens: an input may have ";
 
 /// One element of the list.
 enum Element {
@@ -153,6 +157,16 @@ impl<'de> Visitor<'de> for InputVisitor {
                     Elements::Lists
                 }
             };
+            let (count, what, count_max) = match kind {
+                Elements::Tokens => (tokens.len(), TOKENS, TOKENS_MAX),
+                _ => (texts.len() + lists.len(), INPUTS, TEXTS_MAX),
+            };
+            if count == count_max {
+                none_left(&mut list, count, |count| {
+                    format!("{count} {what}{count_max}")
+                })?;
+                break;
+            }
         }
         let single = !tokens.is_empty();
         if single {
@@ -200,6 +214,12 @@ impl<'de> Visitor<'de> for Elements {
         let mut tokens = Vec::new();
         while let Some(token) = list.next_element()? {
             tokens.push(token);
+            if tokens.len() == TOKENS_MAX {
+                none_left(&mut list, TOKENS_MAX, |count| {
+                    format!("{count} {TOKENS}{TOKENS_MAX}")
+                })?;
+                break;
+            }
         }
         self.take(Self::Lists, Element::Tokens(tokens))
     }
@@ -296,6 +316,24 @@ mod tests {
             assert_eq!(error.violation().unwrap().field, "[1]", "{json}");
         }
         let many = serde_json::to_string(&vec!["a"; TEXTS_MAX + 1]).unwrap();
-        assert!(read(&many).unwrap_err().contains("a request may have 2048"));
+        let error = read(&many).unwrap_err();
+        assert!(
+            error.contains("2049 inputs: a request may have 2048"),
+            "{error}"
+        );
+        let many = vec![vec![1]; TEXTS_MAX + 2];
+        let error = read(&serde_json::to_string(&many).unwrap()).unwrap_err();
+        assert!(
+            error.contains("2050 inputs: a request may have 2048"),
+            "{error}"
+        );
+        let long = vec![1; TOKENS_MAX + 1];
+        for json in [serde_json::json!(long), serde_json::json!([[2], long])] {
+            let error = read(&json.to_string()).unwrap_err();
+            assert!(
+                error.contains("8193 tokens: an input may have 8192"),
+                "{error}"
+            );
+        }
     }
 }

@@ -18,7 +18,7 @@ use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
-use http::{HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use protocol::{Error, Kind};
 use tower_http::CompressionLevel;
 use tower_http::compression::CompressionLayer;
@@ -63,10 +63,28 @@ pub fn router(stack: Stack, settings: &HttpSettings) -> Router {
             .compress_when(worthwhile),
     );
     let routes = match settings.cors_origin.is_empty() {
-        true => routes,
+        true => routes.layer(from_fn(same_origin)),
         false => routes.layer(cross_origin(&settings.cors_origin)),
     };
     routes.layer(from_fn(outermost))
+}
+
+/// Refuses what the web page of another site has a browser send: it needs no
+/// answer to unload a model of a gateway that its reader can reach.
+async fn same_origin(request: Request, next: Next) -> Response {
+    if !changes_elsewhere(request.method(), request.headers()) {
+        return next.run(request).await;
+    }
+    body::discard(request.into_body()).await;
+    let message = "web pages of other origins may not call: see --cors-origin";
+    Refused::from(Error::new(Kind::Forbidden, message)).into_response()
+}
+
+/// Whether a browser says that another site asks for more than to look.
+fn changes_elsewhere(method: &Method, headers: &HeaderMap) -> bool {
+    let site = headers.get("sec-fetch-site");
+    let elsewhere = site.is_some_and(|site| site == "cross-site" || site == "same-site");
+    elsewhere && !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS)
 }
 
 /// What web pages of other origins may do: whatever other callers may.
@@ -112,4 +130,27 @@ async fn outermost(mut request: Request, next: Next) -> Response {
     let mut response = problem::written(response, shape, &id);
     response.headers_mut().insert(gate::REQUEST_ID, id.0);
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_of_other_sites_may_only_look() {
+        let changes = |method: Method, site: Option<&'static str>| {
+            let site = site.map(HeaderValue::from_static);
+            let headers = site.map(|site| (HeaderName::from_static("sec-fetch-site"), site));
+            changes_elsewhere(&method, &headers.into_iter().collect())
+        };
+        for site in ["cross-site", "same-site"] {
+            assert!(changes(Method::POST, Some(site)));
+            assert!(changes(Method::DELETE, Some(site)));
+            assert!(!changes(Method::GET, Some(site)));
+            assert!(!changes(Method::OPTIONS, Some(site)));
+        }
+        for site in [Some("same-origin"), Some("none"), None] {
+            assert!(!changes(Method::POST, site));
+        }
+    }
 }

@@ -10,7 +10,6 @@ use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::extract::Path;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use base64::display::Base64Display;
@@ -26,6 +25,7 @@ use super::ask::{self, tokens};
 use super::body::Json;
 use super::gate::{Answered, Routes, Visit, guarded};
 use super::problem::{Refused, Shape};
+use super::rest;
 use crate::stack::Stack;
 use vectors::{decoded, in_terms_of_texts, infer_request, rows};
 
@@ -245,19 +245,17 @@ pub async fn list_models(visit: Visit) -> axum::Json<ModelList> {
     params(ModelPath),
     responses((status = 200, description = "The model", body = Model))
 )]
-pub async fn show_model(
-    visit: Visit,
-    Path(path): Path<ModelPath>,
-) -> Result<axum::Json<Model>, Refused> {
-    visit.caller.must_be_allowed(&path.model)?;
-    let ready = visit.stack.0.routes.ready(&path.model, "");
+pub async fn show_model(visit: Visit, asked: rest::Model) -> Result<axum::Json<Model>, Refused> {
+    visit.caller.must_be_allowed(&asked.name)?;
+    let ready = visit.stack.0.routes.ready(&asked.name, "");
     ready.map_err(|error| error.renamed(|_, reason| Some(("model".into(), reason.into()))))?;
-    Ok(axum::Json(Model::named(path.model)))
+    Ok(axum::Json(Model::named(asked.name)))
 }
 
 /// The model of an address.
-#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[derive(Debug, utoipa::IntoParams)]
 #[into_params(parameter_in = Path)]
+#[allow(dead_code, reason = "it is a description: `rest::Model` reads it")]
 pub struct ModelPath {
     /// The model's name.
     #[param(

@@ -22,11 +22,13 @@ use crate::auth::{Auth, Caller, RedisLost, Tenant};
 use crate::metrics::LimitMetrics;
 use crate::redis::{Redis, RedisError};
 use fair::Fair;
-use memory::{Denied, InFlight, Meters, Needs, Now, Scope, Taken};
-use redis::Shared;
+use memory::{AMOUNT_MAX, Denied, InFlight, Meters, Needs, Now, Scope, Taken};
+use redis::{Refusal, Shared};
 
 /// When a call under way will probably have ended.
 const IN_FLIGHT_RETRY: Duration = Duration::from_millis(100);
+/// When the calls that wait for a Redis that answers will have been counted.
+const CROWD_RETRY: Duration = Duration::from_millis(20);
 /// When a lost Redis is looked for again.
 const REDIS_RETRY: Duration = Duration::from_secs(1);
 
@@ -122,7 +124,8 @@ pub struct Entered {
 pub struct Ticket {
     limit: Limit,
     tenant: Arc<Tenant>,
-    counted: Counted,
+    /// Whether another ticket has it in the metrics.
+    again: bool,
     scopes: Vec<Arc<Scope>>,
     _places: Vec<InFlight>,
 }
@@ -135,9 +138,15 @@ pub enum Counted {
     /// One of several calls that answer one request, which has been counted:
     /// its rows alone.
     Part,
-    /// A model that answers for a chain, whose request and rows have been
-    /// counted: what the model's own quotas say.
-    Member,
+}
+
+/// A model that answers for a chain, which has been counted.
+#[derive(Debug, Clone, Copy)]
+pub struct Member<'a> {
+    /// The chain.
+    pub chain: &'a str,
+    /// The model.
+    pub model: &'a str,
 }
 
 impl Limit {
@@ -194,45 +203,55 @@ impl Limit {
         items: u64,
         counted: Counted,
     ) -> Result<Ticket, Error> {
-        let limit = &self.0;
-        let mut ticket = Ticket {
+        let mut ticket = self.ticket(caller, false);
+        if let Some(meters) = self.0.meters(&caller.tenant) {
+            let request = (counted == Counted::Request).then_some(1);
+            let own = meters.of_model(model).map(|scope| (scope, request));
+            let all = std::iter::once((&meters.all, None));
+            ticket.take(all.chain(own).collect(), items).await?;
+        }
+        Ok(ticket)
+    }
+
+    /// The same for a model that answers for a chain: what it is limited to
+    /// beside the chain. One that then does not answer gives nothing back,
+    /// since it may have computed.
+    pub async fn take_member(
+        &self,
+        caller: &Caller,
+        member: Member<'_>,
+        items: u64,
+        counted: Counted,
+    ) -> Result<Ticket, Error> {
+        let mut ticket = self.ticket(caller, true);
+        if let Some(meters) = self.0.meters(&caller.tenant) {
+            let request = (counted == Counted::Request).then_some(1);
+            let own = meters.of_model(member.model);
+            let own = own.filter(|scope| !scope.is_of(member.chain));
+            let own = own.map(|scope| (scope, request));
+            ticket.take(own.collect(), items).await?;
+        }
+        Ok(ticket)
+    }
+
+    /// Counts what a call spent whose answer nobody got.
+    pub fn charge(&self, caller: &Caller, model: &str, usage: Usage) {
+        let mut ticket = self.ticket(caller, false);
+        if let Some(meters) = self.0.meters(&caller.tenant) {
+            let scopes = std::iter::once(&meters.all).chain(meters.of_model(model));
+            ticket.scopes = scopes.cloned().collect();
+        }
+        ticket.charge(usage);
+    }
+
+    fn ticket(&self, caller: &Caller, again: bool) -> Ticket {
+        Ticket {
             limit: self.clone(),
             tenant: caller.tenant.clone(),
-            counted,
+            again,
             scopes: Vec::new(),
             _places: Vec::new(),
-        };
-        let Some(meters) = limit.meters(&caller.tenant) else {
-            return Ok(ticket);
-        };
-        let items = (items > 0).then_some(items);
-        let mut taken = Vec::new();
-        let all = (counted != Counted::Member).then_some((&meters.all, None));
-        let request = (counted != Counted::Part).then_some(1);
-        let of_model = meters.of_model(model).map(|scope| (scope, request));
-        let scopes = all.into_iter().chain(of_model);
-        for (scope, requests) in scopes {
-            if requests.is_some() {
-                ticket._places.push(
-                    limit
-                        .place(scope)
-                        .inspect_err(|_| limit.give_back(&taken))?,
-                );
-            }
-            let needs = Needs { requests, items };
-            match limit.count(scope, needs).await {
-                Ok(how) => taken.push((scope, needs, how)),
-                Err(error) => {
-                    limit.give_back(&taken);
-                    return Err(error);
-                }
-            }
         }
-        ticket.scopes = taken
-            .into_iter()
-            .map(|(scope, _, _)| scope.clone())
-            .collect();
-        Ok(ticket)
     }
 
     /// Before a worker is chosen: waits for the tenant's turn when there is
@@ -314,7 +333,16 @@ impl Inner {
             return counted.map(|()| Taken::Alone).map_err(refused);
         };
         if let Some(counted) = shared.take(scope, needs, || self.now()).await {
-            return counted.map(|()| Taken::Leased).map_err(refused);
+            return counted
+                .map(|()| Taken::Leased)
+                .map_err(|refusal| match refusal {
+                    Refusal::Denied(denied) => refused(denied),
+                    Refusal::Crowded => {
+                        self.metrics.limited("redis_busy").inc();
+                        let message = "too many calls wait for the tenant's quotas to be checked";
+                        Error::overloaded(message, CROWD_RETRY)
+                    }
+                });
         }
         let limits = self.auth.policy().limits.clone();
         if limits.redis_lost == RedisLost::Closed {
@@ -360,14 +388,46 @@ fn moment(started: Instant) -> Now {
 }
 
 impl Ticket {
+    /// Takes rows, and requests where those are named: of all limits or none.
+    async fn take(
+        &mut self,
+        wanted: Vec<(&Arc<Scope>, Option<u64>)>,
+        items: u64,
+    ) -> Result<(), Error> {
+        let limit = &self.limit.0;
+        let items = (items > 0).then_some(items);
+        let mut taken = Vec::with_capacity(wanted.len());
+        for (scope, requests) in wanted {
+            if requests.is_some() {
+                let place = limit.place(scope);
+                let place = place.inspect_err(|_| limit.give_back(&taken))?;
+                self._places.push(place);
+            }
+            let needs = Needs { requests, items };
+            match limit.count(scope, needs).await {
+                Ok(how) => taken.push((scope, needs, how)),
+                Err(error) => {
+                    limit.give_back(&taken);
+                    return Err(error);
+                }
+            }
+        }
+        let scopes = taken.into_iter().map(|(scope, _, _)| scope.clone());
+        self.scopes = scopes.collect();
+        Ok(())
+    }
+
     /// Counts what the answer took.
     pub fn charge(&self, usage: Usage) {
         if usage == Usage::default() {
             return;
         }
+        let usage = Usage {
+            tokens: usage.tokens.min(AMOUNT_MAX),
+            cost: usage.cost,
+        };
         let limit = &self.limit.0;
-        // The chain's own ticket has it too.
-        if self.counted != Counted::Member {
+        if !self.again {
             limit
                 .metrics
                 .used(&self.tenant.name, usage.tokens, usage.cost);

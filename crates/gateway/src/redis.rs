@@ -18,7 +18,7 @@ use arc_swap::ArcSwapOption;
 use platform::tasks::{Owned, owned};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 /// What a command may take, waiting for the connection included.
 pub const COMMAND: Duration = Duration::from_millis(20);
@@ -48,6 +48,15 @@ pub enum RedisError {
     /// The file cannot be read.
     #[error("--redis-password-file: {0}")]
     File(String),
+}
+
+/// Why there is no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoAnswer {
+    /// It was not sent, or Redis refused it.
+    Undone,
+    /// Redis may have done it, or not.
+    Unknown,
 }
 
 /// A Redis that may be lost at any time. Every method is safe to call from any
@@ -120,12 +129,15 @@ impl Redis {
         self.connection.load().is_some()
     }
 
-    /// Connects, and again after every loss, until the task is dropped.
+    /// Connects, and again after every loss, until the task is dropped. A
+    /// connection that held is replaced at once, so that a hiccup costs
+    /// milliseconds; where none holds, it is tried every second.
     pub fn follow(self: &Arc<Self>) -> Owned {
         let redis = self.clone();
         owned(async move {
             let mut said = false;
             loop {
+                let begun = Instant::now();
                 match redis.connect().await {
                     Ok(connection) => {
                         tracing::info!("Redis answers");
@@ -134,8 +146,11 @@ impl Redis {
                         redis.connection.store(Some(Arc::new(connection)));
                         redis.up.set(1);
                         redis.watch().await;
+                        if begun.elapsed() > 2 * PROBE {
+                            continue;
+                        }
                     }
-                    // Once for each loss: it is tried every second.
+                    // Once for each loss.
                     Err(reason) if !said => {
                         tracing::warn!(reason, "Redis cannot be reached");
                         said = true;
@@ -183,51 +198,70 @@ impl Redis {
     /// The answer to a command. None when Redis is lost or passed by, does not
     /// answer in time, or answers with an error.
     pub async fn run<T: FromRedisValue>(&self, command: &Cmd) -> Option<T> {
-        let mut connection = self.connection()?;
-        self.within(command.query_async(&mut connection)).await
+        let connection = self.connection.load_full()?;
+        let mut sent = (*connection).clone();
+        let answer = command.query_async(&mut sent);
+        self.within(&connection, answer).await.ok()
     }
 
     /// The answers to several commands of one round trip.
     pub async fn run_all<T: FromRedisValue>(&self, commands: &Pipeline) -> Option<T> {
-        let mut connection = self.connection()?;
-        self.within(commands.query_async(&mut connection)).await
+        let connection = self.connection.load_full()?;
+        let mut sent = (*connection).clone();
+        let answer = commands.query_async(&mut sent);
+        self.within(&connection, answer).await.ok()
     }
 
     /// What a script returns. It is sent by its hash, and whole when Redis does
     /// not know it.
-    pub async fn run_script<T: FromRedisValue>(&self, script: &ScriptInvocation<'_>) -> Option<T> {
-        let mut connection = self.connection()?;
-        self.within(script.invoke_async(&mut connection)).await
+    pub async fn run_script<T: FromRedisValue>(
+        &self,
+        script: &ScriptInvocation<'_>,
+    ) -> Result<T, NoAnswer> {
+        let connection = self.connection.load_full().ok_or(NoAnswer::Undone)?;
+        let mut sent = (*connection).clone();
+        let answer = script.invoke_async(&mut sent);
+        self.within(&connection, answer).await
     }
 
-    fn connection(&self) -> Option<MultiplexedConnection> {
-        let connection = self.connection.load();
-        connection.as_deref().cloned()
-    }
-
-    async fn within<T>(&self, answer: impl Future<Output = RedisResult<T>>) -> Option<T> {
+    async fn within<T>(
+        &self,
+        connection: &Arc<MultiplexedConnection>,
+        answer: impl Future<Output = RedisResult<T>>,
+    ) -> Result<T, NoAnswer> {
         match timeout(COMMAND, answer).await {
             Ok(Ok(value)) => {
                 self.failures.store(0, Ordering::Relaxed);
-                return Some(value);
+                Ok(value)
             }
             // A connection that broke answers nothing any more.
-            Ok(Err(error)) if error.is_unrecoverable_error() => self.pass_by("connection lost"),
+            Ok(Err(error)) if error.is_unrecoverable_error() => {
+                self.pass_by(connection, "connection lost");
+                Err(NoAnswer::Unknown)
+            }
             // Its own refusals too: read-only, loading, out of memory.
-            Ok(Err(_)) => self.failed("it answers with errors"),
-            Err(_) => self.pass_by("it does not answer in time"),
+            Ok(Err(_)) => {
+                if self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES_MAX {
+                    self.pass_by(connection, "it answers with errors");
+                }
+                Err(NoAnswer::Undone)
+            }
+            Err(_) => {
+                self.pass_by(connection, "it does not answer in time");
+                Err(NoAnswer::Unknown)
+            }
         }
-        None
     }
 
-    fn failed(&self, reason: &'static str) {
-        if self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES_MAX {
-            self.pass_by(reason);
-        }
-    }
-
-    fn pass_by(&self, reason: &'static str) {
-        if self.connection.swap(None).is_some() {
+    /// Gives a connection up. Another may have taken its place meanwhile, which
+    /// is as good as it was.
+    fn pass_by(&self, connection: &Arc<MultiplexedConnection>, reason: &'static str) {
+        let own = Some(connection.clone());
+        let before = self.connection.compare_and_swap(&own, None);
+        if before
+            .as_ref()
+            .is_some_and(|before| Arc::ptr_eq(before, connection))
+        {
             self.up.set(0);
             tracing::warn!(reason, "Redis is lost and passed by");
             self.lost.notify_one();

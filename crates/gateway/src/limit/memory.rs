@@ -14,6 +14,8 @@ use crate::auth::{Pattern, Tenant};
 const NANO: f64 = 1e9;
 /// What Redis' scripts can count exactly.
 const COUNT_MAX: u64 = 1 << 53;
+/// What one call can take: services may say anything.
+pub const AMOUNT_MAX: u64 = 1 << 40;
 const MINUTE_MS: u64 = 60_000;
 const DAY_MS: u64 = 24 * 60 * MINUTE_MS;
 
@@ -282,6 +284,11 @@ impl Scope {
         })
     }
 
+    /// Whether it is for the models of a pattern that a name matches.
+    pub fn is_of(&self, name: &str) -> bool {
+        self.pattern.as_ref().is_some_and(|p| p.matches(name))
+    }
+
     pub fn counts(&self) -> MutexGuard<'_, [Count; KINDS]> {
         let counts = &self.state.counts;
         counts.lock().unwrap_or_else(PoisonError::into_inner)
@@ -354,6 +361,7 @@ impl Scope {
                 _ => usage.tokens,
             };
             let count = &mut counts[rule.what as usize];
+            let amount = amount.min(AMOUNT_MAX);
             count.add(rule, amount, now, 1);
             count.lease.owe(rule, amount, now);
             changed |= amount > 0;
@@ -457,8 +465,6 @@ impl Meters {
     /// The limits for a model besides those for all: each whose pattern it
     /// matches holds.
     pub fn of_model<'a>(&'a self, model: &'a str) -> impl Iterator<Item = &'a Arc<Scope>> {
-        let matches =
-            |scope: &&Arc<Scope>| scope.pattern.as_ref().is_some_and(|p| p.matches(model));
-        self.models.iter().filter(matches)
+        self.models.iter().filter(move |scope| scope.is_of(model))
     }
 }

@@ -11,8 +11,8 @@ use platform::tasks::{Owned, owned};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::memory::{Denied, Needs, Now, Rule, Scope, What, seconds};
-use crate::redis::{COMMAND, Redis};
+use super::memory::{AMOUNT_MAX, Denied, Needs, Now, Rule, Scope, What, seconds};
+use crate::redis::{COMMAND, NoAnswer, Redis};
 
 /// Seconds after which what is left of a lease of a rate is not used any more.
 const RATE_LEASE: f64 = 1.0;
@@ -26,6 +26,11 @@ const SPENT_KNOWN: f64 = 0.1;
 const SPENT_STALE: f64 = 1.0;
 /// Scopes that may wait to be brought in step; each waits once at most.
 const QUEUED_MAX: usize = 1024;
+/// How long a call waits for its turn to ask: whoever asks before it learns in
+/// half of that whether Redis is lost.
+const CROWD: Duration = COMMAND.saturating_mul(2);
+/// How often a call asks before it gives up: a window may end meanwhile.
+const ASKS_MAX: usize = 3;
 /// Between two rounds of that.
 const ROUND: Duration = Duration::from_millis(2);
 
@@ -46,6 +51,15 @@ pub struct Lease {
     owed: u64,
     /// What all have used, as far as that is known.
     spent: Option<u64>,
+}
+
+/// Why a call that Redis counts may not go on.
+#[derive(Debug, Clone, Copy)]
+pub enum Refusal {
+    /// There is not enough left.
+    Denied(Denied),
+    /// Too many calls wait to ask a Redis that answers.
+    Crowded,
 }
 
 enum Verdict {
@@ -89,7 +103,9 @@ impl Lease {
         if rule.what.is_post_paid() {
             let fresh = self.asked.is_some_and(|at| now.seconds - at < SPENT_STALE);
             return match self.spent {
-                Some(spent) if spent + self.owed >= rule.limit => Verdict::Denied(denied()),
+                Some(spent) if spent.saturating_add(self.owed) >= rule.limit => {
+                    Verdict::Denied(denied())
+                }
                 Some(_) if fresh => Verdict::Enough,
                 _ => Verdict::Short,
             };
@@ -114,8 +130,10 @@ impl Lease {
     /// What Redis is asked for: what is owed, the least and the most.
     fn ask(&mut self, rule: &Rule, need: u64, now: Now) -> [u64; 3] {
         self.roll(rule, now);
-        let owed = std::mem::take(&mut self.owed);
-        self.spent = self.spent.map(|spent| spent + owed);
+        // What is over is told the next time.
+        let owed = self.owed.min(AMOUNT_MAX);
+        self.owed -= owed;
+        self.spent = self.spent.map(|spent| spent.saturating_add(owed));
         if rule.what.is_post_paid() {
             self.asked = Some(now.seconds);
             return [owed, 0, 0];
@@ -140,7 +158,7 @@ impl Lease {
         if rule.window(now) != self.window || asked.window != self.window {
             return;
         }
-        self.held += granted;
+        self.held = self.held.saturating_add(granted);
         if rule.what != What::RequestsPerSecond {
             self.spent = Some(said);
         }
@@ -155,14 +173,17 @@ impl Lease {
                 (1, now.seconds + pause.max(said as f64 / 1e6))
             }
             // Others may have what it takes no longer, or the policy changes.
-            _ => (asked.least + self.held, now.seconds + SPENT_KNOWN),
+            _ => {
+                let over = asked.least.saturating_add(self.held);
+                (over, now.seconds + SPENT_KNOWN)
+            }
         };
     }
 
-    /// Redis did not answer: what was owed is owed.
+    /// Redis did not do it: what was owed is owed.
     fn untold(&mut self, asked: Asked) {
         if asked.window == self.window {
-            self.owed += asked.owed;
+            self.owed = self.owed.saturating_add(asked.owed);
             self.spent = self.spent.map(|spent| spent.saturating_sub(asked.owed));
         }
     }
@@ -261,13 +282,13 @@ impl Shared {
     }
 
     /// Takes what a call needs. None when Redis is lost: at once, or after 20
-    /// ms for a call that finds it out.
+    /// ms for calls that find it out.
     pub async fn take(
         &self,
         scope: &Arc<Scope>,
         needs: Needs,
         now: impl Fn() -> Now,
-    ) -> Option<Result<(), Denied>> {
+    ) -> Option<Result<(), Refusal>> {
         if !self.redis.available() {
             return None;
         }
@@ -278,21 +299,26 @@ impl Shared {
                 }
                 return Some(Ok(()));
             }
-            Looked::Denied(denied) => return Some(Err(denied)),
+            Looked::Denied(denied) => return Some(Err(Refusal::Denied(denied))),
             Looked::Short => {}
         }
-        let asking = async {
-            // One call asks, and the others find what it was granted.
-            let _asking = scope.state.asking.lock().await;
-            loop {
-                match look(scope, needs, now()) {
-                    Looked::Taken(_) => return Some(Ok(())),
-                    Looked::Denied(denied) => return Some(Err(denied)),
-                    Looked::Short => self.ask(scope, needs, &now).await?,
-                }
-            }
+        // One call asks, and the others find what it was granted. Waiting here
+        // says nothing of Redis: only what asks is held to 20 ms.
+        let Ok(_asking) = timeout(CROWD, scope.state.asking.lock()).await else {
+            return self.redis.available().then_some(Err(Refusal::Crowded));
         };
-        timeout(COMMAND, asking).await.ok().flatten()
+        for _ in 0..ASKS_MAX {
+            match look(scope, needs, now()) {
+                Looked::Taken(_) => return Some(Ok(())),
+                Looked::Denied(denied) => return Some(Err(Refusal::Denied(denied))),
+                Looked::Short => self.ask(scope, needs, &now).await?,
+            }
+        }
+        match look(scope, needs, now()) {
+            Looked::Taken(_) => Some(Ok(())),
+            Looked::Denied(denied) => Some(Err(Refusal::Denied(denied))),
+            Looked::Short => Some(Err(Refusal::Crowded)),
+        }
     }
 
     /// Has a scope brought in step, beside the calls.
@@ -327,7 +353,6 @@ impl Shared {
                         requests: Some(0),
                         items: Some(0),
                     };
-                    // What is not told stays owed.
                     let _ = shared.ask(&scope, nobody, &now).await;
                 }
                 tokio::time::sleep(ROUND).await;
@@ -335,16 +360,15 @@ impl Shared {
         }))
     }
 
-    /// One round trip for all limits of a scope that a call needs.
+    /// One round trip for all limits of a scope that a call needs. Who does
+    /// not wait for the answer, or gets none, has told what was owed all the
+    /// same: Redis most probably took it, and must not take it twice.
     async fn ask(&self, scope: &Scope, needs: Needs, now: impl Fn() -> Now) -> Option<()> {
         if !self.redis.available() {
             return None;
         }
         let mut call = self.script.prepare_invoke();
-        let mut asked = Unanswered {
-            scope,
-            asked: Vec::new(),
-        };
+        let mut all = Vec::new();
         {
             let at = now();
             let mut counts = scope.counts();
@@ -352,7 +376,7 @@ impl Shared {
                 let lease = &mut counts[rule.what as usize].lease;
                 let [owed, least, most] = lease.ask(rule, need, at);
                 let window = lease.window;
-                asked.asked.push(Asked {
+                all.push(Asked {
                     rule: *rule,
                     window,
                     owed,
@@ -374,33 +398,29 @@ impl Shared {
                 call.arg(owed).arg(least).arg(most);
             }
         }
-        let answers: Vec<i64> = self.redis.run_script(&call).await?;
+        let answered = self.redis.run_script::<Vec<i64>>(&call).await;
         let at = now();
         let mut counts = scope.counts();
-        for (asked, answer) in asked.asked.drain(..).zip(answers.chunks_exact(2)) {
+        let mut lease = |asked: Asked, answer: Option<(u64, u64)>| {
             let lease = &mut counts[asked.rule.what as usize].lease;
-            let [granted, said] = [answer[0], answer[1]].map(|n| u64::try_from(n).unwrap_or(0));
-            lease.told(&asked.rule, asked, (granted, said), at);
-        }
-        Some(())
-    }
-}
-
-/// What was asked and is not answered yet. When the caller leaves or Redis
-/// does not answer, what was owed is owed again.
-struct Unanswered<'a> {
-    scope: &'a Scope,
-    asked: Vec<Asked>,
-}
-
-impl Drop for Unanswered<'_> {
-    fn drop(&mut self) {
-        if self.asked.is_empty() {
-            return;
-        }
-        let mut counts = self.scope.counts();
-        for asked in self.asked.drain(..) {
-            counts[asked.rule.what as usize].lease.untold(asked);
+            match answer {
+                Some(answer) => lease.told(&asked.rule, asked, answer, at),
+                None => lease.untold(asked),
+            }
+        };
+        match answered {
+            Ok(answers) => {
+                for (asked, answer) in all.into_iter().zip(answers.chunks_exact(2)) {
+                    let said = [answer[0], answer[1]].map(|n| u64::try_from(n).unwrap_or(0));
+                    lease(asked, Some((said[0], said[1])));
+                }
+                Some(())
+            }
+            Err(NoAnswer::Undone) => {
+                all.into_iter().for_each(|asked| lease(asked, None));
+                None
+            }
+            Err(NoAnswer::Unknown) => None,
         }
     }
 }

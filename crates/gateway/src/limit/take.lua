@@ -5,6 +5,18 @@
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 local answers = {}
+-- What stands under a key. What none of us wrote is deleted and counts as nothing.
+local function read(key, pattern, longest)
+  local value = redis.pcall('GET', key)
+  if not value then
+    return 0
+  end
+  if type(value) == 'string' and #value <= longest and string.match(value, pattern) then
+    return tonumber(value)
+  end
+  redis.call('DEL', key)
+  return 0
+end
 for i, key in ipairs(KEYS) do
   local at = (i - 1) * 6
   local limit, extra = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
@@ -12,7 +24,7 @@ for i, key in ipairs(KEYS) do
   local granted, said = 0, 0
   if ARGV[at + 1] == 'rate' then
     local interval = 1 / limit
-    local full_at = math.max(tonumber(redis.call('GET', key) or '0') or 0, now)
+    local full_at = math.max(read(key, '^%d+%.?%d*$', 24), now)
     local free = math.floor((now - full_at) / interval + extra + 1e-3)
     if free >= least then
       granted = math.min(free, most)
@@ -25,7 +37,7 @@ for i, key in ipairs(KEYS) do
       said = math.min(math.ceil((full_at + (least - extra) * interval - now) * 1e6), 1e13)
     end
   else
-    said = tonumber(redis.call('GET', key) or '0') or 0
+    said = read(key, '^[1-9]%d*$', 18)
     local free = limit - said - owed
     if free >= least and free > 0 then
       granted = math.min(free, most, math.max(least, math.floor(free / 8)))

@@ -29,7 +29,7 @@ use crate::limit::{Limit, Wanted};
 use crate::metrics::GatewayMetrics;
 use crate::route::{Plan, Route, Routes};
 use crate::service::{self, Method, Request};
-use crate::shed::Shed;
+use crate::shed::{Share, Shed};
 use crate::upstream::Answer;
 
 /// Everything a call passes. Cheap to clone.
@@ -80,11 +80,16 @@ impl Handler for Stack {
                 false => Some(layers.shed.admit()?),
             };
             // auth: who calls, and whether it is theirs to call.
+            // shed: one tenant does not take every place.
             // limit: the tenant's rate, and its calls under way. Each message of
             // a stream counts as a call of its own.
             let caller = self
                 .admit(method.access(), call.metadata(), &call.peer)
                 .await?;
+            let share = match method.is_probe() {
+                true => None,
+                false => self.share(&caller)?,
+            };
             let entered = match method.is_probe() || matches!(method, Method::Stream(_)) {
                 true => None,
                 false => Some(layers.limit.enter(&caller).await?),
@@ -102,7 +107,7 @@ impl Handler for Stack {
                 Method::Fleet(name) => service::fleet(self, name, call, &caller).await?,
                 Method::Reflection | Method::Common => layers.common.answer(call).await,
             };
-            Ok(reply.map(|body| body.guarded((place, entered))))
+            Ok(reply.map(|body| body.guarded((place, share, entered))))
         })
         .instrument(span)
         .await;
@@ -135,6 +140,15 @@ impl Stack {
             caller.must_administrate()?;
         }
         Ok(caller)
+    }
+
+    /// A tenant's place among its own, where there are several tenants.
+    pub(crate) fn share(&self, caller: &Caller) -> Result<Option<Share>, Error> {
+        let auth = &self.0.auth;
+        match auth.asks() && auth.policy().tenants.len() > 1 {
+            true => self.0.shed.share(&caller.tenant).map(Some),
+            false => Ok(None),
+        }
     }
 
     /// The part of the way that both doors share, and each message of a

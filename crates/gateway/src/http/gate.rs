@@ -210,11 +210,14 @@ impl Way<'_> {
                 .stack
                 .admit(self.gate.access, headers, &peer)
                 .await?;
-            let entered = match open {
-                true => None,
-                false => Some(layers.limit.enter(&caller).await?),
+            let (share, entered) = match open {
+                true => (None, None),
+                false => {
+                    let share = self.gate.stack.share(&caller)?;
+                    (share, Some(layers.limit.enter(&caller).await?))
+                }
             };
-            Ok((caller, (place, entered)))
+            Ok((caller, (place, share, entered)))
         }
         .await;
         let (caller, held) = match entered {

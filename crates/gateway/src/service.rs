@@ -366,6 +366,9 @@ pub async fn read(
     })
 }
 
+/// What says who calls.
+const CREDENTIALS: [&str; 3] = ["authorization", "x-api-key", "api-key"];
+
 /// What belongs to the caller's connection, or is nobody else's to know.
 const NOT_FORWARDED: [&str; 7] = [
     "grpc-encoding",

@@ -2,10 +2,10 @@
 //! by asking each of them.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use futures::future::join_all;
-use platform::grpc::{Call, Reply, unary};
+use platform::grpc::{Call, MessageLimits, Reply, unary};
 use platform::telemetry::LogLevels;
 use protocol::inference::{
     LogSettingsRequest, LogSettingsResponse, ModelReadyRequest, ModelReadyResponse,
@@ -27,6 +27,10 @@ use crate::stack::Stack;
 use crate::upstream::Upstream;
 use crate::upstream::provider::VERSION;
 
+/// What anybody may ask, whoever they are: messages that say nothing. They are
+/// not read from what the others have left.
+static PROBES: LazyLock<MessageLimits> = LazyLock::new(|| MessageLimits::new(1024, 16 << 20));
+
 /// Answers one of the gateway's own calls.
 pub async fn fleet(
     stack: &Stack,
@@ -38,13 +42,13 @@ pub async fn fleet(
     let deadline = call.deadline;
     match method {
         "ServerLive" => {
-            unary(call, limits, |_: ServerLiveRequest| async {
+            unary(call, &PROBES, |_: ServerLiveRequest| async {
                 Ok(ServerLiveResponse { live: true })
             })
             .await
         }
         "ServerReady" => {
-            unary(call, limits, |_: ServerReadyRequest| async {
+            unary(call, &PROBES, |_: ServerReadyRequest| async {
                 Ok(ServerReadyResponse {
                     ready: stack.ready(),
                 })

@@ -6,18 +6,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt, stream};
-use http::HeaderMap;
 use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderName};
 use platform::grpc::{
     Answers, Call, EachSettings, Message, Reply, decode, each, frame, frame_bytes,
 };
+use platform::tls::Peer;
 use protocol::inference::{ModelInferResponse, ModelStreamInferResponse};
 use protocol::tei::v1::{RerankRequest, RerankStreamRequest};
 use protocol::{Error, peek, with_final_response_flag};
 use tokio::time::{Instant, timeout_at};
 use tonic::Status;
 
-use super::{Door, RERANK, Request, forwarded, wanted};
+use super::{CREDENTIALS, Door, RERANK, Request, forwarded, wanted};
 use crate::auth::Caller;
 use crate::limit::Counted;
 use crate::limit::Entered;
@@ -26,6 +27,8 @@ use crate::upstream::provider::{Provider, conversation, last_part, part};
 
 /// Messages of one stream that may be under way at once.
 const CONCURRENCY: usize = 32;
+/// Texts of a rerank stream: as many as a request of the HTTP door may have.
+const TEXTS_MAX: usize = 2048;
 
 /// What the messages of one stream share.
 #[derive(Debug)]
@@ -36,7 +39,11 @@ struct Shared {
     headers: HeaderMap,
     patience: Duration,
     ends: Option<Instant>,
+    /// Who opened it.
     caller: Caller,
+    /// How that was proved.
+    credentials: HeaderMap,
+    peer: Arc<Peer>,
 }
 
 /// Answers each message of a stream in order.
@@ -49,11 +56,14 @@ pub fn each_message(stack: Stack, call: Call, door: Door, caller: Caller) -> Res
     let path = one_message_path(call.path())?;
     let limits = stack.0.limits.clone();
     let (patience, ends) = (call.deadline - call.arrived, call.stream_deadline);
+    let peer = call.peer.clone();
     let (head, messages) = call.into_parts(&limits);
     let shared = Arc::new(Shared {
         stack,
         door,
         path,
+        credentials: credentials(&head.headers),
+        peer,
         headers: forwarded(head.headers),
         patience,
         ends,
@@ -70,6 +80,19 @@ pub fn each_message(stack: Stack, call: Call, door: Door, caller: Caller) -> Res
     }))
 }
 
+/// What says who calls; never written anywhere.
+fn credentials(headers: &HeaderMap) -> HeaderMap {
+    let mut kept = HeaderMap::new();
+    for name in CREDENTIALS.map(HeaderName::from_static) {
+        for value in headers.get_all(&name) {
+            let mut value = value.clone();
+            value.set_sensitive(true);
+            kept.append(name.clone(), value);
+        }
+    }
+    kept
+}
+
 /// The path that answers one message of a stream.
 fn one_message_path(path: &str) -> Result<PathAndQuery, Status> {
     let one = match path {
@@ -82,25 +105,35 @@ fn one_message_path(path: &str) -> Result<PathAndQuery, Status> {
 }
 
 impl Shared {
-    fn request(&self, message: Message) -> Result<Request, Error> {
+    /// Who sends a message: a credential may have ended since the stream began.
+    async fn caller(&self) -> Result<Caller, Error> {
+        let auth = &self.stack.0.auth;
+        match auth.asks() {
+            true => auth.caller(&self.credentials, &self.peer).await,
+            false => Ok(self.caller.clone()),
+        }
+    }
+
+    async fn request(&self, message: Message) -> Result<Request, Error> {
+        let caller = self.caller().await?;
         Ok(Request {
             wanted: wanted(self.door, &message, &self.headers)?,
             path: self.path.clone(),
             headers: self.headers.clone(),
             message,
             deadline: self.ends.unwrap_or_else(|| Instant::now() + self.patience),
-            caller: self.caller.clone(),
+            caller,
             counted: Counted::Request,
         })
     }
 
     async fn answer(&self, message: Message) -> Result<Bytes, Status> {
-        self.forward(&self.request(message)?).await
+        self.forward(&self.request(message).await?).await
     }
 
     async fn forward(&self, request: &Request) -> Result<Bytes, Status> {
         // Each message counts as a call of its own.
-        let _entered = self.stack.0.limit.enter(&self.caller).await?;
+        let _entered = self.stack.0.limit.enter(&request.caller).await?;
         let mut model = String::new();
         let answered = self.stack.forward(request, &mut model);
         match timeout_at(request.deadline, answered).await {
@@ -113,7 +146,7 @@ impl Shared {
     async fn infer(&self, message: Message) -> Answers {
         let id = peek(&message.bytes()).map(|peeked| peeked.id.to_owned());
         let answered = async {
-            let request = self.request(message)?;
+            let request = self.request(message).await?;
             match self.stack.generates(&request.wanted, &request.caller) {
                 Some(provider) => self.generate(&provider, &request).await,
                 None => self.forward(&request).await.map(|framed| {
@@ -131,7 +164,7 @@ impl Shared {
 
     /// A text that comes in parts, each of which is an answer.
     async fn generate(&self, provider: &Provider, request: &Request) -> Result<Answers, Status> {
-        let entered = self.stack.0.limit.enter(&self.caller).await?;
+        let entered = self.stack.0.limit.enter(&request.caller).await?;
         let (chat, id) = conversation(provider, request)?;
         let asked = Conversation {
             wanted: &request.wanted,
@@ -189,6 +222,10 @@ pub async fn rerank_stream(stack: &Stack, call: Call, caller: Caller) -> Result<
         bytes += message.framed().len();
         if bytes > limits.message_bytes_max {
             return Err(Error::too_large(bytes, limits.message_bytes_max).to_status());
+        }
+        if held.len() == TEXTS_MAX {
+            let reason = format!("more than {TEXTS_MAX}: that is what a request may have");
+            return Err(Error::invalid("texts", reason).to_status());
         }
         let next: RerankStreamRequest = decode(message.bytes())?;
         // Held until the answer, so that its bytes count as in flight.

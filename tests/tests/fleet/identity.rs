@@ -238,6 +238,34 @@ async fn keys_end_when_they_expire_or_are_revoked() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_stream_ends_with_its_key() -> Result<()> {
+    let guarded = Guarded::start(TENANTS, &[], &[]).await?;
+    let key = guarded.key("vision").await?;
+    let (sender, messages) = tokio::sync::mpsc::channel(1);
+    let messages = futures::stream::unfold(messages, |mut messages| async move {
+        let message = messages.recv().await?;
+        Some((message, messages))
+    });
+    let mut request = tonic::Request::new(messages);
+    request.metadata_mut().insert("x-api-key", key.parse()?);
+    sender.send(pixels(&[[1.0; 64]])).await?;
+    let mut client = fleet_tests::calls::client(guarded.fleet.gateway.grpc).await?;
+    let mut answers = client.model_stream_infer(request).await?.into_inner();
+    let answer = answers.message().await?.context("no answer")?;
+    ensure!(answer.error_message.is_empty(), "{answer:?}");
+    guarded.keys(&["revoke", &key[6..14]])?;
+    let shown = [("x-api-key", key.as_str())];
+    until(Duration::from_secs(20), "the key is revoked", || async {
+        Ok(guarded.infer(&shown).await?.message().contains("revoked"))
+    })
+    .await?;
+    sender.send(pixels(&[[1.0; 64]])).await?;
+    let answer = answers.message().await?.context("no answer")?;
+    ensure!(answer.error_message.contains("revoked"), "{answer:?}");
+    guarded.says_nothing_of(&key)
+}
+
+#[tokio::test]
 async fn administrative_calls_need_the_role() -> Result<()> {
     let guarded = Guarded::start(TENANTS, &[], &[]).await?;
     let address = guarded.fleet.gateway.grpc;
@@ -293,6 +321,19 @@ async fn probes_stay_open_and_reflection_follows_the_policy() -> Result<()> {
             Code::Ok,
             "",
         )?;
+    }
+    // Whoever it is may say little.
+    let long = ListServices {
+        list_services: "x".repeat(8192),
+    };
+    for path in [
+        "/grpc.health.v1.Health/Check",
+        "/inference.GRPCInferenceService/ServerLive",
+        "/inference.GRPCInferenceService/ServerReady",
+    ] {
+        let status = call(address, path, &[], &long).await?;
+        let refused = matches!(status.code(), Code::ResourceExhausted | Code::OutOfRange);
+        ensure!(refused, "{path}: {status:?}");
     }
     is(
         &call(address, "/no.Such/Method", &[], &()).await?,

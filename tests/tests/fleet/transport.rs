@@ -38,6 +38,14 @@ async fn silent_and_foreign_peers_are_closed() -> Result<()> {
     ensure!(took < Duration::from_secs(5), "{took:?}");
     let took = tokio::task::spawn_blocking(move || closed(silent)).await??;
     ensure!(took < Duration::from_secs(5), "{took:?}");
+    // A part of what a client of HTTP/2 says first is as good as nothing.
+    let mut part = TcpStream::connect(fleet.gateway.http)?;
+    part.write_all(b"PRI * HTTP/2.0\r\n")?;
+    let took = tokio::task::spawn_blocking(move || closed(part)).await??;
+    ensure!(took < Duration::from_secs(5), "{took:?}");
+    let late = "andon_connections_refused_total{listener=\"http\",reason=\"preface_timeout\"}";
+    let count = fleet.gateway.metric(late).await?;
+    ensure!(count == Some(1.0), "{count:?}");
     let refused = |reason: &str| {
         format!("andon_connections_refused_total{{listener=\"gateway\",reason=\"{reason}\"}}")
     };
@@ -46,6 +54,30 @@ async fn silent_and_foreign_peers_are_closed() -> Result<()> {
         ensure!(count == Some(1.0), "{reason}: {count:?}");
     }
     infer(&client(address).await?, digits(), Duration::from_secs(5)).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn pages_of_other_sites_change_nothing() -> Result<()> {
+    let fleet = Fleet::start(1).await?;
+    let web = reqwest::Client::builder().no_proxy().build()?;
+    let status = async |path: &str, site: &str| -> Result<u16> {
+        let url = format!("http://{}{path}", fleet.gateway.http);
+        let asked = web.post(url).header("sec-fetch-site", site).send().await?;
+        Ok(asked.status().as_u16())
+    };
+    for site in ["cross-site", "same-site"] {
+        let told = status("/v2/repository/models/digits/unload", site).await?;
+        ensure!(told == 403, "{site}: {told}");
+    }
+    infer(
+        &client(fleet.gateway.grpc).await?,
+        digits(),
+        Duration::from_secs(5),
+    )
+    .await?;
+    let told = status("/v2/repository/index", "same-origin").await?;
+    ensure!(told == 200, "{told}");
     Ok(())
 }
 

@@ -20,7 +20,7 @@ use platform::tasks::Owned;
 use protocol::{CACHE_KEY, DIGEST_KEY};
 use tonic::{Code, Status};
 
-use crate::limit::LimitSettings;
+use crate::limit::{LimitSettings, Usage};
 use crate::redis::{Redis, RedisError};
 use crate::route::Route;
 use crate::service::Request;
@@ -173,8 +173,8 @@ impl Cache {
         };
         match found {
             Ok(Some(found)) => asking.answer(found).await,
-            Ok(None) => stack.send(route, request).await,
-            Err(instead) => *instead,
+            Ok(None) => asking.anew().await,
+            Err(instead) => (*instead).map(|answer| answer.also_spent(asking.spent())),
         }
     }
 }
@@ -208,6 +208,14 @@ struct Asking<'a> {
     sent: Mutex<Sent>,
 }
 
+/// What was spent and is in no answer is charged all the same.
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        let (caller, model) = (&self.request.caller, self.route.name());
+        self.stack.0.limit.charge(caller, model, self.spent());
+    }
+}
+
 /// What was sent on, and what came back.
 #[derive(Debug, Default)]
 struct Sent {
@@ -239,6 +247,7 @@ impl Compute for Asking<'_> {
             // It names places of a part that the caller does not know, or
             // comes from another version than the rows that are known.
             None if matches!(answer.code(), Code::Ok | Code::InvalidArgument) => {
+                self.pay(answer.usage());
                 Err(Box::new(Ok(self.sent(None).await?)))
             }
             None => Err(Box::new(Ok(answer))),
@@ -264,10 +273,8 @@ impl Asking<'_> {
         let split = self
             .rows
             .split(answer.message()?, answer.metadata(), count)?;
-        let usage = answer.usage();
+        self.pay(answer.usage());
         let paid = &mut self.lock().paid;
-        paid.tokens = paid.tokens.saturating_add(usage.tokens);
-        paid.cost += usage.cost;
         let (sum, took) = (&mut paid.took, split.took);
         sum.compute_chars = sum.compute_chars.saturating_add(took.compute_chars);
         sum.compute_tokens = sum.compute_tokens.saturating_add(took.compute_tokens);
@@ -282,6 +289,27 @@ impl Asking<'_> {
         Some(split.rows)
     }
 
+    fn pay(&self, usage: Usage) {
+        let paid = &mut self.lock().paid;
+        paid.tokens = paid.tokens.saturating_add(usage.tokens);
+        paid.cost += usage.cost;
+    }
+
+    /// What was spent until now, for who charges it.
+    fn spent(&self) -> Usage {
+        let paid = std::mem::take(&mut self.lock().paid);
+        Usage {
+            tokens: paid.tokens,
+            cost: paid.cost,
+        }
+    }
+
+    /// The answer to the request as it came, when there is no other.
+    async fn anew(&self) -> Result<Answer, Status> {
+        let answer = self.stack.send(self.route, self.request).await?;
+        Ok(answer.also_spent(self.spent()))
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Sent> {
         self.sent.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -290,20 +318,24 @@ impl Asking<'_> {
     async fn answer(&self, found: Found) -> Result<Answer, Status> {
         let note = note(&found);
         tracing::Span::current().record("andon.cache", note.to_str().unwrap_or_default());
-        let sent = std::mem::take(&mut *self.lock());
-        if let Some(mut whole) = sent.whole {
+        let whole = self.lock().whole.take();
+        if let Some(mut whole) = whole {
+            // It says itself what it took, and nothing else was sent.
+            self.spent();
             whole.metadata_mut().insert(CACHE_KEY, note);
             return Ok(whole);
         }
         let mut headers = HeaderMap::with_capacity(16);
-        let Some(framed) = self.rows.join(&found.rows, &sent.paid, &mut headers) else {
-            return self.stack.send(self.route, self.request).await;
+        let paid = self.lock().paid;
+        let Some(framed) = self.rows.join(&found.rows, &paid, &mut headers) else {
+            return self.anew().await;
         };
+        let cost = self.spent().cost;
         headers.insert(CACHE_KEY, note);
         if let Ok(digest) = HeaderValue::try_from(self.digest) {
             headers.insert(DIGEST_KEY, digest);
         }
-        Ok(Answer::of_framed(framed, headers).costing(sent.paid.cost))
+        Ok(Answer::of_framed(framed, headers).costing(cost))
     }
 }
 

@@ -236,6 +236,9 @@ impl Limit {
 
     /// Counts what a call spent whose answer nobody got.
     pub fn charge(&self, caller: &Caller, model: &str, usage: Usage) {
+        if usage == Usage::default() {
+            return;
+        }
         let mut ticket = self.ticket(caller, false);
         if let Some(meters) = self.0.meters(&caller.tenant) {
             let scopes = std::iter::once(&meters.all).chain(meters.of_model(model));

@@ -3,6 +3,7 @@
 
 mod chain;
 mod chat;
+mod owed;
 
 pub(crate) use chat::Conversation;
 
@@ -31,6 +32,7 @@ use crate::route::{Plan, Route, Routes};
 use crate::service::{self, Method, Request};
 use crate::shed::{Share, Shed};
 use crate::upstream::Answer;
+use owed::Owed;
 
 /// Everything a call passes. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -182,7 +184,10 @@ impl Stack {
     /// Sends a request to who can answer it: the way below the cache.
     pub(crate) async fn send(&self, route: &Route, request: &Request) -> Result<Answer, Status> {
         if let Some(provider) = route.provider() {
-            return provider.answer(request).await;
+            let owed = Owed::new(&self.0.limit, &request.caller, provider);
+            let answer = provider.answer(request, owed.tab()).await?;
+            owed.settle();
+            return Ok(answer);
         }
         // limit, under overload: the tenant's turn.
         let wanted = Wanted {

@@ -188,6 +188,45 @@ async fn places_are_given_back_and_refused_calls_take_nothing() {
 }
 
 #[tokio::test]
+async fn a_chain_and_its_model_count_once_in_one_pattern() {
+    let limit = limit();
+    let caller = caller(
+        "[tenants.a.model_quotas.\"*\"]\nin_flight = 1\n\
+         [tenants.a.model_quotas.\"m\"]\nitems_per_day = 3\nin_flight = 1",
+    );
+    let request = Counted::Request;
+    let _chain = limit.take(&caller, "any", 3, request).await.unwrap();
+    let (chain, model) = ("any", "m");
+    let member = Member { chain, model };
+    let first = limit
+        .take_member(&caller, member, 2, request)
+        .await
+        .unwrap();
+    // One of several calls for a request has its place already.
+    let part = limit.take_member(&caller, member, 1, Counted::Part).await;
+    part.unwrap();
+    let error = limit.take_member(&caller, member, 1, request).await;
+    assert!(error.unwrap_err().to_string().contains("under way for 'm'"));
+    drop(first);
+    // Nothing is given back: it may have computed.
+    let error = limit.take_member(&caller, member, 1, request).await;
+    assert!(error.unwrap_err().to_string().contains("3 items per day"));
+}
+
+#[tokio::test]
+async fn what_nobody_waited_for_is_charged() {
+    let limit = limit();
+    let caller = caller("quota = { cost_per_day = 0.5, tokens_per_day = 10 }");
+    let charge = |tokens, cost| limit.charge(&caller, "m", Usage { tokens, cost });
+    charge(9, 0.25);
+    let request = Counted::Request;
+    limit.take(&caller, "m", 1, request).await.unwrap();
+    charge(u64::MAX, 0.0);
+    charge(u64::MAX, f64::INFINITY);
+    limit.take(&caller, "m", 1, request).await.unwrap_err();
+}
+
+#[tokio::test]
 async fn what_is_counted_outlives_the_policy() {
     let limit = limit();
     let with = |items: u64| {

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status};
 
 use super::Stack;
-use crate::limit::Counted;
+use crate::limit::Member;
 use crate::route::nobody;
 use crate::service::Request;
 use crate::upstream::Answer;
@@ -84,7 +84,12 @@ impl Stack {
                 let route = self.0.routes.member(name)?;
                 let (caller, items) = (&request.caller, request.items());
                 let limit = &self.0.limit;
-                let ticket = limit.take(caller, name, items, Counted::Member).await?;
+                let member = Member {
+                    chain: &chain.name,
+                    model: name,
+                };
+                let counted = request.counted;
+                let ticket = limit.take_member(caller, member, items, counted).await?;
                 let answer = self.0.cache.answer(self, &route, &request).await?;
                 ticket.charge(answer.usage());
                 Ok(answer)

@@ -11,8 +11,9 @@ use tonic::Status;
 
 use super::Stack;
 use super::chain::Descent;
+use super::owed::Owed;
 use crate::auth::Caller;
-use crate::limit::{Counted, Ticket, Usage};
+use crate::limit::{Counted, Member, Ticket, Usage};
 use crate::route::{Plan, Route};
 use crate::service::Wanted;
 use crate::upstream::provider::{
@@ -55,7 +56,10 @@ impl Stack {
         let (plan, ticket) = self.plan(asked).await?;
         let mut said = self
             .ask_generating(&plan, asked, |provider, ends| async move {
-                provider.chat(asked.chat, ends).await
+                let owed = Owed::new(&self.0.limit, asked.caller, &provider);
+                let answer = provider.chat(asked.chat, owed.terms(ends)).await?;
+                owed.settle();
+                Ok::<_, Error>(answer)
             })
             .await?;
         let meter = Meter::new([Some(ticket), said.member.take()], &said.provider, asked);
@@ -74,8 +78,11 @@ impl Stack {
             .ask_generating(&plan, asked, |provider, ends| async move {
                 // The half of the time is for the beginning: the rest may take
                 // as long as the caller waits.
-                let chat = asked.chat;
-                provider.chat_stream(chat, ends, asked.deadline).await
+                let owed = Owed::new(&self.0.limit, asked.caller, &provider);
+                let (chat, opens) = (asked.chat, owed.terms(ends));
+                let parts = provider.chat_stream(chat, opens, asked.deadline).await?;
+                owed.settle();
+                Ok::<_, Error>(parts)
             })
             .await?;
         let tickets = [Some(ticket), said.member.take()];
@@ -146,7 +153,12 @@ impl Stack {
                 let route = self.0.routes.member(name)?;
                 let provider = generating(&route)?;
                 let limit = &self.0.limit;
-                let ticket = limit.take(asked.caller, name, 1, Counted::Member).await?;
+                let member = Member {
+                    chain: &chain.name,
+                    model: name,
+                };
+                let ticket = limit.take_member(asked.caller, member, 1, Counted::Request);
+                let ticket = ticket.await?;
                 let answer = attempt(provider.clone(), descent.ends(place)).await?;
                 Ok::<_, Error>((answer, provider, ticket))
             };

@@ -123,6 +123,18 @@ impl Answer {
         self
     }
 
+    /// The same answer, with what was spent on the way to it.
+    #[must_use]
+    pub fn also_spent(mut self, spent: Usage) -> Self {
+        let own = self.usage();
+        self.cost += spent.cost;
+        if spent.tokens > 0 {
+            let tokens = own.tokens.saturating_add(spent.tokens);
+            self.headers.insert(TOKENS_KEY, tokens.into());
+        }
+        self
+    }
+
     /// The metadata that precedes the message.
     pub fn metadata(&self) -> &HeaderMap {
         &self.headers

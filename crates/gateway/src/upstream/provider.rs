@@ -16,6 +16,7 @@ mod oip;
 mod openai;
 mod sse;
 mod stream;
+mod tab;
 mod tei;
 mod trouble;
 
@@ -25,6 +26,7 @@ pub use chat::Finish;
 pub use chat::{ChatAnswer, ChatDelta, ChatMessage, ChatRequest, ChatStream, ChatUsage, Role};
 pub use generation::{conversation, last_part, part};
 pub use metrics::ProviderMetrics;
+pub use tab::{Tab, Terms};
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -241,40 +243,41 @@ impl Provider {
         must_be_first(&self.name, version)
     }
 
-    /// Answers one message of the Open Inference Protocol or of `tei.v1`.
-    pub async fn answer(self: &Arc<Self>, request: &Request) -> Result<Answer, Status> {
+    /// Answers one message of the Open Inference Protocol or of `tei.v1`. An
+    /// answer has its cost; what else the call took is on the tab.
+    pub async fn answer(self: &Arc<Self>, request: &Request, tab: &Tab) -> Result<Answer, Status> {
         let path = request.path.path();
-        let tenant = &request.caller.tenant.name;
-        if let Some(method) = path.strip_prefix("/inference.GRPCInferenceService/") {
-            return oip::answer(self, method, request)
-                .await
-                .map(|(answer, used)| answer.costing(self.spend(tenant, used)));
-        }
-        let method = path.strip_prefix("/tei.v1.").unwrap_or(path);
-        let (answer, used) = tei::answer(self, method, request).await?;
-        Ok(answer.costing(self.spend(tenant, used)))
+        let (answer, used) = match path.strip_prefix("/inference.GRPCInferenceService/") {
+            Some(method) => oip::answer(self, method, request, tab).await?,
+            None => {
+                let method = path.strip_prefix("/tei.v1.").unwrap_or(path);
+                tei::answer(self, method, request, tab).await?
+            }
+        };
+        let cost = self.spend(&request.caller.tenant.name, used);
+        Ok(answer.costing(cost))
     }
 
     /// Continues a conversation.
     pub async fn chat(
         self: &Arc<Self>,
         request: &ChatRequest,
-        deadline: Instant,
+        terms: Terms<'_>,
     ) -> Result<ChatAnswer, Error> {
         self.must_generate()?;
         request.check()?;
-        self.generate(request, deadline)
+        self.generate(request, terms)
             .await
             .map_err(|trouble| trouble.to_error(&self.name, "messages"))
     }
 
-    /// Continues a conversation part by part. Parts must come by `opens`, and
-    /// may then come until `deadline`. Once they come, the answer is this
-    /// model's: what fails then is the last item.
+    /// Continues a conversation part by part. Parts must come by the deadline
+    /// of `opens`, and may then come until `deadline`. Once they come, the
+    /// answer is this model's: what fails then is the last item.
     pub async fn chat_stream(
         self: &Arc<Self>,
         request: &ChatRequest,
-        opens: Instant,
+        opens: Terms<'_>,
         deadline: Instant,
     ) -> Result<ChatStream, Error> {
         self.must_generate()?;
@@ -283,7 +286,13 @@ impl Provider {
         let failed = |trouble: Trouble| trouble.to_error(&self.name, "messages");
         let place = self.place().map_err(failed)?;
         let outgoing = self.asked(request, true);
-        let opened = self.open(&outgoing, self.ends(opens)).await;
+        opens.tab.sending(Used {
+            input_tokens: request.tokens_guessed(),
+            requests: 1,
+            ..Used::default()
+        });
+        let opened = self.open(&outgoing, self.ends(opens.deadline)).await;
+        let opened = opened.inspect_err(|trouble| opens.tab.failed(trouble));
         Ok(stream::deltas(stream::Begun {
             provider: self.clone(),
             response: opened.map_err(failed)?,
@@ -296,7 +305,7 @@ impl Provider {
 
     /// What an answer costs, counted for a tenant.
     pub fn spend(&self, tenant: &str, used: Used) -> f64 {
-        let cost = self.model.price.of(used);
+        let cost = self.model.price.of(used.bounded());
         if cost > 0.0 {
             self.metrics.spent(tenant, &self.name, cost);
         }
@@ -333,7 +342,7 @@ impl Provider {
     async fn generate(
         self: &Arc<Self>,
         request: &ChatRequest,
-        deadline: Instant,
+        terms: Terms<'_>,
     ) -> Result<ChatAnswer, Trouble> {
         let _place = self.place()?;
         let outgoing = self.asked(request, false);
@@ -341,7 +350,22 @@ impl Provider {
             Shape::Anthropic => anthropic::read_chat,
             Shape::Openai | Shape::Cohere => openai::read_chat,
         };
-        self.exchange(&outgoing, self.ends(deadline), read).await
+        let prompt_tokens = request.tokens_guessed();
+        // A service goes on to the end, whether anybody waits or not.
+        let guess = Used {
+            input_tokens: prompt_tokens,
+            output_tokens: request.max_tokens.unwrap_or(self.model.max_tokens).into(),
+            searches: 0,
+            requests: 1,
+        };
+        let terms = self.held_to(terms);
+        let mut said = self.paying(&outgoing, terms, guess, read).await?;
+        said.usage = said.usage.or(ChatUsage {
+            prompt_tokens,
+            completion_tokens: chat::tokens_of(std::iter::once(said.text.as_str())),
+        });
+        terms.tab.took(said.usage.into());
+        Ok(said)
     }
 
     /// The vectors of texts.
@@ -349,7 +373,7 @@ impl Provider {
         self: &Arc<Self>,
         texts: &[String],
         options: Embedding,
-        deadline: Instant,
+        terms: Terms<'_>,
     ) -> Result<Embedded, Trouble> {
         let _place = self.place()?;
         let (rows, model) = (texts.len(), &self.model);
@@ -359,7 +383,7 @@ impl Provider {
             true => cohere::embedding(model, texts, dimensions, options.truncate),
             false => openai::embedding(model, texts, dimensions),
         };
-        let width = dimensions.or(model.width);
+        let width = model.width.filter(|_| dimensions.is_none());
         let read = move |bytes: &[u8]| {
             let read = match cohere {
                 true => cohere::read_embedding(bytes, rows)?,
@@ -372,8 +396,24 @@ impl Provider {
                 _ => Ok(read),
             }
         };
-        let ends = self.ends(deadline);
-        let mut embedded = self.exchange(&outgoing, ends, read).await?;
+        let guess = Used {
+            input_tokens: chat::tokens_of(texts.iter().map(String::as_str)),
+            requests: 1,
+            ..Used::default()
+        };
+        let terms = self.held_to(terms);
+        let mut embedded = self.paying(&outgoing, terms, guess, read).await?;
+        terms.tab.took(Used {
+            input_tokens: embedded.tokens,
+            requests: 1,
+            ..Used::default()
+        });
+        // A service that passes over what it does not know is well: whoever
+        // asks for what it has not must not keep others from it.
+        let narrow = embedded.vectors.first().map(Vec::len);
+        if dimensions.is_some() && dimensions != narrow {
+            return Err(Trouble::Dimensions);
+        }
         if options.normalize {
             embedded
                 .vectors
@@ -388,10 +428,10 @@ impl Provider {
     async fn rerank(
         self: &Arc<Self>,
         pairs: &[(String, String)],
-        deadline: Instant,
+        terms: Terms<'_>,
     ) -> Result<(Vec<f32>, Used), Trouble> {
         let _place = self.place()?;
-        let ends = self.ends(deadline);
+        let terms = self.held_to(terms);
         let mut queries: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
         for (index, (query, _)) in pairs.iter().enumerate() {
             queries.entry(query).or_default().push(index);
@@ -404,15 +444,27 @@ impl Provider {
             let count = texts.len();
             let outgoing = cohere::rerank(&self.model, query, &texts);
             let read = move |bytes: &[u8]| cohere::read_rerank(bytes, count);
-            let scored = self.exchange(&outgoing, ends, read).await?;
+            let said = texts.iter().map(String::as_str).chain([query]);
+            let guess = Used {
+                input_tokens: chat::tokens_of(said),
+                output_tokens: 0,
+                searches: 1,
+                requests: 1,
+            };
+            let scored = self.paying(&outgoing, terms, guess, read).await?;
+            let took = Used {
+                input_tokens: scored.tokens,
+                output_tokens: 0,
+                searches: scored.searches,
+                requests: 1,
+            };
+            terms.tab.took(took);
+            used = used.plus(took);
             for (place, score) in places.into_iter().zip(scored.scores) {
                 if let Some(own) = scores.get_mut(place) {
                     *own = score;
                 }
             }
-            used.input_tokens += scored.tokens;
-            used.searches += scored.searches;
-            used.requests += 1;
         }
         Ok((scores, used))
     }

@@ -10,7 +10,7 @@ use protocol::inference::model_infer_request::{InferInputTensor, InferRequestedO
 use protocol::inference::model_infer_response::InferOutputTensor;
 use protocol::inference::{InferParameter, ModelInferRequest, ModelInferResponse};
 use protocol::tei::v1::Metadata;
-use protocol::{InferRequest, TOKENS_KEY, Value};
+use protocol::{InferRequest, TOKENS_KEY, Value, renamed};
 use tensor::{Datatype, Shape, Tensor, bytes_elements};
 
 use super::super::key::{Key, KeyWriter, Source};
@@ -89,7 +89,12 @@ impl Infer {
     }
 
     fn checked(message: Bytes, source: &Source<'_>) -> Option<Self> {
-        let mut message = ModelInferRequest::decode(message).ok()?;
+        let bytes = message;
+        let mut message = ModelInferRequest::decode(bytes.clone()).ok()?;
+        let known = message.encoded_len() == bytes.len();
+        if !known && !is_renamed(&bytes, &message.model_name) {
+            return None;
+        }
         if STATEFUL
             .iter()
             .any(|key| message.parameters.contains_key(*key))
@@ -121,6 +126,15 @@ impl Infer {
             keys,
         })
     }
+}
+
+/// Whether all of a message's fields are known here but for the name of another
+/// model, which is added at its end. What is unknown may change the answer.
+fn is_renamed(bytes: &[u8], name: &str) -> bool {
+    let added = renamed(&[], name);
+    bytes.strip_suffix(&added[..]).is_some_and(|whole| {
+        ModelInferRequest::decode(whole).is_ok_and(|message| message.encoded_len() == whole.len())
+    })
 }
 
 /// What each row stands for. Inputs, outputs and parameters are named, so that

@@ -20,7 +20,12 @@ pub struct Rerank {
 impl Rerank {
     /// Reads a message; none when it is no such request.
     pub fn read(message: Bytes, source: &Source<'_>) -> Option<Box<dyn Rows>> {
+        let bytes = message.len();
         let request = tei::RerankRequest::decode(message).ok()?;
+        // Fields that are unknown here may change the answer.
+        if request.encoded_len() != bytes {
+            return None;
+        }
         if request.texts.is_empty() || request.texts.len() > ROWS_MAX {
             return None;
         }

@@ -99,12 +99,16 @@ impl ChatRequest {
         Ok(())
     }
 
-    /// What the conversation so far takes, where a provider does not say: a
-    /// token of English has about four bytes.
+    /// What the conversation so far takes, where a provider does not say.
     pub fn tokens_guessed(&self) -> u64 {
-        let bytes: usize = self.messages.iter().map(|message| message.text.len()).sum();
-        (bytes as u64).div_ceil(4)
+        tokens_of(self.messages.iter().map(|message| message.text.as_str()))
     }
+}
+
+/// What texts probably have: a token of English has about four bytes.
+pub fn tokens_of<'t>(texts: impl Iterator<Item = &'t str>) -> u64 {
+    let bytes: usize = texts.map(str::len).sum();
+    (bytes as u64).div_ceil(4)
 }
 
 /// Texts that may end an answer.
@@ -141,6 +145,21 @@ pub struct ChatUsage {
     pub prompt_tokens: u64,
     /// Tokens of the answer.
     pub completion_tokens: u64,
+}
+
+/// Tokens that one answer can take: services may say anything.
+const TOKENS_MAX: u64 = 1 << 40;
+
+impl ChatUsage {
+    /// What a service said, or a guess where it said nothing.
+    #[must_use]
+    pub fn or(self, guess: Self) -> Self {
+        let said = if self == Self::default() { guess } else { self };
+        Self {
+            prompt_tokens: said.prompt_tokens.min(TOKENS_MAX),
+            completion_tokens: said.completion_tokens.min(TOKENS_MAX),
+        }
+    }
 }
 
 /// A whole answer.

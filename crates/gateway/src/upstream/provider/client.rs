@@ -34,7 +34,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// A longer answer is read on a blocking thread, so that a shard does not stall.
 const READ_BYTES_MAX: usize = 256 << 10;
-/// A caller who waits less proves nothing against a service.
+/// A caller who waits less proves nothing against a service, nor does one who
+/// waits less than a quarter of the model's own time.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// What is left of a deadline to say whose fault it is that it passes.
 const WORD: Duration = Duration::from_millis(10);
@@ -239,7 +240,8 @@ impl Provider {
         if self.model.kind == Shape::Anthropic {
             request = request.header("anthropic-version", ANTHROPIC_VERSION);
         }
-        if let Some(key) = self.key.header() {
+        let secret = self.key.current();
+        if let Some(key) = secret.as_ref().map(|secret| secret.header()) {
             request = match self.model.kind {
                 Shape::Anthropic => request.header("x-api-key", key),
                 Shape::Openai | Shape::Cohere => request.header(AUTHORIZATION, key),
@@ -252,10 +254,8 @@ impl Provider {
         }
         let headers = response.headers().clone();
         let body = refusal(response).await;
-        Err(match Trouble::of_status(status.as_u16(), &headers, &body) {
-            Trouble::Callers(words) => Trouble::Callers(self.key.hidden(&words)),
-            trouble => trouble,
-        })
+        let secret = secret.as_deref();
+        Err(Trouble::of_status(status.as_u16(), &headers, &body, secret))
     }
 
     /// What is wrong with the connection, which those who run the gateway may
@@ -381,7 +381,8 @@ impl Drop for Trial {
         }
         // A service that keeps callers waiting is as bad as one that breaks; a
         // caller who left, or who had no time, proves nothing.
-        let patience = PATIENCE.min(self.provider.model.timeout);
+        let timeout = self.provider.model.timeout;
+        let patience = PATIENCE.max(timeout / 4).min(timeout);
         if Instant::now() >= self.ends && self.started.elapsed() >= patience {
             self.provider.failed("late");
         } else {

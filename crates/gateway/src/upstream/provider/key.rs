@@ -19,9 +19,22 @@ pub struct Key {
     current: ArcSwapOption<Secret>,
 }
 
-struct Secret {
+/// What a service knows the gateway by. It is in no Debug output.
+pub struct Secret {
     text: String,
     header: HeaderValue,
+}
+
+impl Secret {
+    /// What says who calls.
+    pub fn header(&self) -> HeaderValue {
+        self.header.clone()
+    }
+
+    /// A text of the service without the key, should it repeat it.
+    pub fn hidden(&self, text: &str) -> String {
+        text.replace(&self.text, "…")
+    }
 }
 
 impl fmt::Debug for Key {
@@ -55,18 +68,9 @@ impl Key {
         })
     }
 
-    /// What says who calls, if anybody asks.
-    pub fn header(&self) -> Option<HeaderValue> {
-        let current = self.current.load();
-        current.as_ref().map(|secret| secret.header.clone())
-    }
-
-    /// A text of the service without the key, should it repeat it.
-    pub fn hidden(&self, text: &str) -> String {
-        match self.current.load().as_ref() {
-            Some(secret) => text.replace(&secret.text, "…"),
-            None => text.to_owned(),
-        }
+    /// What is sent with a call, if anybody asks.
+    pub fn current(&self) -> Option<Arc<Secret>> {
+        self.current.load_full()
     }
 
     /// Reads the file again; true when there is another key in it. A file that
@@ -93,7 +97,7 @@ fn read(path: &Path, prefix: &str) -> Result<Secret, String> {
     secret(&text, prefix)
 }
 
-fn secret(text: &str, prefix: &str) -> Result<Secret, String> {
+pub(super) fn secret(text: &str, prefix: &str) -> Result<Secret, String> {
     let text = text.trim();
     if text.is_empty() {
         return Err("there is no key in it".to_owned());
@@ -125,7 +129,9 @@ mod tests {
             current: ArcSwapOption::new(Some(Arc::new(secret))),
         };
         assert!(!format!("{key:?}").contains("secret"));
-        assert_eq!(key.hidden("wrong key sk-secret given"), "wrong key … given");
+        let current = key.current().unwrap();
+        let said = current.hidden("wrong key sk-secret given");
+        assert_eq!(said, "wrong key … given");
         assert!(super::secret("", "").is_err() && super::secret("a\nb", "").is_err());
     }
 }

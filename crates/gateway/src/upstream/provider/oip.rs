@@ -22,7 +22,8 @@ use tonic::Status;
 use super::catalogue::{Task, Used};
 use super::chat::ChatUsage;
 use super::generation::to_chat;
-use super::{Embedding, Provider, VERSION};
+use super::trouble::Trouble;
+use super::{Embedding, Provider, Tab, Terms, VERSION};
 use crate::service::Request;
 use crate::upstream::Answer;
 
@@ -46,10 +47,12 @@ pub(super) async fn answer(
     provider: &Arc<Provider>,
     method: &str,
     request: &Request,
+    tab: &Tab,
 ) -> Result<(Answer, Used), Status> {
     let message = request.message.bytes();
+    let deadline = request.deadline;
     match method {
-        "ModelInfer" => infer(provider, decode(message)?, request.deadline).await,
+        "ModelInfer" => infer(provider, decode(message)?, Terms { deadline, tab }).await,
         "ModelMetadata" => {
             let _: ModelMetadataRequest = decode(message)?;
             let answer = Answer::own(&provider.metadata(), HeaderMap::new());
@@ -249,16 +252,16 @@ impl Provider {
 async fn infer(
     provider: &Arc<Provider>,
     message: ModelInferRequest,
-    deadline: Instant,
+    mut terms: Terms<'_>,
 ) -> Result<(Answer, Used), Status> {
     let request = InferRequest::checked(message)?;
     provider.check(&request)?;
     let patience = request.timeout.map(|timeout| Instant::now() + timeout);
-    let deadline = patience.map_or(deadline, |patience| patience.min(deadline));
+    terms.deadline = patience.map_or(terms.deadline, |patience| patience.min(terms.deadline));
     let (output, used) = match provider.model.task {
-        Task::Embedding => embed(provider, &request, deadline).await?,
-        Task::Rerank => rerank(provider, &request, deadline).await?,
-        Task::Generation => generate(provider, &request, deadline).await?,
+        Task::Embedding => embed(provider, &request, terms).await?,
+        Task::Rerank => rerank(provider, &request, terms).await?,
+        Task::Generation => generate(provider, &request, terms).await?,
     };
     let name = ModelName::checked(&provider.name, "model_name")?;
     let version = ModelVersion::checked(VERSION, "model_version")?;
@@ -270,8 +273,7 @@ impl Provider {
     /// The metadata of an answer.
     pub(super) fn carried(&self, used: Used) -> HeaderMap {
         let mut metadata = HeaderMap::new();
-        let tokens = used.input_tokens.saturating_add(used.output_tokens);
-        metadata.insert(TOKENS_KEY, tokens.into());
+        metadata.insert(TOKENS_KEY, used.tokens().into());
         let digest = self.digest.as_deref().map(http::HeaderValue::try_from);
         if let Some(Ok(digest)) = digest {
             metadata.insert(DIGEST_KEY, digest);
@@ -291,14 +293,18 @@ fn made(name: &str, tensor: Result<Tensor, TensorError>) -> Result<Output, Error
 async fn embed(
     provider: &Arc<Provider>,
     request: &InferRequest,
-    deadline: Instant,
+    terms: Terms<'_>,
 ) -> Result<(Output, Used), Error> {
     let options = provider.embedding(request)?;
     let (texts, field) = column(request, "text")?;
-    let embedded = provider
-        .embed(&texts, options, deadline)
-        .await
-        .map_err(|trouble| trouble.to_error(&provider.name, &field))?;
+    let embedded =
+        provider
+            .embed(&texts, options, terms)
+            .await
+            .map_err(|trouble| match trouble {
+                Trouble::Dimensions => trouble.to_error(&provider.name, "parameters[dimensions]"),
+                trouble => trouble.to_error(&provider.name, &field),
+            })?;
     let width = embedded.vectors.first().map_or(0, Vec::len);
     let shape = Shape::from_sizes(vec![texts.len(), width]);
     let tensor = shape.and_then(|shape| Tensor::from_f32(shape, &embedded.vectors.concat()));
@@ -313,7 +319,7 @@ async fn embed(
 async fn rerank(
     provider: &Arc<Provider>,
     request: &InferRequest,
-    deadline: Instant,
+    terms: Terms<'_>,
 ) -> Result<(Output, Used), Error> {
     for (name, value) in &request.parameters {
         match (name.as_str(), value) {
@@ -329,7 +335,7 @@ async fn rerank(
     let (texts, field) = column(request, "text")?;
     let pairs: Vec<_> = queries.into_iter().zip(texts).collect();
     let (scores, used) = provider
-        .rerank(&pairs, deadline)
+        .rerank(&pairs, terms)
         .await
         .map_err(|trouble| trouble.to_error(&provider.name, &field))?;
     let shape = Shape::from_sizes(vec![scores.len(), 1]);
@@ -340,11 +346,11 @@ async fn rerank(
 async fn generate(
     provider: &Arc<Provider>,
     request: &InferRequest,
-    deadline: Instant,
+    terms: Terms<'_>,
 ) -> Result<(Output, Used), Error> {
     let (chat, field) = to_chat(request)?;
     let said = provider
-        .generate(&chat, deadline)
+        .generate(&chat, terms)
         .await
         .map_err(|trouble| trouble.to_error(&provider.name, &field))?;
     let shape = Shape::from_sizes(vec![1]);

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream;
+use platform::tasks::owned;
 use protocol::Error;
 use reqwest::Response;
+use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
 use super::catalogue::Shape;
@@ -18,6 +20,8 @@ use super::{Place, Provider, anthropic, openai};
 
 /// Bytes of one answer that comes in parts.
 const STREAM_BYTES_MAX: usize = 64 << 20;
+/// Parts that a service may be ahead of a slow reader.
+const AHEAD_MAX: usize = 16;
 
 /// What has come of an answer.
 #[derive(Debug, Default)]
@@ -64,7 +68,9 @@ struct Reader {
     bytes: usize,
 }
 
-/// The parts of an answer as they come.
+/// The parts of an answer as they come. They are read whether anybody takes
+/// them or not: who does not must not hold a place among the provider's calls
+/// for longer than it has time. Dropping the stream ends the reading.
 pub fn deltas(begun: Begun) -> ChatStream {
     let reader = Reader {
         begun,
@@ -74,21 +80,42 @@ pub fn deltas(begun: Begun) -> ChatStream {
         parts: 0,
         bytes: 0,
     };
-    stream::unfold(Some(reader), |reader| async {
-        let mut reader = reader?;
-        match reader.next().await {
-            Ok(delta) if delta.end.is_none() => Some((Ok(delta), Some(reader))),
-            Ok(last) => {
-                reader.end(None);
-                Some((Ok(last), None))
-            }
-            Err(trouble) => Some((Err(reader.end(Some(&trouble))), None)),
+    let (give, parts) = mpsc::channel(AHEAD_MAX);
+    let reading = owned(reader.run(give));
+    stream::unfold(Some((parts, reading)), |taking| async move {
+        let (mut parts, reading) = taking?;
+        match parts.recv().await {
+            Some(Ok(delta)) if delta.end.is_none() => Some((Ok(delta), Some((parts, reading)))),
+            Some(last) => Some((last, None)),
+            // They were not taken in time.
+            None => Some((Err(Error::deadline_passed()), None)),
         }
     })
     .boxed()
 }
 
 impl Reader {
+    /// Gives the parts, until the last or until nobody takes them.
+    async fn run(mut self, give: mpsc::Sender<Result<ChatDelta, Error>>) {
+        let ends = self.begun.ends;
+        loop {
+            let item = match self.next().await {
+                Ok(delta) => {
+                    if delta.end.is_some() {
+                        self.end(None);
+                    }
+                    Ok(delta)
+                }
+                Err(trouble) => Err(self.end(Some(&trouble))),
+            };
+            let last = !matches!(&item, Ok(delta) if delta.end.is_none());
+            let given = timeout_at(ends, give.send(item)).await;
+            if last || !matches!(given, Ok(Ok(()))) {
+                return;
+            }
+        }
+    }
+
     async fn next(&mut self) -> Result<ChatDelta, Trouble> {
         loop {
             if let Some(text) = self.progress.texts.pop_front() {
@@ -130,7 +157,7 @@ impl Reader {
     }
 
     fn last(&self) -> ChatDelta {
-        let usage = self.progress.usage.unwrap_or(ChatUsage {
+        let usage = self.progress.usage.unwrap_or_default().or(ChatUsage {
             prompt_tokens: self.begun.prompt_tokens,
             completion_tokens: self.parts,
         });
@@ -145,7 +172,11 @@ impl Reader {
     fn end(&self, trouble: Option<&Trouble>) -> Error {
         let begun = &self.begun;
         let provider = &begun.provider;
-        provider.settle(trouble);
+        match trouble {
+            // It is the caller's time that is over, which proves nothing.
+            Some(Trouble::Late) if Instant::now() >= begun.ends => {}
+            trouble => provider.settle(trouble),
+        }
         let outcome = trouble.map_or("ok", Trouble::outcome);
         let took: Duration = begun.started.elapsed();
         provider.metrics.ended(&provider.name, outcome, took);

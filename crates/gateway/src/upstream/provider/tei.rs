@@ -11,7 +11,8 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::catalogue::{Task, Used};
-use super::{Embedding, Provider, VERSION};
+use super::trouble::Trouble;
+use super::{Embedding, Provider, Tab, Terms, VERSION};
 use crate::service::Request;
 use crate::upstream::Answer;
 
@@ -20,12 +21,16 @@ pub(super) async fn answer(
     provider: &Arc<Provider>,
     method: &str,
     request: &Request,
+    tab: &Tab,
 ) -> Result<(Answer, Used), Status> {
     let message = request.message.bytes();
     let call = Call {
         provider,
         started: Instant::now(),
-        deadline: request.deadline,
+        terms: Terms {
+            deadline: request.deadline,
+            tab,
+        },
     };
     match method {
         "Info/Info" => {
@@ -45,7 +50,7 @@ pub(super) async fn answer(
 struct Call<'a> {
     provider: &'a Arc<Provider>,
     started: Instant,
-    deadline: Instant,
+    terms: Terms<'a>,
 }
 
 impl Call<'_> {
@@ -101,9 +106,15 @@ impl Call<'_> {
         let characters = request.inputs.chars().count();
         let embedded = self
             .provider
-            .embed(&[request.inputs], options, self.deadline)
+            .embed(&[request.inputs], options, self.terms)
             .await
-            .map_err(|trouble| trouble.to_error(&self.provider.name, "inputs"))?;
+            .map_err(|trouble| {
+                let field = match trouble {
+                    Trouble::Dimensions => "dimensions",
+                    _ => "inputs",
+                };
+                trouble.to_error(&self.provider.name, field)
+            })?;
         let used = Used {
             input_tokens: embedded.tokens,
             requests: 1,
@@ -133,7 +144,7 @@ impl Call<'_> {
         let pairs: Vec<_> = texts.map(|text| (request.query.clone(), text)).collect();
         let (scores, used) = self
             .provider
-            .rerank(&pairs, self.deadline)
+            .rerank(&pairs, self.terms)
             .await
             .map_err(|trouble| trouble.to_error(&self.provider.name, "texts"))?;
         let ranks = pairs.into_iter().zip(scores).enumerate();

@@ -7,8 +7,12 @@ use http::HeaderMap;
 use protocol::{Error, Kind};
 use serde::Deserialize;
 
+use super::key::Secret;
+
 /// Characters of a service's own words that a caller is told.
 const WORDS_MAX: usize = 200;
+/// A service that wants to be called again later is called again then.
+const AFTER_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Why a service gave no answer that can be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +32,8 @@ pub enum Trouble {
     },
     /// It refuses what the caller sent, in these words.
     Callers(String),
+    /// It does not make vectors as narrow as the caller wants them.
+    Dimensions,
     /// What it answered cannot be read.
     Garbage(&'static str),
     /// What it answered is too long.
@@ -54,10 +60,15 @@ pub enum Health {
 }
 
 impl Trouble {
-    /// What a status that is no success means.
-    pub fn of_status(status: u16, headers: &HeaderMap, body: &[u8]) -> Self {
+    /// What a status that is no success means; `secret` was sent.
+    pub fn of_status(
+        status: u16,
+        headers: &HeaderMap,
+        body: &[u8],
+        secret: Option<&Secret>,
+    ) -> Self {
         match status {
-            400 | 413 | 422 => Self::Callers(words(body)),
+            400 | 413 | 422 => Self::Callers(words(body, secret)),
             _ => Self::Refused {
                 status,
                 after: retry_after(headers, SystemTime::now()),
@@ -92,12 +103,25 @@ impl Trouble {
         }
     }
 
-    /// What it says of the service.
+    /// Whether the service may have computed, and may take something for it.
+    pub fn may_cost(&self) -> bool {
+        !matches!(
+            self,
+            Self::NotSent
+                | Self::Refused { .. }
+                | Self::Callers(_)
+                | Self::LeftAlone(_)
+                | Self::Full
+        )
+    }
+
+    /// What it says of the service. What one caller's request brings about
+    /// must not keep the others from it.
     pub fn health(&self) -> Health {
         match self {
             Self::Refused { status, .. } if *status < 500 => Health::Well,
-            Self::Callers(_) => Health::Well,
-            Self::LeftAlone(_) | Self::Full | Self::NoRoom => Health::Unknown,
+            Self::Callers(_) | Self::Dimensions => Health::Well,
+            Self::LeftAlone(_) | Self::Full | Self::NoRoom | Self::TooLong => Health::Unknown,
             _ => Health::Ill,
         }
     }
@@ -115,7 +139,7 @@ impl Trouble {
                 status if *status >= 500 => "failed",
                 _ => "refused",
             },
-            Self::Callers(_) => "invalid",
+            Self::Callers(_) | Self::Dimensions => "invalid",
             Self::Garbage(_) | Self::TooLong => "garbage",
             Self::NoRoom | Self::Full => "no_room",
             Self::LeftAlone(_) => "left_alone",
@@ -151,6 +175,7 @@ impl Trouble {
                     words => Error::invalid(field, format!("{what}: {words}")),
                 }
             }
+            Self::Dimensions => Error::invalid(field, says("does not make such vectors")),
             Self::Garbage(what) => unavailable(&format!("answered what cannot be used: {what}")),
             Self::TooLong => unavailable("answered with too many bytes"),
             Self::NoRoom => {
@@ -176,18 +201,25 @@ fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let text = |name: &str| headers.get(name)?.to_str().ok().map(str::trim);
     let number = |text: &str| text.parse::<f64>().ok().filter(|number| *number >= 0.0);
     if let Some(ms) = text("retry-after-ms").and_then(number) {
-        return Duration::try_from_secs_f64(ms / 1000.0).ok();
+        return bounded(ms / 1000.0);
     }
     let text = text("retry-after")?;
     if let Some(seconds) = number(text) {
-        return Duration::try_from_secs_f64(seconds).ok();
+        return bounded(seconds);
     }
     let date = httpdate::parse_http_date(text).ok()?;
-    Some(date.duration_since(now).unwrap_or_default())
+    let after = date.duration_since(now).unwrap_or_default();
+    Some(after.min(AFTER_MAX))
 }
 
-/// What a service says is wrong, cut short. Services differ in where it stands.
-fn words(body: &[u8]) -> String {
+fn bounded(seconds: f64) -> Option<Duration> {
+    let after = Duration::try_from_secs_f64(seconds).ok()?;
+    Some(after.min(AFTER_MAX))
+}
+
+/// What a service says is wrong, without the key and cut short. Services differ
+/// in where it stands.
+fn words(body: &[u8], secret: Option<&Secret>) -> String {
     #[derive(Deserialize)]
     struct Named {
         message: Option<String>,
@@ -216,7 +248,10 @@ fn words(body: &[u8]) -> String {
     });
     let text = text.unwrap_or_default();
     let printed = text.chars().filter(|character| !character.is_control());
-    printed.take(WORDS_MAX).collect()
+    let printed: String = printed.collect();
+    // Before it is cut: a part of a key is a secret too.
+    let hidden = secret.map_or_else(|| printed.clone(), |secret| secret.hidden(&printed));
+    hidden.chars().take(WORDS_MAX).collect()
 }
 
 #[cfg(test)]
@@ -251,6 +286,9 @@ mod tests {
             after("retry-after", "Sun, 06 Nov 1994 08:49:00 GMT"),
             seconds(0)
         );
+        for far in ["1e19", "86401", "Fri, 31 Dec 9999 23:59:59 GMT"] {
+            assert_eq!(after("retry-after", far), Some(AFTER_MAX), "{far}");
+        }
         for wrong in ["-1", "soon", "", "NaN", "1e300"] {
             assert_eq!(after("retry-after", wrong), None, "{wrong}");
         }
@@ -264,7 +302,7 @@ mod tests {
             r#"{"message":"too long"}"#,
             r#"{"detail":"too long"}"#,
         ] {
-            assert_eq!(words(body.as_bytes()), "too long", "{body}");
+            assert_eq!(words(body.as_bytes(), None), "too long", "{body}");
         }
         for body in [
             "",
@@ -273,9 +311,33 @@ mod tests {
             r#"{"error":7}"#,
             r#"{"detail":[{"loc":1}]}"#,
         ] {
-            assert_eq!(words(body.as_bytes()), "", "{body}");
+            assert_eq!(words(body.as_bytes(), None), "", "{body}");
         }
         let long = format!(r#"{{"error":"{}"}}"#, "é\\n".repeat(500));
-        assert_eq!(words(long.as_bytes()), "é".repeat(WORDS_MAX));
+        assert_eq!(words(long.as_bytes(), None), "é".repeat(WORDS_MAX));
+    }
+
+    #[test]
+    fn no_part_of_the_key_is_passed_on() {
+        let secret = super::super::key::secret("sk-0123456789", "").unwrap();
+        for before in 180..210 {
+            let body = format!(r#"{{"error":"{}sk-01234\n56789"}}"#, "é".repeat(before));
+            let said = words(body.as_bytes(), Some(&secret));
+            assert!(!said.contains("sk-"), "{said}");
+        }
+    }
+
+    #[test]
+    fn what_one_caller_brings_about_says_nothing_of_the_service() {
+        for trouble in [
+            Trouble::Callers(String::new()),
+            Trouble::Dimensions,
+            Trouble::TooLong,
+            Trouble::NoRoom,
+        ] {
+            assert_ne!(trouble.health(), Health::Ill, "{trouble:?}");
+        }
+        let error = Trouble::Dimensions.to_error("small", "dimensions");
+        assert_eq!(error.kind(), Kind::Invalid);
     }
 }

@@ -1,6 +1,8 @@
 //! What a tenant may call, counted by one gateway and by several with a Redis
 //! that may fail, and how tenants share what there is.
 
+mod counted;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -19,7 +21,7 @@ use tonic_types::StatusExt;
 
 const UP: &str = "andon_gateway_redis_up";
 
-/// Gateways that hold tenants to a policy, over a worker that echoes.
+/// Gateways that hold tenants to a policy, over a worker.
 struct Held {
     gateways: Vec<Andon>,
     keys: BTreeMap<String, String>,
@@ -37,6 +39,13 @@ impl Drop for Held {
 impl Held {
     /// `policy` names the tenants `a` and perhaps `b`.
     async fn start(policy: &str, gateways: usize, flags: &[&str], delay: &str) -> Result<Self> {
+        let echo = ["--delay".to_owned(), delay.to_owned()];
+        let worker = Andon::run(&mut Command::new(program("echo-worker")?), &echo, None)?;
+        Self::over(worker, policy, gateways, flags).await
+    }
+
+    /// The same over another worker.
+    async fn over(worker: Andon, policy: &str, gateways: usize, flags: &[&str]) -> Result<Self> {
         let folder = scratch("quota")?;
         std::fs::create_dir_all(&folder)?;
         let path = |name: &str| folder.join(name).display().to_string();
@@ -54,8 +63,6 @@ impl Held {
                 keys.insert(tenant.to_owned(), key);
             }
         }
-        let echo = ["--delay".to_owned(), delay.to_owned()];
-        let worker = Andon::run(&mut Command::new(program("echo-worker")?), &echo, None)?;
         let mut all: Vec<String> = flags.iter().map(ToString::to_string).collect();
         all.extend(["--worker".to_owned(), worker.grpc.to_string()]);
         all.extend(["--policy".to_owned(), path("policy.toml")]);
@@ -134,6 +141,11 @@ impl Pressed {
             .get(index.min(last))
             .copied()
             .unwrap_or_default()
+    }
+
+    /// The calls that passed and took so long or longer.
+    fn slow(&self, time: Duration) -> usize {
+        self.passed.iter().filter(|took| **took >= time).count()
     }
 
     /// Every refusal has this code, says this, and when to come back.
@@ -274,8 +286,9 @@ async fn two_gateways_share_one_quota() -> Result<()> {
     let pressed = held.press("b", 4, 4 * SECOND).await?;
     let (allowed, passed) = (30.0 + 300.0 * pressed.seconds, pressed.passed.len() as f64);
     println!("requests: {passed} of {allowed:.0}");
+    // None is lost but what each gateway holds in the end, 2 % of a second.
     ensure!(
-        passed <= 1.05 * allowed && passed >= 0.8 * allowed,
+        passed <= 1.02 * allowed && passed >= 0.95 * allowed,
         "{passed} of {allowed}"
     );
     for gateway in &held.gateways {
@@ -393,6 +406,15 @@ async fn a_frozen_redis_holds_nobody_up() -> Result<()> {
             pressed.longest
         );
     }
+    // A Redis that hangs is found out once, by the calls that are under way
+    // then: 20 ms for each, and nothing for those in the middle.
+    let (usual, half) = (before.quantile(0.5), frozen.quantile(0.5));
+    let slack = Duration::from_millis(5);
+    ensure!(half <= 2 * usual + slack, "{half:?} after {usual:?}");
+    let waited = Duration::from_millis(15);
+    let (usual, slow) = (before.slow(waited), frozen.slow(waited));
+    let few = 16 + 2 * usual + frozen.passed.len() / 100;
+    ensure!(slow <= few, "{slow} waited, {usual} before");
     Ok(())
 }
 
@@ -432,8 +454,25 @@ async fn tenants_share_what_there_is() -> Result<()> {
     let share = other.passed.len() as f64 / (one.passed.len() + other.passed.len()) as f64;
     println!("forty at once beside eight: the eight have {share:.3} of the rows");
     ensure!((0.4..0.6).contains(&share), "{share}");
-    // One that asks for less than its share, beside another at its share and
-    // at ten times that.
+    // A machine that is busy with other tests may need another look.
+    let mut looks = Vec::new();
+    let mut good = false;
+    while !good && looks.len() < 3 {
+        let (share, flood) = beside(&held, time).await?;
+        good = flood <= share.mul_f64(1.5) + Duration::from_millis(20);
+        looks.push((share, flood));
+    }
+    ensure!(good, "p99 at its share and beside a flood: {looks:?}");
+    let waiting = held.gateways[0]
+        .metric("andon_gateway_fair_waiting")
+        .await?;
+    ensure!(waiting == Some(0.0), "{waiting:?} still wait");
+    Ok(())
+}
+
+/// The p99 of a tenant that asks for less than its share, beside another at
+/// its share and at ten times that.
+async fn beside(held: &Held, time: Duration) -> Result<(Duration, Duration)> {
     let mut p99 = Vec::new();
     for at_once in [2, 20] {
         let (busy, quiet) = tokio::join!(held.press("a", at_once, time), held.press("b", 2, time));
@@ -444,15 +483,8 @@ async fn tenants_share_what_there_is() -> Result<()> {
             quiet.quantile(0.99),
             busy.quantile(0.99)
         );
-        p99.push(quiet.quantile(0.99).as_secs_f64());
+        ensure!(quiet.refused.is_empty(), "{:?}", quiet.refused);
+        p99.push(quiet.quantile(0.99));
     }
-    println!(
-        "p99 at ten times the other's share: {:.2} times",
-        p99[1] / p99[0]
-    );
-    let waiting = held.gateways[0]
-        .metric("andon_gateway_fair_waiting")
-        .await?;
-    ensure!(waiting == Some(0.0), "{waiting:?} still wait");
-    Ok(())
+    Ok((p99[0], p99[1]))
 }

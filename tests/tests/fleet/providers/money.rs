@@ -1,11 +1,15 @@
 //! What outside services take, and budgets that refuse when they are spent.
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use fleet_tests::process::scratch;
+use fleet_tests::{calls, until};
 use tonic::Code;
 use tonic_types::StatusExt;
+use wiremock::{MockServer, ResponseTemplate};
 
-use super::{Outside, embedder, embedding, texts};
+use super::{Outside, PATIENCE, embedder, embedding, posts, texts};
 
 const PRICED: &str = "price = { input_per_million = 50000.0, per_request = 0.1 }";
 
@@ -44,5 +48,36 @@ async fn a_budget_that_is_spent_refuses() -> Result<()> {
         "{status:?}"
     );
     ensure!(server.received_requests().await.unwrap_or_default().len() == 2);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_caller_who_does_not_wait_pays_a_guess() -> Result<()> {
+    let server = MockServer::start().await;
+    let slow = ResponseTemplate::new(200).set_delay(Duration::from_secs(300));
+    posts("/v1/embeddings")
+        .respond_with(slow)
+        .mount(&server)
+        .await;
+    let outside = Outside::start(&embedding("small", &server, PRICED)).await?;
+    let request = texts("small", &["abcdefgh"]);
+    let code = calls::patient_infer(outside.gateway.grpc, &request, Duration::from_secs(1)).await?;
+    ensure!(code == Code::DeadlineExceeded, "{code:?}");
+    // Eight bytes are two tokens: 2 × 0.05 + 0.1.
+    let cost = "andon_gateway_provider_cost_total{tenant=\"anyone\",model=\"small\"}";
+    until(PATIENCE, "the guess is charged", || async {
+        let counted = outside.gateway.metric(cost).await?.unwrap_or_default();
+        Ok((counted - 0.2).abs() < 1e-9)
+    })
+    .await?;
+    // What was refused costs nothing.
+    server.reset().await;
+    posts("/v1/embeddings")
+        .respond_with(ResponseTemplate::new(400))
+        .mount(&server)
+        .await;
+    outside.fails(request).await?;
+    let counted = outside.gateway.metric(cost).await?.unwrap_or_default();
+    ensure!((counted - 0.2).abs() < 1e-9, "{counted}");
     Ok(())
 }

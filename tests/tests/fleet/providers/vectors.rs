@@ -315,3 +315,27 @@ async fn another_andon_is_a_provider_and_answers_bit_for_bit() -> Result<()> {
     })
     .await
 }
+
+#[tokio::test]
+async fn dimensions_that_a_service_passes_over_are_the_callers_fault() -> Result<()> {
+    let server = MockServer::start().await;
+    posts("/v1/embeddings")
+        .respond_with(embed)
+        .mount(&server)
+        .await;
+    let outside = Outside::start(&embedding("small", &server, "")).await?;
+    let mut narrow = texts("small", &["a"]);
+    let parameter_choice = Some(ParameterChoice::Int64Param(2));
+    let parameter = InferParameter { parameter_choice };
+    narrow.parameters.insert("dimensions".to_owned(), parameter);
+    for _ in 0..10 {
+        let status = outside.fails(narrow.clone()).await?;
+        ensure!(status.code() == Code::InvalidArgument, "{status:?}");
+        let message = status.message();
+        ensure!(message.contains("parameters[dimensions]"), "{status:?}");
+    }
+    // Nobody else is kept from the service.
+    let (answer, _) = outside.call(texts("small", &["a"])).await?;
+    ensure!(rows(&answer, 0) == [vector("a")]);
+    Ok(())
+}

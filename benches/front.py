@@ -86,11 +86,14 @@ def layers_scenario(options, folder):
         bare, _, _ = start_gateway(processes, "bare", plain)
         guarded, _, _ = start_gateway(processes, "guarded", plain, asks)
         whole, _, _ = start_gateway(processes, "whole", kept, asks)
+        # It has forgotten what the round before asked.
+        brief = [*asks, "--cache-ttl", "100ms"]
+        forgets, _, _ = start_gateway(processes, "forgets", kept, brief)
         many, few = ["--distinct", DISTINCT_MANY], ["--distinct", DISTINCT_FEW]
         targets = [
             Target("bare", "bare", andon_level(bare, many)),
             Target("guarded", "guarded", andon_level(guarded, [*many, *key])),
-            Target("miss", "whole", andon_level(whole, [*many, *key])),
+            Target("miss", "forgets", andon_level(forgets, [*many, *key])),
             Target("hit", "whole", andon_level(whole, [*few, *key])),
         ]
         return measure(processes, targets, [("digits", 1), ("digits", 32)], options)

@@ -233,6 +233,12 @@ async fn errors_have_the_shape_of_openai_and_name_the_field() -> Result<()> {
         assert_eq!(error["error"]["type"], "invalid_request_error", "{error}");
         assert!(error["error"]["message"].is_string());
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn broken_bodies_and_models_that_do_not_generate_are_told_so() -> Result<()> {
+    let served = Served::start().await?;
     let broken = served.client.post(served.address("/v1/embeddings"));
     let broken = broken
         .header("content-type", "application/json")

@@ -139,7 +139,7 @@ await checks.check("the_fields_of_a_body_are_shown", async () => {
 await checks.check("a_bad_request_shows_its_problem", async () => {
   const { status, body } = await send('{"model": "minilm", "input": ["x", 7]}');
   expectEqual(status, 400, "the status");
-  expectEqual(JSON.parse(body).error.param, "input", "the field");
+  expectEqual(JSON.parse(body).error.param, "input[1]", "the field");
   await screenshot("bad_request");
 });
 

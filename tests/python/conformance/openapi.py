@@ -25,6 +25,9 @@ LAST_SHARE = 0.1
 # What the table of errors calls for: the header `timeout` may be 1 ms, and a model
 # may not do what is asked. A 500 is always a defect.
 SETTINGS = """
+[generation]
+allow-extra-parameters = false
+
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", 501, 503, 504]
 """

@@ -137,7 +137,7 @@ impl LimitMetrics {
         let name = |name: &str| format!("andon_gateway_{name}");
         let help = "Calls refused, by the limit that refused them";
         registry.register(name("limited"), help, self.limited.clone());
-        let help = "Calls of each tenant that were let in";
+        let help = "Calls of each tenant, once it was recognized";
         registry.register(name("tenant_calls"), help, self.calls.clone());
         let help = "Tokens computed for a tenant";
         registry.register(name("tokens"), help, self.tokens.clone());

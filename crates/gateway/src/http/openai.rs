@@ -24,6 +24,7 @@ use utoipa::ToSchema;
 use super::ask::{self, tokens};
 use super::body::Json;
 use super::gate::{Answered, Routes, Visit, guarded};
+use super::openapi::ModelPath;
 use super::problem::{Refused, Shape};
 use super::rest;
 use crate::stack::Stack;
@@ -250,21 +251,6 @@ pub async fn show_model(visit: Visit, asked: rest::Model) -> Result<axum::Json<M
     let ready = visit.stack.0.routes.ready(&asked.name, "");
     ready.map_err(|error| error.renamed(|_, reason| Some(("model".into(), reason.into()))))?;
     Ok(axum::Json(Model::named(asked.name)))
-}
-
-/// The model of an address.
-#[derive(Debug, utoipa::IntoParams)]
-#[into_params(parameter_in = Path)]
-#[allow(dead_code, reason = "it is a description: `rest::Model` reads it")]
-pub struct ModelPath {
-    /// The model's name.
-    #[param(
-        min_length = 1,
-        max_length = 128,
-        pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
-        example = "minilm"
-    )]
-    pub model: String,
 }
 
 /// Turn texts into vectors

@@ -105,6 +105,21 @@ async fn document_as_json() -> Response {
     (headers, JSON.clone()).into_response()
 }
 
+/// The model of an address.
+#[derive(Debug, utoipa::IntoParams)]
+#[into_params(parameter_in = Path)]
+#[allow(dead_code, reason = "it is a description: `rest::Model` reads it")]
+pub struct ModelPath {
+    /// The model's name.
+    #[param(
+        min_length = 1,
+        max_length = 128,
+        pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        example = "minilm"
+    )]
+    pub model: String,
+}
+
 /// What an operation is, as far as its refusals and headers depend on it.
 #[derive(Debug, Clone, Copy)]
 struct Kinds<'p> {

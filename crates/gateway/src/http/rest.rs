@@ -24,7 +24,7 @@ use utoipa::ToSchema;
 
 use super::body;
 use super::gate::{Routes, Visit};
-use super::openai::ModelPath;
+use super::openapi::ModelPath;
 use super::openapi::rest::{
     IndexedModel, ModelConfiguration, ModelMetadata, ParameterForm, ServerMetadata, Statistics,
 };

@@ -17,7 +17,7 @@ use protocol::{Error, Kind};
 
 use super::body;
 use super::gate::{Visit, guarded};
-use super::openai::ModelPath;
+use super::openapi::ModelPath;
 use super::openapi::rest::InferAnswer;
 use super::problem::Refused;
 use super::rest::{Model, must_be_known};

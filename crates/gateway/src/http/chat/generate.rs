@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use super::super::body::Json;
 use super::super::gate::Visit;
-use super::super::openai::ModelPath;
+use super::super::openapi::ModelPath;
 use super::super::problem::{Refused, Shape};
 use super::super::rest::Model;
 use super::message::Stop;

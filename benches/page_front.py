@@ -77,5 +77,5 @@ def front_section(layers, doors, computed):
         "### A tensor of 600 KB at each door\n\nThe echo worker, there and back.",
         doors_table(doors, "echo", (1, 8)),
         "### Identical requests at once\n\n1,000 requests for the same text at once, without a "
-        "cache; computed, in each round: " + ", ".join(str(count) for count in computed) + ".",
+        "cache, so that one that comes after the answer is computed again; computed, in each round: " + ", ".join(str(count) for count in computed) + ".",
     ])

@@ -467,7 +467,7 @@ async fn tenants_share_what_there_is() -> Result<()> {
     let mut good = false;
     while !good && looks.len() < 3 {
         let (share, flood) = beside(&held, time).await?;
-        good = flood <= share.mul_f64(1.5) + Duration::from_millis(20);
+        good = flood <= share.mul_f64(1.5) + Duration::from_millis(5);
         looks.push((share, flood));
     }
     ensure!(good, "p99 at its share and beside a flood: {looks:?}");
@@ -478,12 +478,12 @@ async fn tenants_share_what_there_is() -> Result<()> {
     Ok(())
 }
 
-/// The p99 of a tenant that asks for less than its share, beside another at
-/// its share and at ten times that.
+/// The p99 of a tenant under overload, beside another that asks for as much
+/// and for ten times that.
 async fn beside(held: &Held, time: Duration) -> Result<(Duration, Duration)> {
     let mut p99 = Vec::new();
-    for at_once in [2, 20] {
-        let (busy, quiet) = tokio::join!(held.press("a", at_once, time), held.press("b", 2, time));
+    for at_once in [4, 40] {
+        let (busy, quiet) = tokio::join!(held.press("a", at_once, time), held.press("b", 4, time));
         let (mut busy, mut quiet) = (busy?, quiet?);
         println!(
             "beside {at_once} at once: p50 {:?}, p99 {:?}; theirs {:?}",

@@ -6,9 +6,10 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 /// A running `andon`, killed when it is dropped.
 #[derive(Debug)]
@@ -24,9 +25,54 @@ pub struct Andon {
     pub log: PathBuf,
 }
 
-/// A loopback port that is free now.
+/// The ports that tests give out: below those that the system gives to
+/// connections of its own accord, any of which a flood may take at any time.
+const PORTS: std::ops::Range<u16> = 12_000..32_000;
+/// So many belong to one process of tests.
+const PORTS_EACH: u16 = 100;
+
+/// The ports of this process.
+struct Ports {
+    first: u16,
+    next: u16,
+    /// Held to the end: no other process of tests has the same.
+    _lock: File,
+}
+
+impl Ports {
+    fn take() -> Result<Self> {
+        let folder = crate::root().join("target/fleet/ports");
+        std::fs::create_dir_all(&folder)?;
+        for first in PORTS.step_by(PORTS_EACH.into()) {
+            let lock = File::create(folder.join(first.to_string()))?;
+            if lock.try_lock().is_ok() {
+                return Ok(Self {
+                    first,
+                    next: 0,
+                    _lock: lock,
+                });
+            }
+        }
+        bail!("all ports of tests are taken")
+    }
+}
+
+/// A loopback port that is free, and that nobody else is given for long.
 pub fn free_port() -> Result<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+    static OWN: Mutex<Option<Ports>> = Mutex::new(None);
+    let mut own = OWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let own = match &mut *own {
+        Some(own) => own,
+        none => none.insert(Ports::take()?),
+    };
+    for _ in 0..PORTS_EACH {
+        let address = SocketAddr::from(([127, 0, 0, 1], own.first + own.next));
+        own.next = (own.next + 1) % PORTS_EACH;
+        if TcpListener::bind(address).is_ok() {
+            return Ok(address);
+        }
+    }
+    bail!("all ports of this process are taken")
 }
 
 /// A new file in the target folder.
@@ -95,12 +141,28 @@ impl Andon {
         self.child.id()
     }
 
-    /// Waits until its probe says ready.
+    /// Waits until its probe says ready; an error at once if it ends.
     pub async fn ready(&self) -> Result<()> {
         let ready = crate::until(Duration::from_secs(60), "ready", || async {
             Ok(self.get("/readyz").await?.starts_with("ready"))
         });
-        ready.await.with_context(|| self.logged())
+        let ready = tokio::select! {
+            ready = ready => ready,
+            error = self.unexpected_end() => Err(error),
+        };
+        ready.with_context(|| self.logged())
+    }
+
+    async fn unexpected_end(&self) -> anyhow::Error {
+        let status = format!("/proc/{}/stat", self.id());
+        loop {
+            // Its state stands behind its name; Z is for a process that ended.
+            let status = std::fs::read_to_string(&status).unwrap_or_default();
+            if status.contains(") Z ") {
+                return anyhow!("it ended before it was ready");
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// What it logged.

@@ -43,7 +43,10 @@ async fn run(program: &OsStr, script: &Path, flags: &[&str]) -> Result<String> {
     let said = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
         let error = String::from_utf8_lossy(&output.stderr);
-        bail!("{name} failed:\n{said}\n{error}");
+        // What passed says nothing, and hides what did not.
+        let failed = said.lines().filter(|line| !line.starts_with("ok "));
+        let failed = failed.collect::<Vec<_>>().join("\n");
+        bail!("{name} failed:\n{error}\n{failed}");
     }
     if !said.contains("checks passed") {
         bail!("{name} did not say what it checked:\n{said}");

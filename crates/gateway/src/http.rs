@@ -12,6 +12,7 @@ mod openapi;
 mod problem;
 mod rerank;
 mod rest;
+mod strict;
 mod tensors;
 
 use axum::Router;

@@ -4,7 +4,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use engine::{EngineError, Network, TextRow};
 
@@ -47,16 +47,14 @@ impl Instance {
     /// Computes a batch and answers its parts.
     pub fn compute(&self, batch: Batch) {
         self.metrics.dropped(batch.dropped);
-        let (rows, tokens) = (batch.rows, batch.tokens);
+        let tokens = batch.tokens;
         let started = Instant::now();
         let mut network = self.network.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(network) = network.as_mut() {
             answer(network, batch, &self.metrics);
         }
         drop(network);
-        let computed = started.elapsed();
-        self.queue.finished(tokens, computed);
-        self.metrics.computed(rows, tokens, computed);
+        self.queue.finished(tokens, started.elapsed());
     }
 }
 
@@ -64,7 +62,11 @@ impl Instance {
 /// each is computed alone, so that a bad one does not fail its neighbours.
 fn answer(network: &mut Network, batch: Batch, metrics: &ModelMetrics) {
     match compute(network, &batch.parts) {
-        Ok(outputs) => reply(batch.parts, outputs),
+        Ok((outputs, started, took)) => {
+            // First: who has the answer finds it counted.
+            metrics.computed(batch.rows, batch.tokens, took);
+            reply(batch.parts, outputs, started, took);
+        }
         Err(EngineError::Abandoned) => {
             metrics.abandoned(batch.rows);
             for part in batch.parts {
@@ -79,9 +81,8 @@ fn answer(network: &mut Network, batch: Batch, metrics: &ModelMetrics) {
         }
         Err(_) => {
             for part in batch.parts {
-                let rows = part.rows.count();
                 let alone = Batch {
-                    rows,
+                    rows: part.rows.count(),
                     tokens: part.rows.tokens(),
                     dropped: batch.dropped,
                     parts: vec![part],
@@ -93,7 +94,7 @@ fn answer(network: &mut Network, batch: Batch, metrics: &ModelMetrics) {
 }
 
 /// What each part became, and when it began and how long it took.
-type Outputs = (Vec<Vec<Vec<f32>>>, Instant, std::time::Duration);
+type Outputs = (Vec<Vec<Vec<f32>>>, Instant, Duration);
 
 fn compute(network: &mut Network, parts: &[Part]) -> Result<Outputs, EngineError> {
     let started = Instant::now();
@@ -173,7 +174,7 @@ fn features(
         .collect())
 }
 
-fn reply(parts: Vec<Part>, (outputs, started, computed): Outputs) {
+fn reply(parts: Vec<Part>, outputs: Vec<Vec<Vec<f32>>>, started: Instant, computed: Duration) {
     for (part, outputs) in parts.into_iter().zip(outputs) {
         let answer = Computed {
             outputs,

@@ -53,8 +53,10 @@ class _Check:
     def __init__(self, checks, name):
         self.checks = checks
         self.name = name
+        self.began = 0.0
 
     def __enter__(self):
+        self.began = time.monotonic()
         return self
 
     def __exit__(self, kind, error, trace):
@@ -69,7 +71,8 @@ class _Check:
         script = os.path.abspath(sys.argv[0])
         frames = [f for f in traceback.extract_tb(trace) if f.filename == script]
         line = f" (line {frames[-1].lineno})" if frames else ""
-        print(f"FAILED {self.name}{line}: {describe(error)}", flush=True)
+        took = f" after {time.monotonic() - self.began:.1f} s"
+        print(f"FAILED {self.name}{line}{took}: {describe(error)}", flush=True)
         return True
 
 

@@ -22,11 +22,13 @@ use super::ask::{of_model, of_name};
 use super::body::Json;
 use super::gate::{Routes, Visit};
 use super::problem::{Refused, Shape};
+use super::strict::strict;
 use crate::stack::Stack;
 use crate::upstream::provider::{ChatDelta, ChatRequest, ChatUsage};
 
 /// A conversation to be continued.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 #[schema(example = json!({
     "model": "assistant",
     "messages": [{"role": "user", "content": "What burns in a lantern?"}],
@@ -89,6 +91,7 @@ pub struct ChatCompletionRequest {
 
 /// What a stream has besides its parts.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub struct StreamOptions {
     /// Whether the last part says what the answer took.
     #[serde(default)]
@@ -97,6 +100,7 @@ pub struct StreamOptions {
 
 /// The form of an answer.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub struct ResponseFormat {
     /// Text.
     #[serde(rename = "type")]
@@ -104,13 +108,17 @@ pub struct ResponseFormat {
     kind: TextFormat,
 }
 
+strict!(object ChatCompletionRequest, StreamOptions, ResponseFormat);
+
 /// The only form.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(remote = "Self", rename_all = "lowercase")]
 pub enum TextFormat {
     /// Text.
     Text,
 }
+
+strict!(word TextFormat);
 
 /// A conversation continued.
 #[derive(Debug, Serialize, ToSchema)]

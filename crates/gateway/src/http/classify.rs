@@ -16,6 +16,7 @@ use super::gate::{Answered, Routes, Visit, guarded};
 use super::openai::Usage;
 use super::problem::{Refused, Shape};
 use super::rerank::NotEmpty;
+use super::strict::strict;
 use crate::stack::Stack;
 
 const PREDICT: &str = "/tei.v1.Predict/Predict";
@@ -24,7 +25,7 @@ const TASKS: &[&str] = &["classification"];
 
 /// Texts to classify.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 #[schema(example = json!({"model": "classifier", "input": ["The lantern is beautiful.", "It went out."]}))]
 pub struct ClassifyRequest {
     /// The model; the only one that classifies texts if none is named.
@@ -44,6 +45,8 @@ pub struct ClassifyRequest {
     #[serde(default)]
     pub truncate: Option<bool>,
 }
+
+strict!(object ClassifyRequest);
 
 /// One text or several.
 #[derive(Debug, Clone)]

@@ -27,6 +27,7 @@ use super::gate::{Answered, Routes, Visit, guarded};
 use super::openapi::ModelPath;
 use super::problem::{Refused, Shape};
 use super::rest;
+use super::strict::strict;
 use crate::stack::Stack;
 use vectors::{decoded, in_terms_of_texts, infer_request, rows};
 
@@ -41,6 +42,7 @@ static STARTED_S: LazyLock<u64> = LazyLock::new(|| {
 
 /// Texts to turn into vectors.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 #[schema(example = json!({"model": "minilm", "input": ["The lantern is lit.", "A candle burns."]}))]
 pub struct EmbeddingRequest {
     /// The model.
@@ -68,15 +70,19 @@ pub struct EmbeddingRequest {
     user: Option<String>,
 }
 
+strict!(object EmbeddingRequest);
+
 /// How vectors are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(remote = "Self", rename_all = "lowercase")]
 pub enum EncodingFormat {
     /// Numbers.
     Float,
     /// The bytes of little-endian 32-bit numbers in base64.
     Base64,
 }
+
+strict!(word EncodingFormat);
 
 /// Vectors.
 #[derive(Debug, Serialize, ToSchema)]

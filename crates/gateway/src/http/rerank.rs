@@ -22,6 +22,7 @@ use super::body::{self, Json, json, json_limits, must_be_json};
 use super::gate::{Answered, Routes, Visit, guarded};
 use super::openai::Usage;
 use super::problem::{Refused, Shape};
+use super::strict::strict;
 use crate::stack::Stack;
 
 const RERANK: &str = "/tei.v1.Rerank/Rerank";
@@ -29,7 +30,7 @@ const TASKS: &[&str] = &["rerank"];
 
 /// A query and documents.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 #[schema(example = json!({
     "model": "reranker", "query": "What burns in a lantern?",
     "documents": ["A candle stands in the lantern.", "The tide is low."], "top_n": 1
@@ -66,7 +67,7 @@ pub struct RerankRequest {
 
 /// The same as Text Embeddings Inference has it.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 #[schema(example = json!({
     "query": "What burns in a lantern?",
     "texts": ["A candle stands in the lantern.", "The tide is low."], "return_text": true
@@ -102,6 +103,8 @@ pub struct RerankTextsRequest {
     pub truncation_direction: Option<TruncationDirection>,
 }
 
+strict!(object RerankRequest, RerankTextsRequest);
+
 /// A text of one character at least: a schema only.
 #[derive(Debug)]
 pub struct NotEmpty;
@@ -123,6 +126,7 @@ impl ToSchema for NotEmpty {
 
 /// Which end of a long text is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub enum TruncationDirection {
     /// The beginning.
     #[serde(alias = "left")]
@@ -131,6 +135,8 @@ pub enum TruncationDirection {
     #[serde(alias = "right")]
     Right,
 }
+
+strict!(word TruncationDirection);
 
 /// Either form: `texts` makes it that of Text Embeddings Inference.
 #[derive(Debug, ToSchema)]
@@ -296,9 +302,11 @@ pub async fn rerank_either(
     request: Request,
 ) -> Result<Response, Refused> {
     #[derive(Deserialize)]
+    #[serde(remote = "Self")]
     struct Form {
         texts: Option<IgnoredAny>,
     }
+    strict!(object Form);
     let right = must_be_json(request.headers());
     let received = body::read(request, &json_limits(&stack.0.limits)).await?;
     right?;

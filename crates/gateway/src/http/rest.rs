@@ -29,6 +29,7 @@ use super::openapi::rest::{
     IndexedModel, ModelConfiguration, ModelMetadata, ParameterForm, ServerMetadata, Statistics,
 };
 use super::problem::{Refused, Shape};
+use super::strict::strict;
 use super::tensors::infer;
 use crate::service::Wanted;
 use crate::stack::Stack;
@@ -250,7 +251,7 @@ pub async fn statistics(visit: Visit, model: Model) -> Result<Json<Value>, Refus
 
 /// Which models are asked for.
 #[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
+#[serde(remote = "Self", deny_unknown_fields, default)]
 #[schema(as = RepositoryIndexRequest, example = json!({"ready": true}))]
 pub struct IndexAsked {
     /// A server has one repository: empty.
@@ -284,13 +285,15 @@ pub async fn index(
 
 /// How a model is loaded or unloaded.
 #[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
+#[serde(remote = "Self", deny_unknown_fields, default)]
 #[schema(as = RepositoryModelRequest, example = json!({}))]
 pub struct LoadAsked {
     /// Triton's parameters.
     #[schema(value_type = BTreeMap<String, ParameterForm>)]
     parameters: Map<String, Value>,
 }
+
+strict!(object IndexAsked, LoadAsked);
 
 impl LoadAsked {
     fn parameters(

@@ -7,10 +7,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use fleet_tests::calls::pixels;
 use fleet_tests::{Fleet, until};
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::{HEADER_LENGTH, Spoken, digits, in_json, post, send, told, web};
+use super::{HEADER_LENGTH, Spoken, digits, get, in_json, post, send, told, web};
 
 async fn fleet() -> Result<Fleet> {
     let digits = digits()?;
@@ -79,7 +80,7 @@ async fn json_that_is_wrong_is_told_where() -> Result<()> {
         (input("[[[1]]]"), "inputs[0].data", "line 2"),
         (input("[1e40]"), "inputs[0].data[0]", "FP32"),
         (input("7"), "inputs[0].data", "array"),
-        (deep.clone(), "[0]", "line 1"),
+        (deep.clone(), "body", "must be an object"),
         (input(&deep), "inputs[0].data", "line 2"),
         ("\u{0}\u{1}".to_owned(), "body", "line 1, column 1"),
     ] {
@@ -97,6 +98,111 @@ async fn json_that_is_wrong_is_told_where() -> Result<()> {
         told.text("field")?.as_deref() == Some("content-type"),
         "{told:?}"
     );
+    serves(&fleet).await
+}
+
+/// Bodies that are right but for one value inside, and its field.
+fn nested() -> Vec<(&'static str, Value, &'static str)> {
+    let chat = json!({"model": "digits", "messages": [{"role": "user", "content": "a"}]});
+    let changed = |place: &str, value: Value| {
+        let mut body = chat.clone();
+        body[place] = value;
+        body
+    };
+    let infer = json!({"name": "pixels", "datatype": "FP32", "shape": [1, 64], "data": [[0]]});
+    vec![
+        (
+            "/v2/models/digits/infer",
+            json!({"inputs": [["pixels", "FP32", [1, 64], {}, []]]}),
+            "inputs[0]",
+        ),
+        (
+            "/v2/models/digits/infer",
+            json!({"inputs": [infer], "outputs": [["digit"]]}),
+            "outputs[0]",
+        ),
+        (
+            "/v2/models/digits/generate",
+            json!({"text_input": "a", "parameters": [1]}),
+            "parameters",
+        ),
+        (
+            "/v1/chat/completions",
+            changed("messages", json!([["user", "a"]])),
+            "messages[0]",
+        ),
+        (
+            "/v1/chat/completions",
+            changed(
+                "messages",
+                json!([{"role": {"user": null}, "content": "a"}]),
+            ),
+            "messages[0].role",
+        ),
+        (
+            "/v1/chat/completions",
+            changed(
+                "messages",
+                json!([{"role": "user", "content": [["text", "a"]]}]),
+            ),
+            "messages[0].content[0]",
+        ),
+        (
+            "/v1/chat/completions",
+            changed("stream_options", json!([true])),
+            "stream_options",
+        ),
+        (
+            "/v1/chat/completions",
+            changed("response_format", json!(["text"])),
+            "response_format",
+        ),
+        (
+            "/v1/chat/completions",
+            changed("response_format", json!({"type": {"text": null}})),
+            "response_format.type",
+        ),
+        (
+            "/v1/embeddings",
+            json!({"model": "digits", "input": "a", "encoding_format": {"float": null}}),
+            "encoding_format",
+        ),
+        (
+            "/rerank",
+            json!({"query": "a", "texts": ["b"], "truncation_direction": {"Left": null}}),
+            "truncation_direction",
+        ),
+    ]
+}
+
+/// serde would read an object from a list of its fields' values, and a word
+/// from an object of one entry.
+#[tokio::test]
+async fn objects_are_not_read_from_lists_nor_words_from_objects() -> Result<()> {
+    let fleet = fleet().await?;
+    let address = fleet.gateway.http;
+    let refuse = |path: String, body: Value, field: &'static str| async move {
+        let told = post(address, &path, body.to_string()).await?;
+        ensure!(told.status == 400, "{path}: {body}: {told:?}");
+        let problem = told.json()?;
+        let named = [&problem["field"], &problem["error"]["param"]];
+        ensure!(named.contains(&&json!(field)), "{path}: {body}: {problem}");
+        Ok(())
+    };
+    let document = get(address, "/openapi.json").await?.json()?;
+    let paths = document["paths"].as_object().context("paths")?;
+    let read = paths
+        .iter()
+        .filter(|(_, item)| item["post"]["requestBody"].is_object());
+    let read: Vec<&String> = read.map(|(path, _)| path).collect();
+    ensure!(read.len() >= 12, "{read:?}");
+    for path in read {
+        let path = path.replace("{model}", "digits").replace("{version}", "1");
+        refuse(path, json!([]), "body").await?;
+    }
+    for (path, body, field) in nested() {
+        refuse(path.to_owned(), body, field).await?;
+    }
     serves(&fleet).await
 }
 

@@ -11,13 +11,14 @@ use super::super::gate::Visit;
 use super::super::openapi::ModelPath;
 use super::super::problem::{Refused, Shape};
 use super::super::rest::Model;
+use super::super::strict::strict;
 use super::message::Stop;
 use super::{events, way};
 use crate::upstream::provider::{ChatDelta, ChatRequest};
 
 /// A text to be continued.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 #[schema(example = json!({"text_input": "What burns in a lantern?", "parameters": {"max_tokens": 64}}))]
 pub struct GenerateRequest {
     /// The text.
@@ -33,7 +34,7 @@ pub struct GenerateRequest {
 
 /// How a text is continued.
 #[derive(Debug, Clone, Default, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct GenerateParameters {
     /// Tokens that the answer may have.
     #[serde(default)]
@@ -55,6 +56,8 @@ pub struct GenerateParameters {
     #[serde(default)]
     pub stream: Option<bool>,
 }
+
+strict!(object GenerateRequest, GenerateParameters);
 
 /// A text continued, or a part of it.
 #[derive(Debug, Serialize, ToSchema)]

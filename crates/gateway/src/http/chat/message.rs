@@ -9,10 +9,12 @@ use utoipa::{PartialSchema, ToSchema};
 
 use super::super::body::none_left;
 use super::super::rerank::NotEmpty;
+use super::super::strict::strict;
 use crate::upstream::provider::{ChatMessage, Role};
 
 /// What somebody said.
 #[derive(Debug, Clone, serde::Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 #[schema(as = ChatMessage)]
 pub struct Message {
     /// Who.
@@ -24,7 +26,7 @@ pub struct Message {
 
 /// Who says something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(remote = "Self", rename_all = "lowercase")]
 pub enum MessageRole {
     /// Who sets the rules.
     System,
@@ -35,6 +37,8 @@ pub enum MessageRole {
     /// Who answers.
     Assistant,
 }
+
+strict!(word MessageRole);
 
 /// A text, or parts that are texts.
 #[derive(Debug, ToSchema)]
@@ -50,6 +54,7 @@ pub enum ContentForm {
 
 /// A part of what was said.
 #[derive(Debug, Clone, serde::Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 #[schema(as = ChatPart)]
 pub struct Part {
     /// A text.
@@ -59,6 +64,8 @@ pub struct Part {
     /// The text.
     text: String,
 }
+
+strict!(object Message, Part);
 
 /// The joined text of what was said.
 #[derive(Clone, PartialEq, Eq)]

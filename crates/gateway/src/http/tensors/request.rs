@@ -20,6 +20,7 @@ use utoipa::ToSchema;
 use super::super::body::{self, Received};
 use super::super::openapi::rest::{DatatypeForm, DimensionForm, ParameterForm};
 use super::super::rest::Model;
+use super::super::strict::strict;
 use super::HEADER_LENGTH;
 use super::scan::scan;
 
@@ -29,7 +30,7 @@ const BINARY_SIZE: &str = "binary_data_size";
 
 /// What the caller sends.
 #[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 #[schema(as = InferRequest, example = json!({"inputs": [
     {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["The lantern is lit."]}
 ]}))]
@@ -51,7 +52,7 @@ pub struct Asked<'b> {
 
 /// A tensor that goes in.
 #[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 #[schema(as = InferInput)]
 pub struct AskedInput<'b> {
     /// Its name.
@@ -74,7 +75,7 @@ pub struct AskedInput<'b> {
 
 /// An output that is wanted.
 #[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 #[schema(as = InferRequestedOutput)]
 pub struct AskedOutput {
     /// Its name.
@@ -84,6 +85,8 @@ pub struct AskedOutput {
     #[schema(value_type = BTreeMap<String, ParameterForm>)]
     parameters: Parameters,
 }
+
+strict!(object Asked<'b>, AskedInput<'b>, AskedOutput);
 
 type Parameters = BTreeMap<String, Parameter>;
 

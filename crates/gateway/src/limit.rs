@@ -3,6 +3,7 @@
 
 mod fair;
 mod memory;
+mod places;
 mod redis;
 #[cfg(test)]
 mod tests;
@@ -22,7 +23,8 @@ use crate::auth::{Auth, Caller, RedisLost, Tenant};
 use crate::metrics::LimitMetrics;
 use crate::redis::{Redis, RedisError};
 use fair::Fair;
-use memory::{AMOUNT_MAX, Denied, InFlight, Meters, Needs, Now, Scope, Taken};
+use memory::{AMOUNT_MAX, Denied, Meters, Needs, Now, Scope, Taken};
+use places::{Full, InFlight, SharedPlaces};
 use redis::{Refusal, Shared};
 
 /// When a call under way will probably have ended.
@@ -107,6 +109,7 @@ struct Inner {
     meters: ArcSwap<HashMap<String, Arc<Meters>>>,
     adding: Mutex<()>,
     shared: Option<Arc<Shared>>,
+    places: Option<Arc<SharedPlaces>>,
     fair: Fair,
     metrics: LimitMetrics,
     started: Instant,
@@ -161,6 +164,7 @@ impl Limit {
             auth,
             meters: ArcSwap::default(),
             adding: Mutex::new(()),
+            places: redis.clone().map(SharedPlaces::new),
             shared: redis.map(Shared::new),
             fair: Fair::new(settings, metrics),
             metrics: metrics.clone(),
@@ -168,12 +172,15 @@ impl Limit {
         }))
     }
 
-    /// Keeps what is counted with Redis in step with it, until the task is
+    /// Keeps what is counted with Redis in step with it, until the tasks are
     /// dropped.
-    pub fn follow(&self) -> Option<Owned> {
+    pub fn follow(&self) -> Vec<Owned> {
         let started = self.0.started;
-        let shared = self.0.shared.as_ref()?;
-        shared.follow(move || moment(started))
+        let quotas = self.0.shared.as_ref();
+        let quotas = quotas.and_then(|shared| shared.follow(move || moment(started)));
+        let places = self.0.places.as_ref();
+        let places = places.map(|places| places.follow(move || moment(started).seconds));
+        quotas.into_iter().chain(places).collect()
     }
 
     /// Before a call is read: the tenant's rate, and its calls under way.
@@ -182,7 +189,7 @@ impl Limit {
         let Some(meters) = limit.meters(&caller.tenant) else {
             return Ok(Entered::default());
         };
-        let place = limit.place(&meters.all)?;
+        let place = limit.place(&meters.all).await?;
         let needs = Needs {
             requests: Some(1),
             items: None,
@@ -314,14 +321,27 @@ impl Inner {
         Some(made)
     }
 
-    fn place(&self, scope: &Scope) -> Result<InFlight, Error> {
-        let shares = match self.shared {
-            Some(_) => self.auth.policy().limits.replicas,
-            None => 1,
+    /// A place among the calls under way.
+    async fn place(&self, scope: &Scope) -> Result<InFlight, Error> {
+        let Some(limit) = scope.in_flight_max() else {
+            return Ok(InFlight::unlimited());
         };
-        scope.enter(shares).map_err(|message| {
-            self.metrics.limited("in_flight").inc();
-            Error::quota_spent(message, IN_FLIGHT_RETRY)
+        let entered = match &self.places {
+            None => InFlight::of(scope, limit).ok_or(Full::Reached),
+            Some(shared) => match shared.enter(scope, limit, || self.now().seconds).await {
+                Some(entered) => entered,
+                None => {
+                    let share = limit.div_ceil(self.without_redis()?.max(1));
+                    InFlight::of(scope, share).ok_or(Full::Reached)
+                }
+            },
+        };
+        entered.map_err(|full| match full {
+            Full::Reached => {
+                self.metrics.limited("in_flight").inc();
+                Error::quota_spent(scope.full(limit), IN_FLIGHT_RETRY)
+            }
+            Full::Crowded => self.crowded(),
         })
     }
 
@@ -340,22 +360,30 @@ impl Inner {
                 .map(|()| Taken::Leased)
                 .map_err(|refusal| match refusal {
                     Refusal::Denied(denied) => refused(denied),
-                    Refusal::Crowded => {
-                        self.metrics.limited("redis_busy").inc();
-                        let message = "too many calls wait for the tenant's quotas to be checked";
-                        Error::overloaded(message, CROWD_RETRY)
-                    }
+                    Refusal::Crowded => self.crowded(),
                 });
         }
-        let limits = self.auth.policy().limits.clone();
-        if limits.redis_lost == RedisLost::Closed {
+        let share = Taken::Share(self.without_redis()?);
+        let counted = scope.take(needs, self.now(), share);
+        counted.map(|()| share).map_err(refused)
+    }
+
+    /// Of how many equal shares this gateway has one while Redis is lost; an
+    /// error where the policy would rather refuse.
+    fn without_redis(&self) -> Result<u32, Error> {
+        let policy = self.auth.policy();
+        if policy.limits.redis_lost == RedisLost::Closed {
             self.metrics.limited("redis_lost").inc();
             let message = "the tenant's quotas cannot be checked now";
             return Err(Error::overloaded(message, REDIS_RETRY));
         }
-        let share = Taken::Share(limits.replicas);
-        let counted = scope.take(needs, self.now(), share);
-        counted.map(|()| share).map_err(refused)
+        Ok(policy.limits.replicas)
+    }
+
+    fn crowded(&self) -> Error {
+        self.metrics.limited("redis_busy").inc();
+        let message = "too many calls wait for the tenant's quotas to be checked";
+        Error::overloaded(message, CROWD_RETRY)
     }
 
     fn give_back(&self, taken: &[(&Arc<Scope>, Needs, Taken)]) {
@@ -402,7 +430,7 @@ impl Ticket {
         let mut taken = Vec::with_capacity(wanted.len());
         for (scope, requests) in wanted {
             if requests.is_some() {
-                let place = limit.place(scope);
+                let place = limit.place(scope).await;
                 let place = place.inspect_err(|_| limit.give_back(&taken))?;
                 self._places.push(place);
             }

@@ -2,6 +2,7 @@
 //! that may fail, and how tenants share what there is.
 
 mod counted;
+mod under_way;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -2,10 +2,11 @@
 //! steadily (the generic cell rate algorithm of ATM, which needs one number);
 //! everything per minute, day or month is a window of the calendar in UTC.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::places::Places;
 use super::redis::Lease;
 use super::{Quota, Usage};
 use crate::auth::{Pattern, Tenant};
@@ -252,7 +253,7 @@ impl Count {
 /// What stays when the policy is read again.
 #[derive(Debug, Default)]
 pub struct State {
-    in_flight: AtomicU32,
+    pub places: Places,
     counts: Mutex<[Count; KINDS]>,
     /// Whether it waits to be brought in step with Redis.
     pub queued: AtomicBool,
@@ -369,20 +370,19 @@ impl Scope {
         changed
     }
 
-    /// A place among the calls under way. `shares` gateways have as many
-    /// places together as the policy says, or a few more.
-    pub fn enter(&self, shares: u32) -> Result<InFlight, String> {
-        let Some(written) = self.in_flight_max else {
-            return Ok(InFlight(None));
-        };
-        let max = written.div_ceil(shares.max(1));
-        let before = self.state.in_flight.fetch_add(1, Ordering::AcqRel);
-        let place = InFlight(Some(self.state.clone()));
-        if before < max {
-            return Ok(place);
-        }
-        drop(place);
-        Err(self.sentence(&format!("{written} calls under way"), "is reached"))
+    /// How many calls may be under way.
+    pub fn in_flight_max(&self) -> Option<u32> {
+        self.in_flight_max
+    }
+
+    /// The key of the places that gateways share.
+    pub fn places_key(&self) -> String {
+        format!("{}in_flight", self.key)
+    }
+
+    /// What a caller is told who finds no place.
+    pub fn full(&self, limit: u32) -> String {
+        self.sentence(&format!("{limit} calls under way"), "is reached")
     }
 
     /// What a caller is told of a limit.
@@ -413,18 +413,6 @@ pub enum Taken {
     Leased,
     /// Out of this gateway's share, without Redis.
     Share(u32),
-}
-
-/// A place among the calls under way, until it is dropped.
-#[derive(Debug)]
-pub struct InFlight(Option<Arc<State>>);
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        if let Some(state) = &self.0 {
-            state.in_flight.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
 }
 
 /// All limits of one tenant.

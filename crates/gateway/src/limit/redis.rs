@@ -28,9 +28,9 @@ const SPENT_STALE: f64 = 1.0;
 const QUEUED_MAX: usize = 1024;
 /// How long a call waits for its turn to ask: whoever asks before it learns in
 /// half of that whether Redis is lost.
-const CROWD: Duration = COMMAND.saturating_mul(2);
+pub const CROWD: Duration = COMMAND.saturating_mul(2);
 /// How often a call asks before it gives up: a window may end meanwhile.
-const ASKS_MAX: usize = 3;
+pub const ASKS_MAX: usize = 3;
 /// Between two rounds of that.
 const ROUND: Duration = Duration::from_millis(2);
 

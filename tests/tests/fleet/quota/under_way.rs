@@ -1,0 +1,119 @@
+//! Places among a tenant's calls under way, which gateways have together.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, ensure};
+use fleet_tests::redis::Redis;
+use fleet_tests::until;
+use tonic::Code;
+
+use super::{End, Held, Load, Pressed, SECOND, press, tenant};
+
+/// Where gateways keep the places of the tenant `a`.
+const KEY: &str = "andon:quota:{a}::in_flight";
+
+/// Two gateways with eight places together, over a worker that takes a second.
+async fn two(redis: &Redis, limits: &str) -> Result<Held> {
+    let policy = tenant("a", "in_flight = 8") + "[limits]\nreplicas = 2\n" + limits;
+    let held = Held::start(&policy, 2, &["--redis", &redis.url()], "1s").await?;
+    held.redis_is(1.0).await?;
+    Ok(held)
+}
+
+/// So many callers at each gateway for a moment: each that finds a place calls
+/// once, the others ask again and again.
+async fn crowd(held: &Held, addresses: &[SocketAddr], at_once: usize) -> Result<Pressed> {
+    let key = held.keys.get("a").context("a key")?.clone();
+    let end = End::Time(SECOND / 5);
+    press(addresses, &Load { key, at_once, end }).await
+}
+
+/// Waits until a crowd finds so many places, and never more.
+async fn finds(held: &Held, addresses: &[SocketAddr], places: usize) -> Result<()> {
+    let what = format!("{places} places");
+    until(30 * SECOND, &what, || async {
+        let found = crowd(held, addresses, 16).await?;
+        found.all_refused(Code::ResourceExhausted, "limit of 8 calls under way")?;
+        Ok(found.passed.len() == places)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn gateways_have_their_places_together() -> Result<()> {
+    let redis = Redis::start().await?;
+    let held = two(&redis, "").await?;
+    let addresses = held.addresses();
+    // All of them are for one alone, and then for the other.
+    finds(&held, &addresses[..1], 8).await?;
+    finds(&held, &addresses[1..], 8).await?;
+    for _ in 0..3 {
+        let both = crowd(&held, &addresses, 8).await?;
+        let passed = both.passed.len();
+        ensure!(passed <= 8, "{passed} under way at once");
+    }
+    finds(&held, &addresses, 8).await
+}
+
+#[tokio::test]
+async fn the_places_of_a_gateway_that_died_come_back() -> Result<()> {
+    let redis = Redis::start().await?;
+    let held = two(&redis, "").await?;
+    let addresses = held.addresses();
+    let (before, after) = tokio::join!(crowd(&held, &addresses[..1], 16), async {
+        let all = || async {
+            let calls = held.gateways[0].metric("andon_gateway_in_flight").await?;
+            Ok(calls >= Some(8.0))
+        };
+        until(20 * SECOND, "all places are taken", all).await?;
+        held.gateways[0].signal(libc::SIGKILL)?;
+        crowd(&held, &addresses[1..], 16).await
+    });
+    ensure!(before?.passed.is_empty(), "it was not killed in time");
+    let passed = after?.passed.len();
+    ensure!(passed == 0, "{passed} places of one that may live");
+    finds(&held, &addresses[1..], 8).await
+}
+
+#[tokio::test]
+async fn places_outlive_what_happens_to_redis() -> Result<()> {
+    let mut redis = Redis::start().await?;
+    let held = two(&redis, "").await?;
+    let addresses = held.addresses();
+    finds(&held, &addresses[..1], 8).await?;
+    redis.kill()?;
+    held.redis_is(0.0).await?;
+    // Its share: eight of two.
+    finds(&held, &addresses[..1], 4).await?;
+    redis.again().await?;
+    held.redis_is(1.0).await?;
+    finds(&held, &addresses[..1], 8).await?;
+    // What none of us wrote keeps nobody out.
+    let client = redis::Client::open(redis.url())?;
+    let mut connection = client.get_multiplexed_async_connection().await?;
+    let mut fields = redis::cmd("HSET");
+    fields
+        .arg(KEY)
+        .arg(&["x", "a word", "y", "7 99999999999999999"]);
+    let () = fields.query_async(&mut connection).await?;
+    finds(&held, &addresses[1..], 8).await?;
+    let mut text = redis::cmd("SET");
+    let () = text
+        .arg(KEY)
+        .arg("a word")
+        .query_async(&mut connection)
+        .await?;
+    finds(&held, &addresses[..1], 8).await
+}
+
+#[tokio::test]
+async fn places_close_with_a_lost_redis_where_the_policy_says_so() -> Result<()> {
+    let mut redis = Redis::start().await?;
+    let held = two(&redis, "redis_lost = \"closed\"\n").await?;
+    redis.kill()?;
+    held.redis_is(0.0).await?;
+    let found = crowd(&held, &held.addresses(), 2).await?;
+    ensure!(found.passed.is_empty(), "{} passed", found.passed.len());
+    ensure!(found.longest < 20 * SECOND, "{:?}", found.longest);
+    found.all_refused(Code::Unavailable, "cannot be checked")
+}

@@ -2,6 +2,7 @@
 //! channel, the admin port, health and the drain. Knows no models.
 
 pub mod admin;
+pub mod body;
 pub mod channel;
 mod coalesce;
 mod common;

@@ -1,7 +1,7 @@
 //! What a connection is held to.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -192,5 +192,40 @@ async fn calls_over_the_cap_are_shed_at_once() -> Result<()> {
         .await
         .context("the busy call")??
         .context("it failed")?;
+    Ok(())
+}
+
+/// A connection of HTTP/2 whose calls are refused before they have come whole:
+/// an error if it breaks.
+async fn refused_early(address: SocketAddr, path: &str, calls: usize) -> Result<()> {
+    let stream = tokio::net::TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    let (sender, connection) = h2::client::handshake(stream).await?;
+    let driven = platform::tasks::awaited(connection);
+    for number in 0..calls {
+        let head = http::Request::post(format!("http://{address}{path}"))
+            .header("content-type", "application/grpc")
+            .body(())?;
+        let mut sender = sender.clone().ready().await?;
+        let (answer, mut message) = sender.send_request(head, false)?;
+        let answer = answer.await.with_context(|| format!("call {number}"))?;
+        drop(answer);
+        // It was on its way when the answer was made.
+        message.send_data(bytes::Bytes::from_static(b"the rest"), true)?;
+    }
+    drop(sender);
+    driven.await.context("it panicked")??;
+    Ok(())
+}
+
+#[tokio::test]
+async fn callers_who_are_refused_before_they_have_said_all_keep_their_connection() -> Result<()> {
+    let fleet = Fleet::with(1, &[], &[]).await?;
+    for (address, path) in [
+        (fleet.gateway.grpc, "/no.such.Service/Method"),
+        (fleet.gateway.http, "/no/such/page"),
+    ] {
+        refused_early(address, path, 3000).await?;
+    }
     Ok(())
 }

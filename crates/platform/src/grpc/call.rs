@@ -3,11 +3,11 @@ use std::time::Duration;
 
 use http::request::Parts;
 use http::{HeaderMap, Method, Request};
-use hyper::body::Incoming;
 use tokio::time::Instant;
 use tonic::Status;
 
 use super::{MessageLimits, Messages, invalid};
+use crate::body::RequestBody;
 use crate::tls::Peer;
 
 /// The longest deadline of a stream that a clock can hold without care.
@@ -17,7 +17,7 @@ const STREAM_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 #[derive(Debug)]
 pub struct Call {
     parts: Parts,
-    body: Incoming,
+    body: RequestBody,
     /// Who is at the other end of the connection.
     pub peer: Arc<Peer>,
     /// When its head arrived.
@@ -32,7 +32,7 @@ impl Call {
     /// Reads a request's head. The deadline is the caller's, or `deadline_max`
     /// from now if that is earlier.
     pub fn new(
-        request: Request<Incoming>,
+        request: Request<RequestBody>,
         peer: Arc<Peer>,
         deadline_max: Duration,
     ) -> Result<Self, Status> {

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use super::invalid;
+use crate::body::RequestBody;
 
 /// A message's flag and length.
 const PREFIX_BYTES: usize = 5;
@@ -134,7 +134,7 @@ impl Message {
 /// The messages of a call as they come.
 #[derive(Debug)]
 pub struct Messages {
-    body: Incoming,
+    body: RequestBody,
     gzip: bool,
     limits: MessageLimits,
     /// What came after the last whole message.
@@ -142,7 +142,7 @@ pub struct Messages {
 }
 
 impl Messages {
-    pub(super) fn new(body: Incoming, encoding: Option<&str>, limits: &MessageLimits) -> Self {
+    pub(super) fn new(body: RequestBody, encoding: Option<&str>, limits: &MessageLimits) -> Self {
         Self {
             body,
             gzip: encoding == Some("gzip"),

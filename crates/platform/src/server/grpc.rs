@@ -15,6 +15,7 @@ use super::connection::{
     STREAM_WINDOW_BYTES, read_preface, run,
 };
 use super::{Handler, Io, Protocol, Server};
+use crate::body::RequestBody;
 use crate::coalesce::Coalesced;
 use crate::drain::Drain;
 use crate::grpc::{Call, reject};
@@ -42,6 +43,7 @@ impl<H: Handler> Protocol for Grpc<H> {
             let (handler, peer) = (self.0.clone(), peer.clone());
             // Boxed, since hyper moves it several times before it runs.
             Box::pin(async move {
+                let request = request.map(RequestBody::from);
                 let reply = match Call::new(request, peer, deadline_max) {
                     Ok(call) => handler.handle(call).await,
                     Err(status) => reject(&status),

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use http::Request;
+use axum::body::Body;
+use http::{Request, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -16,6 +17,7 @@ use super::connection::{
     STREAM_WINDOW_BYTES, read_first, run,
 };
 use super::{Io, Protocol, Server};
+use crate::body::RequestBody;
 use crate::coalesce::Coalesced;
 use crate::drain::Drain;
 use crate::tasks::ConnectionExecutor;
@@ -47,6 +49,11 @@ impl Protocol for Http {
         let router = self.0;
         let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
+            let request = match request.version() {
+                Version::HTTP_2 => request.map(|body| Body::new(RequestBody::from(body))),
+                // hyper itself sees to what is not read.
+                _ => request.map(Body::new),
+            };
             router.clone().call(request)
         });
         let mut builder = auto::Builder::new(ConnectionExecutor);

@@ -12,6 +12,7 @@ from processes import ROOT, Failure, Processes, free_port, run
 
 MODELS = ROOT / "models"
 ECHO_WORKER = ROOT / "target" / "release" / "echo-worker"
+IN_TURN = ROOT / "target" / "release" / "in-turn"
 # More requests than a level sends, so that none is known.
 DISTINCT_MANY = 400_000
 # Some requests again and again, so that all are known.
@@ -76,27 +77,41 @@ def start_gateway(processes, name, worker, flags=()):
     return grpc, http, admin
 
 
-def layers_scenario(options, folder):
-    """Samples of digits through gateways that do ever more."""
-    with Processes(folder) as processes:
-        plain = start_worker(processes, "plain-worker", MODELS, ["digits"])
-        declared = deterministic(processes.folder)
-        kept = start_worker(processes, "kept-worker", declared, ["digits"])
-        asks, key = identity(processes.folder)
-        bare, _, _ = start_gateway(processes, "bare", plain)
-        guarded, _, _ = start_gateway(processes, "guarded", plain, asks)
-        whole, _, _ = start_gateway(processes, "whole", kept, asks)
+def start_layers(processes):
+    """Gateways that do ever more, by their gRPC ports, and the flags of the key."""
+    plain = start_worker(processes, "plain-worker", MODELS, ["digits"])
+    declared = deterministic(processes.folder)
+    kept = start_worker(processes, "kept-worker", declared, ["digits"])
+    asks, key = identity(processes.folder)
+    gateways = {
+        "bare": (plain, []),
+        "again": (plain, []),
+        "guarded": (plain, asks),
+        "whole": (kept, asks),
         # It has forgotten what the round before asked.
-        brief = [*asks, "--cache-ttl", "100ms"]
-        forgets, _, _ = start_gateway(processes, "forgets", kept, brief)
+        "forgets": (kept, [*asks, "--cache-ttl", "100ms"]),
+    }
+    started = {name: start_gateway(processes, name, *how) for name, how in gateways.items()}
+    return {name: grpc for name, (grpc, _, _) in started.items()}, key
+
+
+def layers_scenario(options, folder):
+    """Samples of digits through gateways that do ever more, and what each adds to a call."""
+    with Processes(folder) as processes:
+        ports, key = start_layers(processes)
         many, few = ["--distinct", DISTINCT_MANY], ["--distinct", DISTINCT_FEW]
         targets = [
-            Target("bare", "bare", andon_level(bare, many)),
-            Target("guarded", "guarded", andon_level(guarded, [*many, *key])),
-            Target("miss", "forgets", andon_level(forgets, [*many, *key])),
-            Target("hit", "whole", andon_level(whole, [*few, *key])),
+            Target("bare", "bare", andon_level(ports["bare"], many)),
+            Target("guarded", "guarded", andon_level(ports["guarded"], [*many, *key])),
+            Target("miss", "forgets", andon_level(ports["forgets"], [*many, *key])),
+            Target("hit", "whole", andon_level(ports["whole"], [*few, *key])),
         ]
-        return measure(processes, targets, [("digits", 1), ("digits", 32)], options)
+        samples = measure(processes, targets, [("digits", 1), ("digits", 32)], options)
+        names = ["bare", "again", "guarded", "whole"]
+        asked = [word for name in names for word in ("--target", f"{name}={loopback(ports[name])}")]
+        keyed = ["--keyed", "guarded", "--keyed", "whole"]
+        found = run([IN_TURN, *asked, *keyed, *key, "--rounds", options.pairs], 900)
+        return samples, json.loads(found)
 
 
 def embeddings_bodies(folder):
@@ -199,6 +214,8 @@ def fits():
     missing = []
     if not shutil.which("wrk"):
         missing.append("wrk (benches/setup.sh)")
+    if not IN_TURN.exists():
+        missing.append("target/release/in-turn (cargo build --release -p fleet-tests --bins)")
     for model in ("digits", "minilm"):
         if not (MODELS / model / "1" / "config.json").exists():
             missing.append(f"models/{model} (make models)")

@@ -182,7 +182,7 @@ def report(scenario, samples, options):
 
 def front_report(options, folder):
     """Measures the API front and writes its section of the page."""
-    layers = medians(front.layers_scenario(options, os.path.join(folder, "layers")))
+    layers, turns = front.layers_scenario(options, os.path.join(folder, "layers"))
     doors = medians(front.doors_scenario(options, os.path.join(folder, "doors")))
     computed = front.coalescing_counts(options, os.path.join(folder, "coalescing"))
     command = f"benches/run.py --only front --rounds {options.rounds} --seconds {options.seconds}"
@@ -190,7 +190,7 @@ def front_report(options, folder):
         f"Machine: {machine()}. Command: `{command}`. "
         f"Median of {options.rounds} rounds of {options.seconds} s."
     )
-    body = f"{head}\n\n{front_section(layers, doors, computed)}"
+    body = f"{head}\n\n{front_section(medians(layers), turns, doors, computed)}"
     write_section("front", "The API front", body)
 
 
@@ -228,6 +228,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=10, help="length of one measurement")
     parser.add_argument("--warm-seconds", type=int, default=2, help="load before each")
+    parser.add_argument("--pairs", type=int, default=4000, help="calls of each gateway in turn")
     options = parser.parse_args()
     scenarios = {"gateway": gateway_scenario, "minilm": minilm_scenario, "front": None}
     if options.only:

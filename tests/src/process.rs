@@ -41,7 +41,8 @@ struct Ports {
 
 impl Ports {
     fn take() -> Result<Self> {
-        let folder = crate::root().join("target/fleet/ports");
+        // One for all checkouts: they share the ports.
+        let folder = std::env::temp_dir().join("andon-test-ports");
         std::fs::create_dir_all(&folder)?;
         for first in PORTS.step_by(PORTS_EACH.into()) {
             let lock = File::create(folder.join(first.to_string()))?;

@@ -332,7 +332,8 @@ impl Inner {
                 Some(entered) => entered,
                 None => {
                     let share = limit.div_ceil(self.without_redis()?.max(1));
-                    InFlight::of(scope, share).ok_or(Full::Reached)
+                    let entered = shared.enter_share(scope, limit, share);
+                    entered.ok_or(Full::Reached)
                 }
             },
         };

@@ -1,7 +1,7 @@
 -- Places among a tenant's calls under way, which gateways share. The key is a
 -- hash of gateways: how many places each holds, and until when (ms). ARGV: the
 -- gateway, the limit, the places that its calls have, the most that it wants,
--- and how long it holds them. Answers with how many it holds now.
+-- and how long it holds them. Answers with how many it may use.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local key, own = KEYS[1], ARGV[1]
@@ -23,10 +23,12 @@ for i = 1, #held, 2 do
     others = others + tonumber(count)
   end
 end
--- Calls that are under way are, whatever the limit says.
-local granted = math.max(under_way, math.min(most, limit - others))
-if granted > 0 then
-  redis.call('HSET', key, own, string.format('%.0f %.0f', granted, now + longest))
+-- Calls that are under way hold places, whatever the limit says; they are
+-- granted to no call after them.
+local granted = math.max(0, math.min(most, limit - others))
+local noted = math.max(under_way, granted)
+if noted > 0 then
+  redis.call('HSET', key, own, string.format('%.0f %.0f', noted, now + longest))
   redis.call('PEXPIRE', key, longest)
 else
   redis.call('HDEL', key, own)

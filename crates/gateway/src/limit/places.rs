@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ::redis::Script;
+use futures::StreamExt;
 use platform::tasks::{Owned, owned};
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -19,14 +20,20 @@ use crate::redis::Redis;
 const HELD: f64 = 3.0;
 /// Between two looks at what is held and not used.
 const ROUND: Duration = Duration::from_millis(100);
+/// Scopes that a round asks for at once.
+const AT_ONCE: usize = 32;
 /// Seconds for which Redis is not asked again when there was no place.
 const PAUSE: f64 = 0.005;
 
 /// The calls under way of one scope.
-#[derive(Debug, Default)]
-pub struct Places(Mutex<Counts>);
+#[derive(Debug)]
+pub struct Places {
+    /// Whose they are among those that hold places of the same limit.
+    holder: u128,
+    counts: Mutex<Counts>,
+}
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Counts {
     under_way: u32,
     /// The most under way since the last round.
@@ -39,8 +46,31 @@ struct Counts {
     limit: u32,
     /// Calls that wait for a place.
     waiting: u32,
+    /// When Redis was asked last, and the most that it has noted since.
+    asked: f64,
+    noted: u32,
     /// Whether the rounds look at it.
     followed: bool,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        Self {
+            holder: rand::random(),
+            counts: Mutex::new(Counts {
+                under_way: 0,
+                peak: 0,
+                granted: 0,
+                until: f64::NEG_INFINITY,
+                none_until: f64::NEG_INFINITY,
+                limit: 0,
+                waiting: 0,
+                asked: f64::NEG_INFINITY,
+                noted: 0,
+                followed: false,
+            }),
+        }
+    }
 }
 
 impl Counts {
@@ -54,9 +84,35 @@ impl Counts {
     }
 }
 
+/// What a round has to do.
+enum Due {
+    /// Nothing any more.
+    Over,
+    Nothing,
+    /// Redis has to be told what is used.
+    Told,
+}
+
+impl Counts {
+    /// Looks at what was used since the last round.
+    fn due(&mut self, now: f64) -> Due {
+        let noted = self.noted > 0 && now < self.asked + HELD;
+        if self.under_way == 0 && self.waiting == 0 && !noted {
+            self.followed = false;
+            return Due::Over;
+        }
+        // Asked in half of the time, it is held without a gap.
+        if self.noted > self.peak || now > self.until - HELD / 2.0 {
+            return Due::Told;
+        }
+        self.peak = self.under_way;
+        Due::Nothing
+    }
+}
+
 impl Places {
     fn counts(&self) -> MutexGuard<'_, Counts> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -115,8 +171,6 @@ pub enum Full {
 pub struct SharedPlaces {
     redis: Arc<Redis>,
     script: Script,
-    /// This gateway's name among those that hold places.
-    name: String,
     /// What the rounds look at: keys and what is counted under them.
     followed: Mutex<Vec<(String, Arc<State>)>>,
     begun: Notify,
@@ -128,7 +182,6 @@ impl SharedPlaces {
         Arc::new(Self {
             redis,
             script: Script::new(include_str!("places.lua")),
-            name: format!("{:032x}", rand::random::<u128>()),
             followed: Mutex::default(),
             begun: Notify::new(),
         })
@@ -165,6 +218,15 @@ impl SharedPlaces {
         Some(look().unwrap_or(Err(Full::Crowded)))
     }
 
+    /// A place of this gateway's share, while Redis is lost: it is told when it
+    /// is back.
+    pub fn enter_share(&self, scope: &Scope, limit: u32, share: u32) -> Option<InFlight> {
+        let place = InFlight::of(scope, share)?;
+        scope.state.places.counts().limit = limit;
+        self.look_after(&scope.places_key(), &scope.state);
+        Some(place)
+    }
+
     /// Asks for the places of calls that are under way and that wait, and some
     /// ahead; or, without `calls`, for those that were lately had.
     async fn ask(
@@ -174,37 +236,50 @@ impl SharedPlaces {
         calls: bool,
         now: impl Fn() -> f64,
     ) -> Option<()> {
-        let asked_at = now();
+        let asked = now();
         let (under_way, most, limit) = {
             let mut counts = state.places.counts();
-            let wanted = match calls {
-                true => counts.under_way + counts.waiting.max(1),
+            let most = match calls {
+                true => {
+                    let wanted = counts.under_way + counts.waiting.max(1);
+                    wanted + wanted / 4
+                }
                 false => counts.peak,
             };
-            let most = (wanted + wanted / 4).min(counts.limit);
+            let most = most.min(counts.limit);
+            // What is given back is not used while Redis learns of it.
+            counts.granted = counts.granted.min(most);
+            counts.asked = asked;
+            // Until it answers, what it notes may be either.
+            counts.noted = counts.noted.max(most).max(counts.under_way);
             if !calls {
-                // What is given back is not used while Redis learns of it.
-                counts.granted = counts.granted.min(most);
                 counts.peak = counts.under_way;
             }
             (counts.under_way, most, counts.limit)
         };
+        // Whoever asked may be gone when the answer comes.
+        self.look_after(key, state);
         let mut call = self.script.prepare_invoke();
-        call.key(key).arg(&self.name).arg(limit).arg(under_way);
-        call.arg(most).arg((HELD * 1000.0) as u64);
+        call.key(key).arg(format!("{:032x}", state.places.holder));
+        call.arg(limit).arg(under_way).arg(most);
+        call.arg((HELD * 1000.0) as u64);
         let granted: u32 = self.redis.run_script(&call).await.ok()?;
         let mut counts = state.places.counts();
-        (counts.granted, counts.until) = (granted, asked_at + HELD);
+        (counts.granted, counts.until) = (granted, asked + HELD);
+        counts.noted = granted.max(under_way);
         if calls && granted <= under_way {
             counts.none_until = now() + PAUSE;
         }
-        if granted > 0 && !counts.followed {
-            counts.followed = true;
-            drop(counts);
-            self.followed().push((key.to_owned(), state.clone()));
-            self.begun.notify_one();
-        }
         Some(())
+    }
+
+    /// Has the rounds look at a scope.
+    fn look_after(&self, key: &str, state: &Arc<State>) {
+        if std::mem::replace(&mut state.places.counts().followed, true) {
+            return;
+        }
+        self.followed().push((key.to_owned(), state.clone()));
+        self.begun.notify_one();
     }
 
     fn followed(&self) -> MutexGuard<'_, Vec<(String, Arc<State>)>> {
@@ -223,18 +298,27 @@ impl SharedPlaces {
                 tokio::time::sleep(ROUND).await;
                 // Others may begin meanwhile.
                 let round = std::mem::take(&mut *shared.followed());
-                for (key, state) in round {
-                    let (stays, due) = look_after(&state, now());
-                    if due {
-                        let _asking = state.asking.lock().await;
-                        let _ = shared.ask(&key, &state, false, &now).await;
-                    }
-                    if stays {
-                        shared.followed().push((key, state));
-                    }
-                }
+                let round = futures::stream::iter(round);
+                round
+                    .for_each_concurrent(AT_ONCE, |(key, state)| shared.keep(key, state, &now))
+                    .await;
             }
         })
+    }
+
+    /// One round's look at a scope.
+    async fn keep(&self, key: String, state: Arc<State>, now: impl Fn() -> f64) {
+        let due = match state.places.counts().due(now()) {
+            Due::Over => return,
+            Due::Nothing => false,
+            Due::Told => true,
+        };
+        if due {
+            let _asking = state.asking.lock().await;
+            // Without an answer the next round asks again.
+            let _ = self.ask(&key, &state, false, &now).await;
+        }
+        self.followed().push((key, state));
     }
 }
 
@@ -251,19 +335,4 @@ fn look(state: &Arc<State>, limit: u32, now: f64) -> Option<Result<InFlight, Ful
     }
     let full = counts.under_way >= limit || now < counts.none_until;
     full.then_some(Err(Full::Reached))
-}
-
-/// Whether a scope is still looked after, and whether Redis has to be told.
-fn look_after(state: &State, now: f64) -> (bool, bool) {
-    let mut counts = state.places.counts();
-    if counts.granted == 0 && counts.under_way == 0 {
-        counts.followed = false;
-        return (false, false);
-    }
-    let unused = counts.granted > counts.peak + counts.peak / 4;
-    let old = counts.until - now < HELD / 2.0;
-    if !unused && !old {
-        counts.peak = counts.under_way;
-    }
-    (true, unused || old)
 }

@@ -88,6 +88,7 @@ async fn places_outlive_what_happens_to_redis() -> Result<()> {
     redis.again().await?;
     held.redis_is(1.0).await?;
     finds(&held, &addresses[..1], 8).await?;
+    finds(&held, &addresses, 8).await?;
     // What none of us wrote keeps nobody out.
     let client = redis::Client::open(redis.url())?;
     let mut connection = client.get_multiplexed_async_connection().await?;
@@ -116,4 +117,40 @@ async fn places_close_with_a_lost_redis_where_the_policy_says_so() -> Result<()>
     ensure!(found.passed.is_empty(), "{} passed", found.passed.len());
     ensure!(found.longest < 20 * SECOND, "{:?}", found.longest);
     found.all_refused(Code::Unavailable, "cannot be checked")
+}
+
+/// Calls that passed at all gateways.
+async fn passed(held: &Held) -> Result<f64> {
+    let name = "andon_gateway_requests_total{model=\"echo\",method=\"ModelInfer\",code=\"OK\"}";
+    let mut sum = 0.0;
+    for gateway in &held.gateways {
+        sum += gateway.metric(name).await?.unwrap_or_default();
+    }
+    Ok(sum)
+}
+
+#[tokio::test]
+async fn a_limit_that_shrinks_takes_hold_under_load() -> Result<()> {
+    let redis = Redis::start().await?;
+    let held = two(&redis, "").await?;
+    let load = held.press("a", 8, 12 * SECOND);
+    let (pressed, counted) = tokio::join!(load, async {
+        until(20 * SECOND, "calls pass", || async {
+            Ok(passed(&held).await? >= 8.0)
+        })
+        .await?;
+        let policy = tenant("a", "in_flight = 4") + "[limits]\nreplicas = 2\n";
+        std::fs::write(held.folder.join("policy.toml"), policy)?;
+        // The file is looked at every second, and calls take one.
+        tokio::time::sleep(4 * SECOND).await;
+        let before = passed(&held).await?;
+        tokio::time::sleep(4 * SECOND).await;
+        anyhow::Ok(passed(&held).await? - before)
+    });
+    let (pressed, counted) = (pressed?, counted?);
+    // Four a second, and those that ended at once; eight a second would be 32.
+    ensure!((4.0..=24.0).contains(&counted), "{counted} in four seconds");
+    let last = pressed.refused.last().context("nothing was refused")?;
+    ensure!(last.message().contains("limit of"), "{last:?}");
+    Ok(())
 }

@@ -61,10 +61,8 @@ async fn the_places_of_a_gateway_that_died_come_back() -> Result<()> {
     let held = two(&redis, "").await?;
     let addresses = held.addresses();
     let (before, after) = tokio::join!(crowd(&held, &addresses[..1], 16), async {
-        let all = || async {
-            let calls = held.gateways[0].metric("andon_gateway_in_flight").await?;
-            Ok(calls >= Some(8.0))
-        };
+        let refused = "andon_gateway_limited_total{limit=\"in_flight\"}";
+        let all = || async { Ok(held.gateways[0].metric(refused).await? >= Some(1.0)) };
         until(20 * SECOND, "all places are taken", all).await?;
         held.gateways[0].signal(libc::SIGKILL)?;
         crowd(&held, &addresses[1..], 16).await

@@ -79,19 +79,20 @@ def start_gateway(processes, name, worker, flags=()):
 
 def start_layers(processes):
     """Gateways that do ever more, by their gRPC ports, and the flags of the key."""
-    plain = start_worker(processes, "plain-worker", MODELS, ["digits"])
     declared = deterministic(processes.folder)
-    kept = start_worker(processes, "kept-worker", declared, ["digits"])
+    shutil.copytree(MODELS / "digits" / "1", declared / "plain" / "1")
+    worker = start_worker(processes, "worker", declared, ["digits", "plain"])
     asks, key = identity(processes.folder)
     gateways = {
-        "bare": (plain, []),
-        "again": (plain, []),
-        "guarded": (plain, asks),
-        "whole": (kept, asks),
+        "bare": [],
+        "again": [],
+        "guarded": asks,
+        "whole": asks,
         # It has forgotten what the round before asked.
-        "forgets": (kept, [*asks, "--cache-ttl", "100ms"]),
+        "forgets": [*asks, "--cache-ttl", "100ms"],
     }
-    started = {name: start_gateway(processes, name, *how) for name, how in gateways.items()}
+    started = {name: start_gateway(processes, name, worker, flags)
+               for name, flags in gateways.items()}
     return {name: grpc for name, (grpc, _, _) in started.items()}, key
 
 
@@ -100,15 +101,23 @@ def layers_scenario(options, folder):
     with Processes(folder) as processes:
         ports, key = start_layers(processes)
         many, few = ["--distinct", DISTINCT_MANY], ["--distinct", DISTINCT_FEW]
+        # All over one worker; the answers of `plain` may not be kept.
+        models = {"bare": "plain", "again": "plain", "guarded": "plain", "whole": "digits"}
+
+        def level(gateway, load):
+            run_level = andon_level(ports[gateway], load)
+            model = models.get(gateway, "digits")
+            return lambda _, concurrency, seconds: run_level(model, concurrency, seconds)
+
         targets = [
-            Target("bare", "bare", andon_level(ports["bare"], many)),
-            Target("guarded", "guarded", andon_level(ports["guarded"], [*many, *key])),
-            Target("miss", "forgets", andon_level(ports["forgets"], [*many, *key])),
-            Target("hit", "whole", andon_level(ports["whole"], [*few, *key])),
+            Target("bare", "bare", level("bare", many)),
+            Target("guarded", "guarded", level("guarded", [*many, *key])),
+            Target("miss", "forgets", level("forgets", [*many, *key])),
+            Target("hit", "whole", level("whole", [*few, *key])),
         ]
         samples = measure(processes, targets, [("digits", 1), ("digits", 32)], options)
-        names = ["bare", "again", "guarded", "whole"]
-        asked = [word for name in names for word in ("--target", f"{name}={loopback(ports[name])}")]
+        asked = [word for name, model in models.items()
+                 for word in ("--target", f"{name}={loopback(ports[name])}/{model}")]
         keyed = ["--keyed", "guarded", "--keyed", "whole"]
         found = run([IN_TURN, *asked, *keyed, *key, "--rounds", options.pairs], 900)
         return samples, json.loads(found)

@@ -1,6 +1,7 @@
 //! What servers add to a call, when they differ by less than the machine's
 //! noise: one call at a time, to each server in turn, again and again. Calls of
-//! one round meet the same noise, so that their differences do not.
+//! one round meet the same noise, so that their differences do not. Every round
+//! has another order, since a server is slower after another than after itself.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -12,8 +13,8 @@ use serde_json::json;
 
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// A server of `digits`, NAME=HOST:PORT; the first is what the others are
-    /// compared with
+    /// A server and its model of digits, NAME=HOST:PORT/MODEL; the first is what
+    /// the others are compared with
     #[arg(long, required = true)]
     target: Vec<String>,
     /// A name of those that are called with the key
@@ -29,6 +30,7 @@ struct Arguments {
 struct Target {
     name: String,
     client: Client,
+    model: String,
     key: Option<String>,
     took: Vec<Duration>,
 }
@@ -43,19 +45,28 @@ async fn main() -> Result<()> {
     let key = key.transpose().context("the key's file")?;
     let mut targets = Vec::new();
     for given in &arguments.target {
-        let (name, address) = given.split_once('=').context("NAME=HOST:PORT")?;
+        let (name, rest) = given.split_once('=').context("NAME=HOST:PORT/MODEL")?;
+        let (address, model) = rest.split_once('/').context("NAME=HOST:PORT/MODEL")?;
         let keyed = arguments.keyed.iter().any(|keyed| keyed == name);
         targets.push(Target {
             name: name.to_owned(),
             client: client(address.parse()?).await?,
+            model: model.to_owned(),
             key: key.clone().filter(|_| keyed),
             took: Vec::new(),
         });
     }
+    let mut order: Vec<usize> = (0..targets.len()).collect();
+    let mut chance = 0x9e37_79b9_7f4a_7c15_u64;
     for round in 0..WARM + arguments.rounds {
-        for turn in 0..targets.len() {
-            let place = (round + turn) % targets.len();
-            let target = targets.get_mut(place).context("a target")?;
+        for place in (1..order.len()).rev() {
+            chance ^= chance << 13;
+            chance ^= chance >> 7;
+            chance ^= chance << 17;
+            order.swap(place, chance as usize % (place + 1));
+        }
+        for place in &order {
+            let target = targets.get_mut(*place).context("a target")?;
             let took = call(target, round).await?;
             if round >= WARM {
                 target.took.push(took);
@@ -82,7 +93,9 @@ async fn call(target: &mut Target, round: usize) -> Result<Duration> {
         *pixel = (rest % 17) as f32;
         rest /= 17;
     }
-    let mut request = tonic::Request::new(pixels(&[row]));
+    let mut message = pixels(&[row]);
+    message.model_name.clone_from(&target.model);
+    let mut request = tonic::Request::new(message);
     if let Some(key) = &target.key {
         request
             .metadata_mut()

@@ -117,6 +117,43 @@ async fn places_close_with_a_lost_redis_where_the_policy_says_so() -> Result<()>
     found.all_refused(Code::Unavailable, "cannot be checked")
 }
 
+/// The gateways' script: calls over a limit are under way and hold their
+/// places, and no call after them is let in for it.
+#[tokio::test]
+async fn what_is_over_the_limit_is_granted_to_nobody() -> Result<()> {
+    let redis = Redis::start().await?;
+    let client = redis::Client::open(redis.url())?;
+    let mut connection = client.get_multiplexed_async_connection().await?;
+    let places = include_str!("../../../../crates/gateway/src/limit/places.lua");
+    let script = redis::Script::new(places);
+    for (gateway, limit, under_way, most, granted) in [
+        ("one", 8, 0, 4, 4),
+        ("other", 8, 0, 5, 4),
+        // It shrinks: eight are under way.
+        ("one", 4, 4, 4, 0),
+        ("other", 4, 4, 4, 0),
+        ("one", 4, 2, 3, 0),
+        ("other", 4, 2, 4, 2),
+        ("one", 4, 2, 4, 2),
+        // One of them has none any more.
+        ("other", 4, 0, 0, 0),
+        ("one", 4, 2, 9, 4),
+    ] {
+        let mut call = script.prepare_invoke();
+        call.key(KEY)
+            .arg(gateway)
+            .arg(limit)
+            .arg(under_way)
+            .arg(most);
+        let found: u32 = call.arg(30_000).invoke_async(&mut connection).await?;
+        ensure!(
+            found == granted,
+            "{gateway}, {under_way} under way of {limit}: {found}"
+        );
+    }
+    Ok(())
+}
+
 /// Calls that passed at all gateways.
 async fn passed(held: &Held) -> Result<f64> {
     let name = "andon_gateway_requests_total{model=\"echo\",method=\"ModelInfer\",code=\"OK\"}";

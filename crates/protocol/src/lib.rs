@@ -3,19 +3,23 @@
 
 mod error;
 mod ids;
+mod method;
 mod peek;
 mod request;
 mod settings;
 mod statistics;
+mod task;
 
 pub use error::{Error, Kind, Violation};
 pub use ids::{ModelName, ModelVersion};
+pub use method::{Method, Service};
 pub use peek::{Peeked, peek, peek_count, peek_rows, renamed, with_final_response_flag};
 pub use request::{
     InferRequest, Input, Parameters, Value, data_type, load_target, to_response, unload_target,
 };
 pub use settings::{LogSettings, TraceSettings};
 pub use statistics::add_statistics;
+pub use task::{ReportedTask, Task, UnknownTask};
 
 /// Metadata key that names the model of a `tei.v1` call.
 pub const MODEL_KEY: &str = "andon-model";

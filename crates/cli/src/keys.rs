@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail};
-use gateway::auth::{KeyFile, NewKey, Policy, StoredKey};
+use gateway::auth::{KeyFile, NewKey, StoredKey};
+use gateway::policy::Policy;
 
 use crate::client::{Format, print};
 

@@ -1,15 +1,13 @@
-//! Who calls, and what they may call. See docs/decisions/identity.md.
+//! Authentication: which caller an API key, a token or a client certificate
+//! stands for. See docs/decisions/identity.md.
 
-mod files;
 mod jwks;
 mod jwt;
 mod keys;
-mod policy;
+mod metrics;
 
 pub use keys::{KeyError, KeyFile, NewKey, StoredKey};
-pub use policy::{
-    JwksSource, JwtPolicy, LimitPolicy, Openness, Pattern, Policy, PolicyError, RedisLost, Tenant,
-};
+pub use metrics::AuthMetrics;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -23,8 +21,8 @@ use platform::tasks::{Owned, owned};
 use platform::tls::Peer;
 use protocol::{Error, Kind};
 
-use crate::metrics::AuthMetrics;
-use files::Followed;
+use crate::policy::files::Followed;
+use crate::policy::{self, Caller, Openness, Policy, PolicyCell, PolicyError, Tenant};
 use jwt::Tokens;
 use keys::Keys;
 
@@ -44,16 +42,6 @@ pub struct AuthSettings {
     /// Serve a public address although nobody is asked who they are
     #[arg(long)]
     pub insecure: bool,
-}
-
-/// Who calls. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct Caller {
-    /// Whose call it is.
-    pub tenant: Arc<Tenant>,
-    /// What proved it, for the trace: a key's prefix, a token's subject or a
-    /// certificate's name. Never a secret.
-    pub credential: Arc<str>,
 }
 
 /// Why a caller is not recognized: a word for the metric, and a sentence that
@@ -103,6 +91,8 @@ pub struct Auth {
     anyone: Caller,
     files: Option<Files>,
     state: ArcSwap<State>,
+    /// The policy of the state, for the layers that need nothing else of it.
+    policy: PolicyCell,
     metrics: AuthMetrics,
 }
 
@@ -154,6 +144,7 @@ impl Auth {
             settings: settings.clone(),
             anyone: Caller::gateway(),
             files,
+            policy: Arc::new(ArcSwap::new(state.policy.clone())),
             state: ArcSwap::from_pointee(state),
             metrics: AuthMetrics::default(),
         })
@@ -185,6 +176,7 @@ impl Auth {
                 if !after.same_signers(&before) {
                     _fetching = fetching(&after);
                 }
+                self.policy.store(after.policy.clone());
                 self.state.store(after);
             }
             if let Some(tokens) = &self.state.load().tokens {
@@ -236,24 +228,24 @@ impl Auth {
         (taken(policy, policy::WHAT), taken(stored, keys::WHAT))
     }
 
-    /// Whether callers are asked who they are.
-    pub fn asks(&self) -> bool {
+    /// Whether callers must authenticate.
+    pub fn is_required(&self) -> bool {
         self.settings.policy.is_some()
     }
 
     /// Whether reflection is answered without asking.
     pub fn reflection_is_open(&self) -> bool {
-        !self.asks() || self.state.load().policy.reflection == Openness::Open
+        !self.is_required() || self.state.load().policy.reflection == Openness::Open
     }
 
     /// The policy as it stands now.
-    pub fn policy(&self) -> Arc<Policy> {
-        self.state.load().policy.clone()
+    pub fn policy(&self) -> &PolicyCell {
+        &self.policy
     }
 
     /// Who calls: by a key or a token in the metadata, or by a certificate.
     pub async fn caller(&self, headers: &HeaderMap, peer: &Peer) -> Result<Caller, Error> {
-        if !self.asks() {
+        if !self.is_required() {
             return Ok(self.anyone.clone());
         }
         let state = self.state.load_full();
@@ -417,39 +409,6 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
     let mut hash = [0; 32];
     hash.copy_from_slice(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes).as_ref());
     hash
-}
-
-impl Caller {
-    /// The gateway itself.
-    pub fn gateway() -> Self {
-        Self {
-            tenant: Arc::new(Tenant::anyone()),
-            credential: "".into(),
-        }
-    }
-
-    /// An error unless the caller is an administrator.
-    pub fn must_administrate(&self) -> Result<(), Error> {
-        if self.tenant.administrator {
-            return Ok(());
-        }
-        Err(Error::new(
-            Kind::Forbidden,
-            "only an administrator may do this",
-        ))
-    }
-
-    /// An error unless the caller may call a model or alias. It says nothing
-    /// about whether there is one of this name.
-    pub fn must_be_allowed(&self, model: &str) -> Result<(), Error> {
-        if self.tenant.may_call(model) {
-            return Ok(());
-        }
-        Err(Error::new(
-            Kind::Forbidden,
-            "the model is not among those that this caller may call",
-        ))
-    }
 }
 
 #[cfg(test)]

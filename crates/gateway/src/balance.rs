@@ -6,6 +6,10 @@
 //! gives a tenth back, and nothing is sent again while half of them are gone.
 //! Calls that the worker never began are sent again for nothing.
 
+mod metrics;
+
+pub use metrics::BalanceMetrics;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,10 +18,9 @@ use protocol::{Error, Kind};
 use tokio::time::Instant;
 use tonic::Code;
 
-use crate::metrics::BalanceMetrics;
-use crate::route::{Route, nobody};
-use crate::service::Request;
-use crate::upstream::{Answer, Attempt, Budget, Unanswered, Upstream};
+use crate::request::Request;
+use crate::route::{Route, no_worker_reachable};
+use crate::upstream::{Attempt, Budget, Response, SendError, Upstream};
 
 /// Sends of one call, the first included.
 const ATTEMPTS_MAX: usize = 5;
@@ -36,7 +39,7 @@ pub struct Balance {
 /// What an attempt came to.
 enum Outcome {
     /// The caller gets this.
-    Answered(Answer),
+    Answered(Response),
     /// The caller gets this: no other worker would do better.
     Failed(Error),
     /// Another worker may do better.
@@ -44,7 +47,7 @@ enum Outcome {
 }
 
 struct Failure {
-    last: Result<Answer, Error>,
+    last: Result<Response, Error>,
     reason: &'static str,
     /// Whether sending again costs a token.
     costs: bool,
@@ -62,12 +65,12 @@ impl Balance {
     }
 
     /// Sends a call until a worker answers, the deadline or the budget says
-    /// no, or there is nobody left. Every call that comes here computes and
+    /// no, or there is no_worker_reachable left. Every call that comes here computes and
     /// changes nothing: it may be sent twice.
-    pub async fn send(&self, route: &Route, request: &Request) -> Result<Answer, Error> {
+    pub async fn send(&self, route: &Route, request: &Request) -> Result<Response, Error> {
         // By address: a worker may be asked again only when no other is left.
         let mut tried: Vec<usize> = Vec::new();
-        let mut last = Err(nobody());
+        let mut last = Err(no_worker_reachable());
         for number in 0..ATTEMPTS_MAX {
             let Some((upstream, again)) = pick(route, &tried) else {
                 break;
@@ -107,7 +110,7 @@ impl Balance {
         last
     }
 
-    fn judge(&self, upstream: &Upstream, sent: Result<Answer, Unanswered>) -> Outcome {
+    fn judge(&self, upstream: &Upstream, sent: Result<Response, SendError>) -> Outcome {
         let answer = match sent {
             Ok(answer) => answer,
             Err(unanswered) => return self.unanswered(upstream, unanswered),
@@ -146,16 +149,16 @@ impl Balance {
         }
     }
 
-    fn unanswered(&self, upstream: &Upstream, unanswered: Unanswered) -> Outcome {
+    fn unanswered(&self, upstream: &Upstream, unanswered: SendError) -> Outcome {
         let message = format!("worker {}: {unanswered}", upstream.target);
         let (reason, costs) = match unanswered {
-            Unanswered::NotSent(_) => ("not_sent", false),
-            Unanswered::Broken(_) => ("broken", true),
-            Unanswered::TooLarge(_) => {
+            SendError::NotSent(_) => ("not_sent", false),
+            SendError::Broken(_) => ("broken", true),
+            SendError::TooLarge(_) => {
                 upstream.succeeded();
                 return Outcome::Failed(Error::new(Kind::TooLarge, message));
             }
-            Unanswered::NoRoom => {
+            SendError::NoRoom => {
                 upstream.succeeded();
                 let retry_after = Duration::from_millis(100);
                 return Outcome::Failed(Error::overloaded(message, retry_after));

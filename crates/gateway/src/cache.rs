@@ -9,6 +9,7 @@ mod memory;
 mod remote;
 mod rows;
 
+use std::future::Future;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -20,12 +21,10 @@ use platform::tasks::Owned;
 use protocol::{CACHE_KEY, DIGEST_KEY};
 use tonic::{Code, Status};
 
-use crate::limit::{LimitSettings, Usage};
-use crate::redis::{Redis, RedisError};
+use crate::redis::{Redis, RedisError, RedisSettings};
+use crate::request::{Request, Usage};
 use crate::route::Route;
-use crate::service::Request;
-use crate::stack::Stack;
-use crate::upstream::Answer;
+use crate::upstream::Response;
 use counts::{Counts, Readings};
 use flight::Flights;
 use key::Source;
@@ -95,14 +94,13 @@ impl Cache {
     /// An empty cache; nothing is connected yet.
     pub fn new(
         settings: &CacheSettings,
-        limits: &LimitSettings,
+        shared: &RedisSettings,
         metrics: &Metrics,
     ) -> Result<Self, CacheError> {
         let ttl = settings.cache_ttl.min(TTL_MAX);
         let (mut redis, mut remote) = (None, None);
-        if let (Some(url), Some(secret)) = (&limits.redis, &settings.cache_secret_file) {
+        if let (Some(opened), Some(secret)) = (shared.open()?, &settings.cache_secret_file) {
             let seal = Seal::read(secret)?;
-            let opened = Redis::open(url, limits.redis_password_file.as_deref())?;
             let help = "1 while answers are looked up and kept in Redis";
             metrics.register(|registry| {
                 registry.register("andon_gateway_cache_redis_up", help, opened.up());
@@ -133,15 +131,16 @@ impl Cache {
         connecting.into_iter().chain(writing).collect()
     }
 
-    /// The answer to a request: what is known of it, and the rest computed.
-    pub async fn answer(
+    /// The response to a request: cached rows, and the others computed by what
+    /// is below the cache.
+    pub async fn respond<B: Backend>(
         &self,
-        stack: &Stack,
+        backend: &B,
         route: &Route,
         request: &Request,
-    ) -> Result<Answer, Status> {
+    ) -> Result<Response, Status> {
         let Some(digest) = route.digest() else {
-            return stack.send(route, request).await;
+            return backend.send(request).await;
         };
         let source = Source {
             scope: &request.caller.tenant.cache_scope,
@@ -151,17 +150,16 @@ impl Cache {
         };
         let wish = wish(&request.headers);
         if wish == Wish::Unkept {
-            let mut answer = stack.send(route, request).await?;
+            let mut answer = backend.send(request).await?;
             let note = HeaderValue::from_static("miss");
             answer.metadata_mut().insert(CACHE_KEY, note);
             return Ok(answer);
         }
         let Some(rows) = rows::of(request, &source) else {
-            return stack.send(route, request).await;
+            return backend.send(request).await;
         };
         let asking = Asking {
-            stack,
-            route,
+            backend,
             request,
             digest,
             rows: rows.as_ref(),
@@ -198,10 +196,18 @@ fn wish(headers: &HeaderMap) -> Wish {
     wish
 }
 
+/// The layers below the cache, for one request.
+pub trait Backend: Sync {
+    /// Sends a request, or a part of it, to a worker or provider.
+    fn send(&self, request: &Request) -> impl Future<Output = Result<Response, Status>> + Send;
+
+    /// Charges usage that belongs to no response.
+    fn charge(&self, usage: Usage);
+}
+
 /// One request, some of whose rows have to be computed.
-struct Asking<'a> {
-    stack: &'a Stack,
-    route: &'a Route,
+struct Asking<'a, B: Backend> {
+    backend: &'a B,
     request: &'a Request,
     digest: &'a str,
     rows: &'a dyn Rows,
@@ -209,10 +215,9 @@ struct Asking<'a> {
 }
 
 /// What was spent and is in no answer is charged all the same.
-impl Drop for Asking<'_> {
+impl<B: Backend> Drop for Asking<'_, B> {
     fn drop(&mut self) {
-        let (caller, model) = (&self.request.caller, self.route.name());
-        self.stack.0.limit.charge(caller, model, self.spent());
+        self.backend.charge(self.spent());
     }
 }
 
@@ -221,14 +226,14 @@ impl Drop for Asking<'_> {
 struct Sent {
     paid: Paid,
     /// The answer to the request as it came.
-    whole: Option<Answer>,
+    whole: Option<Response>,
 }
 
 /// What the caller gets when its rows cannot be put together. Boxed, since it
 /// is large and rare.
-type Instead = Box<Result<Answer, Status>>;
+type Instead = Box<Result<Response, Status>>;
 
-impl Compute for Asking<'_> {
+impl<B: Backend> Compute for Asking<'_, B> {
     type Instead = Instead;
 
     async fn compute(&self, places: &[usize]) -> Result<Vec<Row>, Instead> {
@@ -255,17 +260,17 @@ impl Compute for Asking<'_> {
     }
 }
 
-impl Asking<'_> {
+impl<B: Backend> Asking<'_, B> {
     /// Sends a part of the request, or the request as it came.
-    async fn sent(&self, part: Option<&Request>) -> Result<Answer, Instead> {
+    async fn sent(&self, part: Option<&Request>) -> Result<Response, Instead> {
         let request = part.unwrap_or(self.request);
-        let sent = self.stack.send(self.route, request).await;
+        let sent = self.backend.send(request).await;
         sent.map_err(|status| Box::new(Err(status)))
     }
 
     /// The rows of an answer, and what they took; none when the answer is no
     /// such answer, or that of another version.
-    fn read(&self, answer: &Answer, count: usize) -> Option<Vec<Row>> {
+    fn read(&self, answer: &Response, count: usize) -> Option<Vec<Row>> {
         let digest = answer.metadata().get(DIGEST_KEY)?;
         if digest.as_bytes() != self.digest.as_bytes() {
             return None;
@@ -305,8 +310,8 @@ impl Asking<'_> {
     }
 
     /// The answer to the request as it came, when there is no other.
-    async fn anew(&self) -> Result<Answer, Status> {
-        let answer = self.stack.send(self.route, self.request).await?;
+    async fn anew(&self) -> Result<Response, Status> {
+        let answer = self.backend.send(self.request).await?;
         Ok(answer.also_spent(self.spent()))
     }
 
@@ -315,7 +320,7 @@ impl Asking<'_> {
     }
 
     /// The answer of the rows that were found.
-    async fn answer(&self, found: Found) -> Result<Answer, Status> {
+    async fn answer(&self, found: Found) -> Result<Response, Status> {
         let note = note(&found);
         tracing::Span::current().record("andon.cache", note.to_str().unwrap_or_default());
         let whole = self.lock().whole.take();
@@ -335,7 +340,7 @@ impl Asking<'_> {
         if let Ok(digest) = HeaderValue::try_from(self.digest) {
             headers.insert(DIGEST_KEY, digest);
         }
-        Ok(Answer::of_framed(framed, headers).costing(cost))
+        Ok(Response::of_framed(framed, headers).costing(cost))
     }
 }
 

@@ -11,15 +11,15 @@ use platform::channel::{Channel, Target};
 use platform::grpc::decode;
 use platform::shards::Shards;
 use platform::tasks::{Owned, owned};
+use protocol::Method;
 use protocol::andon::v1::{ModelReport, WatchReportRequest, WatchReportResponse};
 use protocol::inference::{RepositoryIndexRequest, RepositoryIndexResponse};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
-use crate::metrics::GatewayMetrics;
+use crate::request::Request;
 use crate::route::Routes;
-use crate::service::Request;
-use crate::upstream::Upstream;
+use crate::upstream::{Upstream, UpstreamMetrics};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The first pause before connecting again, and the longest.
@@ -51,7 +51,7 @@ pub struct DiscoverSettings {
 #[derive(Debug)]
 pub struct Discovery {
     routes: Arc<Routes>,
-    metrics: GatewayMetrics,
+    metrics: UpstreamMetrics,
     connections: usize,
     shards: Arc<Shards>,
     workers: Mutex<BTreeMap<String, Known>>,
@@ -73,7 +73,7 @@ const STATIC: &str = "";
 pub fn start(
     settings: DiscoverSettings,
     routes: Arc<Routes>,
-    metrics: GatewayMetrics,
+    metrics: UpstreamMetrics,
 ) -> Vec<Owned> {
     let discovery = Arc::new(Discovery {
         routes,
@@ -111,7 +111,7 @@ impl Discovery {
             known.sources.insert(source.to_owned());
             return;
         }
-        let upstream = Arc::new(Upstream::new(target, self.metrics.upstream(key.clone())));
+        let upstream = Arc::new(Upstream::new(target, self.metrics.of(key.clone())));
         let (discovery, kept) = (Arc::downgrade(self), upstream.clone());
         let (connections, shards) = (self.connections, self.shards.clone());
         let task = owned(async move {
@@ -120,7 +120,7 @@ impl Discovery {
                     discovery.rebuild();
                 }
             };
-            attend(&kept, (connections, &shards), changed).await;
+            attend(&kept, connections, &shards, changed).await;
         });
         let known = Known {
             upstream,
@@ -184,7 +184,7 @@ impl Discovery {
 }
 
 /// Keeps a worker connected and follows what it serves.
-async fn attend(upstream: &Upstream, (connections, shards): (usize, &Shards), changed: impl Fn()) {
+async fn attend(upstream: &Upstream, connections: usize, shards: &Shards, changed: impl Fn()) {
     let mut backoff = BACKOFF;
     loop {
         match connect(upstream, connections, shards).await {
@@ -269,8 +269,7 @@ async fn follow(upstream: &Upstream, changed: &impl Fn()) -> Status {
 /// Follows a worker's reports until it ends, breaks or falls silent.
 async fn listen(upstream: &Upstream, channel: &Channel, changed: &impl Fn()) -> Result<(), Status> {
     let deadline = Instant::now() + Duration::from_secs(365 * 24 * 3600);
-    let path = "/andon.v1.ReportService/WatchReport";
-    let request = Request::own(path, &WatchReportRequest {}, deadline);
+    let request = Request::internal(Method::WatchReport, &WatchReportRequest {}, deadline);
     let mut body = match upstream.open(channel, &request).await {
         Ok(body) => body,
         Err(status) if status.code() == Code::Unimplemented => {
@@ -318,11 +317,12 @@ fn next_report(gathered: &mut bytes::BytesMut) -> Result<Option<WatchReportRespo
 
 /// Asks a server of another make what it serves, again and again.
 async fn ask(upstream: &Upstream, channel: &Channel, changed: &impl Fn()) -> Result<(), Status> {
-    let path = "/inference.GRPCInferenceService/RepositoryIndex";
     loop {
         let deadline = Instant::now() + SILENCE_MAX;
         let asked = RepositoryIndexRequest::default();
-        let index: RepositoryIndexResponse = upstream.call(path, &asked, deadline).await?;
+        let index: RepositoryIndexResponse = upstream
+            .call(Method::RepositoryIndex, &asked, deadline)
+            .await?;
         let models = index
             .models
             .into_iter()

@@ -5,12 +5,15 @@ pub mod auth;
 mod balance;
 mod cache;
 mod discover;
+mod fleet;
+mod grpc;
 mod http;
 mod limit;
-mod metrics;
+pub mod policy;
+mod readings;
 mod redis;
+mod request;
 mod route;
-mod service;
 mod shed;
 pub mod stack;
 mod upstream;
@@ -26,19 +29,23 @@ use platform::server::{Grpc, Http, Listener, Server, ServerSettings};
 use platform::tasks::{Owned, owned};
 use platform::tls::{Tls, TlsError, TlsSettings};
 use platform::{CommonServices, Process};
+use prometheus_client::registry::Registry;
 use protocol::{DESCRIPTORS, SERVICES};
 
 use crate::http::HttpSettings;
-use auth::{Auth, AuthSettings, PolicyError};
-use balance::Balance;
+use auth::{Auth, AuthSettings};
+use balance::{Balance, BalanceMetrics};
 use cache::{Cache, CacheError, CacheSettings};
 use discover::DiscoverSettings;
-use limit::{Limit, LimitSettings};
-use metrics::{GatewayMetrics, Readings};
-use redis::{Redis, RedisError};
+use grpc::GrpcDoor;
+use limit::{Limit, LimitMetrics, LimitSettings};
+use policy::PolicyError;
+use readings::Readings;
+use redis::{Redis, RedisError, RedisSettings};
 use route::Routes;
 use shed::Shed;
-use stack::{Layers, Stack};
+use stack::{CallMetrics, Layers, Stack};
+use upstream::UpstreamMetrics;
 use upstream::provider::{Catalogue, CatalogueError, ProviderSettings};
 
 /// Where a gateway finds workers.
@@ -73,6 +80,9 @@ pub struct GatewaySettings {
     pub auth: AuthSettings,
     #[command(flatten)]
     #[allow(missing_docs, reason = "their fields are documented")]
+    pub redis: RedisSettings,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "their fields are documented")]
     pub limit: LimitSettings,
     #[command(flatten)]
     #[allow(missing_docs, reason = "their fields are documented")]
@@ -80,10 +90,11 @@ pub struct GatewaySettings {
     #[command(flatten)]
     #[allow(missing_docs, reason = "their fields are documented")]
     pub providers: ProviderSettings,
-    /// Calls that may be under way; more are refused at once
+    /// Calls that may be in flight; more are refused at once
     #[arg(long, value_name = "COUNT", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
     pub calls_max: u32,
-    /// Failures that may be sent again in a row, as in gRFC A6
+    /// Tokens of the retry budget, as in gRFC A6: failures in a row that are
+    /// retried
     #[arg(long, value_name = "COUNT", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub retry_tokens: u32,
     /// Connections to each worker from each of the gateway's threads
@@ -139,6 +150,8 @@ pub enum GatewayError {
 #[derive(Debug)]
 pub struct Gateway {
     stack: Stack,
+    common: CommonServices,
+    upstream_metrics: UpstreamMetrics,
     server: Server,
     http: HttpSettings,
     discover: DiscoverSettings,
@@ -168,17 +181,24 @@ impl Gateway {
         }
         catalogue.metrics.register(&process.metrics);
         let auth = Arc::new(Auth::new(&settings.auth)?);
-        let redis = settings.limit.redis()?;
         auth.metrics().register(&process.metrics);
-        let metrics = GatewayMetrics::register(&process.metrics, redis.as_deref());
+        let redis = settings.redis.open()?;
+        if let Some(redis) = &redis {
+            let help = "1 while Redis answers";
+            let up = redis.up();
+            let register =
+                |registry: &mut Registry| registry.register("andon_gateway_redis_up", help, up);
+            process.metrics.register(register);
+        }
+        let limit_metrics = LimitMetrics::default();
+        limit_metrics.register(&process.metrics);
+        let policy = auth.policy().clone();
+        let limit = Limit::new(&settings.limit, policy, redis.clone(), &limit_metrics);
         let health = Health::default();
         let common = CommonServices::new(&health, DESCRIPTORS)
             .map_err(|error| GatewayError::Descriptors(error.to_string()))?;
         let routes = Arc::new(Routes::new(catalogue, workers));
-        let shed = Arc::new(Shed::new(
-            settings.calls_max as usize,
-            metrics.shed("calls_max"),
-        ));
+        let shed = Arc::new(Shed::new(settings.calls_max as usize, &process.metrics));
         let readings = Readings {
             routes: routes.clone(),
             shed: shed.clone(),
@@ -187,23 +207,24 @@ impl Gateway {
         process
             .metrics
             .register(|registry| registry.register_collector(Box::new(readings)));
-        let balance = metrics.balance.clone();
+        let balance = BalanceMetrics::register(&process.metrics);
         let stack = Stack(Arc::new(Layers {
             shed,
-            limit: Limit::new(&settings.limit, auth.clone(), redis.clone(), &metrics.limit),
             auth,
+            limit,
             routes,
-            cache: Cache::new(&settings.cache, &settings.limit, &process.metrics)?,
+            cache: Cache::new(&settings.cache, &settings.redis, &process.metrics)?,
             balance: Balance::new(settings.retry_tokens, limits.clone(), balance),
             limits,
-            common,
-            metrics,
+            metrics: CallMetrics::register(&process.metrics),
             telemetry: process.telemetry.clone(),
             drain: process.drain.clone(),
             deadline_max: server.deadline_max,
         }));
         Ok(Self {
             stack,
+            common,
+            upstream_metrics: UpstreamMetrics::register(&process.metrics),
             http: settings.http.clone(),
             discover: DiscoverSettings {
                 targets,
@@ -227,7 +248,7 @@ impl Gateway {
 
     /// An error when an address is public and nobody is asked who they are.
     pub fn may_serve(&self, address: SocketAddr, insecure: bool) -> Result<(), GatewayError> {
-        if address.ip().is_loopback() || insecure || self.stack.0.auth.asks() {
+        if address.ip().is_loopback() || insecure || self.stack.0.auth.is_required() {
             return Ok(());
         }
         Err(GatewayError::Open(address))
@@ -241,7 +262,7 @@ impl Gateway {
         let _discovery = discover::start(
             self.discover.clone(),
             layers.routes.clone(),
-            layers.metrics.clone(),
+            self.upstream_metrics.clone(),
         );
         let _certificates = self.server.tls.as_ref().map(Tls::follow);
         let _policy = layers.auth.follow();
@@ -255,9 +276,12 @@ impl Gateway {
         };
         let router = http::router(self.stack.clone(), &self.http);
         let drain = self.process.drain.clone();
+        let door = GrpcDoor {
+            stack: self.stack.clone(),
+            common: self.common.clone(),
+        };
         tokio::join!(
-            self.server
-                .run(grpc, Grpc(self.stack.clone()), drain.clone()),
+            self.server.run(grpc, Grpc(door), drain.clone()),
             web.run(http, Http(router), drain),
         );
     }
@@ -276,7 +300,7 @@ impl Gateway {
                     .into_iter()
                     .map(|(name, ready)| (name, ready && !draining))
                     .collect();
-                let ready = routes.able() && !draining;
+                let ready = routes.ready_to_serve() && !draining;
                 health.replace(ready, &SERVICES, models);
                 if draining {
                     drain.reached(Phase::Closing).await;
@@ -285,7 +309,7 @@ impl Gateway {
                 tokio::select! {
                     changed = changes.changed() => if changed.is_err() { return },
                     () = drain.reached(Phase::Draining) => {}
-                    () = routes.patience_ended() => {}
+                    () = routes.startup_ended() => {}
                 }
             }
         })

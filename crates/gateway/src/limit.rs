@@ -3,12 +3,14 @@
 
 mod fair;
 mod memory;
+mod metrics;
 mod places;
 mod redis;
 #[cfg(test)]
 mod tests;
 
-pub use fair::{Turn, Wanted};
+pub use fair::{Turn, TurnRequest};
+pub use metrics::LimitMetrics;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,11 +19,10 @@ use std::time::{Duration, Instant, SystemTime};
 use arc_swap::ArcSwap;
 use platform::tasks::Owned;
 use protocol::{Error, Kind};
-use serde::Deserialize;
 
-use crate::auth::{Auth, Caller, RedisLost, Tenant};
-use crate::metrics::LimitMetrics;
-use crate::redis::{Redis, RedisError};
+use crate::policy::{Caller, PolicyCell, Quota, RedisLost, Tenant};
+use crate::redis::Redis;
+use crate::request::{QuotaUnit, Usage};
 use fair::Fair;
 use memory::{AMOUNT_MAX, Denied, Meters, Needs, Now, Scope, Taken};
 use places::{Full, InFlight, SharedPlaces};
@@ -34,52 +35,9 @@ const CROWD_RETRY: Duration = Duration::from_millis(20);
 /// When a lost Redis is looked for again.
 const REDIS_RETRY: Duration = Duration::from_secs(1);
 
-/// How much may be called, of all models together or of some. What is not
-/// named has no limit.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Quota {
-    /// Requests per second on average.
-    pub requests_per_second: Option<f64>,
-    /// Requests that may come at once; as many as in a second if not given.
-    pub burst: Option<u32>,
-    /// Rows per minute.
-    pub items_per_minute: Option<u64>,
-    /// Rows per day.
-    pub items_per_day: Option<u64>,
-    /// Computed tokens per minute.
-    pub tokens_per_minute: Option<u64>,
-    /// Computed tokens per day.
-    pub tokens_per_day: Option<u64>,
-    /// Requests that may be under way at once.
-    pub in_flight: Option<u32>,
-    /// What outside providers may cost per day, in the currency of the price
-    /// table.
-    pub cost_per_day: Option<f64>,
-    /// What outside providers may cost per month of 30 days.
-    pub cost_per_month: Option<f64>,
-}
-
-/// What an answer took, once that is known.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Usage {
-    /// Tokens that were computed, not those of answers that were known.
-    pub tokens: u64,
-    /// What an outside provider takes for it, in the currency of the price
-    /// table.
-    pub cost: f64,
-}
-
 /// How the gateway counts and shares.
 #[derive(Debug, Clone, clap::Args)]
 pub struct LimitSettings {
-    /// Redis, where several gateways count quotas together and keep answers:
-    /// redis://HOST:PORT/DB
-    #[arg(long, value_name = "URL")]
-    pub redis: Option<String>,
-    /// The file with Redis' password
-    #[arg(long, value_name = "FILE", requires = "redis")]
-    pub redis_password_file: Option<std::path::PathBuf>,
     /// Rows of one model that may be under way at each of its workers before
     /// further ones wait for their tenant's turn
     #[arg(long, value_name = "COUNT", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
@@ -89,22 +47,13 @@ pub struct LimitSettings {
     pub fair_queue: u32,
 }
 
-impl LimitSettings {
-    /// Redis, if there is one; not connected yet.
-    pub fn redis(&self) -> Result<Option<Arc<Redis>>, RedisError> {
-        let password = self.redis_password_file.as_deref();
-        let url = self.redis.as_deref();
-        url.map(|url| Redis::open(url, password)).transpose()
-    }
-}
-
 /// Counts what each tenant calls. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Limit(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    auth: Arc<Auth>,
+    policy: PolicyCell,
     /// What is counted, by the names of tenants: those of the policy alone.
     meters: ArcSwap<HashMap<String, Arc<Meters>>>,
     adding: Mutex<()>,
@@ -115,53 +64,46 @@ struct Inner {
     started: Instant,
 }
 
-/// A place among a tenant's calls under way, until it is dropped.
+/// A slot among a tenant's calls in flight, until it is dropped.
 #[derive(Debug, Default)]
-pub struct Entered {
-    _place: Option<InFlight>,
-}
+pub struct TenantSlot(#[allow(dead_code, reason = "it is released when dropped")] Option<InFlight>);
 
-/// What one call may take of its quotas. It keeps its places among the calls
-/// under way until it is dropped.
+/// A part of a tenant's quotas for one call, which is charged with the usage of
+/// the response. It holds its in-flight slots until it is dropped.
 #[derive(Debug)]
-pub struct Ticket {
+pub struct Reservation {
     limit: Limit,
     tenant: Arc<Tenant>,
-    /// Whether another ticket has it in the metrics.
-    again: bool,
+    /// Whether the reservation of its chain counts in the metrics.
+    in_chain: bool,
     scopes: Vec<Arc<Scope>>,
     _places: Vec<InFlight>,
 }
 
-/// What a call counts as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Counted {
-    /// A request of its own.
-    Request,
-    /// One of several calls that answer one request, which has been counted:
-    /// its rows alone.
-    Part,
-}
-
-/// A model that answers for a chain, which has been counted.
+/// What a call needs of its tenant's quotas.
 #[derive(Debug, Clone, Copy)]
-pub struct Member<'a> {
-    /// The chain.
-    pub chain: &'a str,
-    /// The model.
+pub struct QuotaRequest<'a> {
+    /// The model or chain that responds.
     pub model: &'a str,
+    /// The chain that the model responds for, whose quotas are reserved.
+    pub chain: Option<&'a str>,
+    /// Rows.
+    pub rows: u64,
+    /// Whether it counts as a request.
+    pub unit: QuotaUnit,
 }
 
 impl Limit {
-    /// Counts by the policy that `auth` has: alone, or with others in Redis.
+    /// Counts by the policy as it stands now: alone, or with other gateways in
+    /// Redis.
     pub fn new(
         settings: &LimitSettings,
-        auth: Arc<Auth>,
+        policy: PolicyCell,
         redis: Option<Arc<Redis>>,
         metrics: &LimitMetrics,
     ) -> Self {
         Self(Arc::new(Inner {
-            auth,
+            policy,
             meters: ArcSwap::default(),
             adding: Mutex::new(()),
             places: redis.clone().map(SharedPlaces::new),
@@ -170,6 +112,11 @@ impl Limit {
             metrics: metrics.clone(),
             started: Instant::now(),
         }))
+    }
+
+    /// The metrics of quotas.
+    pub fn metrics(&self) -> &LimitMetrics {
+        &self.0.metrics
     }
 
     /// Keeps what is counted with Redis in step with it, until the tasks are
@@ -184,10 +131,10 @@ impl Limit {
     }
 
     /// Before a call is read: the tenant's rate, and its calls under way.
-    pub async fn enter(&self, caller: &Caller) -> Result<Entered, Error> {
+    pub async fn enter(&self, caller: &Caller) -> Result<TenantSlot, Error> {
         let limit = &self.0;
         let Some(meters) = limit.meters(&caller.tenant) else {
-            return Ok(Entered::default());
+            return Ok(TenantSlot::default());
         };
         let place = limit.place(&meters.all).await?;
         let needs = Needs {
@@ -195,70 +142,49 @@ impl Limit {
             items: None,
         };
         limit.count(&meters.all, needs).await?;
-        Ok(Entered {
-            _place: Some(place),
-        })
+        Ok(TenantSlot(Some(place)))
     }
 
-    /// When the model is known: its own limits, rows, and what earlier calls
-    /// have spent of tokens and costs. A call without rows takes requests
-    /// alone.
-    pub async fn take(
+    /// Reserves requests and rows of a model's quotas, once the model is known,
+    /// and checks what earlier calls have used of tokens and costs. A call
+    /// without rows takes requests alone. A model of a fallback chain has the
+    /// quotas that the chain has not, and returns nothing when it fails: it may
+    /// have computed.
+    pub async fn reserve(
         &self,
         caller: &Caller,
-        model: &str,
-        items: u64,
-        counted: Counted,
-    ) -> Result<Ticket, Error> {
-        let mut ticket = self.ticket(caller, false);
+        request: QuotaRequest<'_>,
+    ) -> Result<Reservation, Error> {
+        let mut reservation = self.reservation(caller, request.chain.is_some());
         if let Some(meters) = self.0.meters(&caller.tenant) {
-            let request = (counted == Counted::Request).then_some(1);
-            let own = meters.of_model(model).map(|scope| (scope, request));
-            let all = std::iter::once((&meters.all, None));
-            ticket.take(all.chain(own).collect(), items).await?;
+            let requests = (request.unit == QuotaUnit::Request).then_some(1);
+            let own = meters.of_model(request.model);
+            let own = own.filter(|scope| !request.chain.is_some_and(|chain| scope.is_of(chain)));
+            let all = request.chain.is_none().then_some((&meters.all, None));
+            let scopes = all.into_iter().chain(own.map(|scope| (scope, requests)));
+            reservation.take(scopes.collect(), request.rows).await?;
         }
-        Ok(ticket)
+        Ok(reservation)
     }
 
-    /// The same for a model that answers for a chain: what it is limited to
-    /// beside the chain. One that then does not answer gives nothing back,
-    /// since it may have computed.
-    pub async fn take_member(
-        &self,
-        caller: &Caller,
-        member: Member<'_>,
-        items: u64,
-        counted: Counted,
-    ) -> Result<Ticket, Error> {
-        let mut ticket = self.ticket(caller, true);
-        if let Some(meters) = self.0.meters(&caller.tenant) {
-            let request = (counted == Counted::Request).then_some(1);
-            let own = meters.of_model(member.model);
-            let own = own.filter(|scope| !scope.is_of(member.chain));
-            let own = own.map(|scope| (scope, request));
-            ticket.take(own.collect(), items).await?;
-        }
-        Ok(ticket)
-    }
-
-    /// Counts what a call spent whose answer nobody got.
+    /// Charges usage that belongs to no response.
     pub fn charge(&self, caller: &Caller, model: &str, usage: Usage) {
         if usage == Usage::default() {
             return;
         }
-        let mut ticket = self.ticket(caller, false);
+        let mut reservation = self.reservation(caller, false);
         if let Some(meters) = self.0.meters(&caller.tenant) {
             let scopes = std::iter::once(&meters.all).chain(meters.of_model(model));
-            ticket.scopes = scopes.cloned().collect();
+            reservation.scopes = scopes.cloned().collect();
         }
-        ticket.charge(usage);
+        reservation.charge(usage);
     }
 
-    fn ticket(&self, caller: &Caller, again: bool) -> Ticket {
-        Ticket {
+    fn reservation(&self, caller: &Caller, in_chain: bool) -> Reservation {
+        Reservation {
             limit: self.clone(),
             tenant: caller.tenant.clone(),
-            again,
+            in_chain,
             scopes: Vec::new(),
             _places: Vec::new(),
         }
@@ -266,13 +192,13 @@ impl Limit {
 
     /// Before a worker is chosen: waits for the tenant's turn when there is
     /// more to do than the workers have at hand.
-    pub async fn turn(&self, caller: &Caller, wanted: Wanted<'_>) -> Result<Turn, Error> {
+    pub async fn turn(&self, caller: &Caller, request: TurnRequest<'_>) -> Result<Turn, Error> {
         let limit = &self.0;
         // With one tenant there is nobody to be fair to.
-        if wanted.items == 0 || !limit.auth.asks() || limit.auth.policy().tenants.len() < 2 {
+        if request.items == 0 || limit.policy.load().tenants.len() < 2 {
             return Ok(Turn::default());
         }
-        limit.fair.turn(&caller.tenant, wanted).await
+        limit.fair.turn(&caller.tenant, request).await
     }
 }
 
@@ -296,7 +222,7 @@ impl Inner {
     /// The same for a tenant that is new here, or that another reading of the
     /// policy made.
     fn meters_of(&self, tenant: &Arc<Tenant>, known: Option<&Arc<Meters>>) -> Option<Arc<Meters>> {
-        let policy = self.auth.policy();
+        let policy = self.policy.load();
         // A stream may know its tenant by an earlier policy: the newest holds.
         let tenant = policy.tenants.get(&tenant.name).unwrap_or(tenant);
         if let Some(known) = known
@@ -372,7 +298,7 @@ impl Inner {
     /// Of how many equal shares this gateway has one while Redis is lost; an
     /// error where the policy would rather refuse.
     fn without_redis(&self) -> Result<u32, Error> {
-        let policy = self.auth.policy();
+        let policy = self.policy.load();
         if policy.limits.redis_lost == RedisLost::Closed {
             self.metrics.limited("redis_lost").inc();
             let message = "the tenant's quotas cannot be checked now";
@@ -419,7 +345,7 @@ fn moment(started: Instant) -> Now {
     }
 }
 
-impl Ticket {
+impl Reservation {
     /// Takes rows, and requests where those are named: of all limits or none.
     async fn take(
         &mut self,
@@ -459,7 +385,7 @@ impl Ticket {
             cost: usage.cost,
         };
         let limit = &self.limit.0;
-        if !self.again {
+        if !self.in_chain {
             limit
                 .metrics
                 .used(&self.tenant.name, usage.tokens, usage.cost);

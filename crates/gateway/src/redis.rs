@@ -4,7 +4,7 @@
 //! call waits twice.
 
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -32,6 +32,28 @@ const FAILURES_MAX: u32 = 3;
 const WAITING_MAX: usize = 256;
 /// Bytes of a file with a password.
 const PASSWORD_BYTES_MAX: u64 = 4096;
+
+/// The Redis that several gateways share.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct RedisSettings {
+    /// Redis, where several gateways share quotas and cached responses:
+    /// redis://HOST:PORT/DB
+    #[arg(long, value_name = "URL")]
+    pub redis: Option<String>,
+    /// The file with the password of Redis
+    #[arg(long, value_name = "FILE", requires = "redis")]
+    pub redis_password_file: Option<PathBuf>,
+}
+
+impl RedisSettings {
+    /// A client that is not connected yet; None when no Redis is configured.
+    /// Each call makes one with a connection of its own.
+    pub fn open(&self) -> Result<Option<Arc<Redis>>, RedisError> {
+        let password = self.redis_password_file.as_deref();
+        let url = self.redis.as_deref();
+        url.map(|url| Redis::open(url, password)).transpose()
+    }
+}
 
 /// Why Redis cannot be used as it is configured.
 #[derive(Debug, thiserror::Error)]

@@ -1,5 +1,6 @@
-//! Which model version answers a request, and which workers have it. The table
-//! is made anew whenever a worker comes, goes or serves other models.
+//! Routing: which model version responds to a request, and which workers have
+//! it. The routing table is rebuilt whenever a worker comes, goes or serves other
+//! models.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,18 +8,18 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use http::HeaderValue;
-use protocol::{Error, Kind, MODEL_KEY, ModelName, ModelVersion};
+use protocol::{Error, Kind, MODEL_KEY, ModelName, ModelVersion, Task};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::auth::Caller;
-use crate::service::Wanted;
+use crate::policy::Caller;
+use crate::request::ModelSelector;
 use crate::upstream::Upstream;
 use crate::upstream::provider::{Catalogue, Chain, Provider};
 
-/// How long a gateway that has providers too waits for its workers before it
-/// says that it is ready.
-const WORKERS_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a gateway that has providers too waits for its first worker before
+/// it is ready.
+const STARTUP_GRACE: Duration = Duration::from_secs(10);
 
 /// The models of all workers.
 #[derive(Debug, Default)]
@@ -39,28 +40,28 @@ pub struct ModelRoute {
 /// One version of a model.
 #[derive(Debug, Default)]
 struct VersionRoute {
-    /// Who can answer.
+    /// The workers that have it ready.
     upstreams: Vec<Arc<Upstream>>,
-    /// Who can answer but is about to end: asked only when nobody else can.
-    leaving: Vec<Arc<Upstream>>,
-    /// Whether a worker that has it ready is out of reach or leaving.
-    lost: bool,
-    /// What its workers agree on, when it is deterministic.
+    /// Those that are draining: used only when there is no other.
+    draining: Vec<Arc<Upstream>>,
+    /// Whether a worker that has it ready is unreachable.
+    unreachable: bool,
+    /// The digest that all its workers report, when it is deterministic.
     digest: Option<Arc<str>>,
-    /// Whether a worker has said what its digest is.
-    counted: bool,
+    /// Whether a worker has reported a digest.
+    has_report: bool,
 }
 
-/// Who can answer one request.
+/// The model version that responds to a request.
 #[derive(Debug, Clone)]
 pub struct Route {
-    to: To,
+    target: RouteTarget,
     /// The model's name for the metadata of a call that named none.
     pub chosen: Option<HeaderValue>,
 }
 
 #[derive(Debug, Clone)]
-enum To {
+enum RouteTarget {
     Workers {
         model: Arc<ModelRoute>,
         version: ModelVersion,
@@ -90,7 +91,7 @@ impl Plan {
 impl Route {
     fn workers(model: &Arc<ModelRoute>, version: ModelVersion) -> Self {
         Self {
-            to: To::Workers {
+            target: RouteTarget::Workers {
                 model: model.clone(),
                 version,
             },
@@ -98,26 +99,26 @@ impl Route {
         }
     }
 
-    fn to(provider: &Arc<Provider>) -> Self {
+    fn of_provider(provider: &Arc<Provider>) -> Self {
         Self {
-            to: To::Provider(provider.clone()),
+            target: RouteTarget::Provider(provider.clone()),
             chosen: None,
         }
     }
 
     /// The model's name.
     pub fn name(&self) -> &str {
-        match &self.to {
-            To::Workers { model, .. } => model.name.as_str(),
-            To::Provider(provider) => &provider.name,
+        match &self.target {
+            RouteTarget::Workers { model, .. } => model.name.as_str(),
+            RouteTarget::Provider(provider) => &provider.name,
         }
     }
 
     /// What the model does, for example `embedding`.
     pub fn task(&self) -> &str {
-        match &self.to {
-            To::Workers { model, .. } => &model.task,
-            To::Provider(provider) => &provider.task,
+        match &self.target {
+            RouteTarget::Workers { model, .. } => &model.task,
+            RouteTarget::Provider(provider) => &provider.task,
         }
     }
 
@@ -129,7 +130,7 @@ impl Route {
     /// What stands for the model version when its answers may be kept: its
     /// workers agree on it and say that it is deterministic.
     pub fn digest(&self) -> Option<&str> {
-        if let To::Provider(provider) = &self.to {
+        if let RouteTarget::Provider(provider) = &self.target {
             return provider.digest.as_deref();
         }
         self.version()?.digest.as_deref()
@@ -137,24 +138,24 @@ impl Route {
 
     /// The outside service that answers, where one does.
     pub fn provider(&self) -> Option<&Arc<Provider>> {
-        match &self.to {
-            To::Provider(provider) => Some(provider),
-            To::Workers { .. } => None,
+        match &self.target {
+            RouteTarget::Provider(provider) => Some(provider),
+            RouteTarget::Workers { .. } => None,
         }
     }
 
     /// The version's number; 0 for a model of a provider.
     pub fn number(&self) -> u64 {
-        match &self.to {
-            To::Workers { version, .. } => version.number(),
-            To::Provider(_) => 0,
+        match &self.target {
+            RouteTarget::Workers { version, .. } => version.number(),
+            RouteTarget::Provider(_) => 0,
         }
     }
 
     fn version(&self) -> Option<&VersionRoute> {
-        match &self.to {
-            To::Workers { model, version } => model.versions.get(version),
-            To::Provider(_) => None,
+        match &self.target {
+            RouteTarget::Workers { model, version } => model.versions.get(version),
+            RouteTarget::Provider(_) => None,
         }
     }
 }
@@ -164,13 +165,13 @@ impl Route {
 pub struct Routes {
     table: RwLock<Arc<Table>>,
     changed: watch::Sender<u64>,
-    /// Whether there are to be workers, and not providers alone.
+    /// Whether workers are configured, and not providers alone.
     workers: bool,
-    /// Whether a worker has had a model ready.
-    met: AtomicBool,
-    /// When providers count although no worker has come.
-    patience_ends: Option<Instant>,
-    /// What outside services answer.
+    /// Whether a worker has had a model ready since the start.
+    seen_ready: AtomicBool,
+    /// When the startup grace period ends.
+    startup_ends: Option<Instant>,
+    /// The models and chains of outside providers.
     pub catalogue: Arc<Catalogue>,
 }
 
@@ -180,7 +181,7 @@ impl Routes {
         Self {
             catalogue,
             workers,
-            patience_ends: Some(Instant::now() + WORKERS_PATIENCE),
+            startup_ends: Some(Instant::now() + STARTUP_GRACE),
             ..Self::default()
         }
     }
@@ -197,7 +198,7 @@ impl Routes {
     pub fn rebuild(&self, upstreams: Vec<Arc<Upstream>>) {
         let table = Arc::new(build(upstreams));
         if table.readiness().any(|(_, ready)| ready) {
-            self.met.store(true, Ordering::Release);
+            self.seen_ready.store(true, Ordering::Release);
         }
         *self.table.write().unwrap_or_else(PoisonError::into_inner) = table;
         self.changed.send_modify(|count| *count += 1);
@@ -219,9 +220,9 @@ impl Routes {
 
     /// How a request is answered. The model that is named must be one that the
     /// caller may call; where none is named, one of those is chosen.
-    pub fn choose(&self, wanted: &Wanted, caller: &Caller) -> Result<Plan, Error> {
-        match wanted {
-            Wanted::Named {
+    pub fn choose(&self, selector: &ModelSelector, caller: &Caller) -> Result<Plan, Error> {
+        match selector {
+            ModelSelector::Named {
                 name,
                 version,
                 field,
@@ -233,7 +234,7 @@ impl Routes {
                 }
                 self.model(name, version, field).map(Plan::One)
             }
-            Wanted::Doing(tasks) => self.doing(tasks, caller).map(Plan::One),
+            ModelSelector::Tasks(tasks) => self.only_model(tasks, caller).map(Plan::One),
         }
     }
 
@@ -245,7 +246,7 @@ impl Routes {
         };
         chain.must_have(version)?;
         let mut ready = chain.models.iter().map(|name| self.model_ready(name, ""));
-        let first = ready.next().unwrap_or_else(|| Err(nobody()));
+        let first = ready.next().unwrap_or_else(|| Err(no_worker_reachable()));
         ready.fold(first, Result::or)
     }
 
@@ -254,29 +255,29 @@ impl Routes {
         match route.provider() {
             Some(provider) if !provider.ready() => Err(Error::new(
                 Kind::NotReady,
-                format!("the provider of model '{name}' is left alone"),
+                format!("the circuit breaker of the provider of model '{name}' is open"),
             )),
             _ => Ok(()),
         }
     }
 
-    /// Whether the gateway has something to answer with. Where it has workers,
-    /// providers count once it has met them, or has waited long enough: a
-    /// gateway that has just started must not be sent calls for models that it
-    /// does not know yet.
-    pub fn able(&self) -> bool {
-        let met = !self.workers || self.met.load(Ordering::Acquire) || !self.patient();
-        met && self.readiness().into_values().any(|ready| ready)
+    /// Whether some model can respond. A gateway with workers and providers is
+    /// not ready before the first worker, or the end of the startup grace
+    /// period: it must not be sent calls for models that it does not know yet.
+    pub fn ready_to_serve(&self) -> bool {
+        let started =
+            !self.workers || self.seen_ready.load(Ordering::Acquire) || !self.in_startup();
+        started && self.readiness().into_values().any(|ready| ready)
     }
 
-    fn patient(&self) -> bool {
-        self.patience_ends.is_some_and(|end| Instant::now() < end)
+    fn in_startup(&self) -> bool {
+        self.startup_ends.is_some_and(|end| Instant::now() < end)
     }
 
-    /// Returns when providers count although no worker has come.
-    pub async fn patience_ended(&self) {
-        match self.patience_ends {
-            Some(end) if self.patient() => tokio::time::sleep_until(end).await,
+    /// Returns when the startup grace period is over.
+    pub async fn startup_ended(&self) {
+        match self.startup_ends {
+            Some(end) if self.in_startup() => tokio::time::sleep_until(end).await,
             _ => std::future::pending().await,
         }
     }
@@ -305,7 +306,7 @@ impl Routes {
     fn model(&self, name: &str, version: &str, field: &'static str) -> Result<Route, Error> {
         if let Some(provider) = self.catalogue.providers.get(name) {
             provider.must_have(version)?;
-            return Ok(Route::to(provider));
+            return Ok(Route::of_provider(provider));
         }
         if !self.workers {
             ModelVersion::optional(version, "model_version")?;
@@ -315,34 +316,41 @@ impl Routes {
         self.table().named(name, version, field)
     }
 
-    /// The only model that does one of these tasks.
-    fn doing(&self, tasks: &[&str], caller: &Caller) -> Result<Route, Error> {
+    /// The only model for one of these tasks that the caller may call.
+    fn only_model(&self, tasks: &[Task], caller: &Caller) -> Result<Route, Error> {
         let table = self.table();
         let may = |name: &str| caller.tenant.may_call(name);
-        let does = |route: &Route| tasks.contains(&route.task()) && may(route.name());
+        let does = |route: &Route| {
+            let mut tasks = tasks.iter();
+            tasks.any(|task| task.as_str() == route.task()) && may(route.name())
+        };
         let providers = &self.catalogue.providers;
         // A provider's model takes the place of a worker's of the same name.
         let own = |route: &Route| !providers.contains_key(route.name());
         let mut able: Vec<Route> = table.ready().filter(does).filter(own).collect();
-        able.extend(providers.values().map(Route::to).filter(does));
+        able.extend(providers.values().map(Route::of_provider).filter(does));
         able.sort_by(|a, b| a.name().cmp(b.name()));
-        let task = if let [task] = tasks { task } else { "text" };
+        let task = if let [task] = tasks {
+            task.as_str()
+        } else {
+            "text"
+        };
         match able.as_slice() {
             [route] => Ok(Route {
                 chosen: HeaderValue::try_from(route.name()).ok(),
                 ..route.clone()
             }),
-            [] if self.workers && !table.reachable() => Err(nobody()),
+            [] if self.workers && !table.reachable() => Err(no_worker_reachable()),
             [] => Err(Error::new(
                 Kind::NotFound,
-                format!("no model that does {task} is ready"),
+                format!("no model for task {task} is ready"),
             )),
             several => {
                 let names: Vec<&str> = several.iter().map(Route::name).collect();
                 Err(Error::invalid(
                     MODEL_KEY,
                     format!(
-                        "several models do {task}: name one of {} in the metadata",
+                        "several models have task {task}: name one of {} in the metadata",
                         names.join(", ")
                     ),
                 ))
@@ -369,7 +377,7 @@ impl Table {
         let Some(model) = self.models.get(name) else {
             let name = ModelName::checked(name, field)?;
             if !self.reachable() {
-                return Err(nobody());
+                return Err(no_worker_reachable());
             }
             return Err(Error::unknown_model(&name, None));
         };
@@ -398,14 +406,14 @@ impl Table {
 }
 
 /// No worker can be reached at all.
-pub fn nobody() -> Error {
-    Error::new(Kind::NotReady, "no worker can be reached")
+pub fn no_worker_reachable() -> Error {
+    Error::new(Kind::NotReady, "no worker is reachable")
 }
 
 impl VersionRoute {
     fn able(&self) -> &[Arc<Upstream>] {
         if self.upstreams.is_empty() {
-            return &self.leaving;
+            return &self.draining;
         }
         &self.upstreams
     }
@@ -422,15 +430,15 @@ impl ModelRoute {
     /// Why no version can be called.
     fn not_ready(&self) -> Error {
         let name = &self.name;
-        if self.versions.values().any(|route| route.lost) {
+        if self.versions.values().any(|route| route.unreachable) {
             return Error::new(
                 Kind::NotReady,
-                format!("no worker that has model '{name}' can be reached"),
+                format!("no worker with model '{name}' is reachable"),
             );
         }
         Error::new(
             Kind::NotFound,
-            format!("model '{name}' has no version that is ready"),
+            format!("model '{name}' has no ready version"),
         )
     }
 }
@@ -461,18 +469,18 @@ fn build(upstreams: Vec<Arc<Upstream>>) -> Table {
             }
             let route = model.versions.entry(version).or_default();
             if reported.ready && reachable {
-                let said = (reported.deterministic && !reported.digest.is_empty())
+                let digest = (reported.deterministic && !reported.digest.is_empty())
                     .then(|| Arc::from(reported.digest.as_str()));
-                route.digest = match (route.counted, route.digest.take()) {
-                    (true, agreed) if agreed != said => None,
-                    _ => said,
+                route.digest = match (route.has_report, route.digest.take()) {
+                    (true, agreed) if agreed != digest => None,
+                    _ => digest,
                 };
-                route.counted = true;
+                route.has_report = true;
             }
             match (reported.ready, reachable, report.draining) {
                 (true, true, false) => route.upstreams.push(upstream.clone()),
-                (true, true, true) => route.leaving.push(upstream.clone()),
-                (true, false, _) => route.lost = true,
+                (true, true, true) => route.draining.push(upstream.clone()),
+                (true, false, _) => route.unreachable = true,
                 (false, ..) => {}
             }
         }

@@ -1,40 +1,42 @@
 //! The order of a call through the gateway, on one screen:
-//! rescue → shed → auth → limit → service → route → cache → balance → upstream.
+//! rescue → shed → auth → limit → route → limit → cache → balance → upstream.
+//! Both doors, each message of a stream and each conversation take it.
 
-mod chain;
+mod charge;
 mod chat;
-mod owed;
+mod fallback;
+mod message;
+mod metrics;
 
-pub(crate) use chat::Conversation;
+pub use chat::{Chat, ChatStreaming, Generated};
+pub use metrics::{CallMetrics, CallRecord};
 
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::HeaderMap;
-use platform::CommonServices;
 use platform::drain::Drain;
-use platform::grpc::{Call, MessageLimits, Reply, code_name, head_code, reject};
-use platform::server::Handler;
+use platform::grpc::MessageLimits;
 use platform::telemetry::TelemetryControl;
 use platform::tls::Peer;
 use protocol::Error;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 use tonic::Status;
-use tracing::Instrument;
 
-use crate::auth::{Auth, Caller};
+use crate::auth::Auth;
 use crate::balance::Balance;
 use crate::cache::Cache;
-use crate::limit::{Limit, Wanted};
-use crate::metrics::GatewayMetrics;
+use crate::limit::{Limit, QuotaRequest, Reservation, TenantSlot, TurnRequest};
+use crate::policy::Caller;
+use crate::request::{ModelSelector, QuotaUnit, Request};
 use crate::route::{Plan, Route, Routes};
-use crate::service::{self, Method, Request};
-use crate::shed::{Share, Shed};
-use crate::upstream::Answer;
-use owed::Owed;
+use crate::shed::{Shed, TenantPermit};
+use crate::upstream::Response;
+use charge::PendingCharge;
 
-/// Everything a call passes. Cheap to clone.
+/// The layers that a call passes. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Stack(pub(crate) Arc<Layers>);
 
@@ -44,169 +46,238 @@ pub struct Layers {
     pub(crate) shed: Arc<Shed>,
     pub(crate) auth: Arc<Auth>,
     pub(crate) limit: Limit,
-    pub(crate) limits: MessageLimits,
     pub(crate) routes: Arc<Routes>,
     pub(crate) cache: Cache,
     pub(crate) balance: Balance,
-    pub(crate) common: CommonServices,
-    pub(crate) metrics: GatewayMetrics,
+    pub(crate) limits: MessageLimits,
+    pub(crate) metrics: CallMetrics,
     pub(crate) telemetry: TelemetryControl,
     pub(crate) drain: Drain,
-    /// The longest deadline of a request of the HTTP door.
+    /// The longest deadline of a request at the HTTP door.
     pub(crate) deadline_max: Duration,
 }
 
-/// Whose a call is to make.
+/// Who may make a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Everybody's, under overload too.
+    /// Anybody, without authentication.
     Open,
-    /// Everybody's if the policy says so, else like `Caller`.
+    /// Anybody if the policy says so, else like `Caller`.
     Reflection,
-    /// Anybody's who says who they are.
+    /// An authenticated caller.
     Caller,
-    /// An administrator's.
+    /// An administrator.
     Administrator,
 }
 
-impl Handler for Stack {
-    async fn handle(&self, call: Call) -> Reply {
-        let layers = &self.0;
-        let span = layers.telemetry.request_span(call.path(), call.metadata());
-        let (name, method) = service::method(call.path());
-        let mut record = layers.metrics.begin(name, call.arrived);
-        let reply = rescue(call.deadline, async {
-            // shed: more calls than the gateway may hold are refused at once.
-            let place = match method.is_probe() {
-                true => None,
-                false => Some(layers.shed.admit()?),
-            };
-            // auth: who calls, and whether it is theirs to call.
-            // shed: one tenant does not take every place.
-            // limit: the tenant's rate, and its calls under way. Each message of
-            // a stream counts as a call of its own.
-            let caller = self
-                .admit(method.access(), call.metadata(), &call.peer)
-                .await?;
-            let share = match method.is_probe() {
-                true => None,
-                false => self.share(&caller)?,
-            };
-            let entered = match method.is_probe() || matches!(method, Method::Stream(_)) {
-                true => None,
-                false => Some(layers.limit.enter(&caller).await?),
-            };
-            let reply = match method {
-                Method::Forward(door) => {
-                    // service: read and checked once.
-                    let request = service::read(call, door, &layers.limits, caller).await?;
-                    self.forward(&request, &mut record.model)
-                        .await?
-                        .into_reply()
-                }
-                Method::Stream(door) => service::each_message(self.clone(), call, door, caller)?,
-                Method::Gathered => service::rerank_stream(self, call, caller).await?,
-                Method::Fleet(name) => service::fleet(self, name, call, &caller).await?,
-                Method::Reflection | Method::Common => layers.common.answer(call).await,
-            };
-            Ok(reply.map(|body| body.guarded((place, share, entered))))
-        })
-        .instrument(span)
-        .await;
-        record.end(code_name(head_code(reply.headers())));
-        reply
-    }
+/// How a call enters the stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EntryKind {
+    /// A probe: never shed or limited, or a busy gateway would seem dead.
+    Probe,
+    /// A call.
+    Call,
+    /// A stream, whose messages enter on their own.
+    Stream,
+    /// A message of a stream that has entered: its caller is authenticated
+    /// again, since a credential may have ended, and it counts as a call.
+    StreamMessage,
 }
 
-impl Stack {
-    /// Who calls; an error when the call is not theirs to make.
-    pub(crate) async fn admit(
+/// What a call shows when it enters.
+#[derive(Debug, Clone, Copy)]
+pub struct Entry<'a> {
+    /// How it enters.
+    pub kind: EntryKind,
+    /// Who may make it.
+    pub access: Access,
+    /// The metadata, with the credential.
+    pub headers: &'a HeaderMap,
+    /// The other end of the connection.
+    pub peer: &'a Peer,
+}
+
+/// A call that has entered.
+#[derive(Debug)]
+pub struct Entered {
+    /// Whose call it is.
+    pub caller: Caller,
+    /// To be held until the response has been sent.
+    pub guard: EntryGuard,
+}
+
+/// What a call holds while it is in flight.
+#[derive(Debug)]
+#[allow(dead_code, reason = "its fields are released when dropped")]
+pub struct EntryGuard {
+    permit: Option<OwnedSemaphorePermit>,
+    tenant_permit: Option<TenantPermit>,
+    slot: Option<TenantSlot>,
+}
+
+/// One exchange with a model, which a caller waits for.
+pub trait Exchange: Sync {
+    /// What a model responds with.
+    type Output: Send;
+
+    /// Whose exchange it is.
+    fn caller(&self) -> &Caller;
+
+    /// When the caller stops waiting for the output to begin.
+    fn deadline(&self) -> Instant;
+
+    /// Rows that the tenant's quotas count.
+    fn rows(&self) -> u64;
+
+    /// Whether the tenant's quotas count it as a request.
+    fn unit(&self) -> QuotaUnit;
+
+    /// Asks one model.
+    fn attempt(
         &self,
-        access: Access,
-        headers: &HeaderMap,
-        peer: &Peer,
-    ) -> Result<Caller, Error> {
+        stack: &Stack,
+        attempt: Attempt<'_>,
+    ) -> impl Future<Output = Result<Self::Output, Status>> + Send;
+
+    /// The output, unless it is an error that another model may not have. The
+    /// reservation is charged for a failed attempt.
+    fn accept(
+        &self,
+        output: Self::Output,
+        reservation: &Reservation,
+    ) -> Result<Self::Output, Status>;
+
+    /// Charges the reservations, now or when the output has ended.
+    fn charge(&self, output: Self::Output, reservations: Reservations) -> Self::Output;
+}
+
+/// One attempt of an exchange at one model.
+#[derive(Debug, Clone, Copy)]
+pub struct Attempt<'a> {
+    /// The model.
+    pub route: &'a Route,
+    /// When it must have responded.
+    pub deadline: Instant,
+    /// Where the model stands for a fallback chain: the chain.
+    pub fallback: Option<&'a fallback::Attempts<'a>>,
+}
+
+/// The reservation of the model or chain that was named, and that of the model
+/// of the chain which responded.
+pub type Reservations = [Option<Reservation>; 2];
+
+impl Stack {
+    /// shed → auth → limit: whose call it is, and the permits that it holds.
+    pub async fn enter(&self, entry: Entry<'_>) -> Result<Entered, Error> {
+        let layers = &self.0;
+        let admitted = matches!(entry.kind, EntryKind::Call | EntryKind::Stream);
+        // shed: more calls than the gateway may have in flight are refused.
+        let permit = admitted.then(|| layers.shed.admit()).transpose()?;
+        // auth: who calls, and whether they may.
+        let caller = self.authenticate(entry).await?;
+        // shed: one tenant does not hold every permit.
+        let several_tenants = || layers.auth.policy().load().tenants.len() > 1;
+        let tenant_permit = (admitted && several_tenants())
+            .then(|| layers.shed.admit_tenant(&caller.tenant))
+            .transpose()?;
+        // limit: the tenant's rate and calls in flight.
+        let slot = match entry.kind {
+            EntryKind::Probe | EntryKind::Stream => None,
+            EntryKind::Call | EntryKind::StreamMessage => Some(layers.limit.enter(&caller).await?),
+        };
+        let guard = EntryGuard {
+            permit,
+            tenant_permit,
+            slot,
+        };
+        Ok(Entered { caller, guard })
+    }
+
+    async fn authenticate(&self, entry: Entry<'_>) -> Result<Caller, Error> {
         let auth = &self.0.auth;
-        let reflection = access == Access::Reflection && auth.reflection_is_open();
-        if access == Access::Open || reflection {
+        let open = match entry.access {
+            Access::Open => true,
+            Access::Reflection => auth.reflection_is_open(),
+            Access::Caller | Access::Administrator => false,
+        };
+        if open {
             return Ok(auth.anyone());
         }
-        let caller = auth.caller(headers, peer).await?;
-        if auth.asks() {
+        let caller = auth.caller(entry.headers, entry.peer).await?;
+        if auth.is_required() && entry.kind != EntryKind::StreamMessage {
             let span = tracing::Span::current();
             span.record("andon.tenant", caller.tenant.name.as_str());
             span.record("andon.credential", &*caller.credential);
-            self.0.metrics.limit.called(&caller.tenant.name);
+            self.0.limit.metrics().called(&caller.tenant.name);
         }
-        if access == Access::Administrator {
+        if entry.access == Access::Administrator {
             caller.must_administrate()?;
         }
         Ok(caller)
     }
 
-    /// A tenant's place among its own, where there are several tenants.
-    pub(crate) fn share(&self, caller: &Caller) -> Result<Option<Share>, Error> {
-        let auth = &self.0.auth;
-        match auth.asks() && auth.policy().tenants.len() > 1 {
-            true => self.0.shed.share(&caller.tenant).map(Some),
-            false => Ok(None),
-        }
+    /// route: the model version that responds, decided once for a request. The
+    /// record counts for that model.
+    pub fn route(&self, selector: &ModelSelector, caller: &Caller) -> Result<Plan, Error> {
+        self.0.routes.choose(selector, caller)
     }
 
-    /// The part of the way that both doors share, and each message of a
-    /// stream takes too.
-    pub(crate) async fn forward(
-        &self,
-        request: &Request,
-        model: &mut String,
-    ) -> Result<Answer, Status> {
-        // route: which model version, and who can answer.
-        let plan = self.0.routes.choose(&request.wanted, &request.caller)?;
-        plan.name().clone_into(model);
-        // limit, once the model is known: its own quotas, and rows.
-        let limit = &self.0.limit;
-        let ticket = limit
-            .take(
-                &request.caller,
-                plan.name(),
-                request.items(),
-                request.counted,
-            )
-            .await?;
-        let answer = match &plan {
-            Plan::One(route) => self.0.cache.answer(self, route, request).await?,
-            Plan::Chain(chain) => self.fall_back(chain, request).await?,
+    /// limit → cache → balance → upstream: asks the model of a plan, or the
+    /// models of its fallback chain in turn.
+    pub async fn run<E: Exchange>(&self, plan: &Plan, exchange: &E) -> Result<E::Output, Status> {
+        // limit: the quotas of the model, now that it is known, and rows.
+        let request = QuotaRequest {
+            model: plan.name(),
+            chain: None,
+            rows: exchange.rows(),
+            unit: exchange.unit(),
         };
-        ticket.charge(answer.usage());
-        Ok(answer)
+        let reservation = self.0.limit.reserve(exchange.caller(), request).await?;
+        let (output, member) = match plan {
+            Plan::One(route) => {
+                let attempt = Attempt {
+                    route,
+                    deadline: exchange.deadline(),
+                    fallback: None,
+                };
+                (exchange.attempt(self, attempt).await?, None)
+            }
+            Plan::Chain(chain) => {
+                let (output, member) = self.fall_back(chain, exchange).await?;
+                (output, Some(member))
+            }
+        };
+        Ok(exchange.charge(output, [Some(reservation), member]))
     }
 
-    /// Sends a request to who can answer it: the way below the cache.
-    pub(crate) async fn send(&self, route: &Route, request: &Request) -> Result<Answer, Status> {
+    /// balance → upstream: the layers below the cache.
+    async fn send(&self, route: &Route, request: &Request) -> Result<Response, Status> {
         if let Some(provider) = route.provider() {
-            let owed = Owed::new(&self.0.limit, &request.caller, provider);
-            let answer = provider.answer(request, owed.tab()).await?;
-            owed.settle();
-            return Ok(answer);
+            let pending = PendingCharge::new(&self.0.limit, &request.caller, provider);
+            let response = provider.answer(request, pending.tab()).await?;
+            pending.settle();
+            return Ok(response);
         }
-        // limit, under overload: the tenant's turn.
-        let wanted = Wanted {
+        // limit: the tenant's turn, under overload.
+        let turn = TurnRequest {
             model: route.name(),
             workers: route.upstreams().len(),
-            items: request.items(),
+            items: request.rows(),
             deadline: request.deadline,
         };
-        let _turn = self.0.limit.turn(&request.caller, wanted).await?;
-        // balance → upstream: which worker, and which next when it fails.
+        let _turn = self.0.limit.turn(&request.caller, turn).await?;
+        // balance → upstream: a worker, and the next when it fails.
         Ok(self.0.balance.send(route, request).await?)
     }
 }
 
-/// rescue: every error becomes a status, and so does a deadline that passes.
-async fn rescue(deadline: Instant, answer: impl Future<Output = Result<Reply, Status>>) -> Reply {
-    match timeout_at(deadline, answer).await {
-        Ok(Ok(reply)) => reply,
-        Ok(Err(status)) => reject(&status),
-        Err(_) => reject(&Error::deadline_passed().to_status()),
+/// rescue: a deadline that passes becomes an error.
+pub async fn rescue<T, E: From<Error>>(
+    deadline: Instant,
+    run: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    match timeout_at(deadline, run).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::deadline_passed().into()),
     }
 }

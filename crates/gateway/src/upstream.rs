@@ -1,14 +1,16 @@
 //! One worker as the gateway sees it: its connections, what it reports, how it
 //! fares, and how a call is sent to it.
 
-mod answer;
 mod budget;
 mod ejection;
+mod metrics;
 pub mod provider;
+mod response;
 
-pub use answer::{Answer, Unanswered};
 pub use budget::Budget;
 use ejection::Ejection;
+pub use metrics::{UpstreamMetrics, WorkerMetrics};
+pub use response::{Response, SendError};
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,13 +23,12 @@ use platform::channel::{Channel, ChannelError, Incoming, Target};
 use platform::grpc::{MessageLimits, head_status};
 use platform::shards;
 use protocol::andon::v1::WatchReportResponse;
-use protocol::{Error, MODEL_KEY};
+use protocol::{Error, MODEL_KEY, Method};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
-use crate::metrics::UpstreamNumbers;
-use crate::service::Request;
-use answer::read;
+use crate::request::Request;
+use response::read;
 
 /// A worker.
 pub struct Upstream {
@@ -40,7 +41,7 @@ pub struct Upstream {
     report: RwLock<Arc<WatchReportResponse>>,
     in_flight: AtomicUsize,
     ejection: Ejection,
-    numbers: UpstreamNumbers,
+    metrics: WorkerMetrics,
 }
 
 impl fmt::Debug for Upstream {
@@ -72,7 +73,7 @@ impl Attempt<'_> {
 
 impl Upstream {
     /// A worker that is not connected yet.
-    pub fn new(target: Target, numbers: UpstreamNumbers) -> Self {
+    pub fn new(target: Target, metrics: WorkerMetrics) -> Self {
         let authority = match &target {
             Target::Tcp(address) | Target::Tls(address, _) => address.parse().ok(),
             Target::Memory(_) => None,
@@ -85,7 +86,7 @@ impl Upstream {
             report: RwLock::default(),
             in_flight: AtomicUsize::new(0),
             ejection: Ejection::default(),
-            numbers,
+            metrics,
         }
     }
 
@@ -170,7 +171,7 @@ impl Upstream {
     /// is left alone.
     pub fn failed(&self) {
         if let Some(rest) = self.ejection.failed() {
-            self.numbers.ejections.inc();
+            self.metrics.ejections.inc();
             tracing::warn!(worker = %self.target, ?rest, "left alone: it failed repeatedly");
         }
     }
@@ -205,10 +206,10 @@ impl Upstream {
         &self,
         request: &Request,
         attempt: Attempt<'_>,
-    ) -> Result<Answer, Unanswered> {
+    ) -> Result<Response, SendError> {
         let channel = self
             .channel()
-            .ok_or_else(|| Unanswered::NotSent("not connected".to_owned()))?;
+            .ok_or_else(|| SendError::NotSent("not connected".to_owned()))?;
         let mut headers = request.headers.clone();
         set_timeout(&mut headers, request.deadline);
         if attempt.number > 0 {
@@ -217,7 +218,7 @@ impl Upstream {
         if let Some(chosen) = attempt.chosen {
             headers.insert(HeaderName::from_static(MODEL_KEY), chosen.clone());
         }
-        let head = self.head(request.path.clone(), headers);
+        let head = self.head(request.method, headers);
         let framed = request.message.framed().clone();
         let mut sending = Sending::begin(self, request.deadline);
         let answered = async {
@@ -282,11 +283,11 @@ impl Upstream {
     /// Calls the worker with a message of the gateway's own.
     pub async fn call<Q: prost::Message, A: prost::Message + Default>(
         &self,
-        path: &'static str,
+        method: Method,
         message: &Q,
         deadline: Instant,
     ) -> Result<A, Status> {
-        let request = Request::own(path, message, deadline);
+        let request = Request::internal(method, message, deadline);
         let sent = tokio::time::timeout_at(deadline, self.send(&request, Attempt::first())).await;
         let answer = match sent {
             Ok(Ok(answer)) => answer,
@@ -303,7 +304,7 @@ impl Upstream {
 
     /// Opens a stream of messages on one connection; they stay framed.
     pub async fn open(&self, channel: &Channel, request: &Request) -> Result<Incoming, Status> {
-        let head = self.head(request.path.clone(), request.headers.clone());
+        let head = self.head(request.method, request.headers.clone());
         let response = channel
             .send(head, request.message.framed().clone())
             .await
@@ -314,11 +315,11 @@ impl Upstream {
         }
     }
 
-    fn head(&self, path: PathAndQuery, headers: HeaderMap) -> http::Request<()> {
+    fn head(&self, method: Method, headers: HeaderMap) -> http::Request<()> {
         let mut parts = http::uri::Parts::default();
         parts.scheme = Some(Scheme::HTTP);
         parts.authority = Some(self.authority.clone());
-        parts.path_and_query = Some(path);
+        parts.path_and_query = Some(PathAndQuery::from_static(method.path()));
         let mut request = http::Request::new(());
         *request.method_mut() = http::Method::POST;
         // All three parts are there, so that they always make an address.
@@ -373,7 +374,7 @@ impl Drop for Sending<'_> {
         let upstream = self.upstream;
         upstream.in_flight.fetch_sub(1, Ordering::Relaxed);
         let took = self.started.elapsed();
-        upstream.numbers.duration.observe(took.as_secs_f64());
+        upstream.metrics.duration.observe(took.as_secs_f64());
         if self.ended {
             return;
         }

@@ -16,8 +16,9 @@ use serde::Deserialize;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::files::{self, Followed};
-use super::{JwksSource, PolicyError, Refusal};
+use super::Refusal;
+use crate::policy::files::{self, Followed};
+use crate::policy::{JwksSource, PolicyError};
 
 const WHAT: &str = "the signers' keys";
 /// A set of some hundreds of keys.

@@ -9,7 +9,8 @@ use moka::sync::Cache;
 use serde_json::{Map, Value};
 
 use super::jwks::Signers;
-use super::{Caller, JwtPolicy, Policy, PolicyError, Refusal, sha256, shortened};
+use super::{Refusal, sha256, shortened};
+use crate::policy::{Caller, JwtPolicy, Policy, PolicyError, files};
 
 /// Tokens that are remembered as good: a signature takes longer to check than
 /// the rest of a call together.
@@ -64,7 +65,7 @@ impl Tokens {
     /// already, and that are still the same, are not asked again.
     pub fn new(policy: Arc<Policy>, before: Option<&Self>) -> Result<Self, PolicyError> {
         let Some(rules) = policy.jwt.clone() else {
-            return Err(super::files::wrong(
+            return Err(files::wrong(
                 super::policy::WHAT,
                 None,
                 Some("jwt"),

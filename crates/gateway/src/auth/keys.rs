@@ -8,7 +8,8 @@ use std::time::SystemTime;
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 
-use super::{Caller, Policy, Refusal, sha256};
+use super::{Refusal, sha256};
+use crate::policy::{Caller, Policy};
 
 pub use file::{BYTES_MAX, KeyError, KeyFile, NewKey, StoredKey, WHAT, parse};
 

@@ -10,12 +10,12 @@ use bytes::Bytes;
 use http::header::HeaderName;
 use http::{HeaderMap, HeaderValue};
 use platform::grpc::Message;
-use protocol::TOKENS_KEY;
 use protocol::tei::v1 as tei;
+use protocol::{Method, TOKENS_KEY};
 
 use super::key::{Key, Source};
 use super::memory::Row;
-use crate::service::Request;
+use crate::request::Request;
 
 /// Rows of one request: more are seldom asked for twice.
 const ROWS_MAX: usize = 4096;
@@ -66,27 +66,27 @@ pub fn of(request: &Request, source: &Source<'_>) -> Option<Box<dyn Rows>> {
         return None;
     }
     let message = framed.slice(5..);
-    let path = request.path.path();
-    match path {
-        "/inference.GRPCInferenceService/ModelInfer" => infer::Infer::read(message, source),
-        "/tei.v1.Rerank/Rerank" => rerank::Rerank::read(message, source),
-        "/tei.v1.Embed/Embed" => {
-            text::Text::<tei::EmbedRequest, tei::EmbedResponse>::read(message, path, source)
+    let method = request.method;
+    match method {
+        Method::ModelInfer => infer::Infer::read(message, source),
+        Method::Rerank => rerank::Rerank::read(message, source),
+        Method::Embed => {
+            text::Text::<tei::EmbedRequest, tei::EmbedResponse>::read(message, method, source)
         }
-        "/tei.v1.Embed/EmbedAll" => {
-            text::Text::<tei::EmbedAllRequest, tei::EmbedAllResponse>::read(message, path, source)
+        Method::EmbedAll => {
+            text::Text::<tei::EmbedAllRequest, tei::EmbedAllResponse>::read(message, method, source)
         }
-        "/tei.v1.Predict/Predict" => {
-            text::Text::<tei::PredictRequest, tei::PredictResponse>::read(message, path, source)
+        Method::Predict => {
+            text::Text::<tei::PredictRequest, tei::PredictResponse>::read(message, method, source)
         }
-        "/tei.v1.Predict/PredictPair" => {
-            text::Text::<tei::PredictPairRequest, tei::PredictResponse>::read(message, path, source)
+        Method::PredictPair => text::Text::<tei::PredictPairRequest, tei::PredictResponse>::read(
+            message, method, source,
+        ),
+        Method::Tokenize => {
+            text::Text::<tei::EncodeRequest, tei::EncodeResponse>::read(message, method, source)
         }
-        "/tei.v1.Tokenize/Tokenize" => {
-            text::Text::<tei::EncodeRequest, tei::EncodeResponse>::read(message, path, source)
-        }
-        "/tei.v1.Tokenize/Decode" => {
-            text::Text::<tei::DecodeRequest, tei::DecodeResponse>::read(message, path, source)
+        Method::Decode => {
+            text::Text::<tei::DecodeRequest, tei::DecodeResponse>::read(message, method, source)
         }
         _ => None,
     }

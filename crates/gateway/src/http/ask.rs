@@ -3,11 +3,11 @@
 
 use http::{HeaderMap, HeaderValue};
 use platform::grpc::Message;
-use protocol::{Error, MODEL_KEY, TOKENS_KEY};
+use protocol::{Error, MODEL_KEY, Method, Service, TOKENS_KEY, Task};
 
 use super::gate::{Answered, Visit};
+use crate::request::ModelSelector;
 use crate::route::Plan;
-use crate::service::Wanted;
 
 /// Calls of one request that are under way at once.
 pub const CALLS_AT_ONCE: usize = 32;
@@ -16,31 +16,28 @@ pub const TEXTS_MAX: usize = 2048;
 
 /// The model that is named, or the only one that does a task. It is one that
 /// the caller may call.
-pub fn model(
-    visit: &Visit,
-    named: Option<&str>,
-    tasks: &'static [&'static str],
-) -> Result<String, Error> {
-    let wanted = match named {
+pub fn model(visit: &Visit, named: Option<&str>, tasks: &'static [Task]) -> Result<Plan, Error> {
+    let selector = match named {
         Some(name) => of_name(name),
-        None => Wanted::Doing(tasks),
+        None => ModelSelector::Tasks(tasks),
     };
-    let plan = visit.stack.0.routes.choose(&wanted, &visit.caller);
+    let plan = visit.route(&selector);
     let plan = plan.map_err(|error| error.renamed(of_model))?;
     if let Plan::One(route) = &plan
         && !route.task().is_empty()
-        && !tasks.contains(&route.task())
+        && !tasks.iter().any(|task| task.as_str() == route.task())
     {
         let (name, task) = (route.name(), route.task());
+        let tasks: Vec<&str> = tasks.iter().map(|task| task.as_str()).collect();
         let reason = format!("model '{name}' does {task}, not {}", tasks.join(" or "));
         return Err(Error::invalid("model", reason));
     }
-    Ok(plan.name().to_owned())
+    Ok(plan)
 }
 
 /// A model by its name.
-pub fn of_name(name: &str) -> Wanted {
-    Wanted::Named {
+pub fn of_name(name: &str) -> ModelSelector {
+    ModelSelector::Named {
         name: name.to_owned(),
         version: String::new(),
         field: "model",
@@ -50,17 +47,17 @@ pub fn of_name(name: &str) -> Wanted {
 /// Asks a model with one message.
 pub async fn call<A: prost::Message + Default>(
     visit: &Visit,
-    path: &'static str,
-    model: &str,
+    method: Method,
+    plan: &Plan,
     message: &impl prost::Message,
 ) -> Result<Answered<A>, Error> {
     let mut visit = visit.clone();
-    if !path.starts_with("/inference.") {
-        let name = HeaderValue::try_from(model);
+    if method.service() != Service::Inference {
+        let name = HeaderValue::try_from(plan.name());
         let name = name.map_err(|_| Error::invalid("model", "is no model's name"))?;
         visit.headers.insert(MODEL_KEY, name);
     }
-    let answered = visit.ask(path, Message::own(message), of_name(model));
+    let answered = visit.ask(method, Message::own(message), plan);
     answered.await.map_err(|error| error.renamed(of_model))
 }
 

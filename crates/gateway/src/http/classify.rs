@@ -6,7 +6,7 @@ use axum::routing::post;
 use futures::{StreamExt, TryStreamExt, stream};
 use http::{HeaderMap, HeaderValue};
 use protocol::inference::{ModelConfigRequest, ModelConfigResponse};
-use protocol::{CACHE_KEY, Error, TOKENS_KEY, tei::v1 as tei};
+use protocol::{CACHE_KEY, Error, Method, TOKENS_KEY, Task, tei::v1 as tei};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -17,11 +17,12 @@ use super::openai::Usage;
 use super::problem::{Refused, Shape};
 use super::rerank::NotEmpty;
 use super::strict::strict;
+use crate::route::Plan;
 use crate::stack::Stack;
 
-const PREDICT: &str = "/tei.v1.Predict/Predict";
-const CONFIG: &str = "/inference.GRPCInferenceService/ModelConfig";
-const TASKS: &[&str] = &["classification"];
+const PREDICT: Method = Method::Predict;
+const CONFIG: Method = Method::ModelConfig;
+const TASKS: &[Task] = &[Task::Classification];
 
 /// Texts to classify.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
@@ -120,8 +121,8 @@ pub async fn classify(visit: Visit, request: Json<ClassifyRequest>) -> Result<Re
     let request = request.value;
     let input = request.input;
     check_texts("input", &input.texts).map_err(|error| single(error, input.single))?;
-    let model = ask::model(&visit, request.model.as_deref(), TASKS)?;
-    let order = labels(&visit, &model).await?;
+    let plan = ask::model(&visit, request.model.as_deref(), TASKS)?;
+    let order = labels(&visit, &plan).await?;
     let one = input.single;
     let calls = input.texts.into_iter().enumerate().map(|(index, inputs)| {
         let message = tei::PredictRequest {
@@ -130,7 +131,7 @@ pub async fn classify(visit: Visit, request: Json<ClassifyRequest>) -> Result<Re
             raw_scores: request.raw_scores.unwrap_or_default(),
             ..Default::default()
         };
-        predict(&visit, &model, message, (index, one))
+        predict(&visit, &plan, message, (index, one))
     });
     let answers: Vec<Answered<tei::PredictResponse>> = stream::iter(calls)
         .buffered(CALLS_AT_ONCE)
@@ -154,7 +155,7 @@ pub async fn classify(visit: Visit, request: Json<ClassifyRequest>) -> Result<Re
     let response = ClassifyResponse {
         id: visit.id.as_str().to_owned(),
         object: "list",
-        model,
+        model: plan.name().to_owned(),
         data,
         usage: Usage::of(counted),
     };
@@ -176,11 +177,11 @@ fn cached<'a>(answers: impl Iterator<Item = &'a HeaderMap>) -> Option<HeaderValu
 
 async fn predict(
     visit: &Visit,
-    model: &str,
+    plan: &Plan,
     message: tei::PredictRequest,
     (index, one): (usize, bool),
 ) -> Result<Answered<tei::PredictResponse>, Error> {
-    let answered = ask::call(visit, PREDICT, model, &message).await;
+    let answered = ask::call(visit, PREDICT, plan, &message).await;
     answered.map_err(|error| {
         error.renamed(|field, reason| {
             let at = match one {
@@ -193,12 +194,12 @@ async fn predict(
 }
 
 /// The model's labels in their order; none where its server does not say.
-async fn labels(visit: &Visit, model: &str) -> Result<Vec<String>, Error> {
+async fn labels(visit: &Visit, plan: &Plan) -> Result<Vec<String>, Error> {
     let message = ModelConfigRequest {
-        name: model.to_owned(),
+        name: plan.name().to_owned(),
         ..Default::default()
     };
-    let told: Answered<ModelConfigResponse> = ask::call(visit, CONFIG, model, &message).await?;
+    let told: Answered<ModelConfigResponse> = ask::call(visit, CONFIG, plan, &message).await?;
     let config = told.message.config.unwrap_or_default();
     let labels = config.parameters.get("labels");
     let labels = labels.and_then(|labels| serde_json::from_str(&labels.string_value).ok());

@@ -21,17 +21,17 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Frame, SizeHint};
 use platform::grpc::{BytesHeld, Message};
 use platform::tls::Peer;
-use protocol::{CACHE_KEY, DIGEST_KEY, Error, FALLBACK_KEY, Kind, TOKENS_KEY};
-use tokio::time::{Instant, timeout_at};
+use protocol::{CACHE_KEY, DIGEST_KEY, Error, FALLBACK_KEY, Kind, Method, TOKENS_KEY};
+use tokio::time::Instant;
 use tracing::Instrument;
 
 use super::body::discard;
 use super::problem::{Refused, Shape, refusal, written};
-use crate::auth::Caller;
-use crate::limit::Counted;
-use crate::service::{Request as Forwarded, Wanted, own_headers};
-use crate::stack::{Access, Stack};
-use crate::upstream::Answer;
+use crate::policy::Caller;
+use crate::request::{ModelSelector, QuotaUnit, Request as ModelRequest, default_headers};
+use crate::route::Plan;
+use crate::stack::{Access, Entered, Entry, EntryKind, Stack, rescue};
+use crate::upstream::Response as ModelResponse;
 use patience::Patience;
 
 /// The header that names a request: the caller's, or made here.
@@ -179,10 +179,7 @@ impl Way<'_> {
             Err(error) => return Err(refuse(request.into_body(), error).await),
         };
         let deadline = self.arrived + patience.until_begun;
-        match timeout_at(deadline, self.answer(request, next, patience)).await {
-            Ok(answered) => answered,
-            Err(_) => Err(Error::deadline_passed().into()),
-        }
+        rescue(deadline, self.answer(request, next, patience)).await
     }
 
     async fn answer(
@@ -191,36 +188,19 @@ impl Way<'_> {
         next: Next,
         patience: Patience,
     ) -> Result<Response, Refused> {
-        let layers = &self.gate.stack.0;
-        let open = self.gate.access == Access::Open;
         let (mut head, body) = request.into_parts();
         let peer = head.extensions.get::<Arc<Peer>>().cloned();
-        let entered = async {
-            // shed: more calls than the gateway may hold are refused at once.
-            let place = match open {
-                true => None,
-                false => Some(layers.shed.admit()?),
-            };
-            // auth: who calls, and whether it is theirs to call.
-            // limit: the tenant's rate, and its calls under way.
-            let peer = peer.unwrap_or_default();
-            let headers = &head.headers;
-            let caller = self
-                .gate
-                .stack
-                .admit(self.gate.access, headers, &peer)
-                .await?;
-            let (share, entered) = match open {
-                true => (None, None),
-                false => {
-                    let share = self.gate.stack.share(&caller)?;
-                    (share, Some(layers.limit.enter(&caller).await?))
-                }
-            };
-            Ok((caller, (place, share, entered)))
-        }
-        .await;
-        let (caller, held) = match entered {
+        let entry = Entry {
+            kind: if self.gate.access == Access::Open {
+                EntryKind::Probe
+            } else {
+                EntryKind::Call
+            },
+            access: self.gate.access,
+            headers: &head.headers,
+            peer: &peer.unwrap_or_default(),
+        };
+        let Entered { caller, guard } = match self.gate.stack.enter(entry).await {
             Ok(entered) => entered,
             Err(error) => return Err(refuse(body, error).await),
         };
@@ -236,7 +216,7 @@ impl Way<'_> {
         };
         head.extensions.insert(visit);
         let request = Request::from_parts(head, body);
-        Ok(guarded(next.run(request).await, held))
+        Ok(guarded(next.run(request).await, guard))
     }
 }
 
@@ -250,7 +230,7 @@ async fn refuse(body: Body, error: Error) -> Refused {
 /// The metadata of a forwarded call: the trace, what the caller says about
 /// cached answers, and the request's id.
 fn forwarded(headers: &HeaderMap) -> HeaderMap {
-    let mut kept = own_headers();
+    let mut kept = default_headers();
     if let Some(value) = headers.get(http::header::CACHE_CONTROL) {
         kept.insert(http::header::CACHE_CONTROL, value.clone());
     }
@@ -299,45 +279,47 @@ impl Visit {
     }
 
     /// Several calls for one request count as one.
-    fn counted(&self) -> Counted {
+    fn unit(&self) -> QuotaUnit {
         match self.called.swap(true, Ordering::Relaxed) {
-            false => Counted::Request,
-            true => Counted::Part,
+            false => QuotaUnit::Request,
+            true => QuotaUnit::Part,
         }
     }
 
-    /// Sends a call of the gRPC door down the stack.
+    /// Decides which model responds: once for a request.
+    pub fn route(&self, selector: &ModelSelector) -> Result<Plan, Error> {
+        let plan = self.stack.route(selector, &self.caller)?;
+        self.answered_by(plan.name());
+        Ok(plan)
+    }
+
+    /// Sends a message to the model of a plan.
     pub async fn forward(
         &self,
-        path: &'static str,
+        method: Method,
         message: Message,
-        wanted: Wanted,
-    ) -> Result<Answer, Error> {
-        let request = Forwarded {
-            path: http::uri::PathAndQuery::from_static(path),
+        plan: &Plan,
+    ) -> Result<ModelResponse, Error> {
+        let request = ModelRequest {
+            method,
             headers: self.headers.clone(),
             message,
             deadline: self.deadline,
-            wanted,
             caller: self.caller.clone(),
-            counted: self.counted(),
+            unit: self.unit(),
         };
-        let mut named = Named {
-            model: &self.model,
-            name: String::new(),
-        };
-        let answered = self.stack.forward(&request, &mut named.name).await;
-        answered.map_err(|status| Error::from_status(&status))
+        let response = self.stack.run(plan, &request).await;
+        response.map_err(|status| Error::from_status(&status))
     }
 
-    /// The same, with the answer decoded.
+    /// The same, with the response decoded.
     pub async fn ask<A: prost::Message + Default>(
         &self,
-        path: &'static str,
+        method: Method,
         message: Message,
-        wanted: Wanted,
+        plan: &Plan,
     ) -> Result<Answered<A>, Error> {
-        let mut answer = self.forward(path, message, wanted).await?;
+        let mut answer = self.forward(method, message, plan).await?;
         let mut headers = HeaderMap::new();
         for name in ANSWERED {
             if let Some(value) = answer.metadata().get(name) {
@@ -358,21 +340,6 @@ impl Visit {
             headers,
             held,
         })
-    }
-}
-
-/// Keeps the model's name for the metrics, however the call ends.
-struct Named<'v> {
-    model: &'v OnceLock<String>,
-    name: String,
-}
-
-impl Drop for Named<'_> {
-    fn drop(&mut self) {
-        if !self.name.is_empty() {
-            // A request that asks several models counts for the first.
-            let _ = self.model.set(std::mem::take(&mut self.name));
-        }
     }
 }
 

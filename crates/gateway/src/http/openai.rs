@@ -15,8 +15,8 @@ use axum::routing::{get, post};
 use base64::display::Base64Display;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use protocol::Error;
 use protocol::inference::ModelInferResponse;
+use protocol::{Error, Method, Task};
 use serde::ser::SerializeSeq;
 use serde::{Deserialize, Serialize, Serializer};
 use utoipa::ToSchema;
@@ -31,8 +31,8 @@ use super::strict::strict;
 use crate::stack::Stack;
 use vectors::{decoded, in_terms_of_texts, infer_request, rows};
 
-const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
-const EMBEDDING: &[&str] = &["embedding"];
+const INFER: Method = Method::ModelInfer;
+const EMBEDDING: &[Task] = &[Task::Embedding];
 
 /// When this gateway began: no model here has a date of its own.
 static STARTED_S: LazyLock<u64> = LazyLock::new(|| {
@@ -277,15 +277,16 @@ pub async fn embed(visit: Visit, request: Json<EmbeddingRequest>) -> Result<Resp
     if request.dimensions == Some(0) {
         return Err(Error::invalid("dimensions", "must be at least 1").into());
     }
-    let model = ask::model(&visit, Some(&request.model), EMBEDDING)?;
+    let plan = ask::model(&visit, Some(&request.model), EMBEDDING)?;
+    let model = plan.name().to_owned();
     let single = input.single;
     let texts = match input.items {
         Items::Texts(texts) => texts,
-        Items::Tokens(lists) => decoded(&visit, &model, lists, single).await?,
+        Items::Tokens(lists) => decoded(&visit, &plan, lists, single).await?,
     };
     let count = texts.len();
     let message = infer_request(&model, &texts, request.dimensions, request.truncate)?;
-    let answered = ask::call(&visit, INFER, &model, &message).await;
+    let answered = ask::call(&visit, INFER, &plan, &message).await;
     let answered: Answered<ModelInferResponse> = answered.map_err(|error: Error| {
         error.renamed(|field, reason| Some(in_terms_of_texts(field, reason, single)))
     })?;

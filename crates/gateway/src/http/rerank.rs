@@ -10,7 +10,7 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Router, response::IntoResponseParts};
-use protocol::{Error, tei::v1 as tei};
+use protocol::{Error, Method, Task, tei::v1 as tei};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use utoipa::openapi::schema::{ObjectBuilder, Type};
@@ -23,10 +23,11 @@ use super::gate::{Answered, Routes, Visit, guarded};
 use super::openai::Usage;
 use super::problem::{Refused, Shape};
 use super::strict::strict;
+use crate::route::Plan;
 use crate::stack::Stack;
 
-const RERANK: &str = "/tei.v1.Rerank/Rerank";
-const TASKS: &[&str] = &["rerank"];
+const RERANK: Method = Method::Rerank;
+const TASKS: &[Task] = &[Task::Rerank];
 
 /// A query and documents.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
@@ -332,14 +333,14 @@ async fn documents(
     if request.max_tokens_per_doc == Some(0) {
         return Err(Error::invalid("max_tokens_per_doc", "must be at least 1"));
     }
-    let model = ask::model(visit, request.model.as_deref(), TASKS)?;
+    let plan = ask::model(visit, request.model.as_deref(), TASKS)?;
     let message = tei::RerankRequest {
         query: request.query,
         texts,
         truncate: true,
         ..Default::default()
     };
-    let answered = ask(visit, &model, &message, "documents").await?;
+    let answered = ask(visit, &plan, &message, "documents").await?;
     texts = message.texts;
     let ranks = answered.message.ranks;
     let most = request.top_n.map_or(usize::MAX, |count| count as usize);
@@ -353,7 +354,7 @@ async fn documents(
     let tokens = tokens(&answered.headers);
     let response = RerankResponse {
         id: visit.id.as_str().to_owned(),
-        model,
+        model: plan.name().to_owned(),
         results: results.collect(),
         meta: Meta {
             api_version: ApiVersion { version },
@@ -370,7 +371,7 @@ async fn documents(
 async fn texts(visit: &Visit, request: RerankTextsRequest) -> Result<Response, Error> {
     check_query(&request.query)?;
     check_texts("texts", &request.texts)?;
-    let model = ask::model(visit, request.model.as_deref(), TASKS)?;
+    let plan = ask::model(visit, request.model.as_deref(), TASKS)?;
     let direction = match request.truncation_direction {
         Some(TruncationDirection::Left) => tei::TruncationDirection::Left,
         _ => tei::TruncationDirection::Right,
@@ -383,7 +384,7 @@ async fn texts(visit: &Visit, request: RerankTextsRequest) -> Result<Response, E
         return_text: false,
         truncation_direction: direction.into(),
     };
-    let answered = ask(visit, &model, &message, "texts").await?;
+    let answered = ask(visit, &plan, &message, "texts").await?;
     let ranks = answered.message.ranks.into_iter().map(|rank| Rank {
         index: rank.index,
         score: rank.score,
@@ -405,12 +406,12 @@ fn check_query(query: &str) -> Result<(), Error> {
 /// Asks the model, whose words about `texts` are about the request's field.
 async fn ask(
     visit: &Visit,
-    model: &str,
+    plan: &Plan,
     message: &tei::RerankRequest,
     field: &'static str,
 ) -> Result<Answered<tei::RerankResponse>, Error> {
     let answered: Result<Answered<tei::RerankResponse>, Error> =
-        ask::call(visit, RERANK, model, message).await;
+        ask::call(visit, RERANK, plan, message).await;
     let mut answered = answered.map_err(|error| {
         error.renamed(|at, reason| {
             (at == "texts").then(|| match element(reason) {

@@ -17,7 +17,7 @@ use protocol::inference::{
     ModelRepositoryParameter, ModelStatisticsRequest, RepositoryIndexRequest,
     RepositoryModelLoadRequest, RepositoryModelUnloadRequest,
 };
-use protocol::{Error, Kind};
+use protocol::{Error, Kind, Method};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
@@ -31,7 +31,7 @@ use super::openapi::rest::{
 use super::problem::{Refused, Shape};
 use super::strict::strict;
 use super::tensors::infer;
-use crate::service::Wanted;
+use crate::request::ModelSelector;
 use crate::stack::Stack;
 
 /// Every route.
@@ -87,8 +87,8 @@ pub struct Model {
 
 impl Model {
     /// The model that a call is for.
-    pub fn wanted(&self) -> Wanted {
-        Wanted::Named {
+    pub fn wanted(&self) -> ModelSelector {
+        ModelSelector::Named {
             name: self.name.clone(),
             version: self.version.clone(),
             field: "model_name",
@@ -193,9 +193,9 @@ pub async fn metadata(visit: Visit, model: Model) -> Result<Response, Refused> {
         name: model.name.clone(),
         version: model.version.clone(),
     });
-    let path = "/inference.GRPCInferenceService/ModelMetadata";
+    let plan = visit.route(&model.wanted())?;
     let answered = visit
-        .ask::<ModelMetadataResponse>(path, asked, model.wanted())
+        .ask::<ModelMetadataResponse>(Method::ModelMetadata, asked, &plan)
         .await?;
     Ok(Json(answers::metadata(&answered.message)).into_response())
 }
@@ -223,9 +223,9 @@ pub async fn config(visit: Visit, model: Model) -> Result<Response, Refused> {
         name: model.name.clone(),
         version: model.version.clone(),
     });
-    let path = "/inference.GRPCInferenceService/ModelConfig";
+    let plan = visit.route(&model.wanted())?;
     let answered = visit
-        .ask::<ModelConfigResponse>(path, asked, model.wanted())
+        .ask::<ModelConfigResponse>(Method::ModelConfig, asked, &plan)
         .await?;
     let config = answered.message.config.unwrap_or_default();
     Ok(Json(answers::config(&config)).into_response())

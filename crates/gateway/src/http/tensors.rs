@@ -13,7 +13,7 @@ use axum::response::Response;
 use http::HeaderMap;
 use platform::grpc::Message;
 use protocol::inference::ModelInferResponse;
-use protocol::{Error, Kind};
+use protocol::{Error, Kind, Method};
 
 use super::body;
 use super::gate::{Visit, guarded};
@@ -25,7 +25,7 @@ use crate::stack::Stack;
 
 /// Gives the length of the JSON before the binary tensors.
 pub const HEADER_LENGTH: &str = "inference-header-content-length";
-const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
+const INFER: Method = Method::ModelInfer;
 
 /// Infer
 ///
@@ -74,8 +74,11 @@ pub async fn infer(
         (held, more) => held.or(more),
     };
     let message = Message::of_framed(framed).holding(held);
+    let plan = visit
+        .route(&model.wanted())
+        .map_err(|error| error.renamed(in_json))?;
     let answered = visit
-        .ask::<ModelInferResponse>(INFER, message, model.wanted())
+        .ask::<ModelInferResponse>(INFER, message, &plan)
         .await
         .map_err(|error| error.renamed(in_json))?;
     let mut response = response::write(answered.message, &read.forms)?;

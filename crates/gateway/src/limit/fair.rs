@@ -15,9 +15,8 @@ use protocol::Error;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::LimitSettings;
-use crate::auth::Tenant;
-use crate::metrics::LimitMetrics;
+use super::{LimitMetrics, LimitSettings};
+use crate::policy::Tenant;
 
 /// Models whose lines are kept although nobody stands in them.
 const LINES_MAX: usize = 1024;
@@ -31,7 +30,7 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 
 /// What a call waits for.
 #[derive(Debug, Clone, Copy)]
-pub struct Wanted<'a> {
+pub struct TurnRequest<'a> {
     /// The model.
     pub model: &'a str,
     /// Workers that have it.
@@ -80,7 +79,7 @@ impl Fair {
     }
 
     /// Waits for the turn of a call. A caller that leaves leaves the line.
-    pub async fn turn(&self, tenant: &Tenant, wanted: Wanted<'_>) -> Result<Turn, Error> {
+    pub async fn turn(&self, tenant: &Tenant, wanted: TurnRequest<'_>) -> Result<Turn, Error> {
         let line = self.line(wanted.model);
         let entered = {
             let mut line = lock(&line);

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use super::places::Places;
 use super::redis::Lease;
-use super::{Quota, Usage};
-use crate::auth::{Pattern, Tenant};
+use crate::policy::{Pattern, Quota, Tenant};
+use crate::request::Usage;
 
 /// Costs are counted in billionths of the currency.
 const NANO: f64 = 1e9;

@@ -1,17 +1,19 @@
 use std::path::Path;
 
 use super::*;
-use crate::auth::{AuthSettings, Policy};
+use crate::policy::Policy;
 
 fn limit() -> Limit {
     let settings = LimitSettings {
-        redis: None,
-        redis_password_file: None,
         fair_rows: 64,
         fair_queue: 1000,
     };
-    let auth = Arc::new(Auth::new(&AuthSettings::default()).unwrap());
-    Limit::new(&settings, auth, None, &LimitMetrics::default())
+    Limit::new(
+        &settings,
+        PolicyCell::default(),
+        None,
+        &LimitMetrics::default(),
+    )
 }
 
 fn caller(quota: &str) -> Caller {
@@ -20,6 +22,15 @@ fn caller(quota: &str) -> Caller {
     Caller {
         tenant: policy.tenants["a"].clone(),
         credential: "key".into(),
+    }
+}
+
+fn request(model: &str, rows: u64) -> QuotaRequest<'_> {
+    QuotaRequest {
+        model,
+        chain: None,
+        rows,
+        unit: QuotaUnit::Request,
     }
 }
 
@@ -122,27 +133,21 @@ async fn refusals_say_which_limit_and_when() {
     assert!(error.retry_after().unwrap() <= Duration::from_secs(1));
     let said = "the tenant's limit of 1 requests per second for all models is spent";
     assert_eq!(error.to_string(), said);
-    let _ticket = limit
-        .take(&caller, "minilm", 100, Counted::Request)
+    let _reservation = limit
+        .reserve(&caller, request("minilm", 100))
         .await
         .unwrap();
     let error = limit
-        .take(&caller, "minilm", 1, Counted::Request)
+        .reserve(&caller, request("minilm", 1))
         .await
         .unwrap_err();
     let said = "the tenant's limit of 100 items per minute for 'mini*' is spent";
     assert_eq!(error.to_string(), said);
     // One of another model is not concerned; one without rows takes none.
-    limit
-        .take(&caller, "digits", 1, Counted::Request)
-        .await
-        .unwrap();
-    limit
-        .take(&caller, "minilm", 0, Counted::Request)
-        .await
-        .unwrap();
+    limit.reserve(&caller, request("digits", 1)).await.unwrap();
+    limit.reserve(&caller, request("minilm", 0)).await.unwrap();
     let error = limit
-        .take(&caller, "minilm", 101, Counted::Request)
+        .reserve(&caller, request("minilm", 101))
         .await
         .unwrap_err();
     assert_eq!((error.kind(), error.retry_after()), (Kind::TooLarge, None));
@@ -157,32 +162,20 @@ async fn places_are_given_back_and_refused_calls_take_nothing() {
         "quota = { items_per_minute = 10 }\n\
          [tenants.a.model_quotas.\"m\"]\nin_flight = 1\nitems_per_day = 3",
     );
-    let ticket = limit.take(&caller, "m", 3, Counted::Request).await.unwrap();
-    let error = limit
-        .take(&caller, "m", 1, Counted::Request)
-        .await
-        .unwrap_err();
+    let reservation = limit.reserve(&caller, request("m", 3)).await.unwrap();
+    let error = limit.reserve(&caller, request("m", 1)).await.unwrap_err();
     let said = "the tenant's limit of 1 calls under way for 'm' is reached";
     assert_eq!(error.to_string(), said);
-    drop(ticket);
+    drop(reservation);
     // The place is free, the rows are spent.
-    let error = limit
-        .take(&caller, "m", 1, Counted::Request)
-        .await
-        .unwrap_err();
+    let error = limit.reserve(&caller, request("m", 1)).await.unwrap_err();
     assert!(error.to_string().contains("3 items per day"), "{error}");
-    let error = limit
-        .take(&caller, "m", 1, Counted::Request)
-        .await
-        .unwrap_err();
+    let error = limit.reserve(&caller, request("m", 1)).await.unwrap_err();
     assert!(error.to_string().contains("3 items per day"), "{error}");
     // What those did not use of the whole is there for others.
+    limit.reserve(&caller, request("other", 7)).await.unwrap();
     limit
-        .take(&caller, "other", 7, Counted::Request)
-        .await
-        .unwrap();
-    limit
-        .take(&caller, "other", 1, Counted::Request)
+        .reserve(&caller, request("other", 1))
         .await
         .unwrap_err();
 }
@@ -194,22 +187,22 @@ async fn a_chain_and_its_model_count_once_in_one_pattern() {
         "[tenants.a.model_quotas.\"*\"]\nin_flight = 1\n\
          [tenants.a.model_quotas.\"m\"]\nitems_per_day = 3\nin_flight = 1",
     );
-    let request = Counted::Request;
-    let _chain = limit.take(&caller, "any", 3, request).await.unwrap();
-    let (chain, model) = ("any", "m");
-    let member = Member { chain, model };
-    let first = limit
-        .take_member(&caller, member, 2, request)
-        .await
-        .unwrap();
-    // One of several calls for a request has its place already.
-    let part = limit.take_member(&caller, member, 1, Counted::Part).await;
-    part.unwrap();
-    let error = limit.take_member(&caller, member, 1, request).await;
+    let _chain = limit.reserve(&caller, request("any", 3)).await.unwrap();
+    let member = |rows, unit| QuotaRequest {
+        model: "m",
+        chain: Some("any"),
+        rows,
+        unit,
+    };
+    let reserve = |rows, unit| limit.reserve(&caller, member(rows, unit));
+    let first = reserve(2, QuotaUnit::Request).await.unwrap();
+    // One of several calls for a request has its slot already.
+    reserve(1, QuotaUnit::Part).await.unwrap();
+    let error = reserve(1, QuotaUnit::Request).await;
     assert!(error.unwrap_err().to_string().contains("under way for 'm'"));
     drop(first);
     // Nothing is given back: it may have computed.
-    let error = limit.take_member(&caller, member, 1, request).await;
+    let error = reserve(1, QuotaUnit::Request).await;
     assert!(error.unwrap_err().to_string().contains("3 items per day"));
 }
 
@@ -219,11 +212,10 @@ async fn what_nobody_waited_for_is_charged() {
     let caller = caller("quota = { cost_per_day = 0.5, tokens_per_day = 10 }");
     let charge = |tokens, cost| limit.charge(&caller, "m", Usage { tokens, cost });
     charge(9, 0.25);
-    let request = Counted::Request;
-    limit.take(&caller, "m", 1, request).await.unwrap();
+    limit.reserve(&caller, request("m", 1)).await.unwrap();
     charge(u64::MAX, 0.0);
     charge(u64::MAX, f64::INFINITY);
-    limit.take(&caller, "m", 1, request).await.unwrap_err();
+    limit.reserve(&caller, request("m", 1)).await.unwrap_err();
 }
 
 #[tokio::test]
@@ -236,44 +228,12 @@ async fn what_is_counted_outlives_the_policy() {
     };
     let (before, after) = (with(10), with(20));
     let place = limit.enter(&before).await.unwrap();
-    limit
-        .take(&before, "m", 10, Counted::Request)
-        .await
-        .unwrap();
-    limit
-        .take(&before, "m", 1, Counted::Request)
-        .await
-        .unwrap_err();
-    limit.take(&after, "m", 10, Counted::Request).await.unwrap();
-    limit
-        .take(&after, "m", 1, Counted::Request)
-        .await
-        .unwrap_err();
+    limit.reserve(&before, request("m", 10)).await.unwrap();
+    limit.reserve(&before, request("m", 1)).await.unwrap_err();
+    limit.reserve(&after, request("m", 10)).await.unwrap();
+    limit.reserve(&after, request("m", 1)).await.unwrap_err();
     let other = limit.enter(&after).await.unwrap();
     limit.enter(&after).await.unwrap_err();
     drop((place, other));
     limit.enter(&after).await.unwrap();
-}
-
-#[tokio::test]
-async fn limits_cost_little() {
-    let limit = limit();
-    let free = caller("");
-    let all = caller(
-        "quota = { requests_per_second = 1e9, items_per_minute = 1000000000, tokens_per_day = 1000000000, in_flight = 10 }\n\
-         [tenants.a.model_quotas.\"m*\"]\nrequests_per_second = 1e9\nin_flight = 10",
-    );
-    for (what, caller) in [("no limits", &free), ("all limits", &all)] {
-        let started = Instant::now();
-        for _ in 0..100_000 {
-            let entered = limit.enter(caller).await.unwrap();
-            let ticket = limit
-                .take(caller, "minilm", 1, Counted::Request)
-                .await
-                .unwrap();
-            ticket.charge(Usage::default());
-            drop((entered, ticket));
-        }
-        println!("{what}: {:?}", started.elapsed() / 100_000);
-    }
 }

@@ -1,199 +1,181 @@
-//! Conversations that a provider's model continues: the same way as a message's,
-//! without a message.
+//! Conversations that the model of a provider continues: exchanges without a
+//! message of gRPC, whole or as a stream.
 
 use std::sync::Arc;
 
 use futures::StreamExt;
 use http::HeaderValue;
-use protocol::{Error, Kind};
+use protocol::{Error, Kind, Task};
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::Stack;
-use super::chain::Descent;
-use super::owed::Owed;
-use crate::auth::Caller;
-use crate::limit::{Counted, Member, Ticket, Usage};
+use super::{Attempt, Exchange, PendingCharge, Reservations, Stack};
+use crate::limit::Reservation;
+use crate::policy::Caller;
+use crate::request::{QuotaUnit, Usage};
 use crate::route::{Plan, Route};
-use crate::service::Wanted;
 use crate::upstream::provider::{
     ChatAnswer, ChatDelta, ChatRequest, ChatStream, ChatUsage, Provider, Used,
 };
 
-/// A conversation that a caller wants continued.
+/// A conversation whose continuation is returned whole.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Conversation<'a> {
-    /// The model.
-    pub wanted: &'a Wanted,
-    /// Who asks.
+pub struct Chat<'a> {
+    /// Whose conversation it is.
     pub caller: &'a Caller,
     /// The conversation.
-    pub chat: &'a ChatRequest,
+    pub request: &'a ChatRequest,
     /// When the caller stops waiting.
     pub deadline: Instant,
 }
 
-/// What continues a conversation, and whose it is.
+/// A conversation whose continuation is returned part by part. Its deadline is
+/// that of the last part.
+#[derive(Debug, Clone, Copy)]
+pub struct ChatStreaming<'a>(pub Chat<'a>);
+
+/// What a model generated.
 #[derive(Debug)]
-pub(crate) struct Continued<T> {
-    /// The answer.
-    pub answer: T,
-    /// The model that made it.
+pub struct Generated<T> {
+    /// The text, or the stream of its parts.
+    pub content: T,
+    /// The model that generated it.
     pub model: String,
-    /// Why it is not the first model of its chain.
+    /// The fallback header, where it is not the first model of its chain.
     pub fallback: Option<HeaderValue>,
     provider: Arc<Provider>,
-    /// What the model of a chain takes of its own quotas.
-    member: Option<Ticket>,
 }
 
 impl Stack {
-    /// Continues a conversation.
-    pub(crate) async fn chat(
-        &self,
-        asked: Conversation<'_>,
-    ) -> Result<Continued<ChatAnswer>, Status> {
-        let (plan, ticket) = self.plan(asked).await?;
-        let mut said = self
-            .ask_generating(&plan, asked, |provider, ends| async move {
-                let owed = Owed::new(&self.0.limit, asked.caller, &provider);
-                let answer = provider.chat(asked.chat, owed.terms(ends)).await?;
-                owed.settle();
-                Ok::<_, Error>(answer)
-            })
-            .await?;
-        let meter = Meter::new([Some(ticket), said.member.take()], &said.provider, asked);
-        meter.charged(said.answer.usage);
-        Ok(said)
-    }
-
-    /// Continues a conversation part by part. It is charged when the stream
-    /// ends, or is dropped.
-    pub(crate) async fn chat_stream(
-        &self,
-        asked: Conversation<'_>,
-    ) -> Result<Continued<ChatStream>, Status> {
-        let (plan, ticket) = self.plan(asked).await?;
-        let mut said = self
-            .ask_generating(&plan, asked, |provider, ends| async move {
-                // The half of the time is for the beginning: the rest may take
-                // as long as the caller waits.
-                let owed = Owed::new(&self.0.limit, asked.caller, &provider);
-                let (chat, opens) = (asked.chat, owed.terms(ends));
-                let parts = provider.chat_stream(chat, opens, asked.deadline).await?;
-                owed.settle();
-                Ok::<_, Error>(parts)
-            })
-            .await?;
-        let tickets = [Some(ticket), said.member.take()];
-        let mut meter = Meter::new(tickets, &said.provider, asked);
-        said.answer = said
-            .answer
-            .map(move |item| {
-                meter.saw(&item);
-                item
-            })
-            .boxed();
-        Ok(said)
-    }
-
-    /// The provider that continues conversations for a request, if one does:
-    /// the only model, or the first of its chain.
-    pub(crate) fn generates(&self, wanted: &Wanted, caller: &Caller) -> Option<Arc<Provider>> {
-        let route = match self.0.routes.choose(wanted, caller).ok()? {
-            Plan::One(route) => route,
+    /// The provider that continues conversations for a plan, if one does: the
+    /// only model, or the first of its chain that a provider has.
+    pub fn generator(&self, plan: &Plan) -> Option<Arc<Provider>> {
+        let route = match plan {
+            Plan::One(route) => route.clone(),
             Plan::Chain(chain) => {
                 let routes = chain.models.iter();
                 let mut routes = routes.filter_map(|name| self.0.routes.member(name).ok());
                 routes.find(|route| route.provider().is_some())?
             }
         };
-        let provider = route.provider()?;
-        (provider.task == "generation").then(|| provider.clone())
-    }
-
-    async fn plan(&self, asked: Conversation<'_>) -> Result<(Plan, Ticket), Status> {
-        let plan = self.0.routes.choose(asked.wanted, asked.caller)?;
-        let ticket = self
-            .0
-            .limit
-            .take(asked.caller, plan.name(), 1, Counted::Request)
-            .await?;
-        Ok((plan, ticket))
-    }
-
-    /// Asks the model, or those of a chain in turn.
-    async fn ask_generating<T, F>(
-        &self,
-        plan: &Plan,
-        asked: Conversation<'_>,
-        attempt: impl Fn(Arc<Provider>, Instant) -> F,
-    ) -> Result<Continued<T>, Status>
-    where
-        F: Future<Output = Result<T, Error>>,
-    {
-        let chain = match plan {
-            Plan::One(route) => {
-                let provider = generating(route)?;
-                let answer = attempt(provider.clone(), asked.deadline).await?;
-                return Ok(Continued {
-                    member: None,
-                    answer,
-                    model: provider.name.clone(),
-                    fallback: None,
-                    provider,
-                });
-            }
-            Plan::Chain(chain) => chain,
-        };
-        let metrics = &self.0.routes.catalogue.metrics;
-        let mut descent = Descent::new(chain, metrics, asked.deadline);
-        for (place, name) in chain.models.iter().enumerate() {
-            let answered = async {
-                let route = self.0.routes.member(name)?;
-                let provider = generating(&route)?;
-                let limit = &self.0.limit;
-                let member = Member {
-                    chain: &chain.name,
-                    model: name,
-                };
-                let ticket = limit.take_member(asked.caller, member, 1, Counted::Request);
-                let ticket = ticket.await?;
-                let answer = attempt(provider.clone(), descent.ends(place)).await?;
-                Ok::<_, Error>((answer, provider, ticket))
-            };
-            match answered.await {
-                Ok((answer, provider, ticket)) => {
-                    return Ok(Continued {
-                        member: Some(ticket),
-                        answer,
-                        model: name.clone(),
-                        fallback: descent.said(name),
-                        provider,
-                    });
-                }
-                Err(error) => descent.fell(error.to_status())?,
-            }
-        }
-        Err(descent.status())
+        generator(&route).ok()
     }
 }
 
 /// The provider of a model that continues conversations.
-fn generating(route: &Route) -> Result<Arc<Provider>, Error> {
-    let provider = route.provider().filter(|p| p.task == "generation");
+fn generator(route: &Route) -> Result<Arc<Provider>, Error> {
+    let generation = Task::Generation.as_str();
+    let provider = route.provider().filter(|p| p.task == generation);
     provider.cloned().ok_or_else(|| {
         let (name, task) = (route.name(), route.task());
-        let message = format!("model '{name}' does {task}, not generation");
+        let message = format!("model '{name}' does {task}, not {generation}");
         Error::new(Kind::Unsupported, message)
     })
 }
 
-/// Charges a conversation once. A caller who leaves is charged for what came
-/// until then, as far as that can be told.
+impl Exchange for Chat<'_> {
+    type Output = Generated<ChatAnswer>;
+
+    fn caller(&self) -> &Caller {
+        self.caller
+    }
+
+    fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    fn rows(&self) -> u64 {
+        1
+    }
+
+    fn unit(&self) -> QuotaUnit {
+        QuotaUnit::Request
+    }
+
+    async fn attempt(&self, stack: &Stack, attempt: Attempt<'_>) -> Result<Self::Output, Status> {
+        let provider = generator(attempt.route)?;
+        let pending = PendingCharge::new(&stack.0.limit, self.caller, &provider);
+        let terms = pending.terms(attempt.deadline);
+        let content = provider.chat(self.request, terms).await?;
+        pending.settle();
+        Ok(Generated::new(content, provider, attempt))
+    }
+
+    fn accept(&self, output: Self::Output, _: &Reservation) -> Result<Self::Output, Status> {
+        Ok(output)
+    }
+
+    fn charge(&self, output: Self::Output, reservations: Reservations) -> Self::Output {
+        let mut meter = Meter::new(reservations, &output.provider, self);
+        meter.charge(output.content.usage);
+        output
+    }
+}
+
+impl Exchange for ChatStreaming<'_> {
+    type Output = Generated<ChatStream>;
+
+    fn caller(&self) -> &Caller {
+        self.0.caller
+    }
+
+    fn deadline(&self) -> Instant {
+        self.0.deadline
+    }
+
+    fn rows(&self) -> u64 {
+        self.0.rows()
+    }
+
+    fn unit(&self) -> QuotaUnit {
+        self.0.unit()
+    }
+
+    async fn attempt(&self, stack: &Stack, attempt: Attempt<'_>) -> Result<Self::Output, Status> {
+        let chat = &self.0;
+        let provider = generator(attempt.route)?;
+        let pending = PendingCharge::new(&stack.0.limit, chat.caller, &provider);
+        // The deadline of the attempt is that of the first part: the others may
+        // take as long as the caller waits.
+        let terms = pending.terms(attempt.deadline);
+        let parts = provider.chat_stream(chat.request, terms, chat.deadline);
+        let content = parts.await?;
+        pending.settle();
+        Ok(Generated::new(content, provider, attempt))
+    }
+
+    fn accept(&self, output: Self::Output, _: &Reservation) -> Result<Self::Output, Status> {
+        Ok(output)
+    }
+
+    /// The stream charges when it ends, or is dropped.
+    fn charge(&self, mut output: Self::Output, reservations: Reservations) -> Self::Output {
+        let mut meter = Meter::new(reservations, &output.provider, &self.0);
+        let metered = output.content.map(move |part| {
+            meter.observe(&part);
+            part
+        });
+        output.content = metered.boxed();
+        output
+    }
+}
+
+impl<T> Generated<T> {
+    fn new(content: T, provider: Arc<Provider>, attempt: Attempt<'_>) -> Self {
+        let model = provider.name.clone();
+        Self {
+            content,
+            fallback: attempt.fallback.and_then(|chain| chain.header(&model)),
+            model,
+            provider,
+        }
+    }
+}
+
+/// Charges a conversation once. A caller who leaves is charged for the parts
+/// until then, as far as that can be estimated.
 struct Meter {
-    /// The request's, and that of the model of a chain.
-    tickets: [Option<Ticket>; 2],
+    reservations: Reservations,
     charged: bool,
     provider: Arc<Provider>,
     tenant: String,
@@ -202,32 +184,24 @@ struct Meter {
 }
 
 impl Meter {
-    fn new(
-        tickets: [Option<Ticket>; 2],
-        provider: &Arc<Provider>,
-        asked: Conversation<'_>,
-    ) -> Self {
+    fn new(reservations: Reservations, provider: &Arc<Provider>, chat: &Chat<'_>) -> Self {
         Self {
-            tickets,
+            reservations,
             charged: false,
             provider: provider.clone(),
-            tenant: asked.caller.tenant.name.clone(),
-            prompt_tokens: asked.chat.tokens_guessed(),
+            tenant: chat.caller.tenant.name.clone(),
+            prompt_tokens: chat.request.tokens_guessed(),
             parts: 0,
         }
     }
 
-    fn saw(&mut self, item: &Result<ChatDelta, Error>) {
-        if let Ok(delta) = item {
+    fn observe(&mut self, part: &Result<ChatDelta, Error>) {
+        if let Ok(delta) = part {
             self.parts += u64::from(!delta.text.is_empty());
             if let Some((_, usage)) = delta.end {
                 self.charge(usage);
             }
         }
-    }
-
-    fn charged(mut self, usage: ChatUsage) {
-        self.charge(usage);
     }
 
     fn charge(&mut self, usage: ChatUsage) {
@@ -238,8 +212,8 @@ impl Meter {
             tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
             cost: self.provider.spend(&self.tenant, Used::from(usage)),
         };
-        for ticket in self.tickets.iter_mut().filter_map(Option::take) {
-            ticket.charge(usage);
+        for reservation in self.reservations.iter_mut().filter_map(Option::take) {
+            reservation.charge(usage);
         }
     }
 }

@@ -41,8 +41,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::{Answer, Budget, Ejection};
-use crate::service::Request;
+use super::{Budget, Ejection, Response};
+use crate::request::Request;
 use catalogue::{File, Model, Shape};
 use key::Key;
 use openai::Embedded;
@@ -245,8 +245,12 @@ impl Provider {
 
     /// Answers one message of the Open Inference Protocol or of `tei.v1`. An
     /// answer has its cost; what else the call took is on the tab.
-    pub async fn answer(self: &Arc<Self>, request: &Request, tab: &Tab) -> Result<Answer, Status> {
-        let path = request.path.path();
+    pub async fn answer(
+        self: &Arc<Self>,
+        request: &Request,
+        tab: &Tab,
+    ) -> Result<Response, Status> {
+        let path = request.method.path();
         let (answer, used) = match path.strip_prefix("/inference.GRPCInferenceService/") {
             Some(method) => oip::answer(self, method, request, tab).await?,
             None => {

@@ -12,7 +12,8 @@ use protocol::ModelName;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{BEGINNING, PREFIX_BYTES};
-use crate::auth::{PolicyError, files, sha256};
+use crate::auth::sha256;
+use crate::policy::{PolicyError, files};
 
 /// What the file is called in errors.
 pub const WHAT: &str = "the keys";

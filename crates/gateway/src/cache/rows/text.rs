@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use bytes::{BufMut, Bytes, BytesMut};
 use http::HeaderMap;
 use platform::grpc::{Message, frame_bytes};
+use protocol::Method;
 use protocol::tei::v1 as tei;
 
 use super::super::key::{Key, KeyWriter, Source};
@@ -57,13 +58,13 @@ where
 {
     /// Reads a message; none when it is no `Q`, or has fields that are unknown
     /// here: they may change the answer.
-    pub fn read(message: Bytes, path: &str, source: &Source<'_>) -> Option<Box<dyn Rows>> {
+    pub fn read(message: Bytes, method: Method, source: &Source<'_>) -> Option<Box<dyn Rows>> {
         let bytes = message.len();
         let message = Q::decode(message).ok()?.encode_to_vec();
         if message.len() != bytes {
             return None;
         }
-        let key = KeyWriter::new(path, source).part(&message).key();
+        let key = KeyWriter::new(method.path(), source).part(&message).key();
         Some(Box::new(Self {
             message,
             key: [key],
@@ -138,7 +139,8 @@ mod tests {
 
     fn embed(request: &tei::EmbedRequest) -> Box<dyn Rows> {
         let message = request.encode_to_vec().into();
-        Text::<tei::EmbedRequest, tei::EmbedResponse>::read(message, "/Embed", &SOURCE).unwrap()
+        Text::<tei::EmbedRequest, tei::EmbedResponse>::read(message, Method::Embed, &SOURCE)
+            .unwrap()
     }
 
     #[test]
@@ -227,7 +229,7 @@ mod tests {
         message.extend([0xf8, 0x07, 0x01]);
         let no_message = Bytes::from_static(b"\xff\xff");
         let read = Text::<tei::EmbedRequest, tei::EmbedResponse>::read;
-        assert!(read(message.into(), "/Embed", &SOURCE).is_none());
-        assert!(read(no_message, "/Embed", &SOURCE).is_none());
+        assert!(read(message.into(), Method::Embed, &SOURCE).is_none());
+        assert!(read(no_message, Method::Embed, &SOURCE).is_none());
     }
 }

@@ -4,44 +4,44 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use protocol::{Error, FALLBACK_KEY};
 
 use super::super::gate::Visit;
-use crate::service::Wanted;
-use crate::stack::Conversation;
+use crate::request::ModelSelector;
+use crate::stack::{Chat, ChatStreaming};
 use crate::upstream::provider::{ChatAnswer, ChatRequest, ChatStream};
 
 /// A whole answer, and what the caller is told besides.
 pub async fn chat(
     visit: &Visit,
-    wanted: &Wanted,
+    wanted: &ModelSelector,
     chat: &ChatRequest,
 ) -> Result<(HeaderMap, ChatAnswer), Error> {
-    let said = visit.stack.chat(Conversation {
-        wanted,
+    let plan = visit.stack.route(wanted, &visit.caller)?;
+    let chat = Chat {
         caller: &visit.caller,
-        chat,
+        request: chat,
         deadline: visit.deadline,
-    });
-    let said = said.await;
-    let said = said.map_err(|status| Error::from_status(&status))?;
-    visit.answered_by(&said.model);
-    Ok((told(said.fallback), said.answer))
+    };
+    let generated = visit.stack.run(&plan, &chat).await;
+    let generated = generated.map_err(|status| Error::from_status(&status))?;
+    visit.answered_by(&generated.model);
+    Ok((told(generated.fallback), generated.content))
 }
 
 /// An answer in parts, and what the caller is told besides.
 pub async fn chat_stream(
     visit: &Visit,
-    wanted: &Wanted,
+    wanted: &ModelSelector,
     chat: &ChatRequest,
 ) -> Result<(HeaderMap, ChatStream), Error> {
-    let said = visit.stack.chat_stream(Conversation {
-        wanted,
+    let plan = visit.stack.route(wanted, &visit.caller)?;
+    let chat = ChatStreaming(Chat {
         caller: &visit.caller,
-        chat,
+        request: chat,
         deadline: visit.ends,
     });
-    let said = said.await;
-    let said = said.map_err(|status| Error::from_status(&status))?;
-    visit.answered_by(&said.model);
-    Ok((told(said.fallback), said.answer))
+    let generated = visit.stack.run(&plan, &chat).await;
+    let generated = generated.map_err(|status| Error::from_status(&status))?;
+    visit.answered_by(&generated.model);
+    Ok((told(generated.fallback), generated.content))
 }
 
 fn told(fallback: Option<HeaderValue>) -> HeaderMap {

@@ -5,18 +5,19 @@ use futures::{StreamExt, TryStreamExt, stream};
 use protocol::inference::infer_parameter::ParameterChoice;
 use protocol::inference::model_infer_request::InferInputTensor;
 use protocol::inference::{InferParameter, ModelInferRequest, ModelInferResponse};
-use protocol::{Error, Kind, tei::v1 as tei};
+use protocol::{Error, Kind, Method, tei::v1 as tei};
 
 use super::super::ask::{self, CALLS_AT_ONCE, element};
 use super::super::gate::Visit;
+use crate::route::Plan;
 
-const DECODE: &str = "/tei.v1.Tokenize/Decode";
+const DECODE: Method = Method::Decode;
 
 /// The texts of tokens. Only the model's own tokenizer knows them, so that
 /// models of outside services take none.
 pub async fn decoded(
     visit: &Visit,
-    model: &str,
+    plan: &Plan,
     lists: Vec<Vec<u32>>,
     single: bool,
 ) -> Result<Vec<String>, Error> {
@@ -29,7 +30,7 @@ pub async fn decoded(
                     ids,
                     skip_special_tokens: true,
                 };
-                let told = ask::call::<tei::DecodeResponse>(visit, DECODE, model, &message);
+                let told = ask::call::<tei::DecodeResponse>(visit, DECODE, plan, &message);
                 let field = match single {
                     true => "input".to_owned(),
                     false => format!("input[{index}]"),

@@ -161,8 +161,6 @@ fn what_cannot_be_in_time_is_refused() {
 
 fn fair(rows: u32) -> (Fair, LimitMetrics) {
     let settings = LimitSettings {
-        redis: None,
-        redis_password_file: None,
         fair_rows: rows,
         fair_queue: 1000,
     };
@@ -170,8 +168,8 @@ fn fair(rows: u32) -> (Fair, LimitMetrics) {
     (Fair::new(&settings, &metrics), metrics)
 }
 
-fn wanted(items: u64) -> Wanted<'static> {
-    Wanted {
+fn wanted(items: u64) -> TurnRequest<'static> {
+    TurnRequest {
         model: "m",
         workers: 1,
         items,

@@ -58,12 +58,12 @@ pub fn read_embedding(bytes: &[u8], texts: usize) -> Result<Embedded, &'static s
         float: Vec<Vector>,
     }
     #[derive(Deserialize)]
-    struct Answer {
+    struct Response {
         embeddings: Vectors,
         #[serde(default)]
         meta: Meta,
     }
-    let answer: Answer = serde_json::from_slice(bytes).map_err(|_| "no embeddings in JSON")?;
+    let answer: Response = serde_json::from_slice(bytes).map_err(|_| "no embeddings in JSON")?;
     let vectors: Vec<Vec<f32>> = answer.embeddings.float.into_iter().map(|v| v.0).collect();
     if vectors.len() != texts {
         return Err("another number of embeddings than of texts");
@@ -117,14 +117,14 @@ pub fn read_rerank(bytes: &[u8], texts: usize) -> Result<Scored, &'static str> {
         total_tokens: u64,
     }
     #[derive(Deserialize)]
-    struct Answer {
+    struct Response {
         results: Vec<Item>,
         #[serde(default)]
         meta: Option<Meta>,
         #[serde(default)]
         usage: Option<Used>,
     }
-    let answer: Answer = serde_json::from_slice(bytes).map_err(|_| "no scores in JSON")?;
+    let answer: Response = serde_json::from_slice(bytes).map_err(|_| "no scores in JSON")?;
     if answer.results.len() != texts {
         return Err("another number of scores than of texts");
     }

@@ -13,7 +13,7 @@ use tonic::Status;
 use super::chat::{ChatMessage, ChatRequest, ChatUsage, Finish, Role};
 use super::oip::column;
 use super::{Provider, VERSION};
-use crate::service::Request;
+use crate::request::Request;
 
 /// The conversation that a request for generation stands for.
 pub(super) fn to_chat(request: &InferRequest) -> Result<(ChatRequest, String), Error> {

@@ -24,8 +24,8 @@ use super::chat::ChatUsage;
 use super::generation::to_chat;
 use super::trouble::Trouble;
 use super::{Embedding, Provider, Tab, Terms, VERSION};
-use crate::service::Request;
-use crate::upstream::Answer;
+use crate::request::Request;
+use crate::upstream::Response;
 
 /// One input or output.
 struct Spec {
@@ -48,20 +48,20 @@ pub(super) async fn answer(
     method: &str,
     request: &Request,
     tab: &Tab,
-) -> Result<(Answer, Used), Status> {
+) -> Result<(Response, Used), Status> {
     let message = request.message.bytes();
     let deadline = request.deadline;
     match method {
         "ModelInfer" => infer(provider, decode(message)?, Terms { deadline, tab }).await,
         "ModelMetadata" => {
             let _: ModelMetadataRequest = decode(message)?;
-            let answer = Answer::own(&provider.metadata(), HeaderMap::new());
+            let answer = Response::own(&provider.metadata(), HeaderMap::new());
             Ok((answer, Used::default()))
         }
         "ModelConfig" => {
             let _: ModelConfigRequest = decode(message)?;
             let config = Some(provider.config());
-            let answer = Answer::own(&ModelConfigResponse { config }, HeaderMap::new());
+            let answer = Response::own(&ModelConfigResponse { config }, HeaderMap::new());
             Ok((answer, Used::default()))
         }
         _ => Err(provider.lacks(method).into()),
@@ -253,7 +253,7 @@ async fn infer(
     provider: &Arc<Provider>,
     message: ModelInferRequest,
     mut terms: Terms<'_>,
-) -> Result<(Answer, Used), Status> {
+) -> Result<(Response, Used), Status> {
     let request = InferRequest::checked(message)?;
     provider.check(&request)?;
     let patience = request.timeout.map(|timeout| Instant::now() + timeout);
@@ -266,7 +266,7 @@ async fn infer(
     let name = ModelName::checked(&provider.name, "model_name")?;
     let version = ModelVersion::checked(VERSION, "model_version")?;
     let answer = to_response(&name, version, request.id, vec![output]);
-    Ok((Answer::own(&answer, provider.carried(used)), used))
+    Ok((Response::own(&answer, provider.carried(used)), used))
 }
 
 impl Provider {

@@ -59,12 +59,12 @@ pub fn read_embedding(bytes: &[u8], texts: usize) -> Result<Embedded, &'static s
         prompt_tokens: u64,
     }
     #[derive(Deserialize)]
-    struct Answer {
+    struct Response {
         data: Vec<Item>,
         #[serde(default)]
         usage: Option<Used>,
     }
-    let answer: Answer = serde_json::from_slice(bytes).map_err(|_| "no embeddings in JSON")?;
+    let answer: Response = serde_json::from_slice(bytes).map_err(|_| "no embeddings in JSON")?;
     let mut vectors = vec![Vec::new(); texts];
     if answer.data.len() != texts {
         return Err("another number of embeddings than of texts");

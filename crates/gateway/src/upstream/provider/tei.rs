@@ -13,8 +13,8 @@ use tonic::Status;
 use super::catalogue::{Task, Used};
 use super::trouble::Trouble;
 use super::{Embedding, Provider, Tab, Terms, VERSION};
-use crate::service::Request;
-use crate::upstream::Answer;
+use crate::request::Request;
+use crate::upstream::Response;
 
 /// Answers one message, and says what it took.
 pub(super) async fn answer(
@@ -22,7 +22,7 @@ pub(super) async fn answer(
     method: &str,
     request: &Request,
     tab: &Tab,
-) -> Result<(Answer, Used), Status> {
+) -> Result<(Response, Used), Status> {
     let message = request.message.bytes();
     let call = Call {
         provider,
@@ -35,7 +35,7 @@ pub(super) async fn answer(
     match method {
         "Info/Info" => {
             let _: tei::InfoRequest = decode(message)?;
-            let answer = Answer::own(&call.info()?, HeaderMap::new());
+            let answer = Response::own(&call.info()?, HeaderMap::new());
             Ok((answer, Used::default()))
         }
         "Embed/Embed" => Ok(call.embed(decode(message)?).await?),
@@ -84,7 +84,7 @@ impl Call<'_> {
         })
     }
 
-    async fn embed(&self, request: tei::EmbedRequest) -> Result<(Answer, Used), Error> {
+    async fn embed(&self, request: tei::EmbedRequest) -> Result<(Response, Used), Error> {
         self.must_do(Task::Embedding)?;
         let dimensions = match request.dimensions {
             None => None,
@@ -125,10 +125,10 @@ impl Call<'_> {
             embeddings: embedded.vectors.into_iter().next().unwrap_or_default(),
             metadata: Some(metadata),
         };
-        Ok((Answer::own(&message, self.carried(&metadata, used)), used))
+        Ok((Response::own(&message, self.carried(&metadata, used)), used))
     }
 
-    async fn rerank(&self, request: tei::RerankRequest) -> Result<(Answer, Used), Error> {
+    async fn rerank(&self, request: tei::RerankRequest) -> Result<(Response, Used), Error> {
         self.must_do(Task::Rerank)?;
         if request.texts.is_empty() {
             return Err(Error::invalid("texts", "there are none"));
@@ -160,7 +160,7 @@ impl Call<'_> {
             ranks,
             metadata: Some(metadata),
         };
-        Ok((Answer::own(&message, self.carried(&metadata, used)), used))
+        Ok((Response::own(&message, self.carried(&metadata, used)), used))
     }
 
     fn took(&self, characters: usize, used: Used) -> tei::Metadata {

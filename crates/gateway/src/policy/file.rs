@@ -10,11 +10,9 @@ use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
 
 use super::{
-    JwksSource, JwtPolicy, LimitPolicy, Openness, Pattern, Policy, PolicyError, RedisLost, Tenant,
-    WHAT,
+    JwksSource, JwtPolicy, LimitPolicy, Openness, Pattern, Policy, PolicyError, Quota, RedisLost,
+    Tenant, WHAT, files,
 };
-use crate::auth::files;
-use crate::limit::Quota;
 
 /// Clocks that are further apart than this are broken.
 const LEEWAY_MAX: Duration = Duration::from_secs(300);

@@ -1,17 +1,18 @@
-//! What callers owe for calls of outside services that they do not wait for.
+//! Charges for calls of outside services whose callers do not wait for the end.
 
 use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use crate::auth::Caller;
-use crate::limit::{Limit, Usage};
+use crate::limit::Limit;
+use crate::policy::Caller;
+use crate::request::Usage;
 use crate::upstream::provider::{Provider, Tab, Terms, Used};
 
-/// What one call may owe. Dropped before it is settled, it charges the tenant
-/// for what the service has taken, with a guess at what is not known: a caller
-/// who leaves does not leave the bill.
-pub(super) struct Owed<'a> {
+/// The charge of one call that has no response yet. Dropped before it is
+/// settled, it charges the tenant for what the service has taken, with an
+/// estimate of what is not known: a caller who leaves pays.
+pub(super) struct PendingCharge<'a> {
     limit: &'a Limit,
     caller: &'a Caller,
     provider: Arc<Provider>,
@@ -19,8 +20,8 @@ pub(super) struct Owed<'a> {
     settled: bool,
 }
 
-impl<'a> Owed<'a> {
-    /// Nothing yet.
+impl<'a> PendingCharge<'a> {
+    /// A charge of nothing yet.
     pub(super) fn new(limit: &'a Limit, caller: &'a Caller, provider: &Arc<Provider>) -> Self {
         Self {
             limit,
@@ -31,24 +32,24 @@ impl<'a> Owed<'a> {
         }
     }
 
-    /// Where it is noted what the call takes.
+    /// Where the provider notes what the call takes.
     pub(super) fn tab(&self) -> &Tab {
         &self.tab
     }
 
-    /// What the call is held to.
+    /// The deadline and the charge of the provider's calls.
     pub(super) fn terms(&self, deadline: Instant) -> Terms<'_> {
         let tab = &self.tab;
         Terms { deadline, tab }
     }
 
-    /// There is an answer, and who gets it is charged with that.
+    /// Ends the pending charge: the response is charged.
     pub(super) fn settle(mut self) {
         self.settled = true;
     }
 }
 
-impl Drop for Owed<'_> {
+impl Drop for PendingCharge<'_> {
     fn drop(&mut self) {
         let used = self.tab.sum();
         if self.settled || used == Used::default() {

@@ -10,11 +10,11 @@ use platform::grpc::{Body, BytesHeld, MessageLimits, Reply, frame, head_code, he
 use protocol::TOKENS_KEY;
 use tonic::{Code, Status};
 
-use crate::limit::Usage;
+use crate::request::Usage;
 
 /// What a worker answered, whatever its status.
 #[derive(Debug)]
-pub struct Answer {
+pub struct Response {
     headers: HeaderMap,
     first: Option<Bytes>,
     rest: Vec<Bytes>,
@@ -27,7 +27,7 @@ pub struct Answer {
 
 /// Why a worker gave no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unanswered {
+pub enum SendError {
     /// The call did not reach the worker, or was not begun: sending it again
     /// is free.
     NotSent(String),
@@ -39,7 +39,7 @@ pub enum Unanswered {
     NoRoom,
 }
 
-impl From<ChannelError> for Unanswered {
+impl From<ChannelError> for SendError {
     fn from(error: ChannelError) -> Self {
         match error {
             ChannelError::NotBegun(error) => Self::NotSent(error.to_string()),
@@ -52,9 +52,9 @@ impl From<ChannelError> for Unanswered {
 pub(super) async fn read(
     response: http::Response<Incoming>,
     limits: Option<&MessageLimits>,
-) -> Result<Answer, Unanswered> {
+) -> Result<Response, SendError> {
     let (head, mut body) = response.into_parts();
-    let mut answer = Answer {
+    let mut answer = Response {
         headers: head.headers,
         first: None,
         rest: Vec::new(),
@@ -70,10 +70,10 @@ pub(super) async fn read(
                 bytes += data.len();
                 if let Some(limits) = limits {
                     if bytes > limits.message_bytes_max {
-                        return Err(Unanswered::TooLarge(bytes));
+                        return Err(SendError::TooLarge(bytes));
                     }
                     let held = limits.budget.take(data.len());
-                    answer.held.extend(held.map_err(|_| Unanswered::NoRoom)?);
+                    answer.held.extend(held.map_err(|_| SendError::NoRoom)?);
                 }
                 if answer.first.is_none() {
                     answer.first = Some(data);
@@ -86,12 +86,12 @@ pub(super) async fn read(
     }
     if answer.trailers.is_none() && !answer.headers.contains_key("grpc-status") {
         // A reply without a status was cut off.
-        return Err(Unanswered::Broken("the answer has no status".to_owned()));
+        return Err(SendError::Broken("the answer has no status".to_owned()));
     }
     Ok(answer)
 }
 
-impl Answer {
+impl Response {
     /// An answer that the gateway made itself.
     pub fn own(message: &impl prost::Message, metadata: HeaderMap) -> Self {
         Self::of_framed(frame(message), metadata)
@@ -233,7 +233,7 @@ impl Answer {
     }
 }
 
-impl fmt::Display for Unanswered {
+impl fmt::Display for SendError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotSent(reason) => write!(formatter, "the call was not sent: {reason}"),

@@ -1,6 +1,8 @@
-//! The policy file: which tenant may call which model, and how much.
+//! The policy: tenants, the models they may call, their quotas, and the callers
+//! that stand for them.
 
 mod file;
+pub(crate) mod files;
 mod pattern;
 
 use std::collections::BTreeMap;
@@ -8,10 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
+use protocol::{Error, Kind};
 use serde::Deserialize;
-
-use super::files;
-use crate::limit::Quota;
 
 pub use pattern::Pattern;
 
@@ -40,6 +41,9 @@ pub enum PolicyError {
         reason: String,
     },
 }
+
+/// The policy as it stands now: replaced when its file changes.
+pub type PolicyCell = Arc<ArcSwap<Policy>>;
 
 /// Who may do what.
 #[derive(Debug, Default)]
@@ -144,6 +148,42 @@ pub struct Tenant {
     pub model_quotas: Vec<(Pattern, Quota)>,
 }
 
+/// How much may be called, of all models together or of some. What is not
+/// named has no limit.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Quota {
+    /// Requests per second on average.
+    pub requests_per_second: Option<f64>,
+    /// Requests that may come at once; as many as in a second if not given.
+    pub burst: Option<u32>,
+    /// Rows per minute.
+    pub items_per_minute: Option<u64>,
+    /// Rows per day.
+    pub items_per_day: Option<u64>,
+    /// Computed tokens per minute.
+    pub tokens_per_minute: Option<u64>,
+    /// Computed tokens per day.
+    pub tokens_per_day: Option<u64>,
+    /// Requests that may be under way at once.
+    pub in_flight: Option<u32>,
+    /// What outside providers may cost per day, in the currency of the price
+    /// table.
+    pub cost_per_day: Option<f64>,
+    /// What outside providers may cost per month of 30 days.
+    pub cost_per_month: Option<f64>,
+}
+
+/// Who calls. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    /// Whose call it is.
+    pub tenant: Arc<Tenant>,
+    /// What proved it, for the trace: a key's prefix, a token's subject or a
+    /// certificate's name. Never a secret.
+    pub credential: Arc<str>,
+}
+
 impl Policy {
     /// Reads and checks a policy file. A key set that it names is looked for
     /// beside it, and is not read yet.
@@ -174,6 +214,39 @@ impl Tenant {
     /// Whether it may call a model or alias.
     pub fn may_call(&self, model: &str) -> bool {
         self.models.iter().any(|pattern| pattern.matches(model))
+    }
+}
+
+impl Caller {
+    /// The gateway itself.
+    pub fn gateway() -> Self {
+        Self {
+            tenant: Arc::new(Tenant::anyone()),
+            credential: "".into(),
+        }
+    }
+
+    /// An error unless the caller is an administrator.
+    pub fn must_administrate(&self) -> Result<(), Error> {
+        if self.tenant.administrator {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Forbidden,
+            "only an administrator may do this",
+        ))
+    }
+
+    /// An error unless the caller may call a model or alias. It says nothing
+    /// about whether there is one of this name.
+    pub fn must_be_allowed(&self, model: &str) -> Result<(), Error> {
+        if self.tenant.may_call(model) {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Forbidden,
+            "the model is not among those that this caller may call",
+        ))
     }
 }
 

@@ -1,0 +1,56 @@
+//! What the balancer counts.
+
+use platform::metrics::Metrics;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+
+/// Why a call may be retried, as the label of the metric.
+const REASONS: [&str; 5] = [
+    "unavailable",
+    "not_found",
+    "not_sent",
+    "broken",
+    "too_large",
+];
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
+/// The metrics of retries.
+#[derive(Debug, Clone, Default)]
+pub struct BalanceMetrics {
+    retries: Family<ReasonLabel, Counter>,
+    /// Calls that were not retried because the retry budget was empty.
+    pub budget_exhausted: Counter,
+}
+
+impl BalanceMetrics {
+    /// Registers the metrics.
+    pub fn register(metrics: &Metrics) -> Self {
+        let made = Self::default();
+        for reason in REASONS {
+            drop(made.retries.get_or_create(&ReasonLabel { reason }));
+        }
+        metrics.register(|registry| {
+            registry.register(
+                "andon_gateway_retries",
+                "Calls retried",
+                made.retries.clone(),
+            );
+            registry.register(
+                "andon_gateway_retry_budget_exhausted",
+                "Failures that were not retried because the retry budget was empty",
+                made.budget_exhausted.clone(),
+            );
+        });
+        made
+    }
+
+    /// Counts a retry.
+    pub fn retried(&self, reason: &'static str) {
+        self.retries.get_or_create(&ReasonLabel { reason }).inc();
+    }
+}

@@ -1,0 +1,295 @@
+//! Calls about the whole fleet, which the gateway answers from its routing table
+//! or by asking every worker.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures::future::join_all;
+use platform::telemetry::LogLevels;
+use protocol::inference::{
+    LogSettingsRequest, LogSettingsResponse, ModelReadyRequest, ModelReadyResponse,
+    ModelStatistics, ModelStatisticsRequest, ModelStatisticsResponse, RepositoryIndexRequest,
+    RepositoryIndexResponse, RepositoryModelLoadRequest, RepositoryModelLoadResponse,
+    RepositoryModelUnloadRequest, RepositoryModelUnloadResponse, ServerMetadataResponse,
+    TraceSettingRequest, TraceSettingResponse, repository_index_response::ModelIndex,
+};
+use protocol::{Error, Kind, LogSettings, Method, TraceSettings};
+use tokio::time::Instant;
+use tonic::{Code, Status};
+
+use crate::policy::Caller;
+use crate::request::ModelSelector;
+use crate::route::{Table, no_worker_reachable};
+use crate::stack::Stack;
+use crate::upstream::Upstream;
+use crate::upstream::provider::VERSION;
+
+impl Stack {
+    /// Readiness: some model can respond, and the gateway is not draining.
+    pub fn ready(&self) -> bool {
+        !self.0.drain.draining() && self.0.routes.ready_to_serve()
+    }
+
+    /// The name and version of the server, and the extensions of the protocol
+    /// that it has.
+    pub fn server_metadata(&self) -> ServerMetadataResponse {
+        ServerMetadataResponse {
+            name: "andon".to_owned(),
+            version: platform::VERSION.to_owned(),
+            extensions: protocol::EXTENSIONS.map(str::to_owned).to_vec(),
+        }
+    }
+
+    /// Whether a model, alias or chain can respond to the caller.
+    pub fn model_ready(
+        &self,
+        request: &ModelReadyRequest,
+        caller: &Caller,
+    ) -> Result<ModelReadyResponse, Status> {
+        caller.must_be_allowed(&request.name)?;
+        match self.0.routes.ready(&request.name, &request.version) {
+            Ok(_) => Ok(ModelReadyResponse { ready: true }),
+            Err(error) if error.kind() == Kind::Invalid => Err(error.into()),
+            Err(_) => Ok(ModelReadyResponse { ready: false }),
+        }
+    }
+
+    fn reachable(&self) -> Result<Vec<Arc<Upstream>>, Status> {
+        let table = self.0.routes.table();
+        let mut upstreams = table.upstreams.clone();
+        upstreams.retain(|upstream| upstream.reachable());
+        if upstreams.is_empty() {
+            return Err(no_worker_reachable().into());
+        }
+        Ok(upstreams)
+    }
+
+    /// Asks every reachable worker.
+    async fn ask_workers<Q: prost::Message, A: prost::Message + Default>(
+        &self,
+        method: Method,
+        request: &Q,
+        deadline: Instant,
+    ) -> Result<Vec<Result<A, Status>>, Status> {
+        let upstreams = self.reachable()?;
+        let calls = upstreams
+            .iter()
+            .map(|upstream| upstream.call(method, request, deadline));
+        Ok(join_all(calls).await)
+    }
+
+    /// The same; having no worker is no error where there are providers.
+    async fn ask_workers_if_any<Q: prost::Message, A: prost::Message + Default>(
+        &self,
+        method: Method,
+        request: &Q,
+        deadline: Instant,
+    ) -> Result<Vec<Result<A, Status>>, Status> {
+        if self.reachable().is_err() && !self.0.routes.catalogue.providers.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.ask_workers(method, request, deadline).await
+    }
+
+    /// The statistics of models, summed over all workers.
+    pub async fn statistics(
+        &self,
+        request: &ModelStatisticsRequest,
+        deadline: Instant,
+        caller: &Caller,
+    ) -> Result<ModelStatisticsResponse, Status> {
+        if !request.name.is_empty() {
+            caller.must_be_allowed(&request.name)?;
+        }
+        let catalogue = &self.0.routes.catalogue;
+        if catalogue.has(&request.name) {
+            // What providers do is in the metrics alone.
+            self.route(&selector(request), caller)?;
+            return Ok(ModelStatisticsResponse::default());
+        }
+        let responses = self
+            .ask_workers_if_any::<_, ModelStatisticsResponse>(
+                Method::ModelStatistics,
+                request,
+                deadline,
+            )
+            .await?;
+        let mut sums: BTreeMap<(String, String), ModelStatistics> = BTreeMap::new();
+        for statistics in unless_all_failed(responses)?
+            .into_iter()
+            .flat_map(|response| response.model_stats)
+            .filter(|statistics| caller.tenant.may_call(&statistics.name))
+        {
+            let key = (statistics.name.clone(), statistics.version.clone());
+            match sums.get_mut(&key) {
+                Some(sum) => protocol::add_statistics(sum, &statistics),
+                None => {
+                    sums.insert(key, statistics);
+                }
+            }
+        }
+        Ok(ModelStatisticsResponse {
+            model_stats: sums.into_values().collect(),
+        })
+    }
+
+    /// Every model version of the workers, which is ready if one worker has it
+    /// ready, and the models and chains of providers.
+    pub async fn index(
+        &self,
+        request: &RepositoryIndexRequest,
+        deadline: Instant,
+        caller: &Caller,
+    ) -> Result<RepositoryIndexResponse, Status> {
+        if !request.repository_name.is_empty() {
+            let reason = "a server has one repository: leave it empty";
+            return Err(Error::invalid("repository_name", reason).into());
+        }
+        let responses = self
+            .ask_workers_if_any::<_, RepositoryIndexResponse>(
+                Method::RepositoryIndex,
+                request,
+                deadline,
+            )
+            .await?;
+        let mut models: BTreeMap<(String, String), ModelIndex> = BTreeMap::new();
+        for model in unless_all_failed(responses)?
+            .into_iter()
+            .flat_map(|response| response.models)
+            .filter(|model| caller.tenant.may_call(&model.name))
+        {
+            let key = (model.name.clone(), model.version.clone());
+            let known = models.get(&key).is_some_and(|known| known.state == "READY");
+            if !known && !self.0.routes.catalogue.has(&model.name) {
+                models.insert(key, model);
+            }
+        }
+        for (name, reason) in self.0.routes.catalogue.names() {
+            if caller.tenant.may_call(name) {
+                let model = outside(name, reason);
+                models.insert((model.name.clone(), model.version.clone()), model);
+            }
+        }
+        Ok(RepositoryIndexResponse {
+            models: models.into_values().collect(),
+        })
+    }
+
+    /// Loads a model on every worker, and waits until the routing table has it.
+    pub async fn load(
+        &self,
+        request: &RepositoryModelLoadRequest,
+        deadline: Instant,
+    ) -> Result<RepositoryModelLoadResponse, Status> {
+        let name = protocol::load_target(request)?;
+        self.0.routes.catalogue.must_be_workers(name.as_str())?;
+        let responses = self
+            .ask_workers(Method::RepositoryModelLoad, request, deadline)
+            .await?;
+        let response = unless_one_failed(responses)?;
+        let name = name.as_str();
+        let settled = |table: &Table| table.named(name, "", "model_name").is_ok();
+        self.0.routes.settle(settled).await;
+        Ok(response)
+    }
+
+    /// Unloads a model on every worker, and waits until the routing table has it no more.
+    pub async fn unload(
+        &self,
+        request: &RepositoryModelUnloadRequest,
+        deadline: Instant,
+    ) -> Result<RepositoryModelUnloadResponse, Status> {
+        let name = protocol::unload_target(request)?;
+        self.0.routes.catalogue.must_be_workers(name.as_str())?;
+        let responses = self
+            .ask_workers(Method::RepositoryModelUnload, request, deadline)
+            .await?;
+        let response = unless_one_failed(responses)?;
+        let name = name.as_str();
+        let settled = |table: &Table| table.named(name, "", "model_name").is_err();
+        self.0.routes.settle(settled).await;
+        Ok(response)
+    }
+
+    /// Reads and changes the trace settings.
+    pub fn trace(&self, request: &TraceSettingRequest) -> Result<TraceSettingResponse, Status> {
+        let telemetry = &self.0.telemetry;
+        let now = telemetry.trace_levels();
+        let settings = TraceSettings {
+            exports: now.exports,
+            on: now.on,
+            rate: now.rate,
+        };
+        let settings = settings.changed_by(request)?;
+        telemetry.set_trace_levels(settings.on, settings.rate);
+        Ok(settings.to_response())
+    }
+
+    /// Reads and changes the log settings.
+    pub fn log(&self, request: &LogSettingsRequest) -> Result<LogSettingsResponse, Status> {
+        let telemetry = &self.0.telemetry;
+        let now = telemetry.log_levels();
+        let settings = LogSettings {
+            error: now.error,
+            warning: now.warn,
+            info: now.info,
+            verbose_level: now.verbose,
+        };
+        let settings = settings.changed_by(request)?;
+        telemetry.set_log_levels(LogLevels {
+            error: settings.error,
+            warn: settings.warning,
+            info: settings.info,
+            verbose: settings.verbose_level,
+        });
+        Ok(settings.to_response())
+    }
+}
+
+/// The index entry of a model or chain of providers.
+fn outside(name: &str, reason: &str) -> ModelIndex {
+    ModelIndex {
+        name: name.to_owned(),
+        version: VERSION.to_owned(),
+        state: "READY".to_owned(),
+        reason: reason.to_owned(),
+    }
+}
+
+fn selector(request: &ModelStatisticsRequest) -> ModelSelector {
+    ModelSelector::Named {
+        name: request.name.clone(),
+        version: request.version.clone(),
+        field: "name",
+    }
+}
+
+/// The successful responses; an error when all workers failed.
+fn unless_all_failed<A>(responses: Vec<Result<A, Status>>) -> Result<Vec<A>, Status> {
+    let mut error = None;
+    let mut succeeded = Vec::new();
+    for response in responses {
+        match response {
+            Ok(response) => succeeded.push(response),
+            Err(status) => error = Some(status),
+        }
+    }
+    match error {
+        Some(status) if succeeded.is_empty() => Err(status),
+        _ => Ok(succeeded),
+    }
+}
+
+/// One response, if every worker that has the model succeeded.
+fn unless_one_failed<A>(responses: Vec<Result<A, Status>>) -> Result<A, Status> {
+    let mut succeeded = None;
+    let mut unknown = None;
+    for response in responses {
+        match response {
+            Ok(response) => succeeded = Some(response),
+            Err(status) if status.code() == Code::NotFound => unknown = Some(status),
+            Err(status) => return Err(status),
+        }
+    }
+    succeeded.ok_or_else(|| unknown.unwrap_or_else(|| no_worker_reachable().to_status()))
+}

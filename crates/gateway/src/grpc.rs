@@ -1,0 +1,297 @@
+//! The gRPC door: every method that callers may use, and the way that its calls
+//! take.
+
+mod stream;
+
+use std::sync::LazyLock;
+
+use platform::CommonServices;
+use platform::grpc::{Call, MessageLimits, Reply, code_name, head_code, reject, unary};
+use platform::server::Handler;
+use protocol::inference::{
+    ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest, ServerReadyRequest,
+    ServerReadyResponse,
+};
+use protocol::{Method, Task};
+use tonic::Status;
+use tracing::Instrument;
+
+use crate::policy::Caller;
+use crate::request::{Request, SelectorSource};
+use crate::stack::{Access, CallRecord, Entered, Entry, EntryKind, Stack, rescue};
+
+/// The name in metrics of methods that are not known: no caller creates a label.
+const OTHER: &str = "other";
+
+/// The limits of probes, whose messages are empty and whose senders are not
+/// authenticated: they share no budget with other messages.
+static PROBE_LIMITS: LazyLock<MessageLimits> = LazyLock::new(|| MessageLimits::new(1024, 16 << 20));
+
+const TEXT_TASKS: &[Task] = &[Task::Embedding, Task::Classification, Task::Rerank];
+
+/// Serves gRPC.
+#[derive(Debug, Clone)]
+pub struct GrpcDoor {
+    /// Answers the calls.
+    pub stack: Stack,
+    /// Health and reflection.
+    pub common: CommonServices,
+}
+
+/// What the gateway does with a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Action {
+    /// Forwards its message to a model.
+    Forward(SelectorSource),
+    /// Forwards each message of its stream to a model.
+    ForwardEach(SelectorSource),
+    /// Gathers its stream into one message, and forwards that.
+    Gather,
+    /// Answers it for the whole fleet.
+    Fleet(FleetMethod),
+    /// Refuses it, for this reason.
+    Unsupported(&'static str),
+    /// Describes the services.
+    Reflection,
+    /// Answers health, and refuses unknown methods.
+    Common,
+}
+
+/// The methods that are answered for the whole fleet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum FleetMethod {
+    ServerLive,
+    ServerReady,
+    ServerMetadata,
+    ModelReady,
+    ModelStatistics,
+    RepositoryIndex,
+    RepositoryModelLoad,
+    RepositoryModelUnload,
+    TraceSetting,
+    LogSettings,
+}
+
+impl Action {
+    fn of(method: Option<Method>, path: &str) -> Self {
+        let Some(method) = method else {
+            let reflection = path.starts_with("/grpc.reflection.");
+            return if reflection {
+                Self::Reflection
+            } else {
+                Self::Common
+            };
+        };
+        match method {
+            Method::ModelInfer | Method::ModelMetadata | Method::ModelConfig => {
+                Self::Forward(SelectorSource::Message)
+            }
+            Method::ModelStreamInfer => Self::ForwardEach(SelectorSource::Message),
+            Method::Embed | Method::EmbedAll => {
+                Self::Forward(SelectorSource::Metadata(&[Task::Embedding]))
+            }
+            Method::EmbedStream | Method::EmbedAllStream => {
+                Self::ForwardEach(SelectorSource::Metadata(&[Task::Embedding]))
+            }
+            Method::Predict | Method::PredictPair => {
+                Self::Forward(SelectorSource::Metadata(&[Task::Classification]))
+            }
+            Method::PredictStream | Method::PredictPairStream => {
+                Self::ForwardEach(SelectorSource::Metadata(&[Task::Classification]))
+            }
+            Method::Rerank => Self::Forward(SelectorSource::Metadata(&[Task::Rerank])),
+            Method::RerankStream => Self::Gather,
+            Method::TeiInfo | Method::Tokenize | Method::Decode => {
+                Self::Forward(SelectorSource::Metadata(TEXT_TASKS))
+            }
+            Method::TokenizeStream | Method::DecodeStream => {
+                Self::ForwardEach(SelectorSource::Metadata(TEXT_TASKS))
+            }
+            // Between gateway and worker alone.
+            Method::WatchReport => Self::Common,
+            Method::ServerLive => Self::Fleet(FleetMethod::ServerLive),
+            Method::ServerReady => Self::Fleet(FleetMethod::ServerReady),
+            Method::ServerMetadata => Self::Fleet(FleetMethod::ServerMetadata),
+            Method::ModelReady => Self::Fleet(FleetMethod::ModelReady),
+            Method::ModelStatistics => Self::Fleet(FleetMethod::ModelStatistics),
+            Method::RepositoryIndex => Self::Fleet(FleetMethod::RepositoryIndex),
+            Method::RepositoryModelLoad => Self::Fleet(FleetMethod::RepositoryModelLoad),
+            Method::RepositoryModelUnload => Self::Fleet(FleetMethod::RepositoryModelUnload),
+            Method::TraceSetting => Self::Fleet(FleetMethod::TraceSetting),
+            Method::LogSettings => Self::Fleet(FleetMethod::LogSettings),
+            Method::EmbedSparse | Method::EmbedSparseStream => {
+                Self::Unsupported(protocol::SPARSE_UNSUPPORTED)
+            }
+            Method::SystemSharedMemoryStatus
+            | Method::SystemSharedMemoryRegister
+            | Method::SystemSharedMemoryUnregister
+            | Method::CudaSharedMemoryStatus
+            | Method::CudaSharedMemoryRegister
+            | Method::CudaSharedMemoryUnregister => {
+                Self::Unsupported(protocol::SHARED_MEMORY_UNSUPPORTED)
+            }
+        }
+    }
+}
+
+impl Action {
+    /// How its calls enter the stack.
+    fn entry_kind(self) -> EntryKind {
+        match self {
+            Self::Common
+            | Self::Reflection
+            | Self::Fleet(FleetMethod::ServerLive | FleetMethod::ServerReady) => EntryKind::Probe,
+            Self::ForwardEach(_) => EntryKind::Stream,
+            _ => EntryKind::Call,
+        }
+    }
+
+    /// Who may call it. Probes bring no credential, and unknown methods are
+    /// unknown to everybody.
+    fn access(self) -> Access {
+        match self {
+            Self::Reflection => Access::Reflection,
+            Self::Common | Self::Fleet(FleetMethod::ServerLive | FleetMethod::ServerReady) => {
+                Access::Open
+            }
+            Self::Fleet(
+                FleetMethod::RepositoryModelLoad
+                | FleetMethod::RepositoryModelUnload
+                | FleetMethod::TraceSetting
+                | FleetMethod::LogSettings,
+            ) => Access::Administrator,
+            _ => Access::Caller,
+        }
+    }
+}
+
+impl Handler for GrpcDoor {
+    async fn handle(&self, call: Call) -> Reply {
+        let layers = &self.stack.0;
+        let span = layers.telemetry.request_span(call.path(), call.metadata());
+        let method = Method::from_path(call.path());
+        let action = Action::of(method, call.path());
+        let known = method.filter(|_| action != Action::Common);
+        let name = known.map_or(OTHER, Method::name);
+        let mut record = layers.metrics.begin(name, call.arrived);
+        let reply = rescue(call.deadline, async {
+            let entry = Entry {
+                kind: action.entry_kind(),
+                access: action.access(),
+                headers: call.metadata(),
+                peer: &call.peer,
+            };
+            let Entered { caller, guard } = self.stack.enter(entry).await?;
+            let reply = match (action, method) {
+                (Action::Forward(source), Some(method)) => {
+                    self.forward(call, method, source, caller, &mut record)
+                        .await?
+                }
+                (Action::ForwardEach(source), Some(method)) => {
+                    stream::forward_each(self.stack.clone(), call, method, source)?
+                }
+                (Action::Gather, _) => {
+                    stream::gather(&self.stack, call, caller, &mut record).await?
+                }
+                (Action::Fleet(method), _) => self.fleet(method, call, &caller).await?,
+                (Action::Unsupported(reason), _) => return Err(Status::unimplemented(reason)),
+                _ => self.common.answer(call).await,
+            };
+            Ok::<_, Status>(reply.map(|body| body.guarded(guard)))
+        })
+        .instrument(span)
+        .await;
+        let reply = reply.unwrap_or_else(|status| reject(&status));
+        record.end(code_name(head_code(reply.headers())));
+        reply
+    }
+}
+
+impl GrpcDoor {
+    /// Reads a message once, and forwards it to the model that it names.
+    async fn forward(
+        &self,
+        call: Call,
+        method: Method,
+        source: SelectorSource,
+        caller: Caller,
+        record: &mut CallRecord,
+    ) -> Result<Reply, Status> {
+        let request = Request::read(call, method, &self.stack.0.limits, caller).await?;
+        let plan = self
+            .stack
+            .route(&request.selector(source)?, &request.caller)?;
+        plan.name().clone_into(&mut record.model);
+        Ok(self.stack.run(&plan, &request).await?.into_reply())
+    }
+
+    /// Answers a call about the whole fleet.
+    async fn fleet(
+        &self,
+        method: FleetMethod,
+        call: Call,
+        caller: &Caller,
+    ) -> Result<Reply, Status> {
+        let stack = &self.stack;
+        let limits = &stack.0.limits;
+        let deadline = call.deadline;
+        match method {
+            FleetMethod::ServerLive => {
+                unary(call, &PROBE_LIMITS, |_: ServerLiveRequest| async {
+                    Ok(ServerLiveResponse { live: true })
+                })
+                .await
+            }
+            FleetMethod::ServerReady => {
+                unary(call, &PROBE_LIMITS, |_: ServerReadyRequest| async {
+                    Ok(ServerReadyResponse {
+                        ready: stack.ready(),
+                    })
+                })
+                .await
+            }
+            FleetMethod::ServerMetadata => {
+                unary(call, limits, |_: ServerMetadataRequest| async {
+                    Ok(stack.server_metadata())
+                })
+                .await
+            }
+            FleetMethod::ModelReady => {
+                unary(call, limits, |request| async move {
+                    stack.model_ready(&request, caller)
+                })
+                .await
+            }
+            FleetMethod::ModelStatistics => {
+                unary(call, limits, |request| async move {
+                    stack.statistics(&request, deadline, caller).await
+                })
+                .await
+            }
+            FleetMethod::RepositoryIndex => {
+                unary(call, limits, |request| async move {
+                    stack.index(&request, deadline, caller).await
+                })
+                .await
+            }
+            FleetMethod::RepositoryModelLoad => {
+                unary(call, limits, |request| async move {
+                    stack.load(&request, deadline).await
+                })
+                .await
+            }
+            FleetMethod::RepositoryModelUnload => {
+                unary(call, limits, |request| async move {
+                    stack.unload(&request, deadline).await
+                })
+                .await
+            }
+            FleetMethod::TraceSetting => {
+                unary(call, limits, |request| async move { stack.trace(&request) }).await
+            }
+            FleetMethod::LogSettings => {
+                unary(call, limits, |request| async move { stack.log(&request) }).await
+            }
+        }
+    }
+}

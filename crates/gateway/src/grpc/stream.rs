@@ -1,0 +1,261 @@
+//! Streams of messages. Each message is routed and sent as a call of its own, so
+//! that a worker may come or go in the middle of a stream.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{StreamExt, stream};
+use http::{HeaderMap, HeaderName};
+use platform::grpc::{
+    Answers, Call, EachSettings, Message, Reply, decode, each, frame, frame_bytes,
+};
+use platform::tls::Peer;
+use protocol::inference::{ModelInferResponse, ModelStreamInferResponse};
+use protocol::tei::v1::{RerankRequest, RerankStreamRequest};
+use protocol::{Error, Method, Task, peek, with_final_response_flag};
+use tokio::time::Instant;
+use tonic::Status;
+
+use crate::policy::Caller;
+use crate::request::{CREDENTIALS, QuotaUnit, Request, SelectorSource, forwarded_headers};
+use crate::route::Plan;
+use crate::stack::{
+    Access, CallRecord, Chat, ChatStreaming, Entered, Entry, EntryGuard, EntryKind, Stack, rescue,
+};
+use crate::upstream::Response;
+use crate::upstream::provider::{Provider, conversation, last_part, part};
+
+/// Messages of one stream in flight at once.
+const CONCURRENCY: usize = 32;
+/// Texts of a rerank stream: as many as a request of the HTTP door may have.
+const TEXTS_MAX: usize = 2048;
+
+/// What the messages of one stream share.
+#[derive(Debug)]
+struct MessageStream {
+    stack: Stack,
+    /// The unary method that each message is a request of.
+    method: Method,
+    source: SelectorSource,
+    headers: HeaderMap,
+    /// How long each message may take, where the stream has no deadline.
+    timeout: Duration,
+    deadline: Option<Instant>,
+    /// The credential that opened the stream.
+    credentials: HeaderMap,
+    peer: Arc<Peer>,
+}
+
+/// Forwards each message of a stream, and sends the responses in order.
+pub fn forward_each(
+    stack: Stack,
+    call: Call,
+    method: Method,
+    source: SelectorSource,
+) -> Result<Reply, Status> {
+    let settings = EachSettings {
+        concurrency: CONCURRENCY,
+        deadline: call.stream_deadline,
+        drain: stack.0.drain.clone(),
+    };
+    let limits = stack.0.limits.clone();
+    let (timeout, deadline) = (call.deadline - call.arrived, call.stream_deadline);
+    let peer = call.peer.clone();
+    let (head, messages) = call.into_parts(&limits);
+    let shared = Arc::new(MessageStream {
+        stack,
+        method: method.unary().unwrap_or(method),
+        source,
+        credentials: credentials(&head.headers),
+        peer,
+        headers: forwarded_headers(head.headers),
+        timeout,
+        deadline,
+    });
+    Ok(each(messages, settings, move |message| {
+        let shared = shared.clone();
+        async move {
+            match shared.source {
+                SelectorSource::Message => Ok(shared.infer(message).await),
+                SelectorSource::Metadata(_) => shared.forward(message).await.map(Answers::One),
+            }
+        }
+    }))
+}
+
+/// The headers with the caller's credential; they are never logged.
+fn credentials(headers: &HeaderMap) -> HeaderMap {
+    let mut credentials = HeaderMap::new();
+    for name in CREDENTIALS.map(HeaderName::from_static) {
+        for value in headers.get_all(&name) {
+            let mut value = value.clone();
+            value.set_sensitive(true);
+            credentials.append(name.clone(), value);
+        }
+    }
+    credentials
+}
+
+/// A message that has entered, and the plan for it.
+struct Planned {
+    request: Request,
+    plan: Plan,
+    guard: EntryGuard,
+}
+
+impl MessageStream {
+    /// enter → route: whose message it is now, and which model responds.
+    async fn plan(&self, message: Message) -> Result<Planned, Error> {
+        let entry = Entry {
+            kind: EntryKind::StreamMessage,
+            access: Access::Caller,
+            headers: &self.credentials,
+            peer: &self.peer,
+        };
+        let Entered { caller, guard } = self.stack.enter(entry).await?;
+        let request = Request {
+            method: self.method,
+            headers: self.headers.clone(),
+            message,
+            deadline: self
+                .deadline
+                .unwrap_or_else(|| Instant::now() + self.timeout),
+            caller,
+            unit: QuotaUnit::Request,
+        };
+        let selector = request.selector(self.source)?;
+        let plan = self.stack.route(&selector, &request.caller)?;
+        Ok(Planned {
+            request,
+            plan,
+            guard,
+        })
+    }
+
+    async fn run(&self, planned: &Planned) -> Result<Response, Status> {
+        let request = &planned.request;
+        rescue(request.deadline, self.stack.run(&planned.plan, request)).await
+    }
+
+    async fn forward(&self, message: Message) -> Result<Bytes, Status> {
+        let planned = self.plan(message).await?;
+        self.run(&planned).await?.into_framed()
+    }
+
+    /// An error is a response too, and the stream stays open.
+    async fn infer(&self, message: Message) -> Answers {
+        let id = peek(&message.bytes()).map(|peeked| peeked.id.to_owned());
+        let response = async {
+            let planned = self.plan(message).await?;
+            if let Some(provider) = self.stack.generator(&planned.plan) {
+                return self.generate(&provider, planned).await;
+            }
+            let framed = self.run(&planned).await?.into_framed()?;
+            let message = framed.get(5..).unwrap_or_default();
+            let flagged = with_final_response_flag(message);
+            Ok::<_, Status>(Answers::One(frame_bytes(&flagged)))
+        };
+        response.await.unwrap_or_else(|status| {
+            let id = id.unwrap_or_default();
+            Answers::One(error_response(id, status.message()))
+        })
+    }
+
+    /// A text that comes in parts, each of which is a response.
+    async fn generate(&self, provider: &Provider, planned: Planned) -> Result<Answers, Status> {
+        let request = &planned.request;
+        let (chat, id) = conversation(provider, request)?;
+        let chat = ChatStreaming(Chat {
+            caller: &request.caller,
+            request: &chat,
+            deadline: request.deadline,
+        });
+        let run = self.stack.run(&planned.plan, &chat);
+        let generated = rescue(request.deadline, run).await?;
+        let model = generated.model;
+        let parts = generated.content.map(move |item| {
+            Ok(match item {
+                Ok(delta) => match delta.end {
+                    Some(end) => frame(&last_part(&model, &id, end)),
+                    None => frame(&part(&model, &id, &delta.text)),
+                },
+                Err(error) => error_response(id.clone(), &error.to_string()),
+            })
+        });
+        Ok(Answers::Many(guarded(parts.boxed(), planned.guard)))
+    }
+}
+
+type Parts = stream::BoxStream<'static, Result<Bytes, Status>>;
+
+/// The call counts as in flight until its last part.
+fn guarded(parts: Parts, guard: EntryGuard) -> Parts {
+    stream::unfold((parts, guard), |(mut parts, guard)| async move {
+        parts.next().await.map(|part| (part, (parts, guard)))
+    })
+    .boxed()
+}
+
+fn error_response(id: String, message: &str) -> Bytes {
+    frame(&ModelStreamInferResponse {
+        error_message: message.to_owned(),
+        infer_response: Some(ModelInferResponse {
+            id,
+            ..Default::default()
+        }),
+    })
+}
+
+/// Gathers the texts of a rerank stream into one request and forwards that: it
+/// can be retried when a worker fails.
+pub async fn gather(
+    stack: &Stack,
+    call: Call,
+    caller: Caller,
+    record: &mut CallRecord,
+) -> Result<Reply, Status> {
+    let deadline = call.deadline;
+    let limits = &stack.0.limits;
+    let (head, mut messages) = call.into_parts(limits);
+    let headers = forwarded_headers(head.headers);
+    let mut gathered = RerankRequest::default();
+    let mut held = Vec::new();
+    let mut bytes = 0;
+    while let Some(message) = messages.next().await? {
+        bytes += message.framed().len();
+        if bytes > limits.message_bytes_max {
+            return Err(Error::too_large(bytes, limits.message_bytes_max).to_status());
+        }
+        if held.len() == TEXTS_MAX {
+            let reason = format!("more than {TEXTS_MAX}: that is what a request may have");
+            return Err(Error::invalid("texts", reason).to_status());
+        }
+        let next: RerankStreamRequest = decode(message.bytes())?;
+        // Held until the response, so that its bytes count as in flight.
+        held.push(message);
+        if gathered.texts.is_empty() {
+            gathered.query = next.query;
+            gathered.truncate = next.truncate;
+            gathered.raw_scores = next.raw_scores;
+            gathered.return_text = next.return_text;
+            gathered.truncation_direction = next.truncation_direction;
+        } else if next.query != gathered.query {
+            let reason = "must be the same in every message of the stream";
+            return Err(Error::invalid("query", reason).to_status());
+        }
+        gathered.texts.push(next.text);
+    }
+    let request = Request {
+        method: Method::Rerank,
+        headers,
+        message: Message::own(&gathered),
+        deadline,
+        caller,
+        unit: QuotaUnit::Request,
+    };
+    let selector = request.selector(SelectorSource::Metadata(&[Task::Rerank]))?;
+    let plan = stack.route(&selector, &request.caller)?;
+    plan.name().clone_into(&mut record.model);
+    Ok(stack.run(&plan, &request).await?.into_reply())
+}

@@ -1,0 +1,230 @@
+//! A request as every layer below the doors passes it on: read once, checked
+//! once, its tensor bytes never decoded.
+
+use http::{HeaderMap, HeaderValue};
+use platform::grpc::{Call, Message, MessageLimits, frame_bytes};
+use protocol::{Error, MODEL_KEY, Method, Service, Task, VERSION_KEY, peek, renamed};
+use tokio::time::Instant;
+use tonic::Status;
+
+use crate::policy::Caller;
+
+/// The bytes of a gRPC frame before its message: a flag and the length.
+const FRAME_PREFIX_BYTES: usize = 5;
+
+/// A message for a model, and what travels with it.
+#[derive(Debug)]
+pub struct Request {
+    /// The method that is called.
+    pub method: Method,
+    /// The metadata that is forwarded.
+    pub headers: HeaderMap,
+    /// The message; its bytes count as in flight as long as it is held.
+    pub message: Message,
+    /// When the caller stops waiting.
+    pub deadline: Instant,
+    /// Whose request it is.
+    pub caller: Caller,
+    /// What the tenant's quotas count it as.
+    pub unit: QuotaUnit,
+}
+
+/// The model that a request names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelSelector {
+    /// A model by its name.
+    Named {
+        /// The name, not validated yet.
+        name: String,
+        /// The version; empty for the newest.
+        version: String,
+        /// The field or metadata key that holds the name.
+        field: &'static str,
+    },
+    /// No name: the only model for one of these tasks.
+    Tasks(&'static [Task]),
+}
+
+/// Where a method's requests name their model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SelectorSource {
+    /// In the first fields of the message.
+    Message,
+    /// In the metadata; without it, the only model for one of these tasks.
+    Metadata(&'static [Task]),
+}
+
+/// What quotas count a request as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QuotaUnit {
+    /// A request and its rows.
+    Request,
+    /// The rows alone: one of several calls for a request that has been
+    /// counted.
+    Part,
+}
+
+/// What a response took to compute.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Usage {
+    /// Computed tokens, without those of cached rows.
+    pub tokens: u64,
+    /// The price of an outside provider, in the currency of the price table.
+    pub cost: f64,
+}
+
+impl Request {
+    /// A request that the gateway makes itself, to one worker.
+    pub fn internal(method: Method, message: &impl prost::Message, deadline: Instant) -> Self {
+        Self {
+            method,
+            headers: default_headers(),
+            message: Message::own(message),
+            deadline,
+            caller: Caller::gateway(),
+            unit: QuotaUnit::Request,
+        }
+    }
+
+    /// Reads the only message of a unary call.
+    pub async fn read(
+        call: Call,
+        method: Method,
+        limits: &MessageLimits,
+        caller: Caller,
+    ) -> Result<Self, Status> {
+        let deadline = call.deadline;
+        let (head, messages) = call.into_parts(limits);
+        Ok(Self {
+            method,
+            headers: forwarded_headers(head.headers),
+            message: messages.only().await?,
+            deadline,
+            caller,
+            unit: QuotaUnit::Request,
+        })
+    }
+
+    /// The model that the request names.
+    pub fn selector(&self, source: SelectorSource) -> Result<ModelSelector, Error> {
+        match source {
+            SelectorSource::Message => {
+                let peeked = peek(self.bytes())?;
+                Ok(ModelSelector::Named {
+                    name: peeked.name.to_owned(),
+                    version: peeked.version.to_owned(),
+                    field: "model_name",
+                })
+            }
+            SelectorSource::Metadata(tasks) => selector_of_metadata(&self.headers, tasks),
+        }
+    }
+
+    /// The rows of the request; 0 for a method that computes nothing.
+    pub fn rows(&self) -> u64 {
+        self.method.rows(self.bytes())
+    }
+
+    /// The same request with another message.
+    #[must_use]
+    pub fn with_message(&self, message: Message) -> Self {
+        Self {
+            method: self.method,
+            headers: self.headers.clone(),
+            message,
+            deadline: self.deadline,
+            caller: self.caller.clone(),
+            unit: self.unit,
+        }
+    }
+
+    /// The same request for the newest version of another model, with another
+    /// deadline.
+    #[must_use]
+    pub fn for_model(&self, name: &str, deadline: Instant) -> Self {
+        let in_message = self.method.service() == Service::Inference;
+        let message = if in_message {
+            Message::of_framed(frame_bytes(&renamed(self.bytes(), name)))
+        } else {
+            Message::of_framed(self.message.framed().clone())
+        };
+        let mut request = self.with_message(message);
+        request.deadline = deadline;
+        request.headers.remove(VERSION_KEY);
+        if let Ok(value) = HeaderValue::try_from(name)
+            && !in_message
+        {
+            request.headers.insert(MODEL_KEY, value);
+        }
+        request
+    }
+
+    /// The encoded message, without its frame.
+    pub fn bytes(&self) -> &[u8] {
+        let framed = self.message.framed();
+        framed.get(FRAME_PREFIX_BYTES..).unwrap_or_default()
+    }
+}
+
+fn selector_of_metadata(
+    headers: &HeaderMap,
+    tasks: &'static [Task],
+) -> Result<ModelSelector, Error> {
+    let text = |key: &'static str| {
+        let read = |value: &HeaderValue| match value.to_str() {
+            Ok(text) => Ok(text.to_owned()),
+            Err(_) => Err(Error::invalid(key, "must be ASCII text")),
+        };
+        headers.get(key).map(read).transpose()
+    };
+    match text(MODEL_KEY)? {
+        Some(name) => Ok(ModelSelector::Named {
+            name,
+            version: text(VERSION_KEY)?.unwrap_or_default(),
+            field: MODEL_KEY,
+        }),
+        None if headers.contains_key(VERSION_KEY) => {
+            Err(Error::invalid(VERSION_KEY, "name the model too"))
+        }
+        None => Ok(ModelSelector::Tasks(tasks)),
+    }
+}
+
+/// The metadata of a request that did not come over gRPC.
+pub fn default_headers() -> HeaderMap {
+    let mut headers = HeaderMap::with_capacity(4);
+    headers.insert(
+        http::header::CONTENT_TYPE,
+        HeaderValue::from_static("application/grpc"),
+    );
+    headers.insert(http::header::TE, HeaderValue::from_static("trailers"));
+    headers
+}
+
+/// The headers that identify the caller.
+pub const CREDENTIALS: [&str; 3] = ["authorization", "x-api-key", "api-key"];
+
+/// The headers of the caller's connection, and those that are secret.
+const NOT_FORWARDED: [&str; 7] = [
+    "grpc-encoding",
+    "grpc-accept-encoding",
+    "content-length",
+    "authorization",
+    "x-api-key",
+    "api-key",
+    "cookie",
+];
+
+/// The caller's metadata without the headers of its own connection. The trace
+/// continues as the caller's, or as the span of this call.
+pub fn forwarded_headers(mut headers: HeaderMap) -> HeaderMap {
+    for name in NOT_FORWARDED {
+        headers.remove(name);
+    }
+    let span = tracing::Span::current();
+    if !span.is_none() {
+        let from = HeaderMap::new();
+        platform::telemetry::forward_trace(&span, &from, &mut headers);
+    }
+    headers
+}

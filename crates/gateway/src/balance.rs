@@ -14,13 +14,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use platform::grpc::MessageLimits;
+use platform::retry_budget::RetryBudget;
 use protocol::{Error, Kind};
 use tokio::time::Instant;
 use tonic::Code;
 
 use crate::request::Request;
 use crate::route::{Route, no_worker_reachable};
-use crate::upstream::{Attempt, Budget, Response, SendError, Upstream};
+use crate::upstream::{Attempt, Response, SendError, Upstream};
 
 /// Sends of one call, the first included.
 const ATTEMPTS_MAX: usize = 5;
@@ -31,7 +32,7 @@ const NOT_FOUND: &str = "not_found";
 /// The choice of workers.
 #[derive(Debug)]
 pub struct Balance {
-    budget: Budget,
+    budget: RetryBudget,
     limits: MessageLimits,
     metrics: BalanceMetrics,
 }
@@ -58,7 +59,7 @@ impl Balance {
     /// A budget of so many tokens, and what answers are held to.
     pub fn new(retry_tokens: u32, limits: MessageLimits, metrics: BalanceMetrics) -> Self {
         Self {
-            budget: Budget::new(retry_tokens),
+            budget: RetryBudget::new(retry_tokens),
             limits,
             metrics,
         }

@@ -1,14 +1,10 @@
 //! One worker as the gateway sees it: its connections, what it reports, how it
 //! fares, and how a call is sent to it.
 
-mod budget;
-mod ejection;
 mod metrics;
 pub mod provider;
 mod response;
 
-pub use budget::Budget;
-use ejection::Ejection;
 pub use metrics::{UpstreamMetrics, WorkerMetrics};
 pub use response::{Response, SendError};
 
@@ -20,6 +16,7 @@ use bytes::Bytes;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use platform::channel::{Channel, ChannelError, Incoming, Target};
+use platform::circuit_breaker::CircuitBreaker;
 use platform::grpc::{MessageLimits, head_status};
 use platform::shards;
 use protocol::andon::v1::WatchReportResponse;
@@ -40,7 +37,7 @@ pub struct Upstream {
     turn: AtomicUsize,
     report: RwLock<Arc<WatchReportResponse>>,
     in_flight: AtomicUsize,
-    ejection: Ejection,
+    breaker: CircuitBreaker,
     metrics: WorkerMetrics,
 }
 
@@ -85,7 +82,7 @@ impl Upstream {
             turn: AtomicUsize::new(0),
             report: RwLock::default(),
             in_flight: AtomicUsize::new(0),
-            ejection: Ejection::default(),
+            breaker: CircuitBreaker::default(),
             metrics,
         }
     }
@@ -152,17 +149,17 @@ impl Upstream {
     /// Whether the worker is left alone because it failed. When its time is
     /// over, one call at a time may try it.
     pub fn ejected(&self) -> bool {
-        self.ejection.ejected()
+        self.breaker.is_ejected()
     }
 
     /// Whether the worker is being left alone, without trying it.
     pub fn out(&self) -> bool {
-        self.ejection.out()
+        self.breaker.is_open()
     }
 
     /// The worker answered.
     pub fn succeeded(&self) {
-        if self.ejection.succeeded() {
+        if self.breaker.succeeded() {
             tracing::info!(worker = %self.target, "answers again");
         }
     }
@@ -170,7 +167,7 @@ impl Upstream {
     /// The worker failed: after several times, or when it was being tried, it
     /// is left alone.
     pub fn failed(&self) {
-        if let Some(rest) = self.ejection.failed() {
+        if let Some(rest) = self.breaker.failed() {
             self.metrics.ejections.inc();
             tracing::warn!(worker = %self.target, ?rest, "left alone: it failed repeatedly");
         }
@@ -178,7 +175,7 @@ impl Upstream {
 
     /// Forgets that the worker was left alone: its connection is new.
     pub fn returned(&self) {
-        self.ejection.returned();
+        self.breaker.reset();
     }
 
     fn channel(&self) -> Option<Arc<Channel>> {
@@ -359,7 +356,7 @@ struct Sending<'u> {
 impl<'u> Sending<'u> {
     fn begin(upstream: &'u Upstream, deadline: Instant) -> Self {
         upstream.in_flight.fetch_add(1, Ordering::Relaxed);
-        upstream.ejection.probe();
+        upstream.breaker.begin_probe();
         Self {
             upstream,
             started: Instant::now(),
@@ -383,7 +380,7 @@ impl Drop for Sending<'_> {
         if Instant::now() >= self.deadline {
             upstream.failed();
         } else {
-            upstream.ejection.unprobed();
+            upstream.breaker.abandon_probe();
         }
     }
 }

@@ -1,9 +1,11 @@
 //! What every role stands on: configuration, telemetry, the server and
-//! channel, the admin port, health and the drain. Knows no models.
+//! channel, the circuit breaker and the retry budget, the admin port, health
+//! and the drain. Knows no models.
 
 pub mod admin;
 pub mod body;
 pub mod channel;
+pub mod circuit_breaker;
 mod coalesce;
 mod common;
 pub mod config;
@@ -14,6 +16,7 @@ pub mod memory;
 pub mod metrics;
 
 mod process;
+pub mod retry_budget;
 pub mod server;
 pub mod shards;
 pub mod tasks;

@@ -34,14 +34,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use platform::circuit_breaker::CircuitBreaker;
 use platform::grpc::MessageLimits;
+use platform::retry_budget::RetryBudget;
 use platform::tasks::{Owned, owned};
 use protocol::{Error, ModelName, ModelVersion};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::{Budget, Ejection, Response};
+use super::Response;
 use crate::request::Request;
 use catalogue::{File, Model, Shape};
 use key::Key;
@@ -102,8 +104,8 @@ pub struct Provider {
     client: reqwest::Client,
     key: Key,
     places: Arc<Semaphore>,
-    ejection: Ejection,
-    budget: Budget,
+    breaker: CircuitBreaker,
+    budget: RetryBudget,
     limits: MessageLimits,
     metrics: ProviderMetrics,
 }
@@ -225,8 +227,8 @@ impl Provider {
             client: client::build(&model)?,
             key: Key::of(&model)?,
             places: Arc::new(Semaphore::new(model.concurrency_max)),
-            ejection: Ejection::default(),
-            budget: Budget::new(RETRY_TOKENS),
+            breaker: CircuitBreaker::default(),
+            budget: RetryBudget::new(RETRY_TOKENS),
             limits: limits.clone(),
             metrics: metrics.clone(),
             model,
@@ -235,7 +237,7 @@ impl Provider {
 
     /// Whether it is called: it has not just failed repeatedly.
     pub fn ready(&self) -> bool {
-        !self.ejection.ejected()
+        !self.breaker.is_ejected()
     }
 
     /// An error unless the model has a version.

@@ -203,7 +203,7 @@ impl Provider {
         let mut number = 0;
         let mut last = None;
         loop {
-            if let Err(rest) = self.ejection.admit() {
+            if let Err(rest) = self.breaker.admit() {
                 return Err(last.unwrap_or(Trouble::LeftAlone(rest)));
             }
             let mut trial = Trial::begin(self.clone(), ends);
@@ -289,13 +289,13 @@ impl Provider {
         match trouble.map_or(Health::Well, Trouble::health) {
             Health::Well => self.succeeded(),
             Health::Ill => self.failed(trouble.map_or("", Trouble::outcome)),
-            Health::Unknown => self.ejection.unprobed(),
+            Health::Unknown => self.breaker.abandon_probe(),
         }
     }
 
     /// Counts a failure; after several the service is left alone.
     fn failed(&self, reason: &'static str) {
-        if let Some(rest) = self.ejection.failed() {
+        if let Some(rest) = self.breaker.failed() {
             self.metrics.breaker(&self.name, true);
             let model = &self.name;
             tracing::warn!(%model, reason, ?rest, "a provider failed repeatedly and is left alone");
@@ -303,7 +303,7 @@ impl Provider {
     }
 
     fn succeeded(&self) {
-        if self.ejection.succeeded() {
+        if self.breaker.succeeded() {
             self.metrics.breaker(&self.name, false);
             tracing::info!(model = %self.name, "a provider answers again");
         }
@@ -368,7 +368,7 @@ impl Trial {
     /// whether it ends well may take long to see.
     fn opened(&mut self) {
         self.ended = true;
-        if self.provider.ejection.out() {
+        if self.provider.breaker.is_open() {
             self.provider.succeeded();
         }
     }
@@ -386,7 +386,7 @@ impl Drop for Trial {
         if Instant::now() >= self.ends && self.started.elapsed() >= patience {
             self.provider.failed("late");
         } else {
-            self.provider.ejection.unprobed();
+            self.provider.breaker.abandon_probe();
         }
     }
 }

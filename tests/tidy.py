@@ -21,9 +21,10 @@ IMPORTS = {
     "tensor": set(),
     "protocol": {"tensor"},
     "platform": set(),
+    "providers": {"protocol", "platform"},
     "engine": {"tensor"},
     "worker": {"tensor", "protocol", "platform", "engine"},
-    "gateway": {"tensor", "protocol", "platform"},
+    "gateway": {"tensor", "protocol", "platform", "providers"},
 }
 # May name every crate.
 EVERYTHING = {"cli", "tests"}

@@ -22,7 +22,7 @@ use crate::request::ModelSelector;
 use crate::route::{Table, no_worker_reachable};
 use crate::stack::Stack;
 use crate::upstream::Upstream;
-use crate::upstream::provider::VERSION;
+use providers::MODEL_VERSION;
 
 impl Stack {
     /// Readiness: some model can respond, and the gateway is not draining.
@@ -250,7 +250,7 @@ impl Stack {
 fn outside(name: &str, reason: &str) -> ModelIndex {
     ModelIndex {
         name: name.to_owned(),
-        version: VERSION.to_owned(),
+        version: MODEL_VERSION.to_owned(),
         state: "READY".to_owned(),
         reason: reason.to_owned(),
     }

@@ -40,13 +40,13 @@ use discover::DiscoverSettings;
 use grpc::GrpcDoor;
 use limit::{Limit, LimitMetrics, LimitSettings};
 use policy::PolicyError;
+use providers::{Catalogue, CatalogueError, ProviderSettings};
 use readings::Readings;
 use redis::{Redis, RedisError, RedisSettings};
 use route::Routes;
 use shed::Shed;
 use stack::{CallMetrics, Layers, Stack};
 use upstream::UpstreamMetrics;
-use upstream::provider::{Catalogue, CatalogueError, ProviderSettings};
 
 /// Where a gateway finds workers.
 #[derive(Debug, Clone, clap::Args)]

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use crate::policy::Caller;
 use crate::request::ModelSelector;
 use crate::upstream::Upstream;
-use crate::upstream::provider::{Catalogue, Chain, Provider};
+use providers::{Catalogue, Chain, Provider};
 
 /// How long a gateway that has providers too waits for its first worker before
 /// it is ready.
@@ -229,7 +229,7 @@ impl Routes {
             } => {
                 caller.must_be_allowed(name)?;
                 if let Some(chain) = self.catalogue.chains.get(name) {
-                    chain.must_have(version)?;
+                    chain.check_version(version)?;
                     return Ok(Plan::Chain(chain.clone()));
                 }
                 self.model(name, version, field).map(Plan::One)
@@ -244,7 +244,7 @@ impl Routes {
         let Some(chain) = self.catalogue.chains.get(name) else {
             return self.model_ready(name, version);
         };
-        chain.must_have(version)?;
+        chain.check_version(version)?;
         let mut ready = chain.models.iter().map(|name| self.model_ready(name, ""));
         let first = ready.next().unwrap_or_else(|| Err(no_worker_reachable()));
         ready.fold(first, Result::or)
@@ -305,7 +305,7 @@ impl Routes {
     /// A model of a provider or of workers.
     fn model(&self, name: &str, version: &str, field: &'static str) -> Result<Route, Error> {
         if let Some(provider) = self.catalogue.providers.get(name) {
-            provider.must_have(version)?;
+            provider.check_version(version)?;
             return Ok(Route::of_provider(provider));
         }
         if !self.workers {

@@ -33,7 +33,7 @@ use crate::policy::Caller;
 use crate::request::{ModelSelector, QuotaUnit, Request};
 use crate::route::{Plan, Route, Routes};
 use crate::shed::{Shed, TenantPermit};
-use crate::upstream::Response;
+use crate::upstream::{Response, provider};
 use charge::PendingCharge;
 
 /// The layers that a call passes. Cheap to clone.
@@ -254,7 +254,7 @@ impl Stack {
     async fn send(&self, route: &Route, request: &Request) -> Result<Response, Status> {
         if let Some(provider) = route.provider() {
             let pending = PendingCharge::new(&self.0.limit, &request.caller, provider);
-            let response = provider.answer(request, pending.tab()).await?;
+            let response = provider::respond(provider, request, pending.tab()).await?;
             pending.settle();
             return Ok(response);
         }

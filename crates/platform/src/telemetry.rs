@@ -157,9 +157,17 @@ impl TelemetryControl {
     fn logs(&self, metadata: &Metadata<'_>) -> bool {
         let levels = self.log_levels();
         // Other people's crates are worth a line only when something is wrong.
-        let ours = ["andon", "cli", "platform", "gateway", "worker", "engine"]
-            .iter()
-            .any(|name| metadata.target().split("::").next() == Some(name));
+        let ours = [
+            "andon",
+            "cli",
+            "platform",
+            "gateway",
+            "providers",
+            "worker",
+            "engine",
+        ]
+        .iter()
+        .any(|name| metadata.target().split("::").next() == Some(name));
         match *metadata.level() {
             Level::ERROR => levels.error,
             Level::WARN => levels.warn,

@@ -14,6 +14,7 @@ use platform::tls::Peer;
 use protocol::inference::{ModelInferResponse, ModelStreamInferResponse};
 use protocol::tei::v1::{RerankRequest, RerankStreamRequest};
 use protocol::{Error, Method, Task, peek, with_final_response_flag};
+use providers::Provider;
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -24,7 +25,7 @@ use crate::stack::{
     Access, CallRecord, Chat, ChatStreaming, Entered, Entry, EntryGuard, EntryKind, Stack, rescue,
 };
 use crate::upstream::Response;
-use crate::upstream::provider::{Provider, conversation, last_part, part};
+use crate::upstream::provider::{conversation, last_part, part};
 
 /// Messages of one stream in flight at once.
 const CONCURRENCY: usize = 32;

@@ -24,7 +24,7 @@ use super::gate::{Routes, Visit};
 use super::problem::{Refused, Shape};
 use super::strict::strict;
 use crate::stack::Stack;
-use crate::upstream::provider::{ChatDelta, ChatRequest, ChatUsage};
+use providers::{ChatDelta, ChatRequest, TokenUsage};
 
 /// A conversation to be continued.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
@@ -167,7 +167,7 @@ pub struct Said {
 
 /// What an answer took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
-#[schema(as = ChatUsage)]
+#[schema(as = TokenUsage)]
 pub struct ChatTook {
     /// Tokens of the conversation so far.
     prompt_tokens: u64,
@@ -177,8 +177,8 @@ pub struct ChatTook {
     total_tokens: u64,
 }
 
-impl From<ChatUsage> for ChatTook {
-    fn from(usage: ChatUsage) -> Self {
+impl From<TokenUsage> for ChatTook {
+    fn from(usage: TokenUsage) -> Self {
         Self {
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
@@ -299,7 +299,7 @@ pub async fn complete(
                 role: "assistant",
                 content: answer.text,
             },
-            finish_reason: answer.finish.name(),
+            finish_reason: answer.finish_reason.name(),
             logprobs: (),
         }],
         usage: answer.usage.into(),
@@ -411,7 +411,7 @@ mod tests {
     use super::super::body::json;
     use super::events::Events;
     use super::*;
-    use crate::upstream::provider::{Finish, Role};
+    use providers::{FinishReason, Role};
 
     fn read(text: &str) -> Result<ChatRequest, Error> {
         neutral(json(text.as_bytes())?)
@@ -477,13 +477,13 @@ mod tests {
             model: "a".into(),
             usage: true,
         };
-        let usage = ChatUsage {
+        let usage = TokenUsage {
             prompt_tokens: 3,
             completion_tokens: 2,
         };
         let parts = writer.part(ChatDelta {
             text: "b".into(),
-            end: Some((Finish::Stop, usage)),
+            end: Some((FinishReason::Stop, usage)),
         });
         assert_eq!(parts.len(), 3);
         assert_eq!(parts[0]["choices"][0]["delta"]["content"], "b");

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use crate::limit::Limit;
 use crate::policy::Caller;
 use crate::request::Usage;
-use crate::upstream::provider::{Provider, Tab, Terms, Used};
+use providers::{CallContext, Provider, ProviderUsage, UsageMeter};
 
 /// The charge of one call that has no response yet. Dropped before it is
 /// settled, it charges the tenant for what the service has taken, with an
@@ -16,7 +16,7 @@ pub(super) struct PendingCharge<'a> {
     limit: &'a Limit,
     caller: &'a Caller,
     provider: Arc<Provider>,
-    tab: Tab,
+    tab: UsageMeter,
     settled: bool,
 }
 
@@ -27,20 +27,20 @@ impl<'a> PendingCharge<'a> {
             limit,
             caller,
             provider: provider.clone(),
-            tab: Tab::default(),
+            tab: UsageMeter::default(),
             settled: false,
         }
     }
 
     /// Where the provider notes what the call takes.
-    pub(super) fn tab(&self) -> &Tab {
+    pub(super) fn tab(&self) -> &UsageMeter {
         &self.tab
     }
 
     /// The deadline and the charge of the provider's calls.
-    pub(super) fn terms(&self, deadline: Instant) -> Terms<'_> {
-        let tab = &self.tab;
-        Terms { deadline, tab }
+    pub(super) fn terms(&self, deadline: Instant) -> CallContext<'_> {
+        let usage = &self.tab;
+        CallContext { deadline, usage }
     }
 
     /// Ends the pending charge: the response is charged.
@@ -51,13 +51,13 @@ impl<'a> PendingCharge<'a> {
 
 impl Drop for PendingCharge<'_> {
     fn drop(&mut self) {
-        let used = self.tab.sum();
-        if self.settled || used == Used::default() {
+        let used = self.tab.total();
+        if self.settled || used == ProviderUsage::default() {
             return;
         }
         let usage = Usage {
             tokens: used.tokens(),
-            cost: self.provider.spend(&self.caller.tenant.name, used),
+            cost: self.provider.charge(&self.caller.tenant.name, used),
         };
         self.limit.charge(self.caller, &self.provider.name, usage);
     }

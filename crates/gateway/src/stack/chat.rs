@@ -14,8 +14,8 @@ use crate::limit::Reservation;
 use crate::policy::Caller;
 use crate::request::{QuotaUnit, Usage};
 use crate::route::{Plan, Route};
-use crate::upstream::provider::{
-    ChatAnswer, ChatDelta, ChatRequest, ChatStream, ChatUsage, Provider, Used,
+use providers::{
+    ChatDelta, ChatRequest, ChatResponse, ChatStream, Provider, ProviderUsage, TokenUsage,
 };
 
 /// A conversation whose continuation is returned whole.
@@ -74,7 +74,7 @@ fn generator(route: &Route) -> Result<Arc<Provider>, Error> {
 }
 
 impl Exchange for Chat<'_> {
-    type Output = Generated<ChatAnswer>;
+    type Output = Generated<ChatResponse>;
 
     fn caller(&self) -> &Caller {
         self.caller
@@ -190,7 +190,7 @@ impl Meter {
             charged: false,
             provider: provider.clone(),
             tenant: chat.caller.tenant.name.clone(),
-            prompt_tokens: chat.request.tokens_guessed(),
+            prompt_tokens: chat.request.estimated_tokens(),
             parts: 0,
         }
     }
@@ -204,13 +204,15 @@ impl Meter {
         }
     }
 
-    fn charge(&mut self, usage: ChatUsage) {
+    fn charge(&mut self, usage: TokenUsage) {
         if std::mem::replace(&mut self.charged, true) {
             return;
         }
         let usage = Usage {
             tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
-            cost: self.provider.spend(&self.tenant, Used::from(usage)),
+            cost: self
+                .provider
+                .charge(&self.tenant, ProviderUsage::from(usage)),
         };
         for reservation in self.reservations.iter_mut().filter_map(Option::take) {
             reservation.charge(usage);
@@ -220,7 +222,7 @@ impl Meter {
 
 impl Drop for Meter {
     fn drop(&mut self) {
-        self.charge(ChatUsage {
+        self.charge(TokenUsage {
             prompt_tokens: self.prompt_tokens,
             completion_tokens: self.parts,
         });

@@ -11,7 +11,7 @@ use tonic::{Code, Status};
 use super::{Attempt, Exchange, Stack};
 use crate::limit::{QuotaRequest, Reservation};
 use crate::route::no_worker_reachable;
-use crate::upstream::provider::{Chain, ProviderMetrics};
+use providers::{Chain, ProviderMetrics};
 
 /// A provider reports itself that its deadline has passed: it has this long.
 const DEADLINE_GRACE: Duration = Duration::from_millis(5);
@@ -92,7 +92,7 @@ impl<'c> Attempts<'c> {
             return Err(status);
         }
         let reason = code_name(status.code());
-        self.metrics.fell_back(&self.chain.name, reason);
+        self.metrics.fallback(&self.chain.name, reason);
         self.failure = Some(status);
         Ok(())
     }

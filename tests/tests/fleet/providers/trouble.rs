@@ -111,7 +111,7 @@ async fn a_service_that_keeps_failing_is_left_alone_and_comes_back() -> Result<(
         anyhow::Ok(answered.into_inner().ready)
     };
     ensure!(ready().await?, "not ready at first");
-    until(PATIENCE, "the service is left alone", || async {
+    until(PATIENCE, "the circuit breaker opens", || async {
         let status = outside.fails(texts("small", &["a"])).await?;
         ensure!(status.code() == Code::Unavailable, "{status:?}");
         ensure!(status.message().contains("'small'"), "{status:?}");

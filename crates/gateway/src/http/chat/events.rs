@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::super::gate::{RequestId, Visit};
 use super::super::problem::Shape;
-use crate::upstream::provider::{ChatDelta, ChatStream};
+use providers::{ChatDelta, ChatStream};
 
 /// How the parts of an answer are written.
 pub trait Events: Send + Sync + 'static {

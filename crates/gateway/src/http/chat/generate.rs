@@ -14,7 +14,7 @@ use super::super::rest::Model;
 use super::super::strict::strict;
 use super::message::Stop;
 use super::{events, way};
-use crate::upstream::provider::{ChatDelta, ChatRequest};
+use providers::{ChatDelta, ChatRequest};
 
 /// A text to be continued.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
@@ -134,7 +134,7 @@ fn read(
         temperature: parameters.temperature,
         top_p: parameters.top_p,
         stop: parameters.stop.map(|stop| stop.0).unwrap_or_default(),
-        ..ChatRequest::asking(request.text_input)
+        ..ChatRequest::from_prompt(request.text_input)
     };
     asked.check().map_err(|error| {
         error.renamed(|field, reason| Some((format!("parameters.{field}"), reason.to_owned())))

@@ -10,7 +10,7 @@ use utoipa::{PartialSchema, ToSchema};
 use super::super::body::none_left;
 use super::super::rerank::NotEmpty;
 use super::super::strict::strict;
-use crate::upstream::provider::{ChatMessage, Role};
+use providers::{ChatMessage, Role};
 
 /// What somebody said.
 #[derive(Debug, Clone, serde::Deserialize, ToSchema)]

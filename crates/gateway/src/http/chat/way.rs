@@ -6,14 +6,14 @@ use protocol::{Error, FALLBACK_KEY};
 use super::super::gate::Visit;
 use crate::request::ModelSelector;
 use crate::stack::{Chat, ChatStreaming};
-use crate::upstream::provider::{ChatAnswer, ChatRequest, ChatStream};
+use providers::{ChatRequest, ChatResponse, ChatStream};
 
 /// A whole answer, and what the caller is told besides.
 pub async fn chat(
     visit: &Visit,
     wanted: &ModelSelector,
     chat: &ChatRequest,
-) -> Result<(HeaderMap, ChatAnswer), Error> {
+) -> Result<(HeaderMap, ChatResponse), Error> {
     let plan = visit.stack.route(wanted, &visit.caller)?;
     let chat = Chat {
         caller: &visit.caller,

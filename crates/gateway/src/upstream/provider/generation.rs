@@ -7,18 +7,19 @@ use protocol::inference::{
     model_infer_response::InferOutputTensor,
 };
 use protocol::{Error, InferRequest, Value};
+use providers::{
+    ChatMessage, ChatRequest, FinishReason, MODEL_VERSION, Provider, Role, TokenUsage,
+};
 use tensor::Datatype;
 use tonic::Status;
 
-use super::chat::{ChatMessage, ChatRequest, ChatUsage, Finish, Role};
-use super::oip::column;
-use super::{Provider, VERSION};
+use super::oip::{check, column};
 use crate::request::Request;
 
 /// The conversation that a request for generation stands for.
 pub(super) fn to_chat(request: &InferRequest) -> Result<(ChatRequest, String), Error> {
     let (mut texts, field) = column(request, "text_input")?;
-    let mut chat = ChatRequest::asking(texts.pop().unwrap_or_default());
+    let mut chat = ChatRequest::from_prompt(texts.pop().unwrap_or_default());
     for (name, value) in &request.parameters {
         let field = format!("parameters[{name}]");
         match (name.as_str(), value) {
@@ -57,10 +58,10 @@ fn number(value: &Value, field: &str, most: f64) -> Result<f64, Error> {
         _ => return Err(Error::invalid(field, "must be a number")),
     };
     // Written so that NaN is outside too.
-    match (0.0..=most).contains(&number) {
-        true => Ok(number),
-        false => Err(Error::invalid(field, format!("must be from 0 to {most}"))),
+    if !(0.0..=most).contains(&number) {
+        return Err(Error::invalid(field, format!("must be from 0 to {most}")));
     }
+    Ok(number)
 }
 
 /// The conversation that a message of a stream stands for, and its id. The
@@ -70,21 +71,21 @@ pub fn conversation(
     request: &Request,
 ) -> Result<(ChatRequest, String), Status> {
     let request = InferRequest::checked(decode(request.message.bytes())?)?;
-    provider.check(&request)?;
+    check(provider, &request)?;
     let (chat, _) = to_chat(&request)?;
     Ok((chat, request.id))
 }
 
-/// One part of an answer to a message of a stream.
+/// One part of a response to a message of a stream.
 pub fn part(model: &str, id: &str, text: &str) -> ModelStreamInferResponse {
-    answered(model, id, text, &[("triton_final_response", flag(false))])
+    response(model, id, text, &[("triton_final_response", flag(false))])
 }
 
-/// The last part, which says why the answer ended.
+/// The last part, which says why the response ended, and its tokens.
 pub fn last_part(
     model: &str,
     id: &str,
-    (finish, usage): (Finish, ChatUsage),
+    (reason, usage): (FinishReason, TokenUsage),
 ) -> ModelStreamInferResponse {
     let integer =
         |count: u64| ParameterChoice::Int64Param(i64::try_from(count).unwrap_or(i64::MAX));
@@ -92,19 +93,19 @@ pub fn last_part(
         ("triton_final_response", flag(true)),
         (
             "finish_reason",
-            ParameterChoice::StringParam(finish.name().to_owned()),
+            ParameterChoice::StringParam(reason.name().to_owned()),
         ),
         ("prompt_tokens", integer(usage.prompt_tokens)),
         ("completion_tokens", integer(usage.completion_tokens)),
     ];
-    answered(model, id, "", &parameters)
+    response(model, id, "", &parameters)
 }
 
 fn flag(on: bool) -> ParameterChoice {
     ParameterChoice::BoolParam(on)
 }
 
-fn answered(
+fn response(
     model: &str,
     id: &str,
     text: &str,
@@ -126,7 +127,7 @@ fn answered(
         error_message: String::new(),
         infer_response: Some(ModelInferResponse {
             model_name: model.to_owned(),
-            model_version: VERSION.to_owned(),
+            model_version: MODEL_VERSION.to_owned(),
             id: id.to_owned(),
             parameters: parameters.collect(),
             outputs: vec![output],

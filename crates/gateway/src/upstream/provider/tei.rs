@@ -1,4 +1,4 @@
-//! What `tei.v1` asks of a provider's model.
+//! `tei.v1` in front of a provider's model.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,42 +7,44 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use platform::grpc::decode;
 use protocol::tei::v1 as tei;
 use protocol::{Error, MODEL_KEY};
+use providers::{
+    CallContext, EmbeddingOptions, MODEL_VERSION, Provider, ProviderError, ProviderUsage, Task,
+    UsageMeter,
+};
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::catalogue::{Task, Used};
-use super::trouble::Trouble;
-use super::{Embedding, Provider, Tab, Terms, VERSION};
+use super::oip::{dimensions, response_metadata, unsupported};
 use crate::request::Request;
 use crate::upstream::Response;
 
-/// Answers one message, and says what it took.
-pub(super) async fn answer(
+/// Responds to one message; the usage is that of all calls of the service.
+pub(super) async fn respond(
     provider: &Arc<Provider>,
     method: &str,
     request: &Request,
-    tab: &Tab,
-) -> Result<(Response, Used), Status> {
+    usage: &UsageMeter,
+) -> Result<(Response, ProviderUsage), Status> {
     let message = request.message.bytes();
     let call = Call {
         provider,
         started: Instant::now(),
-        terms: Terms {
+        context: CallContext {
             deadline: request.deadline,
-            tab,
+            usage,
         },
     };
     match method {
         "Info/Info" => {
             let _: tei::InfoRequest = decode(message)?;
             let answer = Response::own(&call.info()?, HeaderMap::new());
-            Ok((answer, Used::default()))
+            Ok((answer, ProviderUsage::default()))
         }
         "Embed/Embed" => Ok(call.embed(decode(message)?).await?),
         "Rerank/Rerank" => Ok(call.rerank(decode(message)?).await?),
         _ => {
             let method = method.rsplit('/').next().unwrap_or(method);
-            Err(provider.lacks(method).into())
+            Err(unsupported(provider, method).into())
         }
     }
 }
@@ -50,46 +52,46 @@ pub(super) async fn answer(
 struct Call<'a> {
     provider: &'a Arc<Provider>,
     started: Instant,
-    terms: Terms<'a>,
+    context: CallContext<'a>,
 }
 
 impl Call<'_> {
-    fn must_do(&self, wanted: Task) -> Result<(), Error> {
-        let (name, task) = (&self.provider.name, self.provider.model.task);
-        if task == wanted {
+    fn must_do(&self, expected: Task) -> Result<(), Error> {
+        let (name, task) = (&self.provider.name, self.provider.settings().task);
+        if task == expected {
             return Ok(());
         }
-        let (task, wanted) = (task.name(), wanted.name());
-        let reason = format!("model '{name}' does {task}, not {wanted}");
+        let (task, expected) = (task.name(), expected.name());
+        let reason = format!("model '{name}' does {task}, not {expected}");
         Err(Error::invalid(MODEL_KEY, reason))
     }
 
     fn info(&self) -> Result<tei::InfoResponse, Error> {
-        let model = &self.provider.model;
-        let model_type = match model.task {
+        let settings = self.provider.settings();
+        let model_type = match settings.task {
             Task::Embedding => tei::ModelType::Embedding,
             Task::Rerank => tei::ModelType::Reranker,
-            Task::Generation => return Err(self.provider.lacks("Info")),
+            Task::Generation => return Err(unsupported(self.provider, "Info")),
         };
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         Ok(tei::InfoResponse {
             version: platform::VERSION.to_owned(),
             model_id: self.provider.name.clone(),
-            model_sha: Some(VERSION.to_owned()),
+            model_sha: Some(MODEL_VERSION.to_owned()),
             model_dtype: "float32".to_owned(),
             model_type: model_type.into(),
-            max_concurrent_requests: count(model.concurrency_max),
-            max_client_batch_size: count(model.rows_max()),
+            max_concurrent_requests: count(settings.concurrency_max),
+            max_client_batch_size: count(settings.rows_max()),
             ..Default::default()
         })
     }
 
-    async fn embed(&self, request: tei::EmbedRequest) -> Result<(Response, Used), Error> {
+    async fn embed(&self, request: tei::EmbedRequest) -> Result<(Response, ProviderUsage), Error> {
         self.must_do(Task::Embedding)?;
         let dimensions = match request.dimensions {
             None => None,
             Some(count) => {
-                let checked = self.provider.dimensions(count.into());
+                let checked = dimensions(self.provider, count.into());
                 Some(checked.map_err(|reason| Error::invalid("dimensions", reason))?)
             }
         };
@@ -98,42 +100,44 @@ impl Call<'_> {
             return Err(Error::invalid("prompt_name", reason));
         }
         checked_direction(request.truncation_direction)?;
-        let options = Embedding {
+        let options = EmbeddingOptions {
             dimensions,
             normalize: request.normalize,
             truncate: request.truncate,
         };
         let characters = request.inputs.chars().count();
-        let embedded = self
+        let embeddings = self
             .provider
-            .embed(&[request.inputs], options, self.terms)
+            .embed(&[request.inputs], options, self.context)
             .await
-            .map_err(|trouble| {
-                let field = match trouble {
-                    Trouble::Dimensions => "dimensions",
+            .map_err(|error| {
+                let field = match error {
+                    ProviderError::UnsupportedDimensions => "dimensions",
                     _ => "inputs",
                 };
-                trouble.to_error(&self.provider.name, field)
+                error.to_error(&self.provider.name, field)
             })?;
-        let used = Used {
-            input_tokens: embedded.tokens,
-            requests: 1,
-            ..Used::default()
-        };
-        let metadata = self.took(characters, used);
+        let usage = ProviderUsage::of_input(embeddings.tokens);
+        let metadata = self.metadata(characters, usage);
         let message = tei::EmbedResponse {
-            embeddings: embedded.vectors.into_iter().next().unwrap_or_default(),
+            embeddings: embeddings.vectors.into_iter().next().unwrap_or_default(),
             metadata: Some(metadata),
         };
-        Ok((Response::own(&message, self.carried(&metadata, used)), used))
+        Ok((
+            Response::own(&message, self.response_metadata(&metadata, usage)),
+            usage,
+        ))
     }
 
-    async fn rerank(&self, request: tei::RerankRequest) -> Result<(Response, Used), Error> {
+    async fn rerank(
+        &self,
+        request: tei::RerankRequest,
+    ) -> Result<(Response, ProviderUsage), Error> {
         self.must_do(Task::Rerank)?;
         if request.texts.is_empty() {
             return Err(Error::invalid("texts", "there are none"));
         }
-        let (count, rows_max) = (request.texts.len(), self.provider.model.rows_max());
+        let (count, rows_max) = (request.texts.len(), self.provider.settings().rows_max());
         if count > rows_max {
             let reason = format!("{count} texts: a request may have {rows_max}");
             return Err(Error::invalid("texts", reason));
@@ -142,11 +146,11 @@ impl Call<'_> {
         let characters = request.texts.iter().map(|text| text.chars().count()).sum();
         let texts = request.texts.into_iter();
         let pairs: Vec<_> = texts.map(|text| (request.query.clone(), text)).collect();
-        let (scores, used) = self
+        let (scores, usage) = self
             .provider
-            .rerank(&pairs, self.terms)
+            .rerank(&pairs, self.context)
             .await
-            .map_err(|trouble| trouble.to_error(&self.provider.name, "texts"))?;
+            .map_err(|error| error.to_error(&self.provider.name, "texts"))?;
         let ranks = pairs.into_iter().zip(scores).enumerate();
         let ranks = ranks.map(|(index, ((_, text), score))| tei::Rank {
             index: u32::try_from(index).unwrap_or(u32::MAX),
@@ -155,34 +159,37 @@ impl Call<'_> {
         });
         let mut ranks: Vec<tei::Rank> = ranks.collect();
         ranks.sort_by(|a, b| b.score.total_cmp(&a.score));
-        let metadata = self.took(characters, used);
+        let metadata = self.metadata(characters, usage);
         let message = tei::RerankResponse {
             ranks,
             metadata: Some(metadata),
         };
-        Ok((Response::own(&message, self.carried(&metadata, used)), used))
+        Ok((
+            Response::own(&message, self.response_metadata(&metadata, usage)),
+            usage,
+        ))
     }
 
-    fn took(&self, characters: usize, used: Used) -> tei::Metadata {
-        let took = self.started.elapsed();
-        let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+    fn metadata(&self, characters: usize, usage: ProviderUsage) -> tei::Metadata {
+        let elapsed = self.started.elapsed();
+        let ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
         tei::Metadata {
             compute_chars: u32::try_from(characters).unwrap_or(u32::MAX),
-            compute_tokens: u32::try_from(used.input_tokens).unwrap_or(u32::MAX),
+            compute_tokens: u32::try_from(usage.input_tokens).unwrap_or(u32::MAX),
             total_time_ns: ns,
             inference_time_ns: ns,
             ..Default::default()
         }
     }
 
-    fn carried(&self, took: &tei::Metadata, used: Used) -> HeaderMap {
-        let mut metadata = self.provider.carried(used);
-        let ms = Duration::from_nanos(took.total_time_ns).as_millis();
+    fn response_metadata(&self, timing: &tei::Metadata, usage: ProviderUsage) -> HeaderMap {
+        let mut metadata = response_metadata(self.provider, usage);
+        let ms = Duration::from_nanos(timing.total_time_ns).as_millis();
         let ms = HeaderValue::from(u64::try_from(ms).unwrap_or(u64::MAX));
         for (name, value) in [
             ("x-compute-type", HeaderValue::from_static("provider")),
             ("x-compute-time", ms.clone()),
-            ("x-compute-characters", took.compute_chars.into()),
+            ("x-compute-characters", timing.compute_chars.into()),
             ("x-total-time", ms.clone()),
             ("x-tokenization-time", 0u64.into()),
             ("x-queue-time", 0u64.into()),
@@ -194,8 +201,8 @@ impl Call<'_> {
     }
 }
 
-/// A direction that is unknown is an error, though the provider cuts as it
-/// likes.
+/// An unknown direction is an error, although the provider chooses where it
+/// truncates.
 fn checked_direction(direction: i32) -> Result<(), Error> {
     let known = tei::TruncationDirection::try_from(direction);
     let reason = "must be 0 (right) or 1 (left)";

@@ -1,6 +1,6 @@
-//! Server-sent events as providers write them.
+//! Server-sent events, as services write them.
 
-/// Bytes of one event, and of one line.
+/// Bytes of one event, a line that is not complete included.
 const EVENT_BYTES_MAX: usize = 1 << 20;
 
 /// One event.
@@ -12,18 +12,18 @@ pub struct Event {
     pub data: String,
 }
 
-/// Events that are put together from chunks.
+/// Puts events together from chunks.
 #[derive(Debug, Default)]
-pub struct Events {
+pub struct EventParser {
     line: Vec<u8>,
     next: Event,
-    /// Whether the event has data, be it empty.
-    begun: bool,
+    /// Whether the event has data, even if it is empty.
+    has_data: bool,
 }
 
-impl Events {
-    /// Takes what came next and returns the events that it completes.
-    pub fn take(&mut self, chunk: &[u8]) -> Result<Vec<Event>, &'static str> {
+impl EventParser {
+    /// Takes the chunk that came next and returns the events that it completes.
+    pub fn push(&mut self, chunk: &[u8]) -> Result<Vec<Event>, &'static str> {
         let mut events = Vec::new();
         let mut rest = chunk;
         while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
@@ -41,29 +41,30 @@ impl Events {
     }
 
     fn check(&self) -> Result<(), &'static str> {
-        match self.line.len() + self.next.data.len() + self.next.name.len() {
-            bytes if bytes > EVENT_BYTES_MAX => Err("an event is too long"),
-            _ => Ok(()),
+        let bytes = self.line.len() + self.next.data.len() + self.next.name.len();
+        if bytes > EVENT_BYTES_MAX {
+            return Err("an event is too long");
         }
+        Ok(())
     }
 
     fn take_line(&mut self, line: &str) -> Option<Event> {
         if line.is_empty() {
             let event = std::mem::take(&mut self.next);
-            return std::mem::take(&mut self.begun).then_some(event);
+            return std::mem::take(&mut self.has_data).then_some(event);
         }
         let (field, value) = line.split_once(':').unwrap_or((line, ""));
         let value = value.strip_prefix(' ').unwrap_or(value);
         match field {
             "event" => value.clone_into(&mut self.next.name),
             "data" => {
-                if self.begun {
+                if self.has_data {
                     self.next.data.push('\n');
                 }
-                self.begun = true;
+                self.has_data = true;
                 self.next.data.push_str(value);
             }
-            // Comments keep the connection alive; ids are for coming back.
+            // Comments keep the connection alive; ids are for reconnecting.
             _ => {}
         }
         None
@@ -78,7 +79,7 @@ mod tests {
     #[test]
     fn events_have_names_and_lines() {
         let text = ": hello\n\nevent: delta\r\ndata: {\"a\":1}\r\n\r\ndata:one\ndata: two\nid: 3\n\ndata: [DONE]\n\nrest";
-        let events = Events::default().take(text.as_bytes()).unwrap();
+        let events = EventParser::default().push(text.as_bytes()).unwrap();
         let pairs: Vec<_> = events
             .iter()
             .map(|e| (e.name.as_str(), e.data.as_str()))
@@ -88,7 +89,7 @@ mod tests {
             [("delta", "{\"a\":1}"), ("", "one\ntwo"), ("", "[DONE]")]
         );
         let long = vec![b'a'; EVENT_BYTES_MAX + 1];
-        assert!(Events::default().take(&long).is_err());
+        assert!(EventParser::default().push(&long).is_err());
     }
 
     proptest! {
@@ -97,17 +98,17 @@ mod tests {
             bytes in proptest::collection::vec(proptest::sample::select(b"data: e\n\r:x".to_vec()), 0..200),
             cut in 0usize..200,
         ) {
-            let whole = Events::default().take(&bytes).unwrap();
+            let whole = EventParser::default().push(&bytes).unwrap();
             let (first, second) = bytes.split_at(cut.min(bytes.len()));
-            let mut events = Events::default();
-            let mut parts = events.take(first).unwrap();
-            parts.extend(events.take(second).unwrap());
+            let mut events = EventParser::default();
+            let mut parts = events.push(first).unwrap();
+            parts.extend(events.push(second).unwrap());
             prop_assert_eq!(whole, parts);
         }
 
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
-            let _ = Events::default().take(&bytes);
+            let _ = EventParser::default().push(&bytes);
         }
     }
 }

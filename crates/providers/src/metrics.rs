@@ -1,4 +1,4 @@
-//! What is counted of outside services.
+//! Metrics of outside services.
 
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -39,8 +39,8 @@ struct FallbackLabels {
     reason: &'static str,
 }
 
-/// What is counted of all of them. Every label is a name of the catalogue, of
-/// the policy or of this program. Cheap to clone.
+/// The metrics of all providers. Every label is a name of the catalogue, of the
+/// policy or of this program. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct ProviderMetrics {
     requests: Family<OutcomeLabels, Counter>,
@@ -65,46 +65,41 @@ impl Default for ProviderMetrics {
 }
 
 impl ProviderMetrics {
-    /// Registers what is counted.
+    /// Registers the metrics.
     pub fn register(&self, metrics: &Metrics) {
         metrics.register(|registry| {
             let name = |name: &str| format!("andon_gateway_{name}");
             registry.register(
                 name("provider_requests"),
-                "Calls to outside services, what was sent again counted once",
+                "Calls of outside services by outcome; retries are not counted",
                 self.requests.clone(),
             );
             registry.register(
                 name("provider_duration_seconds"),
-                "From a call to an outside service to its whole answer",
+                "Seconds from a call of an outside service to its whole response",
                 self.durations.clone(),
             );
             registry.register(
                 name("provider_retries"),
-                "Calls to outside services that were sent again",
+                "Retries of calls of outside services",
                 self.retries.clone(),
             );
             registry.register(
                 name("provider_breaker_open"),
-                "Whether an outside service is left alone because it failed",
+                "1 while the circuit breaker of an outside service is open",
                 self.breakers.clone(),
             );
             registry.register(
                 name("provider_cost"),
-                "What outside services take, in the currency of the price table",
+                "Cost of calls of outside services, in the currency of the providers file",
                 self.costs.clone(),
             );
             registry.register(
                 name("fallbacks"),
-                "Models of a chain that did not answer, so that the next was asked",
+                "Failed models of fallback chains, by the status that led to the next model",
                 self.fallbacks.clone(),
             );
         });
-    }
-
-    /// A model that there is: its breaker is closed.
-    pub fn known(&self, model: &str) {
-        self.breaker(model, false);
     }
 
     /// A call ended.
@@ -121,22 +116,22 @@ impl ProviderMetrics {
         duration.observe(took.as_secs_f64());
     }
 
-    /// A call is sent again.
+    /// A call is retried.
     pub fn retried(&self, model: &str, reason: &'static str) {
         let model = model.to_owned();
         let labels = RetryLabels { model, reason };
         self.retries.get_or_create(&labels).inc();
     }
 
-    /// A service is left alone, or answers again.
+    /// A circuit breaker opened or closed.
     pub fn breaker(&self, model: &str, open: bool) {
         let model = model.to_owned();
         let gauge = self.breakers.get_or_create(&ModelLabel { model });
         gauge.set(i64::from(open));
     }
 
-    /// A tenant's call took so much.
-    pub fn spent(&self, tenant: &str, model: &str, cost: f64) {
+    /// A tenant's call cost so much.
+    pub fn charged(&self, tenant: &str, model: &str, cost: f64) {
         let labels = CostLabels {
             tenant: tenant.to_owned(),
             model: model.to_owned(),
@@ -144,8 +139,8 @@ impl ProviderMetrics {
         self.costs.get_or_create(&labels).inc_by(cost);
     }
 
-    /// A model of a chain did not answer.
-    pub fn fell_back(&self, chain: &str, reason: &'static str) {
+    /// A model of a chain failed.
+    pub fn fallback(&self, chain: &str, reason: &'static str) {
         let chain = chain.to_owned();
         let labels = FallbackLabels { chain, reason };
         self.fallbacks.get_or_create(&labels).inc();

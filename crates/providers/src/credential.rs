@@ -1,85 +1,91 @@
-//! Keys of outside services: read from files or variables, never shown.
+//! API keys of outside services: read from files or environment variables, and
+//! never shown.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
-use http::HeaderValue;
+use http::{HeaderName, HeaderValue};
 
-use super::catalogue::{Model, Shape};
+use crate::dialect::Authentication;
+use crate::settings::{Invalid, ModelSettings};
 
-/// A file with a key has less.
+/// A file with a key is shorter.
 const KEY_BYTES_MAX: usize = 16 << 10;
 
-/// The key of one model. It is in no Debug output.
-pub struct Key {
+/// The API key of one model, which may be replaced while it is used. It is in
+/// no Debug output.
+pub struct Credential {
     file: Option<PathBuf>,
-    prefix: &'static str,
+    authentication: Authentication,
     current: ArcSwapOption<Secret>,
 }
 
-/// What a service knows the gateway by. It is in no Debug output.
+/// An API key. It is in no Debug output.
 pub struct Secret {
     text: String,
     header: HeaderValue,
 }
 
 impl Secret {
-    /// What says who calls.
+    /// The value of the header that carries it.
     pub fn header(&self) -> HeaderValue {
         self.header.clone()
     }
 
-    /// A text of the service without the key, should it repeat it.
-    pub fn hidden(&self, text: &str) -> String {
+    /// A service's text without the key, should the service repeat it.
+    pub fn redact(&self, text: &str) -> String {
         text.replace(&self.text, "…")
     }
 }
 
-impl fmt::Debug for Key {
+impl fmt::Debug for Credential {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("Key(…)")
+        formatter.write_str("Credential(…)")
     }
 }
 
-impl Key {
+impl Credential {
     /// Reads a model's key; the error says which field names it.
-    pub fn of(model: &Model) -> Result<Self, (&'static str, String)> {
-        let prefix = match model.kind {
-            Shape::Anthropic => "",
-            Shape::Openai | Shape::Cohere => "Bearer ",
-        };
+    pub fn read(model: &ModelSettings) -> Result<Self, Invalid> {
+        let authentication = model.kind.authentication();
+        let prefix = authentication.prefix;
         let secret = match (&model.key_file, &model.key_variable) {
             (Some(path), _) => Some(read(path, prefix).map_err(|reason| ("key_file", reason))?),
             (None, Some(name)) => {
                 let text = std::env::var(name).map_err(|_| {
-                    let reason = format!("the variable {name} is not set");
+                    let reason = format!("the environment variable {name} is not set");
                     ("key_variable", reason)
                 })?;
-                Some(secret(&text, prefix).map_err(|reason| ("key_variable", reason))?)
+                Some(parse(&text, prefix).map_err(|reason| ("key_variable", reason))?)
             }
             (None, None) => None,
         };
         Ok(Self {
             file: model.key_file.clone(),
-            prefix,
+            authentication,
             current: ArcSwapOption::new(secret.map(Arc::new)),
         })
     }
 
-    /// What is sent with a call, if anybody asks.
+    /// The header that carries the key.
+    pub fn header_name(&self) -> HeaderName {
+        self.authentication.header.clone()
+    }
+
+    /// The key, unless the service asks for none.
     pub fn current(&self) -> Option<Arc<Secret>> {
         self.current.load_full()
     }
 
-    /// Reads the file again; true when there is another key in it. A file that
+    /// Reads the file again; true when it holds another key. A file that
     /// cannot be used changes nothing: it may be half written.
-    pub fn read_again(&self) -> bool {
+    pub fn reload(&self) -> bool {
         let Some(path) = &self.file else {
             return false;
         };
-        let Ok(secret) = read(path, self.prefix) else {
+        let Ok(secret) = read(path, self.authentication.prefix) else {
             return false;
         };
         let same = |current: &Arc<Secret>| current.text == secret.text;
@@ -94,16 +100,16 @@ impl Key {
 fn read(path: &Path, prefix: &str) -> Result<Secret, String> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| format!("the file cannot be read: {error}"))?;
-    secret(&text, prefix)
+    parse(&text, prefix)
 }
 
-pub(super) fn secret(text: &str, prefix: &str) -> Result<Secret, String> {
+pub(crate) fn parse(text: &str, prefix: &str) -> Result<Secret, String> {
     let text = text.trim();
     if text.is_empty() {
-        return Err("there is no key in it".to_owned());
+        return Err("the key is empty".to_owned());
     }
     if text.len() > KEY_BYTES_MAX {
-        return Err("this is too long for a key".to_owned());
+        return Err(format!("a key has at most {KEY_BYTES_MAX} bytes"));
     }
     let mut header = HeaderValue::try_from(format!("{prefix}{text}"))
         .map_err(|_| "a key is one line of ASCII".to_owned())?;
@@ -117,21 +123,25 @@ pub(super) fn secret(text: &str, prefix: &str) -> Result<Secret, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use http::header::AUTHORIZATION;
 
     #[test]
     fn a_key_is_never_shown() {
-        let secret = secret(" sk-secret\n", "Bearer ").unwrap();
+        let secret = parse(" sk-secret\n", "Bearer ").unwrap();
         assert_eq!(secret.header, "Bearer sk-secret");
         assert!(!format!("{:?}", secret.header).contains("secret"));
-        let key = Key {
+        let credential = Credential {
             file: None,
-            prefix: "",
+            authentication: Authentication {
+                header: AUTHORIZATION,
+                prefix: "",
+            },
             current: ArcSwapOption::new(Some(Arc::new(secret))),
         };
-        assert!(!format!("{key:?}").contains("secret"));
-        let current = key.current().unwrap();
-        let said = current.hidden("wrong key sk-secret given");
-        assert_eq!(said, "wrong key … given");
-        assert!(super::secret("", "").is_err() && super::secret("a\nb", "").is_err());
+        assert!(!format!("{credential:?}").contains("secret"));
+        let current = credential.current().unwrap();
+        let redacted = current.redact("wrong key sk-secret given");
+        assert_eq!(redacted, "wrong key … given");
+        assert!(parse("", "").is_err() && parse("a\nb", "").is_err());
     }
 }

@@ -1,0 +1,144 @@
+//! The models of outside services, and the chains.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use platform::grpc::MessageLimits;
+use platform::tasks::{Owned, owned};
+use protocol::{Error, ModelName, ModelVersion};
+
+use crate::MODEL_VERSION;
+use crate::metrics::ProviderMetrics;
+use crate::provider::Provider;
+use crate::settings::ProvidersFile;
+
+/// How often the files with API keys are read again.
+const KEY_POLL_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Where the providers file is.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct ProviderSettings {
+    /// Models of outside services, their prices, and fallback chains, in TOML
+    #[arg(long, value_name = "FILE")]
+    pub providers: Option<PathBuf>,
+}
+
+/// Why the providers file cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("the providers file: {0}")]
+pub struct CatalogueError(pub String);
+
+/// The models of outside services, and the chains.
+#[derive(Debug, Default)]
+pub struct Catalogue {
+    /// Models by the names that callers know them by.
+    pub providers: BTreeMap<String, Arc<Provider>>,
+    /// Chains by their names.
+    pub chains: BTreeMap<String, Arc<Chain>>,
+    /// The metrics of all of them.
+    pub metrics: ProviderMetrics,
+}
+
+/// A fallback chain: models that stand in for one another, the preferred
+/// first.
+#[derive(Debug)]
+pub struct Chain {
+    /// The name that callers know it by.
+    pub name: String,
+    /// Models of workers or of providers.
+    pub models: Vec<String>,
+}
+
+impl Catalogue {
+    /// Reads the providers file, if one is named, and the API keys. Responses
+    /// count against `limits`.
+    pub fn new(
+        settings: &ProviderSettings,
+        limits: &MessageLimits,
+    ) -> Result<Self, CatalogueError> {
+        let Some(path) = &settings.providers else {
+            return Ok(Self::default());
+        };
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| CatalogueError(format!("it cannot be read: {error}")))?;
+        let file = ProvidersFile::parse(&text)?;
+        let mut catalogue = Self::default();
+        for (name, model) in file.models {
+            let provider = Provider::new(&name, model, limits, &catalogue.metrics)
+                .map_err(|(field, why)| CatalogueError(format!("models.{name}.{field}: {why}")))?;
+            // A series from the start: its circuit breaker is closed.
+            catalogue.metrics.breaker(&name, false);
+            catalogue.providers.insert(name, Arc::new(provider));
+        }
+        for (name, chain) in file.chains {
+            let models = chain.models;
+            let chain = Chain {
+                name: name.clone(),
+                models,
+            };
+            catalogue.chains.insert(name, Arc::new(chain));
+        }
+        Ok(catalogue)
+    }
+
+    /// Whether a name is a provider's model or a chain.
+    pub fn has(&self, name: &str) -> bool {
+        self.providers.contains_key(name) || self.chains.contains_key(name)
+    }
+
+    /// Every name, and whether it is a `provider` or a `chain`.
+    pub fn names(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        let providers = self
+            .providers
+            .keys()
+            .map(|name| (name.as_str(), "provider"));
+        providers.chain(self.chains.keys().map(|name| (name.as_str(), "chain")))
+    }
+
+    /// Refuses to load or unload a name of the catalogue: only workers do.
+    pub fn must_be_workers(&self, name: &str) -> Result<(), Error> {
+        if !self.has(name) {
+            return Ok(());
+        }
+        let reason = "models of outside providers cannot be loaded or unloaded";
+        Err(Error::invalid("model_name", reason))
+    }
+
+    /// Reloads API keys when their files change, until the tasks are dropped.
+    pub fn follow(&self) -> Vec<Owned> {
+        let providers: Vec<Arc<Provider>> = self.providers.values().cloned().collect();
+        if providers.is_empty() {
+            return Vec::new();
+        }
+        vec![owned(async move {
+            loop {
+                tokio::time::sleep(KEY_POLL_INTERVAL).await;
+                for provider in &providers {
+                    if provider.reload_key() {
+                        tracing::info!(model = %provider.name, "the API key of a provider was reloaded");
+                    }
+                }
+            }
+        })]
+    }
+}
+
+impl Chain {
+    /// Checks the version of a request: there is only one.
+    pub fn check_version(&self, version: &str) -> Result<(), Error> {
+        check_version(&self.name, version)
+    }
+}
+
+/// Checks that a version is empty or the only one there is.
+pub(crate) fn check_version(name: &str, version: &str) -> Result<(), Error> {
+    match ModelVersion::optional(version, "model_version")? {
+        Some(other) if other.to_string() != MODEL_VERSION => {
+            let name = ModelName::checked(name, "model_name")?;
+            Err(Error::unknown_model(&name, Some(other)))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,241 @@
+//! What differs between kinds of outside services: paths, headers, bodies,
+//! events of a stream and where an error's message stands. A further kind is
+//! one file in `dialect/`, which implements [`Dialect`], and its line in
+//! [`DIALECTS`].
+
+mod anthropic;
+mod cohere;
+mod openai;
+
+use std::borrow::Cow;
+use std::fmt;
+
+use bytes::Bytes;
+use http::HeaderName;
+use http::header::AUTHORIZATION;
+use serde::{Deserialize, Serialize};
+
+use crate::chat::{ChatRequest, ChatResponse};
+use crate::embedding::{EmbeddingRequest, Embeddings};
+use crate::error::ProviderError;
+use crate::rerank::{RerankRequest, RerankScores};
+use crate::settings::{ModelSettings, Task};
+use crate::sse::Event;
+use crate::stream::StreamProgress;
+
+/// The dialects that the providers file can name.
+pub static DIALECTS: &[&dyn Dialect] = &[&openai::Openai, &anthropic::Anthropic, &cohere::Cohere];
+
+/// How services of one kind are called. A dialect implements the methods of
+/// its tasks; the settings are refused when they name another task.
+pub trait Dialect: fmt::Debug + Send + Sync {
+    /// The value of `kind` in the providers file.
+    fn kind(&self) -> &'static str;
+
+    /// The tasks that services of this kind have calls for.
+    fn tasks(&self) -> &'static [Task];
+
+    /// Rows of one request that the service after which the dialect is named
+    /// accepts. The providers file may say another number.
+    fn rows_max(&self, task: Task) -> usize;
+
+    /// How a call says who makes it.
+    fn authentication(&self) -> Authentication {
+        Authentication {
+            header: AUTHORIZATION,
+            prefix: "Bearer ",
+        }
+    }
+
+    /// Headers of every call, besides the content type and the credential.
+    fn headers(&self) -> &'static [(&'static str, &'static str)] {
+        &[]
+    }
+
+    /// The call that embeds texts.
+    fn embedding_request(
+        &self,
+        _model: &ModelSettings,
+        _request: &EmbeddingRequest<'_>,
+    ) -> Result<HttpRequest, ProviderError> {
+        Err(ProviderError::UnsupportedTask)
+    }
+
+    /// Reads the response with the embeddings of so many texts.
+    fn parse_embeddings(&self, _body: &[u8], _texts: usize) -> Result<Embeddings, ProviderError> {
+        Err(ProviderError::UnsupportedTask)
+    }
+
+    /// The call that scores texts for one query.
+    fn rerank_request(
+        &self,
+        _model: &ModelSettings,
+        _request: &RerankRequest<'_>,
+    ) -> Result<HttpRequest, ProviderError> {
+        Err(ProviderError::UnsupportedTask)
+    }
+
+    /// Reads the response with the scores of so many texts.
+    fn parse_rerank(&self, _body: &[u8], _texts: usize) -> Result<RerankScores, ProviderError> {
+        Err(ProviderError::UnsupportedTask)
+    }
+
+    /// The call that continues a conversation, in one piece or as a stream.
+    fn chat_request(
+        &self,
+        _model: &ModelSettings,
+        _request: &ChatRequest,
+        _stream: bool,
+    ) -> Result<HttpRequest, ProviderError> {
+        Err(ProviderError::UnsupportedTask)
+    }
+
+    /// Reads the response to a conversation in one piece.
+    fn parse_chat(&self, _body: &[u8]) -> Result<ChatResponse, ProviderError> {
+        Err(ProviderError::UnsupportedTask)
+    }
+
+    /// Reads one event of a streamed response to a conversation.
+    fn parse_chat_event(
+        &self,
+        _event: &Event,
+        _progress: &mut StreamProgress,
+    ) -> Result<(), ProviderError> {
+        Err(ProviderError::UnsupportedTask)
+    }
+
+    /// The message in the body of a response that is no success, if it has
+    /// one. By default it is looked for where services commonly put it.
+    fn error_message(&self, body: &[u8]) -> Option<String> {
+        common_error_message(body)
+    }
+}
+
+/// The dialect of a `kind` in the providers file.
+pub fn find(kind: &str) -> Option<&'static dyn Dialect> {
+    DIALECTS
+        .iter()
+        .find(|dialect| dialect.kind() == kind)
+        .copied()
+}
+
+/// The header that carries a credential.
+#[derive(Debug, Clone)]
+pub struct Authentication {
+    /// Its name.
+    pub header: HeaderName,
+    /// What stands before the credential, a space at its end included.
+    pub prefix: &'static str,
+}
+
+/// A call of a service: a POST with a JSON body.
+#[derive(Debug, Clone)]
+pub struct HttpRequest {
+    /// The path after the part of `base_url`.
+    pub path: Cow<'static, str>,
+    /// The body, in JSON.
+    pub body: Bytes,
+}
+
+impl HttpRequest {
+    /// A call with a body.
+    pub fn new(path: impl Into<Cow<'static, str>>, body: &impl Serialize) -> Self {
+        Self {
+            path: path.into(),
+            // These bodies hold strings and numbers alone: writing cannot fail.
+            body: serde_json::to_vec(body).unwrap_or_default().into(),
+        }
+    }
+}
+
+/// `error`, `error.message`, `message` or `detail`.
+fn common_error_message(body: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Object {
+        message: Option<String>,
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Field {
+        Text(String),
+        Object(Object),
+        Other(serde::de::IgnoredAny),
+    }
+    #[derive(Deserialize)]
+    struct Body {
+        error: Option<Field>,
+        message: Option<Field>,
+        detail: Option<Field>,
+    }
+    let body: Body = serde_json::from_slice(body).ok()?;
+    let fields = [body.error, body.message, body.detail];
+    fields.into_iter().flatten().find_map(|field| match field {
+        Field::Text(text) => Some(text),
+        Field::Object(object) => object.message,
+        Field::Other(_) => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::ProvidersFile;
+
+    /// The settings of a model `m`, with these lines besides.
+    pub(super) fn model(lines: &str) -> ModelSettings {
+        let file = format!("[models.m]\nbase_url = \"http://h\"\nmodel = \"big\"\n{lines}");
+        ProvidersFile::parse(&file).unwrap().models["m"].clone()
+    }
+
+    /// The body of a call, read again.
+    pub(super) fn json(request: Result<HttpRequest, ProviderError>) -> serde_json::Value {
+        serde_json::from_slice(&request.unwrap().body).unwrap()
+    }
+
+    #[test]
+    fn kinds_are_distinct_and_each_has_a_task() {
+        for dialect in DIALECTS {
+            let found = find(dialect.kind()).unwrap();
+            assert_eq!(format!("{found:?}"), format!("{dialect:?}"));
+            assert!(!dialect.tasks().is_empty(), "{dialect:?}");
+        }
+        assert!(find("else").is_none());
+    }
+
+    #[test]
+    fn a_task_that_is_declared_is_implemented_and_no_other() {
+        let all = [Task::Embedding, Task::Rerank, Task::Generation];
+        for (dialect, task) in DIALECTS.iter().flat_map(|d| all.map(|task| (d, task))) {
+            let unsupported = Some(ProviderError::UnsupportedTask);
+            let parsed = match task {
+                Task::Embedding => dialect.parse_embeddings(b"", 1).err(),
+                Task::Rerank => dialect.parse_rerank(b"", 1).err(),
+                Task::Generation => dialect.parse_chat(b"").err(),
+            };
+            let declared = dialect.tasks().contains(&task);
+            assert_eq!(parsed != unsupported, declared, "{dialect:?} {task:?}");
+        }
+    }
+
+    #[test]
+    fn the_message_of_an_error_is_found_where_services_put_it() {
+        for body in [
+            r#"{"error":{"message":"too long","type":"x"}}"#,
+            r#"{"error":"too long"}"#,
+            r#"{"message":"too long"}"#,
+            r#"{"detail":"too long"}"#,
+        ] {
+            let found = common_error_message(body.as_bytes());
+            assert_eq!(found.as_deref(), Some("too long"), "{body}");
+        }
+        for body in [
+            "",
+            "no",
+            "[]",
+            r#"{"error":7}"#,
+            r#"{"detail":[{"loc":1}]}"#,
+        ] {
+            assert_eq!(common_error_message(body.as_bytes()), None, "{body}");
+        }
+    }
+}

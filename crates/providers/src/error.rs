@@ -1,0 +1,335 @@
+//! Why a call of an outside service failed, and what the caller is told: the
+//! model's name, and neither credential nor address.
+
+use std::time::{Duration, SystemTime};
+
+use http::HeaderMap;
+use protocol::{Error, Kind};
+
+use crate::credential::Secret;
+
+/// Characters of a service's own message that a caller is told.
+const MESSAGE_CHARS_MAX: usize = 200;
+/// A longer `retry-after` is cut to this.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// When a caller should retry who met a limit of this gateway.
+const BUSY_RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// Why there is no response that can be used. Each message continues "the
+/// provider of model '…'".
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ProviderError {
+    /// No connection could be made.
+    #[error("cannot be reached")]
+    Unreachable,
+    /// The connection was lost before the response was complete.
+    #[error("closed the connection before its response was complete")]
+    ConnectionLost,
+    /// The service reported an error in the middle of a stream.
+    #[error("failed in the middle of its response")]
+    FailedMidStream,
+    /// A status that is no success, for which the request is not to blame.
+    #[error("{} (HTTP {status})", status_reason(*.status))]
+    Status {
+        /// The HTTP status.
+        status: u16,
+        /// When the service wants to be called again.
+        retry_after: Option<Duration>,
+    },
+    /// The service rejected the caller's request, with this message.
+    #[error("rejected the request{}", after_colon(.0))]
+    Rejected(String),
+    /// The vectors do not have the dimensions that the caller asked for.
+    #[error("does not support this number of dimensions")]
+    UnsupportedDimensions,
+    /// The dialect has no call for this task.
+    #[error("does not support this task")]
+    UnsupportedTask,
+    /// The response cannot be read, or does not fit the request.
+    #[error("sent a response that cannot be used: {0}")]
+    InvalidResponse(&'static str),
+    /// The response is over the size limit.
+    #[error("sent a response over the size limit")]
+    ResponseTooLarge,
+    /// The response does not fit among the bytes that this gateway may have
+    /// in flight.
+    #[error("sent a response while too many bytes were in flight")]
+    BytesInFlight,
+    /// The circuit breaker is open, for so long.
+    #[error("failed repeatedly and is ejected: its circuit breaker is open")]
+    CircuitOpen(Duration),
+    /// As many calls are in flight as `concurrency_max` allows.
+    #[error("has as many calls in flight as concurrency_max allows")]
+    ConcurrencyLimit,
+    /// The response did not come in time.
+    #[error("did not respond in time")]
+    Timeout,
+}
+
+/// What the outcome of a call says about the service, for its circuit breaker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Health {
+    /// It responds: the call, the credential or the quota is to blame.
+    Healthy,
+    /// It fails.
+    Unhealthy,
+    /// Nothing.
+    Unknown,
+}
+
+impl ProviderError {
+    /// A response with a status that is no success; `message` is what its body
+    /// says, without the credential.
+    pub(crate) fn from_status(status: u16, headers: &HeaderMap, message: String) -> Self {
+        match status {
+            400 | 413 | 422 => Self::Rejected(message),
+            _ => Self::Status {
+                status,
+                retry_after: retry_after(headers, SystemTime::now()),
+            },
+        }
+    }
+
+    /// A call that could not be sent, or whose connection was lost.
+    pub(crate) fn from_transport(error: &reqwest::Error) -> Self {
+        if error.is_connect() {
+            Self::Unreachable
+        } else {
+            Self::ConnectionLost
+        }
+    }
+
+    /// Whether the same call may succeed when it is retried.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Unreachable | Self::ConnectionLost => true,
+            Self::Status { status, .. } => {
+                matches!(status, 408 | 409 | 429) || (*status >= 500 && *status != 501)
+            }
+            _ => false,
+        }
+    }
+
+    /// When to call again, if that is known.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Status { retry_after, .. } => *retry_after,
+            Self::CircuitOpen(ejection) => Some(*ejection),
+            Self::BytesInFlight | Self::ConcurrencyLimit => Some(BUSY_RETRY_AFTER),
+            _ => None,
+        }
+    }
+
+    /// Whether the service may have computed, and may charge for it.
+    pub fn may_be_charged(&self) -> bool {
+        !matches!(
+            self,
+            Self::Unreachable
+                | Self::Status { .. }
+                | Self::Rejected(_)
+                | Self::UnsupportedTask
+                | Self::CircuitOpen(_)
+                | Self::ConcurrencyLimit
+        )
+    }
+
+    /// What the error says about the service. What one caller's request brings
+    /// about must not keep the others from it.
+    pub(crate) fn health(&self) -> Health {
+        match self {
+            Self::Status { status, .. } if *status < 500 => Health::Healthy,
+            Self::Rejected(_) | Self::UnsupportedDimensions => Health::Healthy,
+            Self::UnsupportedTask
+            | Self::CircuitOpen(_)
+            | Self::ConcurrencyLimit
+            | Self::BytesInFlight
+            | Self::ResponseTooLarge => Health::Unknown,
+            _ => Health::Unhealthy,
+        }
+    }
+
+    /// Its value of the label `outcome` in metrics.
+    pub fn outcome(&self) -> &'static str {
+        match self {
+            Self::Unreachable => "not_sent",
+            Self::ConnectionLost => "broken",
+            Self::FailedMidStream => "failed",
+            Self::Status { status, .. } => match status {
+                401 | 403 => "key_refused",
+                408 => "late",
+                429 => "limited",
+                status if *status >= 500 => "failed",
+                _ => "refused",
+            },
+            Self::Rejected(_) | Self::UnsupportedDimensions | Self::UnsupportedTask => "invalid",
+            Self::InvalidResponse(_) | Self::ResponseTooLarge => "garbage",
+            Self::BytesInFlight | Self::ConcurrencyLimit => "no_room",
+            Self::CircuitOpen(_) => "left_alone",
+            Self::Timeout => "late",
+        }
+    }
+
+    /// What the caller of a model is told; `field` is the part of its request
+    /// that the service was sent.
+    pub fn to_error(&self, model: &str, field: &str) -> Error {
+        let message = format!("the provider of model '{model}' {self}");
+        match (self, self.retry_after()) {
+            (Self::Rejected(_) | Self::UnsupportedDimensions, _) => Error::invalid(field, message),
+            (Self::UnsupportedTask, _) => Error::new(Kind::Unsupported, message),
+            (Self::Timeout, _) => Error::new(Kind::DeadlinePassed, message),
+            (_, Some(retry_after)) => Error::overloaded(message, retry_after),
+            (_, None) => Error::new(Kind::NotReady, message),
+        }
+    }
+}
+
+fn status_reason(status: u16) -> &'static str {
+    match status {
+        401 | 403 => "does not accept the gateway's API key",
+        404 => "does not know the model",
+        429 => "is rate limiting the gateway",
+        _ => "failed",
+    }
+}
+
+fn after_colon(message: &str) -> String {
+    if message.is_empty() {
+        String::new()
+    } else {
+        format!(": {message}")
+    }
+}
+
+/// A service's own message as a caller may read it: printable, without the
+/// credential, and cut short.
+pub(crate) fn printable(message: &str, secret: Option<&Secret>) -> String {
+    let text: String = message.chars().filter(|c| !c.is_control()).collect();
+    // Before it is cut: a part of a credential is a secret too.
+    let text = secret.map_or_else(|| text.clone(), |secret| secret.redact(&text));
+    text.chars().take(MESSAGE_CHARS_MAX).collect()
+}
+
+/// When a service wants to be called again: `retry-after-ms`, or `retry-after`
+/// in seconds or as a date.
+fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = |name: &str| headers.get(name)?.to_str().ok().map(str::trim);
+    let number = |text: &str| text.parse::<f64>().ok().filter(|number| *number >= 0.0);
+    if let Some(ms) = text("retry-after-ms").and_then(number) {
+        return bounded(ms / 1000.0);
+    }
+    let text = text("retry-after")?;
+    if let Some(seconds) = number(text) {
+        return bounded(seconds);
+    }
+    let date = httpdate::parse_http_date(text).ok()?;
+    let after = date.duration_since(now).unwrap_or_default();
+    Some(after.min(RETRY_AFTER_MAX))
+}
+
+fn bounded(seconds: f64) -> Option<Duration> {
+    let after = Duration::try_from_secs_f64(seconds).ok()?;
+    Some(after.min(RETRY_AFTER_MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dialect;
+    use http::HeaderValue;
+
+    fn after(name: &'static str, value: &str) -> Option<Duration> {
+        let mut headers = HeaderMap::new();
+        headers.insert(name, HeaderValue::try_from(value).unwrap());
+        let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        retry_after(&headers, now)
+    }
+
+    #[test]
+    fn retry_after_is_read_in_each_of_its_forms() {
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        assert_eq!(after("retry-after", "7"), seconds(7));
+        assert_eq!(
+            after("retry-after", "0.5"),
+            Some(Duration::from_millis(500))
+        );
+        assert_eq!(
+            after("retry-after-ms", "250"),
+            Some(Duration::from_millis(250))
+        );
+        assert_eq!(
+            after("retry-after", "Sun, 06 Nov 1994 08:49:40 GMT"),
+            seconds(3)
+        );
+        assert_eq!(
+            after("retry-after", "Sun, 06 Nov 1994 08:49:00 GMT"),
+            seconds(0)
+        );
+        for far in ["1e19", "86401", "Fri, 31 Dec 9999 23:59:59 GMT"] {
+            assert_eq!(after("retry-after", far), Some(RETRY_AFTER_MAX), "{far}");
+        }
+        for wrong in ["-1", "soon", "", "NaN", "1e300"] {
+            assert_eq!(after("retry-after", wrong), None, "{wrong}");
+        }
+    }
+
+    /// What a caller would read of an error's body.
+    fn read(body: &str, secret: Option<&Secret>) -> String {
+        let openai = dialect::find("openai").unwrap();
+        printable(
+            &openai.error_message(body.as_bytes()).unwrap_or_default(),
+            secret,
+        )
+    }
+
+    #[test]
+    fn the_message_of_a_service_is_printable_and_cut() {
+        let long = format!(r#"{{"error":"{}"}}"#, "é\\n".repeat(500));
+        assert_eq!(read(&long, None), "é".repeat(MESSAGE_CHARS_MAX));
+        let rejected = ProviderError::Rejected(read(r#"{"error":"too long"}"#, None));
+        assert_eq!(rejected.to_string(), "rejected the request: too long");
+        let rejected = ProviderError::Rejected(read("no JSON", None));
+        assert_eq!(rejected.to_string(), "rejected the request");
+    }
+
+    #[test]
+    fn no_part_of_the_credential_is_passed_on() {
+        let secret = crate::credential::parse("sk-0123456789", "").unwrap();
+        for before in 180..210 {
+            let body = format!(r#"{{"error":"{}sk-01234\n56789"}}"#, "é".repeat(before));
+            let message = read(&body, Some(&secret));
+            assert!(!message.contains("sk-"), "{message}");
+        }
+    }
+
+    #[test]
+    fn an_error_that_one_caller_brings_about_says_nothing_of_the_service() {
+        for error in [
+            ProviderError::Rejected(String::new()),
+            ProviderError::UnsupportedDimensions,
+            ProviderError::ResponseTooLarge,
+            ProviderError::BytesInFlight,
+        ] {
+            assert_ne!(error.health(), Health::Unhealthy, "{error:?}");
+        }
+        let error = ProviderError::UnsupportedDimensions.to_error("small", "dimensions");
+        assert_eq!(error.kind(), Kind::Invalid);
+    }
+
+    #[test]
+    fn an_error_names_the_model_and_says_when_to_retry() {
+        let status = |status, retry_after| ProviderError::Status {
+            status,
+            retry_after,
+        };
+        let error = status(401, None).to_error("small", "inputs");
+        assert_eq!(error.kind(), Kind::NotReady);
+        assert_eq!(
+            error.to_string(),
+            "the provider of model 'small' does not accept the gateway's API key (HTTP 401)"
+        );
+        let error = status(429, Some(Duration::from_secs(1))).to_error("small", "inputs");
+        assert_eq!(error.kind(), Kind::Overloaded);
+        let error = ProviderError::Timeout.to_error("small", "inputs");
+        assert_eq!(error.kind(), Kind::DeadlinePassed);
+    }
+}

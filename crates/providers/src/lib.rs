@@ -1,0 +1,34 @@
+//! Models of outside services. [`Catalogue`] is the providers file, read and
+//! checked; a [`Provider`] is one model of it, with its HTTP client, circuit
+//! breaker and retry budget. What differs between kinds of services is behind
+//! the trait `Dialect`, one file for each kind. Knows neither the Open
+//! Inference Protocol nor `tei.v1`: the gateway translates.
+
+mod catalogue;
+mod chat;
+mod client;
+mod credential;
+mod dialect;
+mod embedding;
+mod error;
+mod metrics;
+mod provider;
+mod rerank;
+mod settings;
+mod sse;
+mod stream;
+mod usage;
+
+pub use catalogue::{Catalogue, CatalogueError, Chain, ProviderSettings};
+pub use chat::{
+    ChatDelta, ChatMessage, ChatRequest, ChatResponse, ChatStream, FinishReason, Role, TokenUsage,
+};
+pub use embedding::{EmbeddingOptions, Embeddings};
+pub use error::ProviderError;
+pub use metrics::ProviderMetrics;
+pub use provider::Provider;
+pub use settings::{ModelSettings, Task};
+pub use usage::{CallContext, ProviderUsage, UsageMeter};
+
+/// The only version that a provider's model has.
+pub const MODEL_VERSION: &str = "1";

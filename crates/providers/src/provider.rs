@@ -1,0 +1,333 @@
+//! One model of an outside service.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use platform::circuit_breaker::CircuitBreaker;
+use platform::grpc::MessageLimits;
+use platform::retry_budget::RetryBudget;
+use protocol::Error;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+
+use crate::catalogue::check_version;
+use crate::chat::{ChatRequest, ChatResponse, ChatStream, TokenUsage, estimate_tokens};
+use crate::client;
+use crate::credential::Credential;
+use crate::dialect::HttpRequest;
+use crate::embedding::{EmbeddingOptions, EmbeddingRequest, Embeddings, normalize};
+use crate::error::ProviderError;
+use crate::metrics::ProviderMetrics;
+use crate::rerank::{RerankRequest, RerankScores};
+use crate::settings::{Invalid, ModelSettings, Task};
+use crate::stream::{self, OpenStream};
+use crate::usage::{CallContext, ProviderUsage};
+
+/// Tokens of each model's retry budget.
+const RETRY_TOKENS: u32 = 20;
+
+/// One model of an outside service.
+pub struct Provider {
+    /// The name that callers know it by.
+    pub name: String,
+    /// What it does, by the name that a worker's report has for it.
+    pub task: String,
+    /// What its responses are cached under, if they may be.
+    pub digest: Option<String>,
+    pub(crate) settings: ModelSettings,
+    pub(crate) base_url: reqwest::Url,
+    pub(crate) client: reqwest::Client,
+    pub(crate) credential: Credential,
+    permits: Arc<Semaphore>,
+    pub(crate) breaker: CircuitBreaker,
+    pub(crate) retry_budget: RetryBudget,
+    pub(crate) limits: MessageLimits,
+    pub(crate) metrics: ProviderMetrics,
+}
+
+impl fmt::Debug for Provider {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "Provider({})", self.name)
+    }
+}
+
+/// One of the calls that a provider may have in flight, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Permit(
+    #[allow(dead_code, reason = "dropping it returns the permit")] OwnedSemaphorePermit,
+);
+
+impl Provider {
+    pub(crate) fn new(
+        name: &str,
+        settings: ModelSettings,
+        limits: &MessageLimits,
+        metrics: &ProviderMetrics,
+    ) -> Result<Self, Invalid> {
+        Ok(Self {
+            name: name.to_owned(),
+            task: settings.task.name().to_owned(),
+            digest: settings.deterministic.then(|| settings.digest()),
+            base_url: settings.url().map_err(|reason| ("base_url", reason))?,
+            client: client::build(&settings)?,
+            credential: Credential::read(&settings)?,
+            permits: Arc::new(Semaphore::new(settings.concurrency_max)),
+            breaker: CircuitBreaker::default(),
+            retry_budget: RetryBudget::new(RETRY_TOKENS),
+            limits: limits.clone(),
+            metrics: metrics.clone(),
+            settings,
+        })
+    }
+
+    /// What the providers file says of the model.
+    pub fn settings(&self) -> &ModelSettings {
+        &self.settings
+    }
+
+    /// Whether calls go to the service: its circuit breaker admits them.
+    pub fn ready(&self) -> bool {
+        !self.breaker.is_ejected()
+    }
+
+    /// Checks the version of a request: there is only one.
+    pub fn check_version(&self, version: &str) -> Result<(), Error> {
+        check_version(&self.name, version)
+    }
+
+    /// Reads the file with the API key again; true when it holds another.
+    pub(crate) fn reload_key(&self) -> bool {
+        self.credential.reload()
+    }
+
+    /// Counts the cost of what a tenant's call consumed, and returns it, in
+    /// the currency of the prices.
+    pub fn charge(&self, tenant: &str, usage: ProviderUsage) -> f64 {
+        let cost = self.settings.price.cost(usage.bounded());
+        if cost > 0.0 {
+            self.metrics.charged(tenant, &self.name, cost);
+        }
+        cost
+    }
+
+    /// Continues a conversation.
+    pub async fn chat(
+        self: &Arc<Self>,
+        request: &ChatRequest,
+        context: CallContext<'_>,
+    ) -> Result<ChatResponse, Error> {
+        self.must_generate()?;
+        request.check()?;
+        self.generate(request, context)
+            .await
+            .map_err(|error| error.to_error(&self.name, "messages"))
+    }
+
+    /// Continues a conversation as a stream. It must begin by the deadline of
+    /// `context`, and may then go on until `deadline`. Once it has begun, the
+    /// response is this model's: an error is the last item.
+    pub async fn chat_stream(
+        self: &Arc<Self>,
+        request: &ChatRequest,
+        context: CallContext<'_>,
+        deadline: Instant,
+    ) -> Result<ChatStream, Error> {
+        self.must_generate()?;
+        request.check()?;
+        let started = Instant::now();
+        let failed = |error: ProviderError| error.to_error(&self.name, "messages");
+        let permit = self.permit().map_err(failed)?;
+        let outgoing = self.chat_request(request, true).map_err(failed)?;
+        let prompt_tokens = request.estimated_tokens();
+        context.usage.begin(ProviderUsage::of_input(prompt_tokens));
+        let opened = self.open(&outgoing, self.ends(context.deadline)).await;
+        let opened = opened.inspect_err(|error| context.usage.failed(error));
+        Ok(stream::read(OpenStream {
+            provider: self.clone(),
+            response: opened.map_err(failed)?,
+            _permit: permit,
+            started,
+            deadline,
+            prompt_tokens,
+        }))
+    }
+
+    fn must_generate(&self) -> Result<(), Error> {
+        if self.settings.task == Task::Generation {
+            return Ok(());
+        }
+        let (name, task) = (&self.name, &self.task);
+        let reason = format!("model '{name}' does {task}, not generation");
+        Err(Error::invalid("model", reason))
+    }
+
+    fn chat_request(
+        &self,
+        request: &ChatRequest,
+        stream: bool,
+    ) -> Result<HttpRequest, ProviderError> {
+        let settings = &self.settings;
+        settings.kind.chat_request(settings, request, stream)
+    }
+
+    /// Continues a conversation that has been checked.
+    pub async fn generate(
+        self: &Arc<Self>,
+        request: &ChatRequest,
+        context: CallContext<'_>,
+    ) -> Result<ChatResponse, ProviderError> {
+        let _permit = self.permit()?;
+        let outgoing = self.chat_request(request, false)?;
+        let dialect = self.settings.kind;
+        let prompt_tokens = request.estimated_tokens();
+        let max_tokens = request.max_tokens.unwrap_or(self.settings.max_tokens);
+        // A service computes to the end, whether anybody waits or not.
+        let estimate = ProviderUsage {
+            output_tokens: max_tokens.into(),
+            ..ProviderUsage::of_input(prompt_tokens)
+        };
+        let context = self.within_timeout(context);
+        let parse = move |body: &[u8]| dialect.parse_chat(body);
+        let mut response = self.metered(&outgoing, context, estimate, parse).await?;
+        response.usage = response.usage.or_estimate(TokenUsage {
+            prompt_tokens,
+            completion_tokens: estimate_tokens(std::iter::once(response.text.as_str())),
+        });
+        context.usage.succeeded(response.usage.into());
+        Ok(response)
+    }
+
+    /// Embeds texts.
+    pub async fn embed(
+        self: &Arc<Self>,
+        texts: &[String],
+        options: EmbeddingOptions,
+        context: CallContext<'_>,
+    ) -> Result<Embeddings, ProviderError> {
+        let _permit = self.permit()?;
+        let (dialect, rows) = (self.settings.kind, texts.len());
+        let dimensions = options.dimensions;
+        let request = EmbeddingRequest {
+            texts,
+            dimensions,
+            truncate: options.truncate,
+        };
+        let outgoing = dialect.embedding_request(&self.settings, &request)?;
+        let width = self.settings.width.filter(|_| dimensions.is_none());
+        let parse = move |body: &[u8]| {
+            let embeddings = dialect.parse_embeddings(body, rows)?;
+            if width.is_some() && width != embeddings.width() {
+                return Err(ProviderError::InvalidResponse(
+                    "embeddings of another width",
+                ));
+            }
+            Ok(embeddings)
+        };
+        let tokens = estimate_tokens(texts.iter().map(String::as_str));
+        let estimate = ProviderUsage::of_input(tokens);
+        let context = self.within_timeout(context);
+        let mut embeddings = self.metered(&outgoing, context, estimate, parse).await?;
+        let usage = ProviderUsage::of_input(embeddings.tokens);
+        context.usage.succeeded(usage);
+        // A service that ignores a field that it does not know is healthy: a
+        // caller who asks for an unsupported width must not eject it.
+        if dimensions.is_some() && dimensions != embeddings.width() {
+            return Err(ProviderError::UnsupportedDimensions);
+        }
+        if options.normalize {
+            for vector in &mut embeddings.vectors {
+                normalize(vector);
+            }
+        }
+        Ok(embeddings)
+    }
+
+    /// Scores pairs of a query and a text. A service scores many texts for one
+    /// query: each distinct query costs a call.
+    pub async fn rerank(
+        self: &Arc<Self>,
+        pairs: &[(String, String)],
+        context: CallContext<'_>,
+    ) -> Result<(Vec<f32>, ProviderUsage), ProviderError> {
+        let _permit = self.permit()?;
+        let context = self.within_timeout(context);
+        let mut queries: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+        for (row, (query, _)) in pairs.iter().enumerate() {
+            queries.entry(query).or_default().push(row);
+        }
+        let mut scores = vec![0.0; pairs.len()];
+        let mut total = ProviderUsage::default();
+        for (query, rows) in queries {
+            let texts = rows.iter().filter_map(|row| pairs.get(*row));
+            let texts: Vec<String> = texts.map(|(_, text)| text.clone()).collect();
+            let scored = self.rerank_one(query, &texts, context).await?;
+            let usage = ProviderUsage {
+                searches: scored.searches,
+                ..ProviderUsage::of_input(scored.tokens)
+            };
+            context.usage.succeeded(usage);
+            total = total.plus(usage);
+            for (row, score) in rows.into_iter().zip(scored.scores) {
+                if let Some(own) = scores.get_mut(row) {
+                    *own = score;
+                }
+            }
+        }
+        Ok((scores, total))
+    }
+
+    /// Scores texts for one query.
+    async fn rerank_one(
+        self: &Arc<Self>,
+        query: &str,
+        texts: &[String],
+        context: CallContext<'_>,
+    ) -> Result<RerankScores, ProviderError> {
+        let (dialect, count) = (self.settings.kind, texts.len());
+        let request = RerankRequest { query, texts };
+        let outgoing = dialect.rerank_request(&self.settings, &request)?;
+        let all = texts.iter().map(String::as_str).chain([query]);
+        let estimate = ProviderUsage {
+            searches: 1,
+            ..ProviderUsage::of_input(estimate_tokens(all))
+        };
+        let parse = move |body: &[u8]| dialect.parse_rerank(body, count);
+        self.metered(&outgoing, context, estimate, parse).await
+    }
+
+    /// Takes one of the calls that may be in flight; an error when all are.
+    fn permit(&self) -> Result<Permit, ProviderError> {
+        let permit = self.permits.clone().try_acquire_owned();
+        permit.map(Permit).map_err(|_| {
+            let error = ProviderError::ConcurrencyLimit;
+            self.metrics
+                .ended(&self.name, error.outcome(), Duration::ZERO);
+            error
+        })
+    }
+
+    /// The same context with the model's own timeout, and early enough to say
+    /// whose fault it is that there is no response.
+    fn within_timeout<'c>(&self, context: CallContext<'c>) -> CallContext<'c> {
+        CallContext {
+            deadline: self.ends(context.deadline),
+            usage: context.usage,
+        }
+    }
+
+    /// Makes a call that consumes about so much. What a response reports is
+    /// for its reader to record.
+    async fn metered<T: Send + 'static>(
+        self: &Arc<Self>,
+        outgoing: &HttpRequest,
+        context: CallContext<'_>,
+        estimate: ProviderUsage,
+        parse: impl Fn(&[u8]) -> Result<T, ProviderError> + Clone + Send + 'static,
+    ) -> Result<T, ProviderError> {
+        context.usage.begin(estimate);
+        let result = self.exchange(outgoing, context.deadline, parse).await;
+        result.inspect_err(|error| context.usage.failed(error))
+    }
+}

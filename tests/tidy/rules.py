@@ -1,0 +1,213 @@
+"""The rules besides the import law. Each yields (file, line, what is wrong); line 0 is the whole file."""
+
+import re
+
+import imports
+from imports import split
+from tree import code_only, found
+
+LINES_MAX = 700
+BYTES_MAX = 4 << 20
+
+# Where generated messages may be named. The law says `grpc` and `upstream`; what else stands
+# here speaks the wire too: gateways listen to reports, translate HTTP, and cut and join the rows of
+# cached responses; workers write reports and statistics.
+MESSAGES = {
+    "gateway": ("request", "http", "cache", "upstream", "discover", "fleet", "grpc"),
+    "worker": ("service", "report", "metrics"),
+    "cli": ("client",),
+}
+# Where tonic's Status and Code may be named besides: the layers that pass a status on.
+STATUSES = {
+    "gateway": (*MESSAGES["gateway"], "stack", "balance"),
+    "worker": MESSAGES["worker"],
+    "cli": MESSAGES["cli"],
+}
+# The one place that may start a task, since its handle owns it.
+TASKS = "crates/platform/src/tasks.rs"
+KERNELS = "crates/engine/src/kernels"
+
+# Written in parts, so that this file does not break its own rules.
+UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3)) + r")\b")
+REGISTRIES = [
+    ".".join(parts)
+    for parts in (
+        ("crates", "io"), ("pypi", "org"), ("npmjs", "org"), ("npmjs", "com"), ("debian", "org"),
+        ("docker", "io"), ("ghcr", "io"), ("gcr", "io"), ("quay", "io"), ("nvcr", "io"),
+        ("pythonhosted", "org"),
+    )
+]
+FORBIDDEN = [
+    (re.compile(r"\.unwrap\(\)"), "unwrap: return the error, or say why there is none"),
+    (re.compile(r"\.expect\("), "expect: return the error, or say why there is none"),
+    (re.compile(r"\b(panic|todo|unimplemented|unreachable)!"), "a panic is a defect"),
+    (re.compile(r"\bdbg!"), "dbg! is for the moment"),
+]
+PRINTS = re.compile(r"\be?print(ln)?!")
+FUNCTION = re.compile(r"\bfn\s+(\w+)\s*(?=[<(])")
+
+
+def in_module(module, allowed):
+    return module.split("/")[0] in allowed
+
+
+def files_are_short(tree):
+    sources = r"(crates/[^/]+/(src|tests|benches)|tests|demo|benches)/.+\.(rs|py|sh)"
+    for name in tree.named(sources):
+        count = len(tree.text(name).splitlines())
+        if count > LINES_MAX:
+            yield name, 0, f"{count} lines: a file has at most {LINES_MAX}"
+
+
+def no_argument_is_a_tuple(tree):
+    """A function takes no argument whose type is a tuple or a reference to one, whatever its
+    pattern, in production code and in tests. Inside of other types (`&[(K, V)]`,
+    `impl Iterator<Item = (K, V)>`), in closures and as what a function returns, tuples are fine."""
+    for name in tree.named(r"(crates|tests)/.+\.rs"):
+        code = re.sub(r"//.*", "", tree.text(name))
+        for line, match in found(FUNCTION, code):
+            for argument in arguments(code[match.end() :]):
+                _, _, kind = argument.partition(":")
+                kind = re.sub(r"^(\s|&|'\w+|mut\b)*", "", kind)
+                if argument.startswith("(") or re.match(r"\((?!\s*\))", kind):
+                    yield name, line, f"an argument of '{match.group(1)}' is a tuple: make it a struct"
+
+
+def arguments(signature):
+    """The arguments of a function, from the text behind its name."""
+    depth, begun = 0, None
+    for index, letter in enumerate(signature):
+        if letter == "(" and depth == 0:
+            begun = index + 1
+        depth += (letter in "<([{") - (letter in ")]}")
+        depth -= letter == ">" and signature[index - 1] not in "-="
+        if letter == ")" and depth == 0:
+            return [re.sub(r"^(#\[[^]]*\]\s*)+", "", part) for part in split(signature[begun:index])]
+    return []
+
+
+def messages_stay_at_the_wire(tree):
+    pattern = (
+        r"\bprotocol::(inference|tei|andon)\b|\bprost(_types)?::"
+        r"|\buse protocol::\{[^;]*\b(inference|tei|andon)\b"
+    )
+    for crate, module, name, code in tree.library_code():
+        if crate in ("protocol", "platform") or in_module(module, MESSAGES.get(crate, ())):
+            continue
+        for line, match in found(pattern, code):
+            what = match.group().split("\n")[0]
+            yield name, line, f"{what}: generated messages are named in {modules(MESSAGES, crate)}"
+
+
+def tonic_stays_at_the_wire(tree):
+    for crate, module, name, code in tree.library_code():
+        if crate in ("protocol", "platform"):
+            continue
+        if not in_module(module, STATUSES.get(crate, ())):
+            for line, _ in found(r"\btonic(_\w+)?::", code):
+                yield name, line, f"tonic is named in {modules(STATUSES, crate)}"
+        elif crate != "cli":
+            for line, match in found(r"\btonic(?:_\w+)?::(\{[^}]*\}|\w+)", code):
+                names = set(re.findall(r"\w+", match.group(1)))
+                if match.group().startswith("tonic_") or names - {"Code", "Status"}:
+                    yield name, line, f"{match.group()}: no more of tonic than Code and Status"
+
+
+def modules(allowed, crate):
+    return ", ".join(allowed.get(crate, ())) or "no module of this crate"
+
+
+def unsafe_stays_in_kernels(tree):
+    for crate, module, name, code in tree.library_code():
+        for line, _ in found(r"\bunsafe\b", code):
+            if not name.startswith(KERNELS):
+                yield name, line, f"unsafe stands in {KERNELS} alone"
+    blocks = [
+        (name, line)
+        for name in tree.named(r"(tests|crates/[^/]+/(tests|benches))/.+\.rs")
+        for line, _ in found(r"\bunsafe\s*\{", code_only(tree.text(name)))
+    ]
+    for name, line in blocks[1:]:
+        yield name, line, "tests have one unsafe block, which sends signals"
+
+
+def tasks_have_owners(tree):
+    for _, _, name, code in tree.library_code():
+        if name == TASKS:
+            continue
+        for line, _ in found(r"\b(tokio|task)::spawn(_local)?\(", code):
+            yield name, line, "a detached task outlives its owner: use platform::tasks"
+
+
+def nothing_panics_or_prints(tree):
+    for crate, _, name, code in tree.library_code():
+        for pattern, why in FORBIDDEN:
+            for line, match in found(pattern, code):
+                yield name, line, f"{match.group()}: {why}"
+        if crate != "cli":
+            for line, match in found(PRINTS, code):
+                yield name, line, f"{match.group()}: only the cli prints; use tracing"
+
+
+def exceptions_have_reasons(tree):
+    for name in tree.named(r"(crates|tests)/.+\.rs"):
+        for line, match in found(r"#!?\[(allow|expect)\((?s:.*?)\)\]", code_only(tree.text(name))):
+            if "reason" not in match.group():
+                yield name, line, "an exception from a lint says its reason"
+
+
+def no_test_is_skipped(tree):
+    for name in tree.named(r"(crates|tests)/.+\.rs"):
+        for line, _ in found(r"#\[ignore\b", tree.text(name)):
+            yield name, line, "a test runs or is removed"
+
+
+def nothing_is_left_for_later(tree):
+    for name in tree.tracked:
+        for line, match in found(UNFINISHED, tree.text(name)):
+            yield name, line, f"{match.group()}: do it, or open an issue"
+
+
+def files_are_small(tree):
+    for name in tree.tracked:
+        size = (tree.root / name).stat().st_size
+        if size > BYTES_MAX:
+            yield name, 0, f"{size} bytes: git holds files of at most {BYTES_MAX}"
+
+
+def no_build_output_is_tracked(tree):
+    for name in tree.named(r"(.+/)?(target|node_modules|__pycache__)/.+"):
+        yield name, 0, "a build made it: remove it from git"
+
+
+def no_registry_is_named(tree):
+    pattern = re.compile("|".join(re.escape(host) for host in REGISTRIES))
+    for name in tree.tracked:
+        if not name.endswith("Cargo.lock"):
+            for line, match in found(pattern, tree.text(name)):
+                yield name, line, f"{match.group()}: a mirror must be able to stand in; name the package"
+
+
+def images_have_versions(tree):
+    for name in tree.named(r"(k8s|deploy)/.+"):
+        for line, _ in found(r":latest\b", tree.text(name)):
+            yield name, line, "':latest' is another image tomorrow: name a version"
+
+
+RULES = [
+    files_are_short,
+    imports.crates_keep_the_law,
+    imports.nothing_forbidden_is_reached,
+    messages_stay_at_the_wire,
+    tonic_stays_at_the_wire,
+    unsafe_stays_in_kernels,
+    tasks_have_owners,
+    nothing_panics_or_prints,
+    exceptions_have_reasons,
+    no_test_is_skipped,
+    nothing_is_left_for_later,
+    files_are_small,
+    no_build_output_is_tracked,
+    no_registry_is_named,
+    images_have_versions,
+]

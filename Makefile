@@ -48,6 +48,11 @@ bench-peers: build models ## Measures beside other libraries and servers; writes
 	cargo build --release --locked -p engine --example library
 	$(VENV)/bin/python benches/run_peers.py
 
+bench-turn: build models ## Compares the gateway with that of BASE=path-or-commit, in turn
+	bash benches/setup.sh --debian
+	cargo build --release --locked -p fleet-tests --bins
+	python3 benches/turn.py $(BASE)
+
 chaos: build models ## Breaks a fleet for some minutes and reports what was lost
 	cargo build --release --locked -p fleet-tests --bins
 	target/release/chaos

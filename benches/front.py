@@ -13,9 +13,9 @@ from processes import ROOT, Failure, Processes, free_port, run
 MODELS = ROOT / "models"
 ECHO_WORKER = ROOT / "target" / "release" / "echo-worker"
 IN_TURN = ROOT / "target" / "release" / "in-turn"
-# More requests than a level sends, so that none is known.
+# More requests than a level sends, so that all are misses.
 DISTINCT_MANY = 400_000
-# Some requests again and again, so that all are known.
+# Some requests again and again, so that all are hits.
 DISTINCT_FEW = 100
 IDENTICAL = 1000
 TENSOR_ELEMENTS = 153_600  # 600 KB of FP32
@@ -37,7 +37,7 @@ def loopback(port):
 
 
 def deterministic(folder):
-    """A repository whose models say that their answers may be kept."""
+    """A repository whose models declare their responses cacheable."""
     repository = folder / "deterministic"
     for name in ("digits", "minilm"):
         (repository / name).mkdir(parents=True)
@@ -47,7 +47,7 @@ def deterministic(folder):
 
 
 def identity(folder):
-    """The flags of a gateway that asks for keys and counts, and the file of a key."""
+    """The flags of a gateway that authenticates and counts, and the file of a key."""
     policy, keys, key = folder / "policy.toml", folder / "keys", folder / "key"
     policy.write_text(POLICY)
     made = run([ANDON, "keys", "create", "--keys", keys, "--tenant", "bench"], 30)
@@ -67,29 +67,29 @@ def start_worker(processes, name, repository, models):
     return port
 
 
-def start_gateway(processes, name, worker, flags=()):
+def start_gateway(processes, name, worker, flags=(), program=ANDON):
     """The gRPC, HTTP and admin ports of a gateway."""
     grpc, http, admin = free_port(), free_port(), free_port()
     processes.start(name, [
-        ANDON, "gateway", "--worker", loopback(worker), "--grpc-addr", loopback(grpc),
+        program, "gateway", "--worker", loopback(worker), "--grpc-addr", loopback(grpc),
         "--http-addr", loopback(http), "--admin-addr", loopback(admin), *flags,
     ])
     return grpc, http, admin
 
 
 def start_layers(processes):
-    """Gateways that do ever more, by their gRPC ports, and the flags of the key."""
+    """Gateways with more and more layers, by their gRPC ports, and the flags of the key."""
     declared = deterministic(processes.folder)
     shutil.copytree(MODELS / "digits" / "1", declared / "plain" / "1")
     worker = start_worker(processes, "worker", declared, ["digits", "plain"])
-    asks, key = identity(processes.folder)
+    guard, key = identity(processes.folder)
     gateways = {
         "bare": [],
         "again": [],
-        "guarded": asks,
-        "whole": asks,
-        # It has forgotten what the round before asked.
-        "forgets": [*asks, "--cache-ttl", "100ms"],
+        "guarded": guard,
+        "whole": guard,
+        # Its rows of the round before have expired.
+        "forgets": [*guard, "--cache-ttl", "100ms"],
     }
     started = {name: start_gateway(processes, name, worker, flags)
                for name, flags in gateways.items()}
@@ -97,11 +97,11 @@ def start_layers(processes):
 
 
 def layers_scenario(options, folder):
-    """Samples of digits through gateways that do ever more, and what each adds to a call."""
+    """Samples of digits through gateways with more and more layers, and what each adds to a call."""
     with Processes(folder) as processes:
         ports, key = start_layers(processes)
         many, few = ["--distinct", DISTINCT_MANY], ["--distinct", DISTINCT_FEW]
-        # All over one worker; the answers of `plain` may not be kept.
+        # All over one worker; the responses of `plain` may not be cached.
         models = {"bare": "plain", "again": "plain", "guarded": "plain", "whole": "digits"}
 
         def level(gateway, load):
@@ -116,10 +116,10 @@ def layers_scenario(options, folder):
             Target("hit", "whole", level("whole", [*few, *key])),
         ]
         samples = measure(processes, targets, [("digits", 1), ("digits", 32)], options)
-        asked = [word for name, model in models.items()
+        named = [word for name, model in models.items()
                  for word in ("--target", f"{name}={loopback(ports[name])}/{model}")]
         keyed = ["--keyed", "guarded", "--keyed", "whole"]
-        found = run([IN_TURN, *asked, *keyed, *key, "--rounds", options.pairs], 900)
+        found = run([IN_TURN, *named, *keyed, *key, "--rounds", options.pairs], 900)
         return samples, json.loads(found)
 
 

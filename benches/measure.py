@@ -71,8 +71,8 @@ class Target:
         self.level = level
 
 
-def wait_until_answers(processes, target, case):
-    """Sends single requests until one is answered."""
+def wait_until_ready(processes, target, case):
+    """Sends single requests until one succeeds."""
     deadline = time.monotonic() + START_SECONDS_MAX
     while True:
         processes.expect_alive(target.process)
@@ -83,7 +83,7 @@ def wait_until_answers(processes, target, case):
         except Failure as error:
             problem = str(error)
         if time.monotonic() > deadline:
-            raise Failure(f"{target.name} does not answer: {problem}")
+            raise Failure(f"{target.name} does not respond: {problem}")
         time.sleep(0.3)
 
 
@@ -99,7 +99,7 @@ def measure_one(processes, target, case, concurrency, options):
         raise Failure(f"{target.name}: {report['errors']} requests failed")
     rate = report["requests_per_second"]
     if not rate:
-        raise Failure(f"{target.name} answered nothing within {options.seconds} s")
+        raise Failure(f"{target.name} had no response within {options.seconds} s")
     if report["p50_us"] <= 0:
         raise Failure(f"{target.name}: a median latency of {report['p50_us']} us was reported")
     report["cpu_us"] = spent / (rate * options.seconds) * 1e6
@@ -109,7 +109,7 @@ def measure_one(processes, target, case, concurrency, options):
 def measure(processes, targets, cases, options):
     """{(target, case, concurrency): {metric: [one value per round]}}."""
     for target in targets:
-        wait_until_answers(processes, target, cases[0][0])
+        wait_until_ready(processes, target, cases[0][0])
     samples = {}
     for number in range(options.rounds):
         for case, concurrency in cases:
@@ -146,5 +146,5 @@ def wait_for_http(processes, name, url):
                 return
         except (urllib.error.URLError, OSError):
             if time.monotonic() > deadline:
-                raise Failure(f"{name} does not answer {url}") from None
+                raise Failure(f"{name} does not respond {url}") from None
         time.sleep(0.3)

@@ -66,7 +66,7 @@ def gateway_tables(found):
                     "" if name == "direct" else micros(entry["p99_us"] - direct["p99_us"]),
                     micros(entry["cpu_us"]),
                 ])
-            head = ["way", "requests/s", "of direct", "of HAProxy", "p50", "added p50",
+            head = ["path", "requests/s", "of direct", "of HAProxy", "p50", "added p50",
                     "p99", "added p99", "processor per request"]
             parts.append(f"### {payload // 1024} KB, {concurrency} in flight\n")
             parts.append(table(head, rows) + "\n")

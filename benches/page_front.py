@@ -5,16 +5,16 @@ from page import micros, rate, ratio, table
 LAYERS = {
     "bare": "bare gateway",
     "guarded": "+ key, quotas",
-    "miss": "+ key, quotas, cache: nothing known",
-    "hit": "+ key, quotas, cache: all known",
+    "miss": "+ key, quotas, cache misses",
+    "hit": "+ key, quotas, cache hits",
 }
 DOORS = {"grpc": "gRPC", "binary": "HTTP, binary tensors", "json": "HTTP, JSON"}
-# One call at a time; nothing is known.
+# One call at a time; all are cache misses.
 TURNS = {
     "bare": "bare gateway",
     "again": "another bare gateway",
     "guarded": "+ key, quotas",
-    "whole": "+ key, quotas, cache: nothing known",
+    "whole": "+ key, quotas, cache misses",
 }
 AIM_US = 20
 
@@ -35,13 +35,13 @@ def layers_table(found):
                 micros(entry["p99_us"]),
                 micros(entry["cpu_us"]),
             ])
-    head = ["way", "requests/s", "of bare", "p50", "added p50", "p99", "processor per request"]
+    head = ["path", "requests/s", "of bare", "p50", "added p50", "p99", "processor per request"]
     spent = {name: found[(name, "digits", 32)]["cpu_us"] for name in LAYERS}
     return table(head, rows) + (
         "\n\nOf the gateway's processor time at 32 in flight identity and quotas take "
-        f"{spent['guarded'] - spent['bare']:.0f} µs, a look that finds nothing and keeps the answer "
-        f"{spent['miss'] - spent['guarded']:.0f} µs more, and an answer that is known "
-        f"{spent['bare'] - spent['hit']:.0f} µs less than a bare gateway takes to ask a worker."
+        f"{spent['guarded'] - spent['bare']:.0f} µs, a lookup that misses and caches the response "
+        f"{spent['miss'] - spent['guarded']:.0f} µs more, and a cache hit "
+        f"{spent['bare'] - spent['hit']:.0f} µs less than a bare gateway takes to call a worker."
     )
 
 
@@ -56,9 +56,9 @@ def turns_table(turns, found):
     added = {turn["name"]: turn for turn in turns}["whole"]
     verdict = "reached" if added["high_us"] < AIM_US else (
         "missed" if added["low_us"] > AIM_US else "not shown")
-    return table(["way", "p50", "added, median of the rounds (95 %)"], rows) + (
-        f"\n\nAim: identity, quotas and a look into the cache add less than {AIM_US} µs at p50 with "
-        f"one request in flight: {verdict}. That is with the answer kept, too, and with processor "
+    return table(["path", "p50", "added, median of the rounds (95 %)"], rows) + (
+        f"\n\nAim: identity, quotas and a cache lookup add less than {AIM_US} µs at p50 with "
+        f"one request in flight: {verdict}. It includes caching the response, and processor "
         "caches that other processes used meanwhile; under load of its own, in the table above, it "
         f"adds {found[('miss', 'digits', 1)]['p50_us'] - found[('bare', 'digits', 1)]['p50_us']:+.0f} µs."
     )
@@ -88,8 +88,8 @@ def doors_table(found, case, levels):
 def front_section(layers, turns, doors, computed):
     """The whole section."""
     return "\n\n".join([
-        "### Identity, quotas and the cache\n\ndigits, one row per request, each request another "
-        "where nothing is to be known. The gateway's processor time.",
+        "### Identity, quotas and the cache\n\ndigits, one row per request, every request distinct "
+        "but for the cache hits. The gateway's processor time.",
         layers_table(layers),
         "The same gateways in turn, one call at a time, so that the calls of a round meet the same "
         "noise; what the second bare one adds is what the machine leaves to chance.",
@@ -100,5 +100,5 @@ def front_section(layers, turns, doors, computed):
         "### A tensor of 600 KB at each door\n\nThe echo worker, there and back.",
         doors_table(doors, "echo", (1, 8)),
         "### Identical requests at once\n\n1,000 requests for the same text at once, without a "
-        "cache, so that one that comes after the answer is computed again; computed, in each round: " + ", ".join(str(count) for count in computed) + ".",
+        "cache, so that one that comes after the response is computed again; computed, in each round: " + ", ".join(str(count) for count in computed) + ".",
     ])

@@ -32,9 +32,9 @@ def run(command, seconds_max):
     except subprocess.TimeoutExpired:
         raise Failure(f"{Path(command[0]).name} did not end within {seconds_max} s") from None
     if result.returncode:
-        said = (result.stderr.strip() or result.stdout.strip())[-1500:]
+        printed = (result.stderr.strip() or result.stdout.strip())[-1500:]
         name = Path(command[0]).name
-        raise Failure(f"{name} ended with {result.returncode}:\n{said}")
+        raise Failure(f"{name} ended with {result.returncode}:\n{printed}")
     return result.stdout
 
 
@@ -70,8 +70,8 @@ class Processes:
         """A Failure with the last of what a dead server printed."""
         process = self.running[name]
         if process.poll() is not None:
-            said = (self.folder / f"{name}.log").read_text()[-1500:]
-            raise Failure(f"{name} ended with {process.returncode}:\n{said}")
+            printed = (self.folder / f"{name}.log").read_text()[-1500:]
+            raise Failure(f"{name} ended with {process.returncode}:\n{printed}")
 
     def settle(self, name):
         """Waits until a server has finished what the last load left behind: a

@@ -11,8 +11,8 @@ gateway  The echo worker called directly, through Andon's gateway, through
 minilm   One sentence per request at 1, 8 and 64 in flight: `andon serve`, with
          the load of `andon bench`, beside FastAPI with sentence-transformers,
          with the load of wrk.
-front    The API front: rows of numbers through a gateway that does ever more
-         (identity and quotas, then the cache); one embedding and a tensor of
+front    The API front: rows of numbers through a gateway with more and more
+         layers (identity and quotas, then the cache); one embedding and a tensor of
          600 KB at each door; and how often 1,000 identical requests at once are
          computed.
 

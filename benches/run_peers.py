@@ -112,7 +112,7 @@ class Contender:
         )
         ready = self.read()
         if ready.get("ready") is not True:
-            raise Failure(f"{title} said {ready} instead of that it is ready")
+            raise Failure(f"{title} printed {ready} instead of being ready")
         self.settings = ready.get("settings", {})
         self.gives_vectors = not andon or ready.get("vectors", False)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the benchmarks are compared with: nginx, HAProxy and wrk from
 # Debian, and from PyPI into target/venv what the arguments name, files of
-# requirements; without any, what `make bench` needs.
+# requirements; without any, what `make bench` needs; with --debian, none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,6 +32,7 @@ if [ ${#missing[@]} -gt 0 ]; then
     apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
+[ "${1:-}" = --debian ] && exit
 requirements=("${@:-benches/requirements.txt}")
 [ -x target/venv/bin/python ] || python3 -m venv target/venv
 target/venv/bin/pip install --quiet --disable-pip-version-check \

@@ -63,7 +63,7 @@ def overlay_faults(objects, overlay):
         return
     for check in workloads.CHECKS + network.CHECKS:
         yield from check(objects, overlay)
-    yield from telemetry.scaler_metrics(objects, telemetry.metrics_known(), telemetry.adapter())
+    yield from telemetry.scaler_metrics(objects, telemetry.defined_metrics(), telemetry.adapter())
 
 
 def dockerfile_faults():
@@ -116,8 +116,8 @@ def main():
         if arguments.binary:
             faults += setting_faults(objects, arguments.binary)
         count += report(f"k8s/overlays/{overlay}", f"{len(objects)} objects", faults)
-    known = telemetry.metrics_known()
-    count += report("deploy", f"{len(known)} metrics", [*dockerfile_faults(), *telemetry.faults(known)])
+    metric_names = telemetry.defined_metrics()
+    count += report("deploy", f"{len(metric_names)} metrics", [*dockerfile_faults(), *telemetry.faults(metric_names)])
     return 1 if count else 0
 
 

@@ -40,10 +40,10 @@ def services(objects, _overlay):
         secured = any(speaks_tls(deployment) for deployment in behind)
         spoken = {"grpc": "kubernetes.io/h2c", "http": "http"}
         for port in item["spec"]["ports"]:
-            wanted = spoken.get(port["name"])
-            wanted = "https" if wanted and secured else wanted
-            if port.get("appProtocol") != wanted:
-                yield f"{name_of(item)}: the port {port['name']} must have the appProtocol {wanted}"
+            expected = spoken.get(port["name"])
+            expected = "https" if expected and secured else expected
+            if port.get("appProtocol") != expected:
+                yield f"{name_of(item)}: the port {port['name']} must have the appProtocol {expected}"
         for deployment in behind:
             if not is_worker(deployment):
                 for name in {"http", "grpc"} - {port["name"] for port in item["spec"]["ports"]}:

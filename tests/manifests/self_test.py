@@ -131,7 +131,7 @@ OBJECT_FAULTS = [
     ("a port that nothing serves", "cpu", _set(GATEWAY, f"{FIRST}/ports/0/containerPort", 8080), "but it serves"),
     ("a served port that is not named", "cpu", _setting(_worker, "ANDON_ADMIN_ADDR", "0.0.0.0:9000"), "but it serves"),
     ("a gateway that cannot start", "cpu", _setting(_gateway, "ANDON_INSECURE", "false"), "either ANDON_INSECURE"),
-    ("nobody asked in production", "production", _setting(_gateway, "ANDON_INSECURE", "true"), "must be false"),
+    ("nobody authenticated in production", "production", _setting(_gateway, "ANDON_INSECURE", "true"), "must be false"),
     ("no keys in production", "production", _setting(_gateway, "ANDON_KEYS", ""), "ANDON_KEYS must be given"),
     ("a policy that is not there", "production", _setting(_gateway, "ANDON_POLICY", "/etc/andon/policy/other.toml"), "has no other.toml"),
     ("a certificate that is never renewed", "production", _set(GATEWAY, f"{FIRST}/volumeMounts/2/subPath", "tls.crt"), "a whole volume"),
@@ -145,15 +145,15 @@ OBJECT_FAULTS = [
     ("a wrong name of workers", "cpu", _setting(_gateway, "ANDON_WORKER_DNS", "workers:8001"), "which is no Service"),
     ("a wrong port of workers", "cpu", _setting(_gateway, "ANDON_WORKER_DNS", "andon-workers:8000"), "has no port 8000"),
     ("no default deny", "cpu", _drop("NetworkPolicy/default-deny"), "denies everything"),
-    ("no way in", "cpu", _drop("NetworkPolicy/callers-to-gateway"), "a caller must reach"),
-    ("no way out of the gateway", "cpu", _drop("NetworkPolicy/gateway-to-workers"), "Deployment/andon-gateway must reach"),
-    ("no way into workers", "cpu", _drop("NetworkPolicy/workers-from-gateway"), "Deployment/andon-gateway must reach"),
+    ("no path in", "cpu", _drop("NetworkPolicy/callers-to-gateway"), "a caller must reach"),
+    ("no path out of the gateway", "cpu", _drop("NetworkPolicy/gateway-to-workers"), "Deployment/andon-gateway must reach"),
+    ("no path into workers", "cpu", _drop("NetworkPolicy/workers-from-gateway"), "Deployment/andon-gateway must reach"),
     ("no names", "cpu", _drop("NetworkPolicy/dns"), "must reach the resolver"),
     ("no metrics", "cpu", _drop("NetworkPolicy/telemetry"), "the monitoring must reach"),
     ("HTTP closed to callers", "cpu", _set("NetworkPolicy/callers-to-gateway", "spec/ingress/0/ports", [{"protocol": "TCP", "port": 8001}]), "on TCP 8000"),
     ("anyone may call", "cpu", _set("NetworkPolicy/callers-to-gateway", "spec/ingress/0/from", None), "a stranger must not reach"),
     ("workers open to callers", "cpu", _set("NetworkPolicy/workers-from-gateway", "spec/ingress/0/from", [{"namespaceSelector": {}}]), "a caller must not reach"),
-    ("a way to anywhere", "cpu", _set("NetworkPolicy/gateway-to-workers", "spec/egress", [{}]), "must not reach a stranger"),
+    ("a path to anywhere", "cpu", _set("NetworkPolicy/gateway-to-workers", "spec/egress", [{}]), "must not reach a stranger"),
 ]
 
 KNOWN = {"a_total", "b_seconds"}

@@ -17,12 +17,12 @@ DEPLOY = ROOT / "deploy"
 _SUFFIXES = ("_bucket", "_sum", "_count")
 
 
-def metrics_known():
+def defined_metrics():
     """The names of metrics.txt."""
     return set((ROOT / "tests/manifests/metrics.txt").read_text().split())
 
 
-def query_faults(where, query, known):
+def query_faults(where, query, metric_names):
     """A query must parse, and every metric in it must exist."""
     # Grafana puts a duration here; any will do to parse the rest.
     text = query.replace("$__rate_interval", "5m")
@@ -37,12 +37,12 @@ def query_faults(where, query, known):
     if not names:
         yield f"{where}: reads no metric: {query}"
     for name in sorted(names):
-        family = next((name.removesuffix(s) for s in _SUFFIXES if name.removesuffix(s) in known), name)
-        if family not in known:
+        family = next((name.removesuffix(s) for s in _SUFFIXES if name.removesuffix(s) in metric_names), name)
+        if family not in metric_names:
             yield f"{where}: no metric is named {name} (tests/manifests/metrics.txt)"
 
 
-def dashboard(text, known):
+def dashboard(text, metric_names):
     """Every panel has a title and queries that hold; no two panels overlap."""
     board, taken = json.loads(text), set()
     for panel in board["panels"]:
@@ -53,19 +53,19 @@ def dashboard(text, known):
             yield f"{where}: lies over another panel or the edge"
         taken |= cells
         for target in panel.get("targets", []):
-            yield from query_faults(where, target["expr"], known)
+            yield from query_faults(where, target["expr"], metric_names)
         if panel["type"] != "row" and not panel.get("targets"):
             yield f"{where}: has no query"
     if len({panel["id"] for panel in board["panels"]}) != len(board["panels"]):
         yield "dashboard: two panels have one id"
 
 
-def alerts(text, known):
+def alerts(text, metric_names):
     """Every alert can be acted on: how urgent it is, what happened, what to do."""
     for group in yaml.safe_load(text)["groups"]:
         for rule in group["rules"]:
             where = f"alert {rule['alert']}"
-            yield from query_faults(where, rule["expr"], known)
+            yield from query_faults(where, rule["expr"], metric_names)
             if rule.get("labels", {}).get("severity") not in ("page", "ticket"):
                 yield f"{where}: severity must be page or ticket"
             for key in ("summary", "runbook"):
@@ -73,20 +73,20 @@ def alerts(text, known):
                     yield f"{where}: needs a {key}"
 
 
-def scaler_metrics(objects, known, adapter):
+def scaler_metrics(objects, metric_names, adapter):
     """What an autoscaler reads exists, and prometheus-adapter is told to serve it."""
     served = {rule["name"]["as"] for rule in adapter["rules"]["custom"]}
     for scaler in of_kind(objects, "HorizontalPodAutoscaler"):
         for metric in scaler["spec"].get("metrics", []):
             name = metric.get("pods", {}).get("metric", {}).get("name")
-            if name and (name not in known or name not in served):
+            if name and (name not in metric_names or name not in served):
                 yield f"{name_of(scaler)}: {name} must be in metrics.txt and deploy/prometheus/adapter-rule.yaml"
 
 
-def adapter_rules(adapter, known):
+def adapter_rules(adapter, metric_names):
     """The adapter reads metrics that exist."""
     for rule in adapter["rules"]["custom"]:
-        yield from query_faults("adapter rule", rule["seriesQuery"], known)
+        yield from query_faults("adapter rule", rule["seriesQuery"], metric_names)
 
 
 def compose(text):
@@ -115,7 +115,7 @@ def prometheus_faults():
             yield f"promtool {' '.join(command)} {path.relative_to(ROOT)}: {output}"
 
 
-def faults(known):
+def faults(metric_names):
     """Every fault of deploy/."""
     for path in sorted(DEPLOY.rglob("*.yaml")):
         try:
@@ -123,9 +123,9 @@ def faults(known):
         except yaml.YAMLError as error:
             yield f"{path.relative_to(ROOT)}: {error}"
             return
-    yield from dashboard((DEPLOY / "grafana/andon.json").read_text(), known)
-    yield from alerts((DEPLOY / "prometheus/alerts.yaml").read_text(), known)
-    yield from adapter_rules(adapter(), known)
+    yield from dashboard((DEPLOY / "grafana/andon.json").read_text(), metric_names)
+    yield from alerts((DEPLOY / "prometheus/alerts.yaml").read_text(), metric_names)
+    yield from adapter_rules(adapter(), metric_names)
     yield from compose((DEPLOY / "compose.yaml").read_text())
     yield from prometheus_faults()
 

@@ -107,16 +107,16 @@ def ports(objects, _overlay):
 
 
 def identity(objects, overlay):
-    """A gateway says openly that it asks nobody, or has its policy, keys and certificate; in production it has them."""
+    """A gateway declares that it authenticates nobody, or has its policy, keys and certificate; in production it has them."""
     for deployment in of_kind(objects, "Deployment"):
         if is_worker(deployment):
             continue
         settings, name = environment(deployment), name_of(deployment)
-        insecure, asks = settings.get("ANDON_INSECURE") == "true", bool(settings.get("ANDON_POLICY"))
-        if insecure == asks:
+        insecure, has_policy = settings.get("ANDON_INSECURE") == "true", bool(settings.get("ANDON_POLICY"))
+        if insecure == has_policy:
             yield f"{name}: either ANDON_INSECURE is true or there is an ANDON_POLICY"
         if overlay == "production" and insecure:
-            yield f"{name}: in production callers are asked who they are: ANDON_INSECURE must be false"
+            yield f"{name}: in production callers authenticate: ANDON_INSECURE must be false"
         files = {"ANDON_POLICY": "configMap", "ANDON_KEYS": "secret", "ANDON_TLS_CERT": "secret", "ANDON_TLS_KEY": "secret"}
         for setting, kind in files.items():
             path = settings.get(setting)
@@ -153,13 +153,13 @@ def probes(objects, _overlay):
         container, name = main_container(deployment), name_of(deployment)
         grpc_ports = {port["containerPort"] for port in container.get("ports", []) if port["name"] == "grpc"}
         for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
-            asked = container.get(kind, {}).get("grpc")
-            if asked is None:
+            probe = container.get(kind, {}).get("grpc")
+            if probe is None:
                 yield f"{name}: {kind} must be a gRPC probe"
                 continue
-            if asked["port"] not in grpc_ports:
-                yield f"{name}: {kind} asks port {asked['port']}, which is not the port named grpc"
-            service = asked.get("service", "")
+            if probe["port"] not in grpc_ports:
+                yield f"{name}: {kind} probes port {probe['port']}, which is not the port named grpc"
+            service = probe.get("service", "")
             if kind == "readinessProbe" and service != "":
                 yield f"{name}: readinessProbe must ask for the empty name, which follows readiness"
             if kind == "livenessProbe" and service != "andon.live":
@@ -169,7 +169,7 @@ def probes(objects, _overlay):
 
 
 def _web_probes(deployment):
-    """The kubelet's gRPC probes speak no TLS: the port of metrics is asked in clear text."""
+    """The kubelet's gRPC probes speak no TLS: the port of metrics is probed in clear text."""
     container, name = main_container(deployment), name_of(deployment)
     for kind, path in (("startupProbe", "/livez"), ("readinessProbe", "/readyz"), ("livenessProbe", "/livez")):
         wanted = {"port": "metrics", "path": path}

@@ -14,13 +14,13 @@ export const root = new URL("../../", import.meta.url).pathname;
 export const CALL_MS_MAX = 60_000;
 
 // The flags as an object; a flag without a default must be given.
-export function flags(wanted) {
+export function flags(expected) {
   const options = {};
-  for (const [name, fallback] of Object.entries(wanted)) {
+  for (const [name, fallback] of Object.entries(expected)) {
     options[name] = { type: "string", ...(fallback === undefined ? {} : { default: fallback }) };
   }
   const { values } = parseArgs({ options });
-  for (const name of Object.keys(wanted)) {
+  for (const name of Object.keys(expected)) {
     if (values[name] === undefined) {
       console.log(`FAILED: --${name} is needed`);
       process.exit(2);
@@ -61,9 +61,9 @@ export function expect(condition, message) {
   }
 }
 
-export function expectEqual(found, wanted, what) {
-  const [a, b] = [JSON.stringify(found), JSON.stringify(wanted)];
-  expect(a === b, `${what} is ${String(a).slice(0, 200)}, wanted ${String(b).slice(0, 200)}`);
+export function expectEqual(found, expected, what) {
+  const [a, b] = [JSON.stringify(found), JSON.stringify(expected)];
+  expect(a === b, `${what} is ${String(a).slice(0, 200)}, expected ${String(b).slice(0, 200)}`);
 }
 
 // The error that a call must end with.

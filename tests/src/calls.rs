@@ -66,13 +66,13 @@ pub async fn infer(
 ) -> Result<ModelInferResponse, Status> {
     let mut request = tonic::Request::new(request);
     request.set_timeout(timeout);
-    let answered = client.clone().model_infer(request).await?;
-    Ok(answered.into_inner())
+    let response = client.clone().model_infer(request).await?;
+    Ok(response.into_inner())
 }
 
-/// Sends a request on a connection of its own and waits for the server's word
+/// Sends a request on a connection of its own and waits for the server's status
 /// alone: tonic's client would end the call by its own clock.
-pub async fn patient_infer(
+pub async fn infer_by_server_deadline(
     address: SocketAddr,
     request: &ModelInferRequest,
     timeout: Duration,
@@ -95,8 +95,8 @@ pub async fn patient_infer(
     Ok(status.map_or(Code::Unknown, |status| status.code()))
 }
 
-/// Makes a call on a connection of its own and returns what the server says of
-/// it; a status of OK is an answer.
+/// Makes a call on a connection of its own and returns its status, which
+/// is OK for a response.
 pub async fn call(
     address: SocketAddr,
     path: &str,
@@ -116,9 +116,9 @@ pub async fn call(
     let (head, body) = channel.send(call.body(())?, framed).await?.into_parts();
     let rest = http_body_util::BodyExt::collect(body).await?;
     let trailers = rest.trailers().cloned().unwrap_or_default();
-    let said =
+    let status =
         Status::from_header_map(&head.headers).or_else(|| Status::from_header_map(&trailers));
-    Ok(said.unwrap_or_else(|| Status::unknown("no status")))
+    Ok(status.unwrap_or_else(|| Status::unknown("no status")))
 }
 
 /// The FP32 values of an output, row by row.

@@ -23,13 +23,28 @@ pub fn root() -> PathBuf {
         .unwrap_or_default()
 }
 
-/// A program that the build made, or an error that says how to make it.
+/// A program of the build, of the profile that this program was built with; or
+/// an error that says how to build it.
 pub fn program(name: &str) -> Result<PathBuf> {
-    let path = root().join("target/release").join(name);
+    let own = std::env::current_exe()?;
+    // Tests are in `deps`, beside which the programs are.
+    let folder = own
+        .ancestors()
+        .skip(1)
+        .find(|folder| !folder.ends_with("deps"));
+    let path = folder.context("no folder of this program")?.join(name);
     if path.is_file() {
         return Ok(path);
     }
-    bail!("target/release/{name} is missing: run `cargo build --release --workspace --bins`")
+    let profile = if cfg!(debug_assertions) {
+        ""
+    } else {
+        " --release"
+    };
+    bail!(
+        "{} is missing: run `cargo build{profile} --workspace --bins`",
+        path.display()
+    )
 }
 
 /// The demo models, or an error that says how to get them.
@@ -46,7 +61,7 @@ pub fn models() -> Result<PathBuf> {
 pub struct Fleet {
     /// The gateway.
     pub gateway: Andon,
-    /// The workers; a killed one leaves its place empty.
+    /// The workers; a killed one leaves its slot empty.
     pub workers: Vec<Option<Andon>>,
     worker_flags: Vec<String>,
 }
@@ -88,7 +103,7 @@ impl Fleet {
 
     /// Waits until the gateway counts so many ready workers.
     pub async fn all_connected(&self, workers: usize) -> Result<()> {
-        let wanted = workers as f64;
+        let expected = workers as f64;
         until(
             Duration::from_secs(20),
             "the gateway sees its workers",
@@ -97,27 +112,27 @@ impl Fleet {
                     .gateway
                     .metric("andon_gateway_workers{state=\"ready\"}")
                     .await?;
-                Ok(ready == Some(wanted))
+                Ok(ready == Some(expected))
             },
         )
         .await
     }
 
-    /// Starts a worker again in an empty place, on the port that it had.
-    pub fn restart(&mut self, place: usize, grpc: std::net::SocketAddr) -> Result<()> {
-        let slot = self.workers.get_mut(place).context("no such worker")?;
+    /// Starts a worker again in an empty slot, on the port that it had.
+    pub fn restart(&mut self, index: usize, grpc: std::net::SocketAddr) -> Result<()> {
+        let slot = self.workers.get_mut(index).context("no such worker")?;
         *slot = Some(Andon::worker(&self.worker_flags, Some(grpc))?);
         Ok(())
     }
 }
 
-/// Looks every 20 ms until something holds, or fails saying what did not.
-pub async fn until<F>(patience: Duration, what: &str, holds: impl Fn() -> F) -> Result<()>
+/// Polls every 20 ms until a condition holds, or fails with what did not.
+pub async fn until<F>(timeout: Duration, what: &str, holds: impl Fn() -> F) -> Result<()>
 where
     F: Future<Output = Result<bool>>,
 {
     let started = Instant::now();
-    while started.elapsed() < patience {
+    while started.elapsed() < timeout {
         if holds().await.unwrap_or(false) {
             return Ok(());
         }
@@ -125,7 +140,7 @@ where
     }
     match holds().await {
         Ok(true) => Ok(()),
-        Ok(false) => bail!("not within {patience:?}: {what}"),
-        Err(error) => Err(error).with_context(|| format!("not within {patience:?}: {what}")),
+        Ok(false) => bail!("not within {timeout:?}: {what}"),
+        Err(error) => Err(error).with_context(|| format!("not within {timeout:?}: {what}")),
     }
 }

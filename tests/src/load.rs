@@ -11,12 +11,12 @@ use tokio::task::JoinSet;
 
 use crate::calls::{self, Client};
 
-/// What a load came to.
+/// The result of a load.
 #[derive(Debug, Default, Clone)]
 pub struct Outcome {
-    /// Requests that were answered.
-    pub answered: usize,
-    /// Requests that failed, by what they said.
+    /// Requests that succeeded.
+    pub succeeded: usize,
+    /// Requests that failed, by their error.
     pub failed: BTreeMap<String, usize>,
 }
 
@@ -24,8 +24,8 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Load {
     slots: JoinSet<Outcome>,
-    /// Requests answered so far.
-    pub answered: Arc<AtomicUsize>,
+    /// Requests that have succeeded so far.
+    pub succeeded: Arc<AtomicUsize>,
     stop: Arc<AtomicBool>,
 }
 
@@ -38,7 +38,7 @@ impl Load {
         in_flight: usize,
         requests_max: usize,
     ) -> Self {
-        let (answered, stop) = (
+        let (succeeded, stop) = (
             Arc::new(AtomicUsize::new(0)),
             Arc::new(AtomicBool::new(false)),
         );
@@ -46,7 +46,7 @@ impl Load {
         let mut slots = JoinSet::new();
         for _ in 0..in_flight {
             let (client, request) = (client.clone(), request.clone());
-            let (answered, stop, sent) = (answered.clone(), stop.clone(), sent.clone());
+            let (succeeded, stop, sent) = (succeeded.clone(), stop.clone(), sent.clone());
             slots.spawn(async move {
                 let mut outcome = Outcome::default();
                 while !stop.load(Ordering::Relaxed)
@@ -55,12 +55,12 @@ impl Load {
                     let timeout = Duration::from_secs(20);
                     match calls::infer(&client, request.clone(), timeout).await {
                         Ok(_) => {
-                            outcome.answered += 1;
-                            answered.fetch_add(1, Ordering::Relaxed);
+                            outcome.succeeded += 1;
+                            succeeded.fetch_add(1, Ordering::Relaxed);
                         }
                         Err(status) => {
-                            let said = format!("{:?}: {}", status.code(), status.message());
-                            *outcome.failed.entry(said).or_default() += 1;
+                            let error = format!("{:?}: {}", status.code(), status.message());
+                            *outcome.failed.entry(error).or_default() += 1;
                         }
                     }
                 }
@@ -69,15 +69,15 @@ impl Load {
         }
         Self {
             slots,
-            answered,
+            succeeded,
             stop,
         }
     }
 
-    /// Waits until so many were answered.
-    pub async fn reached(&self, answered: usize) -> Result<()> {
+    /// Waits until so many succeeded.
+    pub async fn reached(&self, succeeded: usize) -> Result<()> {
         crate::until(Duration::from_secs(120), "the load goes on", || async {
-            Ok(self.answered.load(Ordering::Relaxed) >= answered)
+            Ok(self.succeeded.load(Ordering::Relaxed) >= succeeded)
         })
         .await
     }
@@ -87,15 +87,15 @@ impl Load {
         let mut all = Outcome::default();
         while let Some(outcome) = self.slots.join_next().await {
             let outcome = outcome.unwrap_or_default();
-            all.answered += outcome.answered;
-            for (said, count) in outcome.failed {
-                *all.failed.entry(said).or_default() += count;
+            all.succeeded += outcome.succeeded;
+            for (error, count) in outcome.failed {
+                *all.failed.entry(error).or_default() += count;
             }
         }
         all
     }
 
-    /// Sends no more and waits for what is under way.
+    /// Sends no more and waits for the requests in flight.
     pub async fn stopped(self) -> Outcome {
         self.stop.store(true, Ordering::Relaxed);
         self.finished().await

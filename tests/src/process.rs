@@ -211,15 +211,15 @@ impl Andon {
     }
 
     /// Waits for its end.
-    pub async fn ended(&mut self, patience: Duration) -> Result<ExitStatus> {
+    pub async fn ended(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let started = Instant::now();
-        while started.elapsed() < patience {
+        while started.elapsed() < timeout {
             if let Some(status) = self.child.try_wait()? {
                 return Ok(status);
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        bail!("it did not end within {patience:?}:\n{}", self.logged())
+        bail!("it did not end within {timeout:?}:\n{}", self.logged())
     }
 }
 

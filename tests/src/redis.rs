@@ -1,6 +1,6 @@
 //! A Redis of a test's own: Debian's server on a port that was free and in a
 //! folder of its own, killed when it is dropped. The service that the package
-//! may start is left alone.
+//! may start is left running.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};

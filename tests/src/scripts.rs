@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::root;
 
 /// Runs a script of `tests/python/conformance`; its failure is the caller's.
-/// What it said is returned.
+/// Its output is returned.
 pub async fn python(name: &str, flags: &[&str]) -> Result<String> {
     let python = root().join("target/venv/bin/python");
     if !python.exists() {
@@ -20,7 +20,7 @@ pub async fn python(name: &str, flags: &[&str]) -> Result<String> {
     run(python.as_os_str(), &script, flags).await
 }
 
-/// Runs a script of `tests/node`; its failure is the caller's. What it said is
+/// Runs a script of `tests/node`; its failure is the caller's. Its output is
 /// returned.
 pub async fn node(name: &str, flags: &[&str]) -> Result<String> {
     if !root().join("target/node/node_modules").exists() {
@@ -40,16 +40,16 @@ async fn run(program: &OsStr, script: &Path, flags: &[&str]) -> Result<String> {
         .output()
         .await
         .with_context(|| format!("{name} cannot be started"))?;
-    let said = String::from_utf8_lossy(&output.stdout);
+    let printed = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
         let error = String::from_utf8_lossy(&output.stderr);
-        // What passed says nothing, and hides what did not.
-        let failed = said.lines().filter(|line| !line.starts_with("ok "));
+        // Checks that passed would hide those that did not.
+        let failed = printed.lines().filter(|line| !line.starts_with("ok "));
         let failed = failed.collect::<Vec<_>>().join("\n");
         bail!("{name} failed:\n{error}\n{failed}");
     }
-    if !said.contains("checks passed") {
-        bail!("{name} did not say what it checked:\n{said}");
+    if !printed.contains("checks passed") {
+        bail!("{name} reported no checks:\n{printed}");
     }
-    Ok(said.into_owned())
+    Ok(printed.into_owned())
 }

@@ -56,7 +56,7 @@ def tensor(request, name, datatype, shape):
 
 
 def digits(shape=(1, 64), raw=None, name="pixels", datatype="FP32", **fields):
-    """A request to digits, good unless told otherwise."""
+    """A request to digits, good unless an argument changes it."""
     request = service_pb2.ModelInferRequest(model_name="digits", **fields)
     tensor(request, name, datatype, shape)
     request.raw_input_contents.append(pixel_bytes(1) if raw is None else raw)
@@ -64,7 +64,7 @@ def digits(shape=(1, 64), raw=None, name="pixels", datatype="FP32", **fields):
 
 
 def minilm(*texts, raw=None, shape=None, **fields):
-    """A request to minilm, good unless told otherwise."""
+    """A request to minilm, good unless an argument changes it."""
     request = service_pb2.ModelInferRequest(model_name="minilm", **fields)
     tensor(request, "text", "BYTES", [len(texts)] if shape is None else shape)
     request.raw_input_contents.append(text_bytes(*texts) if raw is None else raw)
@@ -96,8 +96,8 @@ def named_cases():
     two_outputs = digits()
     two_outputs.outputs.add(name="label")
     two_outputs.outputs.add(name="label")
-    wanted = digits()
-    wanted.outputs.add(name="weights")
+    expected = digits()
+    expected.outputs.add(name="weights")
     either = (INVALID, NOT_FOUND)
     return [
         ("model_unknown", unknown, (NOT_FOUND,), ("model_name",)),
@@ -108,7 +108,7 @@ def named_cases():
         ("version_is_a_path", digits(model_version="../1"), either, ("model_version",)),
         ("version_negative", digits(model_version="-1"), either, ("model_version",)),
         ("version_overflows", digits(model_version="9" * 30), either, ("model_version",)),
-        ("output_unknown", wanted, (INVALID,), ("outputs[0].name", "outputs[0]")),
+        ("output_unknown", expected, (INVALID,), ("outputs[0].name", "outputs[0]")),
         ("output_twice", two_outputs, (INVALID,), ("outputs[1].name", "outputs[1]", "outputs")),
     ]
 
@@ -274,7 +274,7 @@ def expect_field(error, fields):
         expect(violation.description, f"the violation of {violation.field} says nothing")
         expect_no_path(violation.description)
         named = any(belongs(violation.field, base) for base in fields)
-        expect(named, f"the field is {violation.field!r}, wanted {' or '.join(fields)}")
+        expect(named, f"the field is {violation.field!r}, expected {' or '.join(fields)}")
 
 
 class Server:
@@ -288,7 +288,7 @@ class Server:
         return self.stub.ModelInfer(request, timeout=CALL_SECONDS_MAX)
 
     def expect_good(self):
-        """A good request is answered: the last case disturbed nobody."""
+        """A good request succeeds: the last case disturbed nobody."""
         try:
             answer = self.infer(digits(id="good"))
         except grpc.RpcError as error:
@@ -333,9 +333,9 @@ def check_stream(checks, server, options):
             is_bad = answer.infer_response.id.startswith("bad-")
             expect(failed == is_bad, f"{answer.infer_response.id!r}: {answer.error_message!r}")
             expect_no_path(answer.error_message)
-        wanted = [request.id for request in requests]
-        expect(sorted(seen) == sorted(wanted), f"{len(seen)} answers to {len(wanted)} requests")
-        expect(seen == wanted, "the answers are not in the order of the requests")
+        expected = [request.id for request in requests]
+        expect(sorted(seen) == sorted(expected), f"{len(seen)} answers to {len(expected)} requests")
+        expect(seen == expected, "the answers are not in the order of the requests")
         server.expect_good()
 
 
@@ -378,7 +378,7 @@ def check_messages(checks, server, options):
         except grpc.RpcError as error:
             expect(error.code() == grpc.StatusCode.UNIMPLEMENTED, f"{error.code().name}")
         else:
-            raise AssertionError("an unknown method answered")
+            raise AssertionError("an unknown method succeeded")
         server.expect_good()
 
 

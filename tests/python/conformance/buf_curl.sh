@@ -94,7 +94,7 @@ refused() {
   shift 2
   call "$@" || status=$?
   if [ "$status" -ne $((code * 8)) ]; then
-    fail "$name" "exit status $status, wanted $((code * 8)):"
+    fail "$name" "exit status $status, expected $((code * 8)):"
   fi
 }
 

@@ -94,10 +94,10 @@ def expect_status(call, *codes):
     try:
         answer = call()
     except grpc.RpcError as error:
-        wanted = " or ".join(code.name for code in codes)
+        expected = " or ".join(code.name for code in codes)
         expect(
             error.code() in codes,
-            f"status {error.code().name} ({error.details()}), wanted {wanted}",
+            f"status {error.code().name} ({error.details()}), expected {expected}",
         )
         expect(error.details(), "the status has no message")
         return error

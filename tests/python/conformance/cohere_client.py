@@ -27,7 +27,7 @@ def scores(answer):
 def expect_order(answer, count):
     """So many different documents, the best first, with probabilities."""
     found = scores(answer)
-    expect(len(found) == count, f"there are {len(found)} results, wanted {count}")
+    expect(len(found) == count, f"there are {len(found)} results, expected {count}")
     expect(len({index for index, _ in found}) == count, f"a document comes twice: {found}")
     expect(all(index in range(len(DOCUMENTS)) for index, _ in found), f"they are {found}")
     values = [score for _, score in found]
@@ -40,7 +40,7 @@ def expect_error(call, status):
     try:
         call()
     except ApiError as error:
-        expect(error.status_code == status, f"status {error.status_code}, wanted {status}: {error}")
+        expect(error.status_code == status, f"status {error.status_code}, expected {status}: {error}")
         expect(isinstance(error.body, dict), f"the body is {error.body!r}")
         return error
     raise AssertionError("the call succeeded")
@@ -82,8 +82,8 @@ def main():
     check_client(checks, "v1", old, model)
     check_client(checks, "v2", new, model)
     with checks.check("both_versions_alike"):
-        asked = {"model": model, "query": QUERY, "documents": DOCUMENTS}
-        expect(scores(old.rerank(**asked)) == scores(new.rerank(**asked)), "the scores differ")
+        body = {"model": model, "query": QUERY, "documents": DOCUMENTS}
+        expect(scores(old.rerank(**body)) == scores(new.rerank(**body)), "the scores differ")
     with checks.check("v1_return_documents"):
         answer = old.rerank(model=model, query=QUERY, documents=DOCUMENTS, return_documents=True)
         texts = [(result.index, result.document.text) for result in answer.results]

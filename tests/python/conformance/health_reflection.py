@@ -69,10 +69,10 @@ class Watch:
         except queue.Empty:
             raise AssertionError(f"no status within {seconds_max:g} s") from None
 
-    def wait_for(self, wanted):
-        """Reads until `wanted` comes."""
+    def wait_for(self, expected):
+        """Reads until `expected` comes."""
         seen = []
-        while wanted not in seen:
+        while expected not in seen:
             status = self.next()
             expect(status is not None, f"the stream ended after {seen}")
             seen.append(status)
@@ -229,8 +229,8 @@ def check_reflection(checks, channel, reflected):
             known, unknown = requests[:3], requests[3:]
             answers[version] = [next(call(iter([r]), timeout=CALL_SECONDS_MAX)) for r in known]
             kinds = [answer.WhichOneof("message_response") for answer in answers[version]]
-            wanted = ["list_services_response"] + ["file_descriptor_response"] * 2
-            expect(kinds == wanted, f"the answers are {kinds}")
+            expected = ["list_services_response"] + ["file_descriptor_response"] * 2
+            expect(kinds == expected, f"the answers are {kinds}")
             for request in unknown:
                 expect_not_found(call, request)
             names = {s.name for s in answers[version][0].list_services_response.service}
@@ -311,11 +311,11 @@ def check_descriptors(checks, reflected):
         published = theirs.services_by_name["GRPCInferenceService"]
         facts = lambda method: (method.input_type.full_name, method.output_type.full_name,
                                 method.client_streaming, method.server_streaming)
-        wanted = {method.name: facts(method) for method in published.methods}
+        expected = {method.name: facts(method) for method in published.methods}
         found = {method.name: facts(method) for method in service.methods}
-        lacking = sorted(set(wanted) - set(found))
+        lacking = sorted(set(expected) - set(found))
         expect(not lacking, f"methods that are not served: {lacking}")
-        wrong = [name for name in found if found[name] != wanted.get(name)]
+        wrong = [name for name in found if found[name] != expected.get(name)]
         expect(not wrong, f"methods that differ: {wrong}")
     with checks.check("descriptors_messages"):
         differences = []

@@ -41,10 +41,10 @@ def expect_error(call, kind, **fields):
     try:
         call()
     except openai.APIStatusError as error:
-        expect(type(error) is kind, f"it is {type(error).__name__}, wanted {kind.__name__}: {error}")
-        for name, wanted in fields.items():
+        expect(type(error) is kind, f"it is {type(error).__name__}, expected {kind.__name__}: {error}")
+        for name, expected in fields.items():
             found = getattr(error, name)
-            expect(found == wanted, f"{name} is {found!r}, wanted {wanted!r}: {error}")
+            expect(found == expected, f"{name} is {found!r}, expected {expected!r}: {error}")
         expect(isinstance(error.body, dict), f"the body is {error.body!r}")
         expect({"message", "type", "param", "code"} <= set(error.body), f"it is {error.body}")
         expect(error.body["message"], "the error has no message")
@@ -84,8 +84,8 @@ def check_embeddings(checks, client, options):
             text = json.load(response)["data"][0]["embedding"]
         expect(isinstance(text, str), "the embedding is no text")
         found = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
-        wanted = vectors(client.embeddings.create(model="minilm", input=TEXTS[0]))[0]
-        expect(found.tobytes() == wanted.tobytes(), "the bytes differ")
+        expected = vectors(client.embeddings.create(model="minilm", input=TEXTS[0]))[0]
+        expect(found.tobytes() == expected.tobytes(), "the bytes differ")
     with checks.check("float_has_the_same_bits"):
         floats = client.embeddings.create(model="minilm", input=TEXTS, encoding_format="float")
         coded = client.embeddings.create(model="minilm", input=TEXTS)
@@ -162,7 +162,7 @@ def check_identity(checks, options):
                 lambda: create(model="minilm", input="x"), openai.AuthenticationError, status_code=401
             )
             expect(wrong not in str(error), "the message repeats the key")
-            expect(error.response.headers.get("www-authenticate"), "it does not say how to be known")
+            expect(error.response.headers.get("www-authenticate"), "it does not say how to authenticate")
     with checks.check("model_of_others"):
         create = client_of(options, key).embeddings.create
         expect_error(

@@ -23,7 +23,7 @@ PROCESSES = 2
 # The share of the time that what unloads models gets.
 LAST_SHARE = 0.1
 # What the table of errors calls for: the header `timeout` may be 1 ms, and a model
-# may not do what is asked. A 500 is always a defect.
+# may not do what is requested. A 500 is always a defect.
 SETTINGS = """
 [generation]
 allow-extra-parameters = false
@@ -50,8 +50,8 @@ FLAGS = [
 
 def operations(address):
     """The operations of the document by their names, such as `GET /v2`."""
-    with urllib.request.urlopen(f"http://{address}/openapi.json", timeout=CALL_SECONDS_MAX) as answer:
-        document = json.load(answer)
+    with urllib.request.urlopen(f"http://{address}/openapi.json", timeout=CALL_SECONDS_MAX) as response:
+        document = json.load(response)
     return [
         f"{method.upper()} {path}"
         for path, item in document["paths"].items()
@@ -87,9 +87,9 @@ def tried(address, groups, seconds, seed, folder):
     for work, process in running:
         if process.wait() != 0:
             good = False
-            said = (work / "output.txt").read_text(encoding="utf-8")
+            output = (work / "output.txt").read_text(encoding="utf-8")
             # What passed comes before.
-            print(said[max(0, said.find("= FAILURES =")):])
+            print(output[max(0, output.find("= FAILURES =")):])
         made += generated(work)
     return made if good else None
 
@@ -105,7 +105,7 @@ def generated(folder):
 
 def main():
     parser = arguments(__doc__.splitlines()[0], ("http",))
-    parser.add_argument("--seconds", type=int, default=600, help="how long in all")
+    parser.add_argument("--seconds", type=int, default=600, help="duration of the whole run")
     parser.add_argument("--seed", type=int, default=1, help="another seed makes other cases")
     options = parser.parse_args()
     names = operations(options.http)

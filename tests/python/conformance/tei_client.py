@@ -98,10 +98,10 @@ def expect_headers(headers):
         expect(math.isfinite(value) and value >= 0, f"{name} is {value}")
 
 
-def expect_near(found, wanted, what, tolerance=1e-5):
+def expect_near(found, expected, what, tolerance=1e-5):
     """Two vectors are the same but for rounding."""
-    expect(found.shape == wanted.shape, f"{what}: {found.shape}, wanted {wanted.shape}")
-    difference = float(np.abs(found - wanted).max())
+    expect(found.shape == expected.shape, f"{what}: {found.shape}, expected {expected.shape}")
+    difference = float(np.abs(found - expected).max())
     expect(difference <= tolerance, f"{what} differ by {difference}")
 
 
@@ -110,7 +110,7 @@ def check_info(checks, tei):
         info = tei.call("Info/Info", tei.message("InfoRequest"), "minilm")
         expect(info.version, "version is empty")
         expect(info.model_id == "minilm", f"model_id is {info.model_id!r}")
-        expect(info.model_type == 0, f"model_type is {info.model_type}, wanted EMBEDDING")
+        expect(info.model_type == 0, f"model_type is {info.model_type}, expected EMBEDDING")
         # By itself a model takes bfloat16 where the processor multiplies it.
         expect(info.model_dtype in ("float32", "bfloat16"), f"model_dtype is {info.model_dtype!r}")
         expect(info.max_input_length == 256, f"max_input_length is {info.max_input_length}")
@@ -168,11 +168,11 @@ def check_embed(checks, tei):
         expect_near(right, tei.embed("alpha " * 600, truncate=True), "right truncation", 1e-4)
         expect(float(np.abs(left - right).max()) > 1e-3, "left and right truncation agree")
     with checks.check("embed_stream"):
-        wanted = [tei.embed(text, normalize=True) for text in TEXTS]
+        expected = [tei.embed(text, normalize=True) for text in TEXTS]
         requests = [tei.message("EmbedRequest", inputs=t, normalize=True) for t in TEXTS]
         answers = tei.call("Embed/EmbedStream", requests, "minilm")
         expect(len(answers) == len(TEXTS), f"{len(answers)} answers to {len(TEXTS)} texts")
-        for number, (answer, vector) in enumerate(zip(answers, wanted)):
+        for number, (answer, vector) in enumerate(zip(answers, expected)):
             found = np.array(answer.embeddings, dtype=np.float32)
             expect_near(found, vector, f"answer {number} and its unary answer")
     with checks.check("embed_stream_empty"):
@@ -201,10 +201,10 @@ def check_embed_all(checks, tei):
         expect_near(found.mean(axis=0), tei.embed(text), "mean of tokens and embedding", 1e-4)
     with checks.check("embed_all_stream"):
         requests = [tei.message("EmbedAllRequest", inputs=text) for text in TEXTS]
-        wanted = [tei.call("Embed/EmbedAll", request, "minilm") for request in requests]
+        expected = [tei.call("Embed/EmbedAll", request, "minilm") for request in requests]
         answers = tei.call("Embed/EmbedAllStream", requests, "minilm")
         expect(len(answers) == len(TEXTS), f"{len(answers)} answers to {len(TEXTS)} texts")
-        for number, (answer, one) in enumerate(zip(answers, wanted)):
+        for number, (answer, one) in enumerate(zip(answers, expected)):
             expect_near(rows(answer), rows(one), f"answer {number} and its unary answer")
 
 
@@ -223,7 +223,7 @@ def check_tokenize(checks, tei):
         text = "提灯 naïve 🙂 café lantern"
         last = tei.tokens(text)[-1]
         found = text[last.start : last.stop]
-        expect(found == "lantern", f"{last.start}..{last.stop} is {found!r}, wanted lantern")
+        expect(found == "lantern", f"{last.start}..{last.stop} is {found!r}, expected lantern")
     with checks.check("decode"):
         text = "the night train left the station eleven minutes late."
         ids = [token.id for token in tei.tokens(text, add_special_tokens=True)]
@@ -238,8 +238,8 @@ def check_tokenize(checks, tei):
         requests = [tei.message("EncodeRequest", inputs=text) for text in TEXTS]
         answers = tei.call("Tokenize/TokenizeStream", requests, "minilm")
         found = [[token.id for token in answer.tokens] for answer in answers]
-        wanted = [[token.id for token in tei.tokens(text)] for text in TEXTS]
-        expect(found == wanted, "the stream and the unary calls differ")
+        expected = [[token.id for token in tei.tokens(text)] for text in TEXTS]
+        expect(found == expected, "the stream and the unary calls differ")
     with checks.check("decode_stream"):
         words = ["lantern", "night train", "soup"]
         requests = [
@@ -284,17 +284,17 @@ def predictions(answer):
     return [(entry.label, entry.score) for entry in answer.predictions]
 
 
-def expect_same_predictions(found, wanted):
-    labels = [label for label, _ in wanted]
-    expect([label for label, _ in found] == labels, f"{found}, wanted {wanted}")
-    scores = np.array([[a[1], b[1]] for a, b in zip(found, wanted)])
-    expect(np.allclose(scores[:, 0], scores[:, 1], atol=1e-4), f"{found}, wanted {wanted}")
+def expect_same_predictions(found, expected):
+    labels = [label for label, _ in expected]
+    expect([label for label, _ in found] == labels, f"{found}, expected {expected}")
+    scores = np.array([[a[1], b[1]] for a, b in zip(found, expected)])
+    expect(np.allclose(scores[:, 0], scores[:, 1], atol=1e-4), f"{found}, expected {expected}")
 
 
 def check_predict(checks, tei, model):
     with checks.check("predict_info"):
         info = tei.call("Info/Info", tei.message("InfoRequest"), model)
-        expect(info.model_type == 1, f"model_type is {info.model_type}, wanted CLASSIFIER")
+        expect(info.model_type == 1, f"model_type is {info.model_type}, expected CLASSIFIER")
     with checks.check("predict"):
         request = tei.message("PredictRequest", inputs=TEXTS[1])
         answer, headers = tei.call_with_headers("Predict/Predict", request, model)
@@ -319,18 +319,18 @@ def check_predict(checks, tei, model):
         answers = tei.call("Predict/PredictStream", requests, model)
         expect(len(answers) == len(TEXTS), f"{len(answers)} answers to {len(TEXTS)} texts")
         for request, answer in zip(requests, answers):
-            wanted = tei.call("Predict/Predict", request, model)
-            expect_same_predictions(predictions(answer), predictions(wanted))
+            expected = tei.call("Predict/Predict", request, model)
+            expect_same_predictions(predictions(answer), predictions(expected))
     with checks.check("predict_pair"):
         pairs = [
             tei.message("PredictPairRequest", inputs=[TEXTS[1], text], truncate=True)
             for text in TEXTS[2:6]
         ]
-        wanted = [predictions(tei.call("Predict/PredictPair", pair, model)) for pair in pairs]
-        expect(all(len(entry) == len(found) for entry in wanted), f"predictions {wanted}")
+        expected = [predictions(tei.call("Predict/PredictPair", pair, model)) for pair in pairs]
+        expect(all(len(entry) == len(found) for entry in expected), f"predictions {expected}")
         answers = tei.call("Predict/PredictPairStream", pairs, model)
         expect(len(answers) == len(pairs), f"{len(answers)} answers to {len(pairs)} pairs")
-        for answer, entry in zip(answers, wanted):
+        for answer, entry in zip(answers, expected):
             expect_same_predictions(predictions(answer), entry)
     with checks.check("predict_pair_needs_two"):
         for texts in ([], ["a"], ["a", "b", "c"]):
@@ -350,7 +350,7 @@ def check_rerank(checks, tei, model):
     base = {"query": query, "texts": texts}
     with checks.check("rerank_info"):
         info = tei.call("Info/Info", tei.message("InfoRequest"), model)
-        expect(info.model_type == 2, f"model_type is {info.model_type}, wanted RERANKER")
+        expect(info.model_type == 2, f"model_type is {info.model_type}, expected RERANKER")
     with checks.check("rerank"):
         request = tei.message("RerankRequest", **base)
         answer, headers = tei.call_with_headers("Rerank/Rerank", request, model)
@@ -378,7 +378,7 @@ def check_rerank(checks, tei, model):
         ]
         answer = tei.call("Rerank/RerankStream", requests, model)
         streamed = np.array([score for _, score in ranks(answer)])
-        expect(np.allclose(streamed, scores, atol=1e-4), f"{streamed}, wanted {scores}")
+        expect(np.allclose(streamed, scores, atol=1e-4), f"{streamed}, expected {scores}")
         for rank in answer.ranks:
             expect(rank.text == texts[rank.index], f"{rank.index} came with {rank.text!r}")
     with checks.check("rerank_bad"):

@@ -37,7 +37,7 @@ def expect_refusal(call, *codes):
         if codes:
             expect(
                 error.status() in [f"StatusCode.{code}" for code in codes],
-                f"status {error.status()} ({error.message()}), wanted {' or '.join(codes)}",
+                f"status {error.status()} ({error.message()}), expected {' or '.join(codes)}",
             )
         expect(error.message(), "the error has no message")
         return error

@@ -32,7 +32,7 @@ def norms(vectors):
 
 
 def check_server(checks, client):
-    """What a client asks before its first inference."""
+    """What a client calls before its first inference."""
     with checks.check("server_live"):
         expect(client.is_server_live(), "ServerLive says false")
     with checks.check("server_ready"):
@@ -43,17 +43,17 @@ def check_server(checks, client):
             expect(client.is_model_ready(model, "1"), f"{model} version 1 is not ready")
     with checks.check("server_metadata"):
         metadata = client.get_server_metadata()
-        expect(metadata.name == "andon", f"the name is {metadata.name!r}, wanted andon")
+        expect(metadata.name == "andon", f"the name is {metadata.name!r}, expected andon")
         expect(metadata.version, "the version is empty")
         expect(len(metadata.extensions) > 0, "no extension is listed")
         as_json = client.get_server_metadata(as_json=True)
         expect(as_json["name"] == "andon", "the JSON form differs")
 
 
-def check_tensor_list(found, wanted, what):
+def check_tensor_list(found, expected, what):
     """Compares metadata tensors with {name: (datatype, shape)}."""
     got = {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in found}
-    expect(got == wanted, f"{what} are {got}, wanted {wanted}")
+    expect(got == expected, f"{what} are {got}, expected {expected}")
 
 
 def check_models(checks, client):
@@ -68,23 +68,23 @@ def check_models(checks, client):
     with checks.check("model_metadata_digits"):
         metadata = client.get_model_metadata("digits", "1")
         check_tensor_list(metadata.inputs, {"pixels": ("FP32", [-1, 64])}, "inputs")
-        wanted = {"probabilities": ("FP32", [-1, 10]), "label": ("INT64", [-1])}
-        check_tensor_list(metadata.outputs, wanted, "outputs")
+        expected = {"probabilities": ("FP32", [-1, 10]), "label": ("INT64", [-1])}
+        check_tensor_list(metadata.outputs, expected, "outputs")
     with checks.check("model_config"):
         for model in ("minilm", "digits"):
             config = client.get_model_config(model).config
-            expect(config.name == model, f"the name is {config.name!r}, wanted {model}")
+            expect(config.name == model, f"the name is {config.name!r}, expected {model}")
             expect(config.max_batch_size > 0, f"{model} does not batch: max_batch_size is 0")
             expect(len(config.input) == 1, f"{model} has {len(config.input)} inputs")
             expect(len(config.output) >= 1, f"{model} has no outputs")
         config = client.get_model_config("digits", as_json=True)["config"]
         dims = [list(map(int, tensor["dims"])) for tensor in config["input"]]
-        expect(dims == [[64]], f"dims of digits are {dims}, wanted [[64]] without the batch")
+        expect(dims == [[64]], f"dims of digits are {dims}, expected [[64]] without the batch")
     with checks.check("repository_index"):
         index = client.get_model_repository_index()
         ready = {(m.name, m.version) for m in index.models if m.state == "READY"}
-        for wanted in (("minilm", "1"), ("digits", "1")):
-            expect(wanted in ready, f"{wanted} is not READY in the index: {index.models}")
+        for expected in (("minilm", "1"), ("digits", "1")):
+            expect(expected in ready, f"{expected} is not READY in the index: {index.models}")
     with checks.check("unknown_model"):
         expect_refusal(lambda: client.get_model_metadata("nobody"), "NOT_FOUND")
         expect_refusal(lambda: client.get_model_config("nobody"), "NOT_FOUND")
@@ -94,26 +94,26 @@ def check_models(checks, client):
 
 
 def statistics(client, model):
-    """(requests answered, rows computed) of one model, over its versions."""
+    """(requests that succeeded, rows computed) of one model, over its versions."""
     stats = client.get_inference_statistics(model).model_stats
     expect(len(stats) > 0, f"no statistics for {model}")
     expect(all(entry.name == model for entry in stats), f"statistics of others: {stats}")
-    answered = sum(entry.inference_stats.success.count for entry in stats)
-    return answered, sum(entry.inference_count for entry in stats)
+    succeeded = sum(entry.inference_stats.success.count for entry in stats)
+    return succeeded, sum(entry.inference_count for entry in stats)
 
 
 def check_statistics(checks, client, digits):
-    """The counts go up by what was asked, with and without a model's name."""
+    """The counts go up by what was requested, with and without a model's name."""
     for model, inputs, rows in (
         ("digits", pixel_input(digits.data[:7]), 7),
         ("minilm", text_input(SENTENCES), 3),
     ):
         with checks.check(f"statistics_{model}"):
-            answered, counted = statistics(client, model)
+            succeeded, counted = statistics(client, model)
             for _ in range(3):
                 client.infer(model, inputs)
             eventually(
-                lambda: statistics(client, model)[0] >= answered + 3
+                lambda: statistics(client, model)[0] >= succeeded + 3
                 and statistics(client, model)[1] >= counted + 3 * rows,
                 f"success or inference_count of {model} did not go up",
             )
@@ -157,8 +157,8 @@ def check_minilm(checks, client):
         short = embed(client, SENTENCES, parameters={"dimensions": 128})
         expect(short.shape == (3, 128), f"the shape is {short.shape}")
         expect(np.allclose(norms(short), 1.0, atol=1e-4), f"norms are {norms(short)}")
-        wanted = whole[:, :128] / norms(whole[:, :128])[:, None]
-        expect(np.allclose(short, wanted, atol=1e-5), "not the leading dimensions")
+        expected = whole[:, :128] / norms(whole[:, :128])[:, None]
+        expect(np.allclose(short, expected, atol=1e-5), "not the leading dimensions")
     with checks.check("minilm_truncate"):
         long_text = "lantern " * 3000
         vectors = embed(client, [long_text], parameters={"truncate": True})
@@ -181,7 +181,7 @@ def check_digits(checks, client, digits):
         expect(probabilities.shape == (600, 10), f"the shape is {probabilities.shape}")
         expect(found.dtype == np.int64 and found.shape == (600,), f"label is {found.dtype}")
         accuracy = float((found == labels).mean())
-        expect(accuracy >= 0.97, f"the accuracy is {accuracy}, wanted at least 0.97")
+        expect(accuracy >= 0.97, f"the accuracy is {accuracy}, expected at least 0.97")
         expect(np.allclose(probabilities.sum(axis=1), 1, atol=1e-4), "rows do not sum to 1")
         expect((probabilities.argmax(axis=1) == found).all(), "label is not the most probable")
     with checks.check("digits_one_output"):
@@ -212,14 +212,14 @@ def check_digits(checks, client, digits):
         request.inputs[0].contents.fp32_contents.extend(pixels[:2].flatten().tolist())
         response = client._client_stub.ModelInfer(request, timeout=CALL_SECONDS_MAX)
         expect(len(response.raw_output_contents) == 2, "typed contents in, raw contents out")
-        wanted = client.infer("digits", pixel_input(pixels[:2])).get_response()
-        same = response.raw_output_contents == wanted.raw_output_contents
+        expected = client.infer("digits", pixel_input(pixels[:2])).get_response()
+        same = response.raw_output_contents == expected.raw_output_contents
         expect(same, "typed and raw contents answer differently")
     with checks.check("digits_large_batch"):
         rows = np.resize(digits.data, (2400, 64))
-        wanted = np.resize(digits.target, 2400)
+        expected = np.resize(digits.target, 2400)
         result = client.infer("digits", pixel_input(rows))
-        accuracy = float((result.as_numpy("label") == wanted).mean())
+        accuracy = float((result.as_numpy("label") == expected).mean())
         expect(accuracy >= 0.97, f"the accuracy is {accuracy}")
 
 
@@ -241,7 +241,7 @@ def check_calling(checks, client, digits):
             expect(error is None, f"an answer is an error: {error}")
             seen[int(result.get_response().id)] = int(result.as_numpy("label")[0])
         right = sum(seen[number] == digits.target[number] for number in range(32))
-        expect(len(seen) == 32, f"{len(seen)} of 32 requests were answered")
+        expect(len(seen) == 32, f"{len(seen)} of 32 requests were succeeded")
         expect(right >= 30, f"{right} of 32 labels are right: answers may be mixed up")
     with checks.check("gzip"):
         plain = client.infer("digits", pixel_input(digits.data[:1500]))
@@ -267,7 +267,7 @@ def check_calling(checks, client, digits):
         # A server that knows that it cannot answer in time may say so sooner.
         try:
             client.infer("minilm", inputs, client_timeout=0.002)
-            raise AssertionError("64 long texts were answered within 2 ms")
+            raise AssertionError("64 long texts were succeeded within 2 ms")
         except InferenceServerException as error:
             allowed = ("StatusCode.DEADLINE_EXCEEDED", "StatusCode.UNAVAILABLE")
             expect(error.status() in allowed, f"{error.status()}: {error}")
@@ -322,8 +322,8 @@ def check_stream(checks, address, digits):
             number = int(result.get_response().id)
             if number % 2:
                 label = int(result.as_numpy("label")[0])
-                wanted = int(digits.target[number])
-                expect(label == wanted, f"request {number} is a {wanted}, the label is {label}")
+                expected = int(digits.target[number])
+                expect(label == expected, f"request {number} is a {expected}, the label is {label}")
             else:
                 shape = result.as_numpy("embedding").shape
                 expect(shape == (1, 384), f"request {number} has the shape {shape}")
@@ -348,7 +348,7 @@ def check_stream(checks, address, digits):
         ids = sorted(result.get_response().id for result, _ in got if result is not None)
         expect(len(errors) == 2, f"{len(errors)} errors for two bad requests: {errors}")
         expect(all(error.message() for error in errors), "an error has no message")
-        expect(ids == ["after-0", "after-1", "after-2", "before"], f"answered: {ids}")
+        expect(ids == ["after-0", "after-1", "after-2", "before"], f"succeeded: {ids}")
     with checks.check("stream_final_response"):
         answers = queue.Queue()
         with triton.InferenceServerClient(address) as client:

@@ -82,12 +82,12 @@ def check_repository_control(checks, client, channel, digits):
     """digits goes and comes back while minilm keeps answering."""
     stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
     inputs = pixel_input(digits.data[:1])
-    stop, answered, errors = threading.Event(), [], []
+    stop, succeeded, errors = threading.Event(), [], []
 
     def keep_asking():
         while not stop.is_set():
             try:
-                answered.append(embed(client, SENTENCES[:1]).shape)
+                succeeded.append(embed(client, SENTENCES[:1]).shape)
             except Exception as error:
                 errors.append(error)
 
@@ -140,4 +140,4 @@ def check_repository_control(checks, client, channel, digits):
         asking.join()
     with checks.check("minilm_undisturbed"):
         expect(not errors, f"{len(errors)} calls of minilm failed meanwhile: {errors[:1]}")
-        expect(len(answered) > 0, "minilm was not called meanwhile")
+        expect(len(succeeded) > 0, "minilm was not called meanwhile")

@@ -41,10 +41,10 @@ def expect_refusal(call, *statuses):
     try:
         call()
     except InferenceServerException as error:
-        wanted = " or ".join(str(status) for status in statuses)
+        expected = " or ".join(str(status) for status in statuses)
         expect(
             int(error.status() or 0) in statuses,
-            f"status {error.status()} ({error.message()}), wanted {wanted}",
+            f"status {error.status()} ({error.message()}), expected {expected}",
         )
         expect(error.message(), "the error has no message")
         expect("exception occurred in the client" not in error.message(), error.message())
@@ -52,16 +52,16 @@ def expect_refusal(call, *statuses):
     raise AssertionError("the call succeeded")
 
 
-def expect_same(found, wanted, what):
+def expect_same(found, expected, what):
     """Both arrays have the same bits."""
     expect(found is not None, f"{what} is missing")
-    expect(found.dtype == wanted.dtype, f"{what} is {found.dtype}, over gRPC {wanted.dtype}")
-    expect(found.shape == wanted.shape, f"{what} is {found.shape}, over gRPC {wanted.shape}")
-    expect(found.tobytes() == wanted.tobytes(), f"{what} differs from the answer over gRPC")
+    expect(found.dtype == expected.dtype, f"{what} is {found.dtype}, over gRPC {expected.dtype}")
+    expect(found.shape == expected.shape, f"{what} is {found.shape}, over gRPC {expected.shape}")
+    expect(found.tobytes() == expected.tobytes(), f"{what} differs from the answer over gRPC")
 
 
 def check_server(checks, web, rpc):
-    """What a client asks before its first inference."""
+    """What a client calls before its first inference."""
     with checks.check("server_live_and_ready"):
         expect(web.is_server_live(), "it is not live")
         expect(web.is_server_ready(), "it is not ready")
@@ -76,33 +76,33 @@ def check_server(checks, web, rpc):
     with checks.check("model_metadata"):
         for model in ("minilm", "digits"):
             found = web.get_model_metadata(model)
-            wanted = rpc.get_model_metadata(model)
-            expect(found["name"] == wanted.name, f"the name is {found['name']}")
-            expect(found["versions"] == list(wanted.versions), f"versions: {found['versions']}")
-            expect(found["platform"] == wanted.platform, f"platform: {found['platform']}")
+            expected = rpc.get_model_metadata(model)
+            expect(found["name"] == expected.name, f"the name is {found['name']}")
+            expect(found["versions"] == list(expected.versions), f"versions: {found['versions']}")
+            expect(found["platform"] == expected.platform, f"platform: {found['platform']}")
             for side in ("inputs", "outputs"):
                 tensors = [(t["name"], t["datatype"], t["shape"]) for t in found[side]]
-                expected = [(t.name, t.datatype, list(t.shape)) for t in getattr(wanted, side)]
-                expect(tensors == expected, f"{side} of {model} are {tensors}")
+                same = [(t.name, t.datatype, list(t.shape)) for t in getattr(expected, side)]
+                expect(tensors == same, f"{side} of {model} are {tensors}")
             expect(web.get_model_metadata(model, "1") == found, "version 1 is described otherwise")
     with checks.check("model_config"):
         for model in ("minilm", "digits"):
-            found, wanted = web.get_model_config(model), rpc.get_model_config(model).config
+            found, expected = web.get_model_config(model), rpc.get_model_config(model).config
             expect(found["name"] == model, f"the name is {found['name']}")
-            expect(found["max_batch_size"] == wanted.max_batch_size, f"it is {found}")
+            expect(found["max_batch_size"] == expected.max_batch_size, f"it is {found}")
             dims = [[int(size) for size in tensor["dims"]] for tensor in found["input"]]
-            expect(dims == [list(tensor.dims) for tensor in wanted.input], f"dims are {dims}")
+            expect(dims == [list(tensor.dims) for tensor in expected.input], f"dims are {dims}")
             types = [tensor["data_type"] for tensor in found["input"]]
             expect(all(name.startswith("TYPE_") for name in types), f"types are {types}")
     with checks.check("repository_index"):
         index = web.get_model_repository_index()
         ready = {(m["name"], m["version"]) for m in index if m.get("state") == "READY"}
-        for wanted in (("minilm", "1"), ("digits", "1")):
-            expect(wanted in ready, f"{wanted} is not READY in the index: {index}")
+        for expected in (("minilm", "1"), ("digits", "1")):
+            expect(expected in ready, f"{expected} is not READY in the index: {index}")
 
 
 def check_statistics(checks, web, digits):
-    """The counts go up by what was asked, with and without a model's name."""
+    """The counts go up by what was requested, with and without a model's name."""
 
     def counts():
         stats = web.get_inference_statistics("digits")["model_stats"]
@@ -110,11 +110,11 @@ def check_statistics(checks, web, digits):
         return stats[0]["inference_stats"]["success"]["count"], stats[0]["inference_count"]
 
     with checks.check("statistics"):
-        answered, rows = (int(count) for count in counts())
+        succeeded, rows = (int(count) for count in counts())
         for _ in range(3):
             web.infer("digits", pixel_input(digits.data[:7]))
         eventually(
-            lambda: int(counts()[0]) >= answered + 3 and int(counts()[1]) >= rows + 21,
+            lambda: int(counts()[0]) >= succeeded + 3 and int(counts()[1]) >= rows + 21,
             "success or inference_count of digits did not go up",
         )
     with checks.check("statistics_all"):
@@ -125,7 +125,7 @@ def check_statistics(checks, web, digits):
 def check_tensors(checks, web, rpc, digits):
     """Every way in and out has the bits of gRPC."""
     pixels = digits.data[1000:1064]
-    wanted = rpc.infer("digits", triton_calls.pixel_input(pixels))
+    expected = rpc.infer("digits", triton_calls.pixel_input(pixels))
     vectors = triton_calls.embed(rpc, SENTENCES + ODD)
     for way_in in (True, False):
         for way_out in (True, False):
@@ -137,7 +137,7 @@ def check_tensors(checks, web, rpc, digits):
                 names = [tensor["name"] for tensor in result.get_response()["outputs"]]
                 expect(sorted(names) == ["label", "probabilities"], f"the outputs are {names}")
                 for name in names:
-                    expect_same(result.as_numpy(name), wanted.as_numpy(name), name)
+                    expect_same(result.as_numpy(name), expected.as_numpy(name), name)
                     is_binary = "data" not in result.get_output(name)
                     expect(is_binary == way_out, f"{name} comes binary: {is_binary}")
             with checks.check(f"minilm_{ways}"):
@@ -149,12 +149,12 @@ def check_tensors(checks, web, rpc, digits):
                    over_http.InferRequestedOutput("probabilities", binary_data=True)]
         result = web.infer("digits", pixel_input(pixels), outputs=outputs)
         for name in ("label", "probabilities"):
-            expect_same(result.as_numpy(name), wanted.as_numpy(name), name)
+            expect_same(result.as_numpy(name), expected.as_numpy(name), name)
     with checks.check("outputs_unnamed"):
         # The client then asks for `binary_data_output` of the request.
         result = web.infer("digits", pixel_input(pixels))
         for name in ("label", "probabilities"):
-            expect_same(result.as_numpy(name), wanted.as_numpy(name), name)
+            expect_same(result.as_numpy(name), expected.as_numpy(name), name)
             expect("data" not in result.get_output(name), f"{name} does not come binary")
 
 
@@ -172,7 +172,7 @@ def check_calls(checks, web, rpc, digits):
     with checks.check("timeout_and_priority"):
         web.infer("digits", pixel_input(digits.data[:1]), priority=1, timeout=30_000_000)
     pixels = np.tile(digits.data, (2, 1))[:2400]
-    wanted = rpc.infer("digits", triton_calls.pixel_input(pixels)).as_numpy("probabilities")
+    expected = rpc.infer("digits", triton_calls.pixel_input(pixels)).as_numpy("probabilities")
     for algorithm in ("gzip", "deflate"):
         for binary in (True, False):
             with checks.check(f"{algorithm}_{'binary' if binary else 'json'}"):
@@ -182,10 +182,10 @@ def check_calls(checks, web, rpc, digits):
                     request_compression_algorithm=algorithm,
                     response_compression_algorithm=algorithm,
                 )
-                expect_same(result.as_numpy("probabilities"), wanted, "probabilities")
+                expect_same(result.as_numpy("probabilities"), expected, "probabilities")
     with checks.check("600_kilobytes"):
         result = web.infer("digits", pixel_input(pixels))
-        expect_same(result.as_numpy("probabilities"), wanted, "probabilities")
+        expect_same(result.as_numpy("probabilities"), expected, "probabilities")
     with checks.check("many_at_once"):
         vectors = triton_calls.embed(rpc, SENTENCES[:1])
         calls = [web.async_infer("minilm", text_input(SENTENCES[:1])) for _ in range(64)]

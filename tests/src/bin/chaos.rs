@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use fleet_tests::calls::{client, infer, patient_infer, pixels, texts};
+use fleet_tests::calls::{client, infer, infer_by_server_deadline, pixels, texts};
 use fleet_tests::load::{Load, Outcome};
 use fleet_tests::{Fleet, until};
 use protocol::inference::ModelInferRequest;
@@ -19,7 +19,7 @@ fn digits() -> ModelInferRequest {
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    println!("| fault | answered | failed | what was measured | least | median | most |");
+    println!("| fault | succeeded | failed | what was measured | least | median | most |");
     println!("|---|---|---|---|---|---|---|");
     kill().await?;
     freeze().await?;
@@ -38,17 +38,17 @@ fn row(fault: &str, outcome: &Outcome, what: &str, times: &mut [Duration]) {
     let (least, median, most) = (at(0), at(times.len() / 2), at(last));
     println!(
         "| {fault} | {} | {failed} | {what} | {least:.1?} | {median:.1?} | {most:.1?} |",
-        outcome.answered
+        outcome.succeeded
     );
-    for (said, count) in &outcome.failed {
-        println!("  {count} x {said}");
+    for (error, count) in &outcome.failed {
+        println!("  {count} x {error}");
     }
 }
 
 fn add(sum: &mut Outcome, outcome: Outcome) {
-    sum.answered += outcome.answered;
-    for (said, count) in outcome.failed {
-        *sum.failed.entry(said).or_default() += count;
+    sum.succeeded += outcome.succeeded;
+    for (error, count) in outcome.failed {
+        *sum.failed.entry(error).or_default() += count;
     }
 }
 
@@ -93,7 +93,7 @@ async fn freeze() -> Result<()> {
     row(
         "one of three workers frozen",
         &sum,
-        "until it is left alone",
+        "until it is ejected",
         &mut times,
     );
     Ok(())
@@ -136,7 +136,7 @@ async fn all_dead() -> Result<()> {
         for _ in 0..20 {
             let started = Instant::now();
             let refused = infer(&client, digits(), Duration::from_secs(5)).await;
-            anyhow::ensure!(refused.is_err(), "a dead worker answered");
+            anyhow::ensure!(refused.is_err(), "a dead worker responded");
             refusals.push(started.elapsed());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -180,7 +180,7 @@ async fn deadline() -> Result<()> {
     for _ in 0..10 {
         let started = Instant::now();
         let timeout = Duration::from_millis(50);
-        let code = patient_infer(fleet.gateway.grpc, &slow, timeout).await?;
+        let code = infer_by_server_deadline(fleet.gateway.grpc, &slow, timeout).await?;
         anyhow::ensure!(code == tonic::Code::DeadlineExceeded, "{code:?}");
         times.push(started.elapsed());
         let started = Instant::now();
@@ -191,13 +191,13 @@ async fn deadline() -> Result<()> {
     row(
         "50 ms deadline against seconds of work",
         &none,
-        "until the caller is told",
+        "until the caller has the status",
         &mut times,
     );
     row(
         "50 ms deadline against seconds of work",
         &none,
-        "the next caller's answer",
+        "the next caller's response",
         &mut frees,
     );
     Ok(())
@@ -227,7 +227,7 @@ async fn drain() -> Result<()> {
 }
 
 /// Three times the load that one worker can do: what is refused is refused at
-/// once, and what is answered is answered as fast as before.
+/// once, and responses come as fast as before.
 async fn flood() -> Result<()> {
     let fleet = Fleet::start(1).await?;
     let client = client(fleet.gateway.grpc).await?;
@@ -236,12 +236,12 @@ async fn flood() -> Result<()> {
     for in_flight in [4, 12, 400] {
         let load = Load::start(&client, &request, in_flight, usize::MAX);
         tokio::time::sleep(Duration::from_secs(15)).await;
-        let answered = load.answered.load(std::sync::atomic::Ordering::Relaxed);
+        let succeeded = load.succeeded.load(std::sync::atomic::Ordering::Relaxed);
         let outcome = load.stopped().await;
-        rates.push(answered as f64 / 15.0);
+        rates.push(succeeded as f64 / 15.0);
         let what = format!(
             "{in_flight} in flight: {:.1} requests/s",
-            answered as f64 / 15.0
+            succeeded as f64 / 15.0
         );
         row("flood", &outcome, &what, &mut []);
     }

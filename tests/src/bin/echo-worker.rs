@@ -54,8 +54,8 @@ impl Echo {
                 if !delay.is_zero() {
                     tokio::time::sleep(*delay).await;
                 }
-                let answered = echo(decode(message.bytes())?)?;
-                Ok(reply(frame(&answered), Metadata::new()))
+                let response = echo(decode(message.bytes())?)?;
+                Ok(reply(frame(&response), Metadata::new()))
             }
             Some("ModelMetadata") => {
                 unary(call, limits, |_: ModelMetadataRequest| async {

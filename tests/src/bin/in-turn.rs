@@ -102,9 +102,9 @@ async fn call(target: &mut Target, round: usize) -> Result<Duration> {
             .insert("x-api-key", key.trim().parse()?);
     }
     let started = Instant::now();
-    let answered = target.client.model_infer(request).await;
+    let response = target.client.model_infer(request).await;
     let took = started.elapsed();
-    let answer = answered.with_context(|| target.name.clone())?.into_inner();
+    let answer = response.with_context(|| target.name.clone())?.into_inner();
     ensure!(!answer.outputs.is_empty(), "{}: no outputs", target.name);
     Ok(took)
 }

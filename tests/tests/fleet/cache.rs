@@ -1,4 +1,4 @@
-//! What is known is not computed again, and never passed off as another
+//! Cached rows are not computed again, and never passed off as another
 //! version's or another tenant's.
 
 mod shared;
@@ -72,36 +72,36 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// An answer and where it came from.
-struct Answered {
+/// A response and where it came from.
+struct Reply {
     response: ModelInferResponse,
     /// Empty without the entry.
     cache: String,
     tokens: u64,
 }
 
-async fn ask(
+async fn call(
     gateway: SocketAddr,
     request: &ModelInferRequest,
     metadata: &[(&'static str, &str)],
-) -> Result<Answered> {
+) -> Result<Reply> {
     let mut request = tonic::Request::new(request.clone());
     request.set_timeout(Duration::from_secs(20));
     for (name, value) in metadata {
         request.metadata_mut().insert(*name, value.parse()?);
     }
-    let answered = client(gateway).await?.model_infer(request).await?;
-    let entries = answered.metadata();
-    Ok(Answered {
+    let reply = client(gateway).await?.model_infer(request).await?;
+    let entries = reply.metadata();
+    Ok(Reply {
         cache: entry(entries, "x-andon-cache"),
         tokens: entry(entries, "x-compute-tokens")
             .parse()
             .unwrap_or_default(),
-        response: answered.into_inner(),
+        response: reply.into_inner(),
     })
 }
 
-/// An entry of an answer's metadata; empty when it is not there.
+/// An entry of a response's metadata; empty when it is not there.
 fn entry(metadata: &MetadataMap, name: &str) -> String {
     let value = metadata.get(name).and_then(|value| value.to_str().ok());
     value.unwrap_or_default().to_owned()
@@ -110,12 +110,12 @@ fn entry(metadata: &MetadataMap, name: &str) -> String {
 /// Rows that a worker has computed of a model.
 async fn computed(fleet: &Fleet, model: &str) -> Result<u64> {
     let worker = fleet.workers[0].as_ref().context("a worker")?;
-    let asked = ModelStatisticsRequest {
+    let message = ModelStatisticsRequest {
         name: model.to_owned(),
         ..Default::default()
     };
-    let answered = client(worker.grpc).await?.model_statistics(asked).await?;
-    let statistics = answered.into_inner().model_stats;
+    let reply = client(worker.grpc).await?.model_statistics(message).await?;
+    let statistics = reply.into_inner().model_stats;
     Ok(statistics.iter().map(|one| one.inference_count).sum())
 }
 
@@ -130,11 +130,11 @@ fn image(value: u8) -> [f32; 64] {
 }
 
 #[tokio::test]
-async fn of_32_texts_of_which_30_are_known_two_are_computed() -> Result<()> {
+async fn of_32_texts_with_30_cached_two_are_computed() -> Result<()> {
     let repository = Repository::of(&["minilm"])?;
     let fleet = repository.fleet(&[]).await?;
     let gateway = fleet.gateway.grpc;
-    let first = ask(gateway, &texts(&numbered(0..30)), &[]).await?;
+    let first = call(gateway, &texts(&numbered(0..30)), &[]).await?;
     ensure!(
         first.cache == "miss" && first.tokens > 60,
         "{}",
@@ -142,11 +142,11 @@ async fn of_32_texts_of_which_30_are_known_two_are_computed() -> Result<()> {
     );
     let before = computed(&fleet, "minilm").await?;
 
-    let mut asked = numbered(0..32);
-    asked.reverse();
-    let mut request = texts(&asked);
+    let mut numbers = numbered(0..32);
+    numbers.reverse();
+    let mut request = texts(&numbers);
     request.id = "the second".to_owned();
-    let second = ask(gateway, &request, &[]).await?;
+    let second = call(gateway, &request, &[]).await?;
     ensure!(second.cache == "30/32", "{}", second.cache);
     ensure!((1..20).contains(&second.tokens), "{}", second.tokens);
     ensure!(computed(&fleet, "minilm").await? == before + 2);
@@ -158,16 +158,16 @@ async fn of_32_texts_of_which_30_are_known_two_are_computed() -> Result<()> {
         fleet_tests::calls::rows(&first.response, 0),
     );
     rows.reverse();
-    ensure!(rows[..30] == known[..], "the known rows are as they were");
+    ensure!(rows[..30] == known[..], "the cached rows are as they were");
     let worker = fleet.workers[0].as_ref().context("a worker")?;
-    let direct = ask(worker.grpc, &request, &[]).await?;
+    let direct = call(worker.grpc, &request, &[]).await?;
     let mut direct = fleet_tests::calls::rows(&direct.response, 0);
     direct.reverse();
     for (row, direct) in rows.iter().flatten().zip(direct.iter().flatten()) {
         ensure!((row - direct).abs() < 1e-5, "{row} {direct}");
     }
 
-    let third = ask(gateway, &request, &[]).await?;
+    let third = call(gateway, &request, &[]).await?;
     ensure!(third.cache == "hit" && third.tokens == 0, "{}", third.cache);
     ensure!(third.response == second.response);
     let rows = |outcome: &str| format!("andon_gateway_cache_rows_total{{outcome=\"{outcome}\"}}");
@@ -178,24 +178,24 @@ async fn of_32_texts_of_which_30_are_known_two_are_computed() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_text_call_is_known_the_second_time() -> Result<()> {
+async fn a_text_call_is_a_hit_the_second_time() -> Result<()> {
     let repository = Repository::of(&["minilm"])?;
     let fleet = repository.fleet(&[]).await?;
     let gateway = Endpoint::from_shared(format!("http://{}", fleet.gateway.grpc))?;
     let mut client = EmbedClient::new(gateway.connect().await?);
-    let asked = EmbedRequest {
+    let message = EmbedRequest {
         inputs: "a text".to_owned(),
         normalize: true,
         ..Default::default()
     };
     let mut answers = Vec::new();
-    for wanted in ["miss", "hit"] {
-        let answered = client.embed(asked.clone()).await?;
-        let entry = |name| entry(answered.metadata(), name);
-        ensure!(entry("x-andon-cache") == wanted);
+    for expected in ["miss", "hit"] {
+        let reply = client.embed(message.clone()).await?;
+        let entry = |name| entry(reply.metadata(), name);
+        ensure!(entry("x-andon-cache") == expected);
         ensure!(entry("x-compute-type") == "cpu");
-        ensure!((entry("x-compute-tokens") == "0") == (wanted == "hit"));
-        answers.push(answered.into_inner());
+        ensure!((entry("x-compute-tokens") == "0") == (expected == "hit"));
+        answers.push(reply.into_inner());
     }
     ensure!(answers[0].embeddings == answers[1].embeddings);
     let took = answers[1].metadata.context("metadata")?;
@@ -205,13 +205,13 @@ async fn a_text_call_is_known_the_second_time() -> Result<()> {
 }
 
 #[tokio::test]
-async fn who_wants_a_fresh_answer_gets_one() -> Result<()> {
+async fn cache_control_bypasses_the_cache() -> Result<()> {
     let repository = Repository::of(&["digits"])?;
     let fleet = repository.fleet(&[]).await?;
     let gateway = fleet.gateway.grpc;
     let fresh = [("cache-control", "no-cache")];
     let unkept = [("cache-control", "no-store")];
-    for (value, metadata, wanted, rows) in [
+    for (value, metadata, expected, rows) in [
         (1, &unkept[..], "miss", 1),
         (1, &[][..], "miss", 2),
         (1, &[], "hit", 2),
@@ -220,11 +220,11 @@ async fn who_wants_a_fresh_answer_gets_one() -> Result<()> {
         (2, &fresh, "miss", 5),
         (2, &[], "hit", 5),
     ] {
-        let answered = ask(gateway, &pixels(&[image(value)]), metadata).await?;
+        let reply = call(gateway, &pixels(&[image(value)]), metadata).await?;
         ensure!(
-            answered.cache == wanted,
+            reply.cache == expected,
             "{value} {metadata:?}: {}",
-            answered.cache
+            reply.cache
         );
         ensure!(
             computed(&fleet, "digits").await? == rows,
@@ -239,7 +239,7 @@ async fn a_thousand_identical_requests_are_one_computation() -> Result<()> {
     let repository = Repository::of(&["minilm"])?;
     let fleet = repository.fleet(&[]).await?;
     let client = client(fleet.gateway.grpc).await?;
-    let request = texts(&["what everybody asks"]);
+    let request = texts(&["what everybody requests"]);
     let calls = (0..1000)
         .map(|_| fleet_tests::calls::infer(&client, request.clone(), Duration::from_secs(30)));
     let answers = try_join_all(calls).await?;
@@ -249,24 +249,24 @@ async fn a_thousand_identical_requests_are_one_computation() -> Result<()> {
 }
 
 #[tokio::test]
-async fn errors_name_what_the_caller_sent() -> Result<()> {
+async fn errors_name_elements_as_the_caller_sent_them() -> Result<()> {
     let repository = Repository::of(&["digits"])?;
     let fleet = repository.fleet(&[]).await?;
     let (gateway, worker) = (
         fleet.gateway.grpc,
         fleet.workers[0].as_ref().context("a worker")?.grpc,
     );
-    ask(gateway, &pixels(&[image(1), image(2)]), &[]).await?;
-    // The third row is wrong, and the first two are known.
+    call(gateway, &pixels(&[image(1), image(2)]), &[]).await?;
+    // The third row is wrong, and the first two are cached.
     let request = pixels(&[image(1), image(2), [99.0; 64]]);
-    let mut said = Vec::new();
+    let mut errors = Vec::new();
     for address in [gateway, worker] {
         let refused = client(address).await?.model_infer(request.clone()).await;
         let status = refused.err().context("it should be refused")?;
-        said.push((status.code(), status.message().to_owned()));
+        errors.push((status.code(), status.message().to_owned()));
     }
-    ensure!(said[0] == said[1], "{said:?}");
-    ensure!(said[0].1.contains("element 128"), "{said:?}");
+    ensure!(errors[0] == errors[1], "{errors:?}");
+    ensure!(errors[0].1.contains("element 128"), "{errors:?}");
     Ok(())
 }
 
@@ -275,8 +275,8 @@ async fn a_model_that_is_not_declared_deterministic_is_always_computed() -> Resu
     let fleet = Fleet::start(1).await?;
     let before = computed(&fleet, "digits").await?;
     for _ in 0..2 {
-        let answered = ask(fleet.gateway.grpc, &pixels(&[image(1)]), &[]).await?;
-        ensure!(answered.cache.is_empty());
+        let reply = call(fleet.gateway.grpc, &pixels(&[image(1)]), &[]).await?;
+        ensure!(reply.cache.is_empty());
     }
     ensure!(computed(&fleet, "digits").await? == before + 2);
     Ok(())
@@ -288,8 +288,8 @@ async fn a_new_version_never_gets_an_old_ones_answers() -> Result<()> {
     let fleet = repository.fleet(&[]).await?;
     let gateway = fleet.gateway.grpc;
     let request = pixels(&[image(1), image(2)]);
-    let old = ask(gateway, &request, &[]).await?.response;
-    ensure!(ask(gateway, &request, &[]).await?.cache == "hit");
+    let old = call(gateway, &request, &[]).await?.response;
+    ensure!(call(gateway, &request, &[]).await?.cache == "hit");
 
     // Another bias of the first label: the file ends with ten of them and
     // with their weights, 10 by 32.
@@ -310,10 +310,10 @@ async fn a_new_version_never_gets_an_old_ones_answers() -> Result<()> {
         Duration::from_secs(20),
         "the new version answers",
         || async {
-            let answered = ask(gateway, &request, &[]).await?;
+            let reply = call(gateway, &request, &[]).await?;
             // Whatever is answered meanwhile is wholly of one version.
-            let one = answered.response.model_version == "1";
-            assert_eq!(one, answered.response == old);
+            let one = reply.response.model_version == "1";
+            assert_eq!(one, reply.response == old);
             Ok(!one)
         },
     )
@@ -321,13 +321,13 @@ async fn a_new_version_never_gets_an_old_ones_answers() -> Result<()> {
     let mut direct = request.clone();
     direct.model_version = "2".to_owned();
     let worker = fleet.workers[0].as_ref().context("a worker")?;
-    let direct = ask(worker.grpc, &direct, &[]).await?.response;
-    let new = ask(gateway, &request, &[]).await?;
+    let direct = call(worker.grpc, &direct, &[]).await?.response;
+    let new = call(gateway, &request, &[]).await?;
     ensure!(new.cache == "hit" && new.response == direct);
     // The old version is still asked for by its number.
     let mut pinned = request;
     pinned.model_version = "1".to_owned();
-    let pinned = ask(gateway, &pinned, &[]).await?;
+    let pinned = call(gateway, &pinned, &[]).await?;
     ensure!(pinned.cache == "hit" && pinned.response == old);
     Ok(())
 }
@@ -364,15 +364,15 @@ async fn tenants_share_only_on_purpose() -> Result<()> {
     let fleet = repository
         .fleet(&["--policy", &policy, "--keys", &keys])
         .await?;
-    for (key, wanted) in [
+    for (key, expected) in [
         (&one, "miss"),
         (&alone, "miss"),
         (&other, "hit"),
         (&alone, "hit"),
     ] {
         let metadata = [("x-api-key", key.as_str())];
-        let answered = ask(fleet.gateway.grpc, &pixels(&[image(1)]), &metadata).await?;
-        ensure!(answered.cache == wanted, "{wanted}: {}", answered.cache);
+        let reply = call(fleet.gateway.grpc, &pixels(&[image(1)]), &metadata).await?;
+        ensure!(reply.cache == expected, "{expected}: {}", reply.cache);
     }
     ensure!(computed(&fleet, "digits").await? == 2);
     Ok(())

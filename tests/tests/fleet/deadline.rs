@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use fleet_tests::calls::{client, infer, patient_infer, texts};
+use fleet_tests::calls::{client, infer, infer_by_server_deadline, texts};
 use fleet_tests::{Fleet, until};
 use protocol::inference::ModelInferRequest;
 use tonic::Code;
@@ -39,7 +39,7 @@ async fn a_deadline_ends_the_call_and_the_compute() -> Result<()> {
     for _ in 0..3 {
         let started = Instant::now();
         let timeout = Duration::from_millis(50);
-        let code = patient_infer(fleet.gateway.grpc, &slow(), timeout).await?;
+        let code = infer_by_server_deadline(fleet.gateway.grpc, &slow(), timeout).await?;
         let took = started.elapsed();
         ensure!(code == Code::DeadlineExceeded, "{code:?}");
         ensure!(took < Duration::from_millis(500), "{took:?}");
@@ -60,9 +60,9 @@ async fn a_deadline_ends_the_call_and_the_compute() -> Result<()> {
 async fn a_caller_who_leaves_stops_the_work() -> Result<()> {
     let fleet = Fleet::start(1).await?;
     let client = client(fleet.gateway.grpc).await?;
-    let patience = Duration::from_millis(150);
-    let left = tokio::time::timeout(patience, infer(&client, slow(), Duration::from_secs(30)));
-    ensure!(left.await.is_err(), "it was answered within {patience:?}");
+    let timeout = Duration::from_millis(150);
+    let left = tokio::time::timeout(timeout, infer(&client, slow(), Duration::from_secs(30)));
+    ensure!(left.await.is_err(), "it was answered within {timeout:?}");
     until(Duration::from_secs(5), "the rows are given up", || async {
         Ok(abandoned(&fleet).await? > 0.0)
     })

@@ -1,9 +1,9 @@
-//! The HTTP door: the same answers and the same errors as the gRPC door's.
+//! The HTTP door: the same responses and the same errors as the gRPC door's.
 
 mod attacks;
+mod cache;
 mod callers;
 mod errors;
-mod known;
 mod pages;
 
 use std::io::{Read, Write};
@@ -19,15 +19,15 @@ use serde_json::{Map, Value, json};
 
 const HEADER_LENGTH: &str = "inference-header-content-length";
 
-/// What the HTTP door answers.
+/// A response of the HTTP door.
 #[derive(Debug)]
-struct Told {
+struct Response {
     status: u16,
     headers: http::HeaderMap,
     bytes: Vec<u8>,
 }
 
-impl Told {
+impl Response {
     /// The JSON, without the binary tensors behind it.
     fn json(&self) -> Result<Value> {
         let json = &self.bytes[..self.json_bytes()];
@@ -46,39 +46,39 @@ impl Told {
     }
 }
 
-/// Which version of HTTP is spoken.
+/// A version of HTTP.
 #[derive(Debug, Clone, Copy)]
-enum Spoken {
-    One,
-    Two,
+enum Protocol {
+    Http1,
+    Http2,
 }
 
-fn web(spoken: Spoken) -> Result<reqwest::Client> {
+fn web(protocol: Protocol) -> Result<reqwest::Client> {
     let builder = reqwest::Client::builder().no_proxy();
-    Ok(match spoken {
-        Spoken::One => builder.http1_only(),
-        Spoken::Two => builder.http2_prior_knowledge(),
+    Ok(match protocol {
+        Protocol::Http1 => builder.http1_only(),
+        Protocol::Http2 => builder.http2_prior_knowledge(),
     }
     .timeout(Duration::from_secs(60))
     .build()?)
 }
 
-async fn told(request: reqwest::RequestBuilder) -> Result<Told> {
+async fn fetch(request: reqwest::RequestBuilder) -> Result<Response> {
     let response = request.send().await?;
-    Ok(Told {
+    Ok(Response {
         status: response.status().as_u16(),
         headers: response.headers().clone(),
         bytes: response.bytes().await?.to_vec(),
     })
 }
 
-async fn get(address: SocketAddr, path: &str) -> Result<Told> {
-    told(web(Spoken::One)?.get(format!("http://{address}{path}"))).await
+async fn get(address: SocketAddr, path: &str) -> Result<Response> {
+    fetch(web(Protocol::Http1)?.get(format!("http://{address}{path}"))).await
 }
 
-async fn post(address: SocketAddr, path: &str, body: impl Into<reqwest::Body>) -> Result<Told> {
-    let request = web(Spoken::One)?.post(format!("http://{address}{path}"));
-    told(request.body(body)).await
+async fn post(address: SocketAddr, path: &str, body: impl Into<reqwest::Body>) -> Result<Response> {
+    let request = web(Protocol::Http1)?.post(format!("http://{address}{path}"));
+    fetch(request.body(body)).await
 }
 
 fn infer_path(request: &ModelInferRequest) -> String {
@@ -148,26 +148,26 @@ fn in_json(request: &ModelInferRequest, text: bool) -> (Vec<u8>, usize) {
 
 async fn send(
     address: SocketAddr,
-    spoken: Spoken,
+    protocol: Protocol,
     request: &ModelInferRequest,
     text: bool,
     headers: &[(&str, &str)],
-) -> Result<Told> {
+) -> Result<Response> {
     let (body, length) = in_json(request, text);
-    let mut call = web(spoken)?.post(format!("http://{address}{}", infer_path(request)));
+    let mut call = web(protocol)?.post(format!("http://{address}{}", infer_path(request)));
     if !text {
         call = call.header(HEADER_LENGTH, length.to_string());
     }
     for (name, value) in headers {
         call = call.header(*name, *value);
     }
-    told(call.body(body)).await
+    fetch(call.body(body)).await
 }
 
-/// The bytes of an answer's outputs, whichever form they came in.
-fn outputs(told: &Told) -> Result<Vec<Vec<u8>>> {
-    let json = told.json()?;
-    let mut rest = &told.bytes[told.json_bytes()..];
+/// The bytes of a response's outputs, in whichever form they came.
+fn outputs(response: &Response) -> Result<Vec<Vec<u8>>> {
+    let json = response.json()?;
+    let mut rest = &response.bytes[response.json_bytes()..];
     let mut raw = Vec::new();
     for output in json["outputs"].as_array().context("no outputs")? {
         if let Some(size) = output["parameters"]["binary_data_size"].as_u64() {
@@ -203,32 +203,32 @@ async fn both_doors_answer_alike_to_the_bit() -> Result<()> {
         texts(&["a lantern", "around a \"candle\"\n", "日本語"]),
     ] {
         request.id = "request-7".to_owned();
-        let known = infer(&client, request.clone(), Duration::from_secs(30)).await?;
-        for (spoken, text) in [
-            (Spoken::One, false),
-            (Spoken::One, true),
-            (Spoken::Two, false),
-            (Spoken::Two, true),
+        let over_grpc = infer(&client, request.clone(), Duration::from_secs(30)).await?;
+        for (protocol, text) in [
+            (Protocol::Http1, false),
+            (Protocol::Http1, true),
+            (Protocol::Http2, false),
+            (Protocol::Http2, true),
         ] {
-            let told = send(gateway.http, spoken, &request, text, &[]).await?;
-            let json = told.json()?;
-            ensure!(told.status == 200, "{json}");
+            let response = send(gateway.http, protocol, &request, text, &[]).await?;
+            let json = response.json()?;
+            ensure!(response.status == 200, "{json}");
             ensure!(
                 json["id"] == "request-7" && json["model_version"] == "1",
                 "{json}"
             );
             ensure!(json["model_name"] == request.model_name.as_str(), "{json}");
-            let raw = outputs(&told)?;
-            ensure!(raw.len() == known.raw_output_contents.len(), "{json}");
-            for (own, other) in raw.iter().zip(&known.raw_output_contents) {
-                ensure!(own == other, "{}: {spoken:?}, {text}", request.model_name);
+            let raw = outputs(&response)?;
+            ensure!(raw.len() == over_grpc.raw_output_contents.len(), "{json}");
+            for (own, other) in raw.iter().zip(&over_grpc.raw_output_contents) {
+                ensure!(own == other, "{}: {protocol:?}, {text}", request.model_name);
             }
-            ensure!(told.headers.contains_key("x-request-id"), "no id");
+            ensure!(response.headers.contains_key("x-request-id"), "no id");
         }
     }
     let taken = [("x-request-id", "mine-1")];
-    let told = send(gateway.http, Spoken::One, &pixels(&rows), false, &taken).await?;
-    ensure!(told.headers["x-request-id"] == "mine-1", "another id");
+    let response = send(gateway.http, Protocol::Http1, &pixels(&rows), false, &taken).await?;
+    ensure!(response.headers["x-request-id"] == "mine-1", "another id");
     Ok(())
 }
 
@@ -237,7 +237,7 @@ fn digits() -> Result<String> {
 }
 
 #[tokio::test]
-async fn a_compressed_request_gets_a_compressed_answer() -> Result<()> {
+async fn a_compressed_request_gets_a_compressed_response() -> Result<()> {
     let fleet = Fleet::with(
         1,
         &["--model", &digits()?],
@@ -253,31 +253,31 @@ async fn a_compressed_request_gets_a_compressed_answer() -> Result<()> {
         Ok(packed.finish()?)
     };
     let url = format!("http://{address}/v2/models/digits/infer");
-    let ask = |body: Vec<u8>, encoding: &'static str| {
-        let request = web(Spoken::One).map(|web| {
+    let call = |body: Vec<u8>, encoding: &'static str| {
+        let request = web(Protocol::Http1).map(|web| {
             web.post(&url)
                 .header("content-encoding", encoding)
                 .header("accept-encoding", "gzip")
                 .body(body)
         });
-        async move { told(request?).await }
+        async move { fetch(request?).await }
     };
-    let mut answered = ask(pack(&body)?, "gzip").await?;
-    ensure!(answered.status == 200, "{answered:?}");
+    let mut response = call(pack(&body)?, "gzip").await?;
+    ensure!(response.status == 200, "{response:?}");
     ensure!(
-        answered.headers["content-encoding"] == "gzip",
-        "{answered:?}"
+        response.headers["content-encoding"] == "gzip",
+        "{response:?}"
     );
     let mut bytes = Vec::new();
-    flate2::read::GzDecoder::new(&*answered.bytes).read_to_end(&mut bytes)?;
-    answered.bytes = bytes;
-    ensure!(outputs(&answered)?[0].len() == 100 * 10 * 4, "{answered:?}");
+    flate2::read::GzDecoder::new(&*response.bytes).read_to_end(&mut bytes)?;
+    response.bytes = bytes;
+    ensure!(outputs(&response)?[0].len() == 100 * 10 * 4, "{response:?}");
     // The limit holds for what it becomes, not for what it is.
-    let bomb = ask(pack(&vec![b' '; 8 << 20])?, "gzip").await?;
+    let bomb = call(pack(&vec![b' '; 8 << 20])?, "gzip").await?;
     ensure!(bomb.status == 413, "{bomb:?}");
-    let garbage = ask(b"no gzip".to_vec(), "gzip").await?;
+    let garbage = call(b"no gzip".to_vec(), "gzip").await?;
     ensure!(garbage.status == 400, "{garbage:?}");
-    let unknown = ask(b"{}".to_vec(), "zstd").await?;
+    let unknown = call(b"{}".to_vec(), "zstd").await?;
     ensure!(
         unknown.status == 415 && unknown.text("field")?.as_deref() == Some("content-encoding"),
         "{unknown:?}"
@@ -305,8 +305,8 @@ async fn every_page_of_rest_v2_answers() -> Result<()> {
         "/v2/logging",
         "/v2/trace/setting",
     ] {
-        let told = get(address, path).await?;
-        ensure!(told.status == 200, "{path}: {told:?}");
+        let response = get(address, path).await?;
+        ensure!(response.status == 200, "{path}: {response:?}");
     }
     let json = get(address, "/v2/models/digits").await?.json()?;
     ensure!(json["inputs"][0]["shape"] == json!([-1, 64]), "{json}");
@@ -327,10 +327,10 @@ async fn every_page_of_rest_v2_answers() -> Result<()> {
 }
 
 #[tokio::test]
-async fn what_rest_v2_refuses_is_a_problem() -> Result<()> {
+async fn errors_of_rest_v2_are_problem_documents() -> Result<()> {
     let fleet = Fleet::with(1, &["--model", &digits()?], &[]).await?;
     let address = fleet.gateway.http;
-    for (told, status, field) in [
+    for (response, status, field) in [
         (get(address, "/v2/nowhere").await?, 404, None),
         (post(address, "/v2", "{}").await?, 405, None),
         (get(address, "/v2/models/digits/infer").await?, 405, None),
@@ -365,10 +365,10 @@ async fn what_rest_v2_refuses_is_a_problem() -> Result<()> {
             Some("model_name"),
         ),
     ] {
-        ensure!(told.status == status, "{told:?}");
-        ensure!(told.text("field")?.as_deref() == field, "{told:?}");
-        ensure!(told.text("error")?.is_some(), "{told:?}");
-        let kind = told.headers["content-type"].to_str()?;
+        ensure!(response.status == status, "{response:?}");
+        ensure!(response.text("field")?.as_deref() == field, "{response:?}");
+        ensure!(response.text("error")?.is_some(), "{response:?}");
+        let kind = response.headers["content-type"].to_str()?;
         ensure!(kind == "application/problem+json", "{kind}");
     }
     Ok(())

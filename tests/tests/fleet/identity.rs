@@ -72,8 +72,8 @@ impl Guarded {
             .arg("--keys")
             .arg(self.folder.join("keys.toml"))
             .output()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{arguments:?}: {said}");
+        let text = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{arguments:?}: {text}");
         Ok(String::from_utf8(output.stdout)?.trim().to_owned())
     }
 
@@ -127,10 +127,10 @@ fn bearer(token: &str) -> String {
     format!("Bearer {token}")
 }
 
-fn is(status: &Status, code: Code, said: &str) -> Result<()> {
+fn is(status: &Status, code: Code, text: &str) -> Result<()> {
     ensure!(
-        status.code() == code && status.message().contains(said),
-        "{code:?} {said}: {status:?}"
+        status.code() == code && status.message().contains(text),
+        "{code:?} {text}: {status:?}"
     );
     Ok(())
 }
@@ -220,7 +220,7 @@ async fn keys_end_when_they_expire_or_are_revoked() -> Result<()> {
     )?;
 
     let list = guarded.keys(&["list"])?;
-    for said in [
+    for text in [
         &key[6..14],
         "vision",
         "search",
@@ -228,7 +228,7 @@ async fn keys_end_when_they_expire_or_are_revoked() -> Result<()> {
         "expired",
         "good",
     ] {
-        ensure!(list.contains(said), "{said}: {list}");
+        ensure!(list.contains(text), "{text}: {list}");
     }
     let stored = std::fs::read_to_string(guarded.folder.join("keys.toml"))?;
     ensure!(!list.contains(&key[15..]) && !stored.contains(&key[15..]));
@@ -396,10 +396,10 @@ async fn public_addresses_need_identity_and_loopback_does_not() -> Result<()> {
     let (public, local) = ("0.0.0.0:0", "127.0.0.1:0");
     for (grpc, http) in [(public, local), (local, public), ("[::]:0", local)] {
         let flags = [&worker[..], &["--grpc-addr", grpc, "--http-addr", http]].concat();
-        let said = refused(&flags)?;
+        let text = refused(&flags)?;
         ensure!(
-            said.contains("--policy") && said.contains("--insecure"),
-            "{said}"
+            text.contains("--policy") && text.contains("--insecure"),
+            "{text}"
         );
     }
     let model = digits();

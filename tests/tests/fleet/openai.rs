@@ -63,8 +63,8 @@ impl Served {
             .await?)
     }
 
-    /// The body of an answer that must be one.
-    async fn asked(&self, path: &str, body: &Value) -> Result<Value> {
+    /// The body of a response that must succeed.
+    async fn success(&self, path: &str, body: &Value) -> Result<Value> {
         let response = self.post(path, body).await?;
         let status = response.status();
         let body: Value = response.json().await?;
@@ -74,7 +74,7 @@ impl Served {
         Ok(body)
     }
 
-    /// The error of an answer that must be one.
+    /// The status and the body of a response that must fail.
     async fn refused(&self, path: &str, body: &Value) -> Result<(u16, Value)> {
         let response = self.post(path, body).await?;
         let status = response.status().as_u16();
@@ -108,11 +108,11 @@ fn decoded(json: &Value) -> Result<Vec<f32>> {
 #[tokio::test]
 async fn a_vector_has_the_same_bits_through_every_door() -> Result<()> {
     let served = Served::start().await?;
-    let asked = json!({"model": "minilm", "input": TEXTS});
-    let as_numbers = served.asked("/v1/embeddings", &asked).await?;
-    let mut with_format = asked.clone();
+    let request = json!({"model": "minilm", "input": TEXTS});
+    let as_numbers = served.success("/v1/embeddings", &request).await?;
+    let mut with_format = request.clone();
     with_format["encoding_format"] = json!("base64");
-    let as_base64 = served.asked("/v1/embeddings", &with_format).await?;
+    let as_base64 = served.success("/v1/embeddings", &with_format).await?;
     let client = calls::client(served.andon.grpc).await?;
     let answer = calls::infer(&client, calls::texts(&TEXTS), Duration::from_secs(30)).await?;
     let by_grpc = calls::rows(&answer, 0);
@@ -147,7 +147,7 @@ async fn a_vector_has_the_same_bits_through_every_door() -> Result<()> {
 async fn inputs_of_every_form_are_taken() -> Result<()> {
     let served = Served::start().await?;
     let single = json!({"model": "minilm", "input": TEXTS[0], "user": "a", "extra": {"any": 1}});
-    let single = served.asked("/v1/embeddings", &single).await?;
+    let single = served.success("/v1/embeddings", &single).await?;
     let of_text = floats(&single["data"][0]["embedding"])?;
     let mut tokenize = tei::tokenize_client::TokenizeClient::new(served.grpc().await?);
     let mut request = tonic::Request::new(tei::EncodeRequest {
@@ -161,22 +161,22 @@ async fn inputs_of_every_form_are_taken() -> Result<()> {
     let tokens = tokenize.tokenize(request).await?.into_inner().tokens;
     let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
     let one = served
-        .asked("/v1/embeddings", &json!({"model": "minilm", "input": ids}))
+        .success("/v1/embeddings", &json!({"model": "minilm", "input": ids}))
         .await?;
     let of_tokens = floats(&one["data"][0]["embedding"])?;
     assert_eq!(bits(&of_text), bits(&of_tokens));
-    let asked = json!({"model": "minilm", "input": [ids, ids]});
-    let several = served.asked("/v1/embeddings", &asked).await?;
+    let request = json!({"model": "minilm", "input": [ids, ids]});
+    let several = served.success("/v1/embeddings", &request).await?;
     assert_eq!(several["data"].as_array().map(Vec::len), Some(2));
-    let asked = json!({"model": "minilm", "input": TEXTS[0], "dimensions": 64});
-    let short = served.asked("/v1/embeddings", &asked).await?;
+    let request = json!({"model": "minilm", "input": TEXTS[0], "dimensions": 64});
+    let short = served.success("/v1/embeddings", &request).await?;
     let short = floats(&short["data"][0]["embedding"])?;
     let length: f32 = short.iter().map(|value| value * value).sum();
     assert_eq!(short.len(), 64);
     assert!((length - 1.0).abs() < 1e-4, "{length}");
     let long = "lantern ".repeat(600);
-    let asked = json!({"model": "minilm", "input": long, "truncate": true});
-    served.asked("/v1/embeddings", &asked).await?;
+    let request = json!({"model": "minilm", "input": long, "truncate": true});
+    served.success("/v1/embeddings", &request).await?;
     Ok(())
 }
 
@@ -227,8 +227,8 @@ async fn errors_have_the_shape_of_openai_and_name_the_field() -> Result<()> {
         (json!({"model": "digits", "input": "a"}), 400, "model"),
         (json!({"model": "../etc", "input": "a"}), 400, "model"),
     ] {
-        let (told, error) = served.refused("/v1/embeddings", &body).await?;
-        assert_eq!(told, status, "{body}: {error}");
+        let (found, error) = served.refused("/v1/embeddings", &body).await?;
+        assert_eq!(found, status, "{body}: {error}");
         assert_eq!(error["error"]["param"], param, "{body}: {error}");
         assert_eq!(error["error"]["type"], "invalid_request_error", "{error}");
         assert!(error["error"]["message"].is_string());
@@ -237,7 +237,7 @@ async fn errors_have_the_shape_of_openai_and_name_the_field() -> Result<()> {
 }
 
 #[tokio::test]
-async fn broken_bodies_and_models_that_do_not_generate_are_told_so() -> Result<()> {
+async fn broken_bodies_and_models_that_do_not_generate_are_refused() -> Result<()> {
     let served = Served::start().await?;
     let broken = served.client.post(served.address("/v1/embeddings"));
     let broken = broken
@@ -297,12 +297,12 @@ async fn documents_are_ranked_in_both_shapes() -> Result<()> {
         ..Default::default()
     };
     let ranks = rerank.rerank(request).await?.into_inner().ranks;
-    let asked = json!({"query": "What burns in a lantern?", "documents": [texts[0], {"text": texts[1]}, texts[2]],
+    let request = json!({"query": "What burns in a lantern?", "documents": [texts[0], {"text": texts[1]}, texts[2]],
         "return_documents": true});
     for path in ["/rerank", "/v1/rerank", "/v2/rerank"] {
-        let told = served.asked(path, &asked).await?;
-        let results = told["results"].as_array().context("results")?;
-        assert_eq!(results.len(), 3, "{told}");
+        let response = served.success(path, &request).await?;
+        let results = response["results"].as_array().context("results")?;
+        assert_eq!(results.len(), 3, "{response}");
         for (result, rank) in results.iter().zip(&ranks) {
             assert_eq!(result["index"], json!(rank.index));
             let score: f32 = serde_json::from_value(result["relevance_score"].clone())?;
@@ -310,18 +310,18 @@ async fn documents_are_ranked_in_both_shapes() -> Result<()> {
             assert_eq!(result["document"]["text"], texts[rank.index as usize]);
         }
         assert!(
-            told["meta"]["tokens"]["input_tokens"].as_u64() > Some(0),
-            "{told}"
+            response["meta"]["tokens"]["input_tokens"].as_u64() > Some(0),
+            "{response}"
         );
         let best = json!({"model": "reranker", "query": "q", "documents": texts, "top_n": 1});
-        let best = served.asked(path, &best).await?;
+        let best = served.success(path, &best).await?;
         assert_eq!(best["results"].as_array().map(Vec::len), Some(1));
         assert!(best["results"][0].get("document").is_none());
     }
-    let asked = json!({"query": "What burns in a lantern?", "texts": texts, "return_text": true,
+    let request = json!({"query": "What burns in a lantern?", "texts": texts, "return_text": true,
         "raw_scores": false, "truncate": true});
-    let told = served.asked("/rerank", &asked).await?;
-    let list = told.as_array().context("a list")?;
+    let response = served.success("/rerank", &request).await?;
+    let list = response.as_array().context("a list")?;
     for (text, rank) in list.iter().zip(&ranks) {
         assert_eq!(text["index"], json!(rank.index));
         let score: f32 = serde_json::from_value(text["score"].clone())?;
@@ -332,7 +332,7 @@ async fn documents_are_ranked_in_both_shapes() -> Result<()> {
 }
 
 #[tokio::test]
-async fn wrong_rankings_are_told_the_field() -> Result<()> {
+async fn errors_in_rankings_name_their_field() -> Result<()> {
     let served = Served::start().await?;
     for (path, body, field) in [
         (
@@ -375,35 +375,35 @@ async fn wrong_rankings_are_told_the_field() -> Result<()> {
 async fn texts_are_classified_as_by_tei() -> Result<()> {
     let served = Served::start().await?;
     let mut predict = tei::predict_client::PredictClient::new(served.grpc().await?);
-    let asked = json!({"model": "classifier", "input": TEXTS});
-    let told = served.asked("/v1/classify", &asked).await?;
-    assert_eq!(told["object"], "list");
-    assert!(told["usage"]["total_tokens"].as_u64() > Some(0));
+    let request = json!({"model": "classifier", "input": TEXTS});
+    let response = served.success("/v1/classify", &request).await?;
+    assert_eq!(response["object"], "list");
+    assert!(response["usage"]["total_tokens"].as_u64() > Some(0));
     for (index, text) in TEXTS.iter().enumerate() {
         let request = tei::PredictRequest {
             inputs: (*text).to_owned(),
             ..Default::default()
         };
-        let wanted = predict.predict(request).await?.into_inner().predictions;
-        let data = &told["data"][index];
-        assert_eq!(data["label"], wanted[0].label);
-        assert_eq!(data["num_classes"], json!(wanted.len()));
+        let expected = predict.predict(request).await?.into_inner().predictions;
+        let data = &response["data"][index];
+        assert_eq!(data["label"], expected[0].label);
+        assert_eq!(data["num_classes"], json!(expected.len()));
         let probs = floats(&data["probs"])?;
-        assert_eq!(probs.len(), wanted.len());
-        for (prediction, wanted) in data["predictions"]
+        assert_eq!(probs.len(), expected.len());
+        for (prediction, expected) in data["predictions"]
             .as_array()
             .context("list")?
             .iter()
-            .zip(&wanted)
+            .zip(&expected)
         {
-            assert_eq!(prediction["label"], wanted.label);
+            assert_eq!(prediction["label"], expected.label);
             let score: f32 = serde_json::from_value(prediction["score"].clone())?;
-            assert_eq!(score.to_bits(), wanted.score.to_bits());
+            assert_eq!(score.to_bits(), expected.score.to_bits());
             assert!(bits(&probs).contains(&score.to_bits()));
         }
     }
     let one = served
-        .asked(
+        .success(
             "/v1/classify",
             &json!({"input": TEXTS[0], "raw_scores": true}),
         )

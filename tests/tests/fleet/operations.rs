@@ -33,23 +33,23 @@ fn wrong_configuration_is_refused_before_a_port_opens() -> Result<()> {
         std::fs::write(&file, text)?;
         refused(&["worker", "--config", &config], &[])
     };
-    let said = wrong("no_such_key = 1")?;
+    let error = wrong("no_such_key = 1")?;
     ensure!(
-        said.contains("no_such_key") && said.contains("grpc_addr"),
-        "{said}"
+        error.contains("no_such_key") && error.contains("grpc_addr"),
+        "{error}"
     );
     ensure!(wrong("grpc_addr = \"nowhere\"")?.contains("grpc-addr"));
     ensure!(wrong("grpc_addr = ")?.contains("not TOML"));
     ensure!(wrong("[grpc_addr]")?.contains("grpc_addr"));
-    let said = refused(&["worker", "--repository", "/nowhere"], &[])?;
-    ensure!(said.contains("is not a folder"), "{said}");
-    let said = refused(&["worker"], &[("ANDON_REPOSITORY", "/nowhere")])?;
-    ensure!(said.contains("is not a folder"), "{said}");
-    let said = refused(
+    let error = refused(&["worker", "--repository", "/nowhere"], &[])?;
+    ensure!(error.contains("is not a folder"), "{error}");
+    let error = refused(&["worker"], &[("ANDON_REPOSITORY", "/nowhere")])?;
+    ensure!(error.contains("is not a folder"), "{error}");
+    let error = refused(
         &["worker", "--repository", &repository, "--models", "nobody"],
         &[],
     )?;
-    ensure!(said.contains("nobody"), "{said}");
+    ensure!(error.contains("nobody"), "{error}");
     let worker = |flags: &[&str]| -> Result<String> {
         let fixed = ["worker", "--repository", &repository];
         refused(&[&fixed, flags].concat(), &[])
@@ -216,11 +216,11 @@ async fn a_full_queue_refuses_at_once_and_says_when_to_come_back() -> Result<()>
     let request = texts(&vec!["words that take a while to compute ".repeat(8); 64]);
     let load = Load::start(&client, &request, 8, 40);
     let outcome = load.finished().await;
-    ensure!(outcome.answered > 0, "{outcome:?}");
+    ensure!(outcome.succeeded > 0, "{outcome:?}");
     let full = outcome
         .failed
         .keys()
-        .all(|said| said.starts_with("Unavailable"));
+        .all(|error| error.starts_with("Unavailable"));
     ensure!(full && !outcome.failed.is_empty(), "{:?}", outcome.failed);
     std::fs::remove_dir_all(&repository)?;
     Ok(())
@@ -242,11 +242,11 @@ async fn a_broken_new_version_leaves_the_old_one_serving() -> Result<()> {
     copy_folder(&models()?.join("digits/1"), &broken)?;
     std::fs::write(broken.join("model.safetensors"), b"\x80\x02not weights")?;
     let refused = client.repository_model_load(load.clone()).await;
-    let said = refused.err().context("it was loaded")?;
-    ensure!(said.message().contains("model.safetensors"), "{said:?}");
+    let error = refused.err().context("it was loaded")?;
+    ensure!(error.message().contains("model.safetensors"), "{error:?}");
     ensure!(
-        !said.message().contains(&repository.display().to_string()),
-        "{said:?}"
+        !error.message().contains(&repository.display().to_string()),
+        "{error:?}"
     );
     infer(&client, pixels(&[[0.0; 64]]), Duration::from_secs(5)).await?;
     copy_folder(&models()?.join("digits/1"), &broken)?;

@@ -2,9 +2,10 @@
 //! against a second Andon.
 
 mod chains;
+mod failures;
 mod generation;
 mod money;
-mod trouble;
+
 mod vectors;
 mod web;
 
@@ -22,7 +23,7 @@ use wiremock::matchers::{method, path};
 use wiremock::{Mock, MockServer, Request, ResponseTemplate};
 
 const SECRET: &str = "sk-5ecret-of-the-tests";
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A gateway without workers, whose models are those of outside services.
 struct Outside {
@@ -59,26 +60,26 @@ impl Outside {
         })
     }
 
-    /// Calls a model; the answer with its metadata.
+    /// Calls a model; the response with its metadata.
     async fn call(
         &self,
         request: ModelInferRequest,
     ) -> Result<(ModelInferResponse, MetadataMap), Status> {
         let mut request = tonic::Request::new(request);
-        request.set_timeout(PATIENCE);
-        let answered = self.client.clone().model_infer(request).await?;
-        let (metadata, answer, _) = answered.into_parts();
+        request.set_timeout(TIMEOUT);
+        let response = self.client.clone().model_infer(request).await?;
+        let (metadata, answer, _) = response.into_parts();
         Ok((answer, metadata))
     }
 
-    /// Calls a model that does not answer; neither the caller nor the log may
+    /// Calls a model that fails; neither the caller nor the log may
     /// read the secret.
     async fn fails(&self, request: ModelInferRequest) -> Result<Status> {
         let Err(status) = self.call(request).await else {
-            anyhow::bail!("it was answered");
+            anyhow::bail!("it succeeded");
         };
-        let said = format!("{status:?}\n{}", self.gateway.logged());
-        ensure!(!said.contains(SECRET), "{said}");
+        let shown = format!("{status:?}\n{}", self.gateway.logged());
+        ensure!(!shown.contains(SECRET), "{shown}");
         ensure!(status.code() != Code::Internal, "{status:?}");
         Ok(status)
     }

@@ -1,8 +1,8 @@
 //! What a tenant may call, counted by one gateway and by several with a Redis
 //! that may fail, and how tenants share what there is.
 
-mod counted;
-mod under_way;
+mod in_flight;
+mod units;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -23,21 +23,21 @@ use tonic_types::StatusExt;
 const UP: &str = "andon_gateway_redis_up";
 
 /// Gateways that hold tenants to a policy, over a worker.
-struct Held {
+struct QuotaFleet {
     gateways: Vec<Andon>,
     keys: BTreeMap<String, String>,
     _worker: Andon,
     folder: PathBuf,
 }
 
-impl Drop for Held {
+impl Drop for QuotaFleet {
     fn drop(&mut self) {
         // A file that stays harms nobody.
         let _ = std::fs::remove_dir_all(&self.folder);
     }
 }
 
-impl Held {
+impl QuotaFleet {
     /// `policy` names the tenants `a` and perhaps `b`.
     async fn start(policy: &str, gateways: usize, flags: &[&str], delay: &str) -> Result<Self> {
         let echo = ["--delay".to_owned(), delay.to_owned()];
@@ -69,16 +69,16 @@ impl Held {
         all.extend(["--policy".to_owned(), path("policy.toml")]);
         all.extend(["--keys".to_owned(), path("keys.toml")]);
         let started = (0..gateways).map(|_| Andon::start("gateway", &all, None));
-        let held = Self {
+        let fleet = Self {
             gateways: started.collect::<Result<_>>()?,
             keys,
             _worker: worker,
             folder,
         };
-        for gateway in &held.gateways {
+        for gateway in &fleet.gateways {
             gateway.ready().await?;
         }
-        Ok(held)
+        Ok(fleet)
     }
 
     fn addresses(&self) -> Vec<SocketAddr> {
@@ -97,14 +97,14 @@ impl Held {
 
     /// What a tenant's calls come to: so many at once at each gateway, until a
     /// time is over.
-    async fn press(&self, tenant: &str, at_once: usize, time: Duration) -> Result<Pressed> {
+    async fn run_load(&self, tenant: &str, at_once: usize, time: Duration) -> Result<Report> {
         let key = self.keys.get(tenant).context("no such tenant")?;
         let load = Load {
             key: key.clone(),
             at_once,
-            end: End::Time(time),
+            end: LoadEnd::Time(time),
         };
-        press(&self.addresses(), &load).await
+        run_load(&self.addresses(), &load).await
     }
 }
 
@@ -112,11 +112,11 @@ impl Held {
 struct Load {
     key: String,
     at_once: usize,
-    end: End,
+    end: LoadEnd,
 }
 
 #[derive(Debug, Clone, Copy)]
-enum End {
+enum LoadEnd {
     /// After so long.
     Time(Duration),
     /// After so many refusals by each slot.
@@ -124,7 +124,7 @@ enum End {
 }
 
 #[derive(Debug, Default)]
-struct Pressed {
+struct Report {
     /// How long each call took that passed.
     passed: Vec<Duration>,
     refused: Vec<Status>,
@@ -133,7 +133,7 @@ struct Pressed {
     seconds: f64,
 }
 
-impl Pressed {
+impl Report {
     fn quantile(&mut self, part: f64) -> Duration {
         self.passed.sort_unstable();
         let index = (self.passed.len() as f64 * part) as usize;
@@ -150,11 +150,11 @@ impl Pressed {
     }
 
     /// Every refusal has this code, says this, and when to come back.
-    fn all_refused(&self, code: Code, said: &str) -> Result<()> {
+    fn all_refused(&self, code: Code, text: &str) -> Result<()> {
         for status in &self.refused {
             ensure!(
-                status.code() == code && status.message().contains(said),
-                "{code:?} {said}: {status:?}"
+                status.code() == code && status.message().contains(text),
+                "{code:?} {text}: {status:?}"
             );
             let retry = status.get_details_retry_info();
             let after = retry.and_then(|info| info.retry_delay);
@@ -164,7 +164,7 @@ impl Pressed {
     }
 }
 
-async fn press(addresses: &[SocketAddr], load: &Load) -> Result<Pressed> {
+async fn run_load(addresses: &[SocketAddr], load: &Load) -> Result<Report> {
     let started = Instant::now();
     let mut slots = JoinSet::new();
     for address in addresses {
@@ -173,7 +173,7 @@ async fn press(addresses: &[SocketAddr], load: &Load) -> Result<Pressed> {
             slots.spawn(slot(client.clone(), load.clone()));
         }
     }
-    let mut all = Pressed::default();
+    let mut all = Report::default();
     while let Some(ended) = slots.join_next().await {
         let ended = ended??;
         all.passed.extend(ended.passed);
@@ -184,16 +184,16 @@ async fn press(addresses: &[SocketAddr], load: &Load) -> Result<Pressed> {
     Ok(all)
 }
 
-async fn slot(mut client: fleet_tests::calls::Client, load: Load) -> Result<Pressed> {
+async fn slot(mut client: fleet_tests::calls::Client, load: Load) -> Result<Report> {
     let message = ModelInferRequest {
         model_name: "echo".to_owned(),
         ..texts(&["a text"])
     };
-    let (started, mut out) = (Instant::now(), Pressed::default());
+    let (started, mut out) = (Instant::now(), Report::default());
     loop {
         match load.end {
-            End::Time(time) if started.elapsed() >= time => return Ok(out),
-            End::Refusals(count) if out.refused.len() >= count => return Ok(out),
+            LoadEnd::Time(time) if started.elapsed() >= time => return Ok(out),
+            LoadEnd::Refusals(count) if out.refused.len() >= count => return Ok(out),
             _ => {}
         }
         let mut request = tonic::Request::new(message.clone());
@@ -202,9 +202,9 @@ async fn slot(mut client: fleet_tests::calls::Client, load: Load) -> Result<Pres
             .metadata_mut()
             .insert("x-api-key", load.key.parse()?);
         let sent = Instant::now();
-        let answered = client.model_infer(request).await;
+        let response = client.model_infer(request).await;
         out.longest = out.longest.max(sent.elapsed());
-        match answered {
+        match response {
             Ok(_) => out.passed.push(sent.elapsed()),
             Err(status) => {
                 out.refused.push(status);
@@ -224,8 +224,11 @@ const SECOND: Duration = Duration::from_secs(1);
 #[tokio::test]
 async fn a_tenant_is_held_to_its_quota_and_others_are_not() -> Result<()> {
     let policy = tenant("a", "requests_per_second = 50, burst = 10") + &tenant("b", "");
-    let held = Held::start(&policy, 1, &[], "0s").await?;
-    let (a, b) = tokio::join!(held.press("a", 4, 3 * SECOND), held.press("b", 1, SECOND));
+    let fleet = QuotaFleet::start(&policy, 1, &[], "0s").await?;
+    let (a, b) = tokio::join!(
+        fleet.run_load("a", 4, 3 * SECOND),
+        fleet.run_load("b", 1, SECOND)
+    );
     let (a, b) = (a?, b?);
     let allowed = 10.0 + 50.0 * a.seconds;
     let passed = a.passed.len() as f64;
@@ -238,7 +241,7 @@ async fn a_tenant_is_held_to_its_quota_and_others_are_not() -> Result<()> {
         "{:?}",
         b.refused
     );
-    let counted = held.gateways[0]
+    let counted = fleet.gateways[0]
         .metric("andon_gateway_limited_total{limit=\"requests_per_second\"}")
         .await?;
     ensure!(counted == Some(a.refused.len() as f64), "{counted:?}");
@@ -263,19 +266,22 @@ async fn two_gateways_share_one_quota() -> Result<()> {
     let policy = tenant("a", "items_per_day = 3000")
         + &tenant("b", "requests_per_second = 300, burst = 30")
         + "\n[limits]\nreplicas = 2\n";
-    let held = Held::start(&policy, 2, &flags, "0s").await?;
-    held.redis_is(1.0).await?;
+    let fleet = QuotaFleet::start(&policy, 2, &flags, "0s").await?;
+    fleet.redis_is(1.0).await?;
     // Rows of a day: both gateways call until there are none.
-    let key = held.keys.get("a").context("a key")?.clone();
-    let end = End::Refusals(20);
-    let addresses = held.addresses();
+    let key = fleet.keys.get("a").context("a key")?.clone();
+    let end = LoadEnd::Refusals(20);
+    let addresses = fleet.addresses();
     let load = |at_once| Load {
         key: key.clone(),
         at_once,
         end,
     };
     let (few, many) = (load(1), load(6));
-    let (one, other) = tokio::join!(press(&addresses[..1], &few), press(&addresses[1..], &many));
+    let (one, other) = tokio::join!(
+        run_load(&addresses[..1], &few),
+        run_load(&addresses[1..], &many)
+    );
     let (one, other) = (one?, other?);
     let sum = one.passed.len() + other.passed.len();
     println!(
@@ -285,11 +291,11 @@ async fn two_gateways_share_one_quota() -> Result<()> {
     );
     ensure!((2850..=3000).contains(&sum), "{sum} of 3000");
     one.all_refused(Code::ResourceExhausted, "limit of 3000 items per day")?;
-    // Requests per second. One look may fall into a moment without Redis.
+    // Requests per second. One measurement may fall into a moment without Redis.
     let mut looks = Vec::new();
     let within = loop {
-        let pressed = held.press("b", 4, 4 * SECOND).await?;
-        let share = pressed.passed.len() as f64 / (30.0 + 300.0 * pressed.seconds);
+        let report = fleet.run_load("b", 4, 4 * SECOND).await?;
+        let share = report.passed.len() as f64 / (30.0 + 300.0 * report.seconds);
         println!("requests: {share:.3} of what is allowed");
         looks.push(share);
         let within = (0.95..=1.05).contains(&share);
@@ -300,7 +306,7 @@ async fn two_gateways_share_one_quota() -> Result<()> {
         tokio::time::sleep(SECOND).await;
     };
     ensure!(within, "{looks:?} of what is allowed");
-    for gateway in &held.gateways {
+    for gateway in &fleet.gateways {
         ensure!(
             !gateway.logged().contains("a-password"),
             "a secret is in the log"
@@ -316,26 +322,26 @@ async fn a_lost_redis_leaves_each_gateway_its_share() -> Result<()> {
     let url = redis.url();
     let policy = tenant("a", "requests_per_second = 200, burst = 20")
         + "[limits]\nredis_lost = \"open\"\nreplicas = 4\n";
-    let held = Held::start(&policy, 1, &["--redis", &url], "0s").await?;
-    held.redis_is(1.0).await?;
-    held.press("a", 2, SECOND).await?;
+    let fleet = QuotaFleet::start(&policy, 1, &["--redis", &url], "0s").await?;
+    fleet.redis_is(1.0).await?;
+    fleet.run_load("a", 2, SECOND).await?;
     redis.kill()?;
-    held.redis_is(0.0).await?;
-    let mut pressed = held.press("a", 4, 3 * SECOND).await?;
-    let (allowed, passed) = (5.0 + 50.0 * pressed.seconds, pressed.passed.len() as f64);
+    fleet.redis_is(0.0).await?;
+    let mut report = fleet.run_load("a", 4, 3 * SECOND).await?;
+    let (allowed, passed) = (5.0 + 50.0 * report.seconds, report.passed.len() as f64);
     println!(
         "without Redis: {passed} of {allowed:.0}, p99 {:?}",
-        pressed.quantile(0.99)
+        report.quantile(0.99)
     );
     ensure!(
         passed <= 1.05 * allowed && passed >= 0.8 * allowed,
         "{passed} of {allowed}"
     );
-    pressed.all_refused(Code::ResourceExhausted, "requests per second")?;
+    report.all_refused(Code::ResourceExhausted, "requests per second")?;
     redis.again().await?;
-    held.redis_is(1.0).await?;
-    let pressed = held.press("a", 4, 3 * SECOND).await?;
-    let (allowed, passed) = (20.0 + 200.0 * pressed.seconds, pressed.passed.len() as f64);
+    fleet.redis_is(1.0).await?;
+    let report = fleet.run_load("a", 4, 3 * SECOND).await?;
+    let (allowed, passed) = (20.0 + 200.0 * report.seconds, report.passed.len() as f64);
     ensure!(
         passed <= 1.05 * allowed && passed >= 0.8 * allowed,
         "{passed} of {allowed}"
@@ -350,13 +356,16 @@ async fn a_lost_redis_closes_where_the_policy_says_so() -> Result<()> {
     let policy = tenant("a", "requests_per_second = 1000")
         + &tenant("b", "")
         + "[limits]\nredis_lost = \"closed\"\n";
-    let held = Held::start(&policy, 1, &["--redis", &url], "0s").await?;
-    held.redis_is(1.0).await?;
-    let pressed = held.press("a", 1, SECOND).await?;
-    ensure!(!pressed.passed.is_empty(), "{:?}", pressed.refused);
+    let fleet = QuotaFleet::start(&policy, 1, &["--redis", &url], "0s").await?;
+    fleet.redis_is(1.0).await?;
+    let report = fleet.run_load("a", 1, SECOND).await?;
+    ensure!(!report.passed.is_empty(), "{:?}", report.refused);
     redis.kill()?;
-    held.redis_is(0.0).await?;
-    let (a, b) = tokio::join!(held.press("a", 2, SECOND), held.press("b", 2, SECOND));
+    fleet.redis_is(0.0).await?;
+    let (a, b) = tokio::join!(
+        fleet.run_load("a", 2, SECOND),
+        fleet.run_load("b", 2, SECOND)
+    );
     let (a, b) = (a?, b?);
     ensure!(
         a.passed.is_empty() && !a.refused.is_empty(),
@@ -382,40 +391,36 @@ async fn a_frozen_redis_holds_nobody_up() -> Result<()> {
         "a",
         "requests_per_second = 40000, burst = 4, items_per_day = 10000000",
     );
-    let held = Held::start(&policy, 1, &["--redis", &url], "0s").await?;
-    held.redis_is(1.0).await?;
-    let mut before = held.press("a", 4, 2 * SECOND).await?;
+    let fleet = QuotaFleet::start(&policy, 1, &["--redis", &url], "0s").await?;
+    fleet.redis_is(1.0).await?;
+    let mut before = fleet.run_load("a", 4, 2 * SECOND).await?;
     redis.signal(libc::SIGSTOP)?;
-    let mut frozen = held.press("a", 4, 3 * SECOND).await?;
-    held.redis_is(0.0).await?;
-    let mut after = held.press("a", 4, 2 * SECOND).await?;
+    let mut frozen = fleet.run_load("a", 4, 3 * SECOND).await?;
+    fleet.redis_is(0.0).await?;
+    let mut after = fleet.run_load("a", 4, 2 * SECOND).await?;
     redis.signal(libc::SIGCONT)?;
-    held.redis_is(1.0).await?;
-    for (when, pressed) in [
+    fleet.redis_is(1.0).await?;
+    for (when, report) in [
         ("before", &mut before),
         ("frozen", &mut frozen),
         ("passed by", &mut after),
     ] {
-        let (half, most) = (pressed.quantile(0.5), pressed.quantile(0.99));
+        let (half, most) = (report.quantile(0.5), report.quantile(0.99));
         println!(
             "{when}: {} passed, p50 {half:?}, p99 {most:?}, longest {:?}",
-            pressed.passed.len(),
-            pressed.longest
+            report.passed.len(),
+            report.longest
         );
         ensure!(
-            pressed.passed.len() > 100,
+            report.passed.len() > 100,
             "{when}: {} passed",
-            pressed.passed.len()
+            report.passed.len()
         );
-        pressed.all_refused(Code::ResourceExhausted, "requests per second")?;
+        report.all_refused(Code::ResourceExhausted, "requests per second")?;
         // Generous: it is 20 ms and what a busy machine adds.
-        ensure!(
-            pressed.longest < 2 * SECOND,
-            "{when}: {:?}",
-            pressed.longest
-        );
+        ensure!(report.longest < 2 * SECOND, "{when}: {:?}", report.longest);
     }
-    // A Redis that hangs is found out once, by the calls that are under way
+    // A Redis that hangs is found out once, by the calls that are in flight
     // then: 20 ms for each, and nothing for those in the middle.
     let (usual, half) = (before.quantile(0.5), frozen.quantile(0.5));
     let slack = Duration::from_millis(5);
@@ -439,10 +444,10 @@ async fn a_url_with_a_password_is_refused_at_the_start() -> Result<()> {
     let mut gateway = Andon::start("gateway", &flags, None)?;
     let status = gateway.ended(20 * SECOND).await?;
     ensure!(!status.success(), "it started");
-    let said = gateway.logged();
+    let text = gateway.logged();
     ensure!(
-        said.contains("--redis-password-file") && !said.contains("hidden-one"),
-        "{said}"
+        text.contains("--redis-password-file") && !text.contains("hidden-one"),
+        "{text}"
     );
     Ok(())
 }
@@ -451,9 +456,9 @@ async fn a_url_with_a_password_is_refused_at_the_start() -> Result<()> {
 async fn tenants_share_what_there_is() -> Result<()> {
     // Four rows at a time, 20 ms each.
     let policy = tenant("a", "") + &tenant("b", "");
-    let held = Held::start(&policy, 1, &["--fair-rows", "4"], "20ms").await?;
+    let fleet = QuotaFleet::start(&policy, 1, &["--fair-rows", "4"], "20ms").await?;
     let time = 4 * SECOND;
-    let (one, other) = tokio::join!(held.press("a", 40, time), held.press("b", 8, time));
+    let (one, other) = tokio::join!(fleet.run_load("a", 40, time), fleet.run_load("b", 8, time));
     let (one, other) = (one?, other?);
     ensure!(
         one.refused.is_empty() && other.refused.is_empty(),
@@ -463,16 +468,16 @@ async fn tenants_share_what_there_is() -> Result<()> {
     let share = other.passed.len() as f64 / (one.passed.len() + other.passed.len()) as f64;
     println!("forty at once beside eight: the eight have {share:.3} of the rows");
     ensure!((0.4..0.6).contains(&share), "{share}");
-    // A machine that is busy with other tests may need another look.
+    // A machine that is busy with other tests may need another measurement.
     let mut looks = Vec::new();
     let mut good = false;
     while !good && looks.len() < 3 {
-        let (share, flood) = beside(&held, time).await?;
+        let (share, flood) = beside(&fleet, time).await?;
         good = flood <= share.mul_f64(1.5) + Duration::from_millis(5);
         looks.push((share, flood));
     }
     ensure!(good, "p99 at its share and beside a flood: {looks:?}");
-    let waiting = held.gateways[0]
+    let waiting = fleet.gateways[0]
         .metric("andon_gateway_fair_waiting")
         .await?;
     ensure!(waiting == Some(0.0), "{waiting:?} still wait");
@@ -481,10 +486,13 @@ async fn tenants_share_what_there_is() -> Result<()> {
 
 /// The p99 of a tenant under overload, beside another that asks for as much
 /// and for ten times that.
-async fn beside(held: &Held, time: Duration) -> Result<(Duration, Duration)> {
+async fn beside(fleet: &QuotaFleet, time: Duration) -> Result<(Duration, Duration)> {
     let mut p99 = Vec::new();
     for at_once in [4, 40] {
-        let (busy, quiet) = tokio::join!(held.press("a", at_once, time), held.press("b", 4, time));
+        let (busy, quiet) = tokio::join!(
+            fleet.run_load("a", at_once, time),
+            fleet.run_load("b", 4, time)
+        );
         let (mut busy, mut quiet) = (busy?, quiet?);
         println!(
             "beside {at_once} at once: p50 {:?}, p99 {:?}; theirs {:?}",

@@ -63,12 +63,12 @@ async fn pages_of_other_sites_change_nothing() -> Result<()> {
     let web = reqwest::Client::builder().no_proxy().build()?;
     let status = async |path: &str, site: &str| -> Result<u16> {
         let url = format!("http://{}{path}", fleet.gateway.http);
-        let asked = web.post(url).header("sec-fetch-site", site).send().await?;
-        Ok(asked.status().as_u16())
+        let response = web.post(url).header("sec-fetch-site", site).send().await?;
+        Ok(response.status().as_u16())
     };
     for site in ["cross-site", "same-site"] {
-        let told = status("/v2/repository/models/digits/unload", site).await?;
-        ensure!(told == 403, "{site}: {told}");
+        let found = status("/v2/repository/models/digits/unload", site).await?;
+        ensure!(found == 403, "{site}: {found}");
     }
     infer(
         &client(fleet.gateway.grpc).await?,
@@ -76,8 +76,8 @@ async fn pages_of_other_sites_change_nothing() -> Result<()> {
         Duration::from_secs(5),
     )
     .await?;
-    let told = status("/v2/repository/index", "same-origin").await?;
-    ensure!(told == 200, "{told}");
+    let found = status("/v2/repository/index", "same-origin").await?;
+    ensure!(found == 200, "{found}");
     Ok(())
 }
 
@@ -179,7 +179,7 @@ async fn calls_over_the_cap_are_shed_at_once() -> Result<()> {
         let client = client.clone();
         async move { infer(&client, slow, Duration::from_secs(30)).await }
     });
-    until(Duration::from_secs(5), "the place is taken", || async {
+    until(Duration::from_secs(5), "the permit is taken", || async {
         Ok(fleet.gateway.metric("andon_gateway_in_flight").await? == Some(1.0))
     })
     .await?;
@@ -219,7 +219,7 @@ async fn refused_early(address: SocketAddr, path: &str, calls: usize) -> Result<
 }
 
 #[tokio::test]
-async fn callers_who_are_refused_before_they_have_said_all_keep_their_connection() -> Result<()> {
+async fn callers_refused_before_the_end_of_their_body_keep_their_connection() -> Result<()> {
     let fleet = Fleet::with(1, &[], &[]).await?;
     for (address, path) in [
         (fleet.gateway.grpc, "/no.such.Service/Method"),

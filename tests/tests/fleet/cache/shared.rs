@@ -8,9 +8,9 @@ use fleet_tests::process::Andon;
 use fleet_tests::redis::Redis;
 use fleet_tests::{Fleet, until};
 
-use super::{Answered, Repository, ask, beside, computed, image};
+use super::{Reply, Repository, beside, call, computed, image};
 
-/// The names of the rows that are kept.
+/// The names of the cached rows.
 async fn names(redis: &Redis) -> Result<Vec<String>> {
     ask_redis(redis, redis::cmd("KEYS").arg("*")).await
 }
@@ -21,7 +21,7 @@ async fn ask_redis<T: redis::FromRedisValue>(redis: &Redis, command: &redis::Cmd
     Ok(command.query_async(&mut connection).await?)
 }
 
-/// Waits until so many rows are kept.
+/// Waits until so many rows are cached.
 async fn keeps(redis: &Redis, rows: usize) -> Result<()> {
     until(Duration::from_secs(20), "Redis keeps the rows", || async {
         Ok(names(redis).await?.len() == rows)
@@ -63,7 +63,7 @@ impl Pair {
             flags,
             repository,
         };
-        // Nothing is kept before both are connected.
+        // Nothing is cached before both are connected.
         for gateway in [&pair.fleet.gateway, &pair.second] {
             pair.redis_is(gateway, true).await?;
         }
@@ -72,27 +72,27 @@ impl Pair {
 
     /// Waits until a gateway uses Redis, or passes it by.
     async fn redis_is(&self, gateway: &Andon, up: bool) -> Result<()> {
-        let wanted = Some(f64::from(u8::from(up)));
+        let expected = Some(f64::from(u8::from(up)));
         until(Duration::from_secs(20), "Redis is used or not", || async {
             let up = gateway.metric("andon_gateway_cache_redis_up").await?;
-            Ok(up == wanted)
+            Ok(up == expected)
         })
         .await
     }
 
-    async fn first(&self, values: &[u8]) -> Result<Answered> {
+    async fn first(&self, values: &[u8]) -> Result<Reply> {
         let rows: Vec<[f32; 64]> = values.iter().map(|&value| image(value)).collect();
-        ask(self.fleet.gateway.grpc, &pixels(&rows), &[]).await
+        call(self.fleet.gateway.grpc, &pixels(&rows), &[]).await
     }
 
-    async fn second(&self, values: &[u8]) -> Result<Answered> {
+    async fn second(&self, values: &[u8]) -> Result<Reply> {
         let rows: Vec<[f32; 64]> = values.iter().map(|&value| image(value)).collect();
-        ask(self.second.grpc, &pixels(&rows), &[]).await
+        call(self.second.grpc, &pixels(&rows), &[]).await
     }
 }
 
 #[tokio::test]
-async fn gateways_share_what_they_know_and_redis_sees_no_input() -> Result<()> {
+async fn gateways_share_cached_rows_and_redis_sees_no_input() -> Result<()> {
     let pair = Pair::start().await?;
     let first = pair.first(&[1, 2, 3]).await?;
     ensure!(first.cache == "miss", "{}", first.cache);
@@ -102,7 +102,7 @@ async fn gateways_share_what_they_know_and_redis_sees_no_input() -> Result<()> {
     ensure!(second.cache == "2/3", "{}", second.cache);
     ensure!(computed(&pair.fleet, "digits").await? == before + 1);
     let row =
-        |answer: &Answered, row: usize| fleet_tests::calls::rows(&answer.response, 0)[row].clone();
+        |answer: &Reply, row: usize| fleet_tests::calls::rows(&answer.response, 0)[row].clone();
     ensure!(row(&second, 0) == row(&first, 2) && row(&second, 2) == row(&first, 1));
     for name in names(&pair.redis).await? {
         ensure!(name.starts_with("andon:row:") && name.len() == 53, "{name}");
@@ -116,12 +116,12 @@ async fn gateways_share_what_they_know_and_redis_sees_no_input() -> Result<()> {
     let flags = ["--redis", &pair.flags[1], "--cache-secret-file", &path];
     let stranger = beside(&pair.fleet, &flags).await?;
     pair.redis_is(&stranger, true).await?;
-    ensure!(ask(stranger.grpc, &pixels(&[image(1)]), &[]).await?.cache == "miss");
+    ensure!(call(stranger.grpc, &pixels(&[image(1)]), &[]).await?.cache == "miss");
     Ok(())
 }
 
 #[tokio::test]
-async fn what_was_changed_in_redis_is_not_believed() -> Result<()> {
+async fn changed_entries_in_redis_are_misses() -> Result<()> {
     let pair = Pair::start().await?;
     pair.first(&[1, 2, 3, 4, 5]).await?;
     keeps(&pair.redis, 5).await?;
@@ -131,7 +131,7 @@ async fn what_was_changed_in_redis_is_not_believed() -> Result<()> {
         let value: Vec<u8> = ask_redis(&pair.redis, redis::cmd("GET").arg(name)).await?;
         values.push(value);
     }
-    // Poisoned, cut, emptied, moved to another's place.
+    // Poisoned, cut, emptied, moved to another row's name.
     let last = values[0].len() - 1;
     values[0][last] ^= 0x40;
     values[1].truncate(30);
@@ -141,9 +141,9 @@ async fn what_was_changed_in_redis_is_not_believed() -> Result<()> {
         let set: String = ask_redis(&pair.redis, redis::cmd("SET").arg(name).arg(value)).await?;
         ensure!(set == "OK");
     }
-    let answered = pair.second(&[1, 2, 3, 4, 5]).await?;
-    ensure!(answered.cache == "miss", "{}", answered.cache);
-    ensure!(answered.response == pair.first(&[1, 2, 3, 4, 5]).await?.response);
+    let reply = pair.second(&[1, 2, 3, 4, 5]).await?;
+    ensure!(reply.cache == "miss", "{}", reply.cache);
+    ensure!(reply.response == pair.first(&[1, 2, 3, 4, 5]).await?.response);
     Ok(())
 }
 
@@ -154,9 +154,9 @@ async fn a_frozen_or_killed_redis_costs_no_call() -> Result<()> {
     let mut slowest = Duration::ZERO;
     for value in 0..17 {
         let started = Instant::now();
-        let answered = pair.second(&[value]).await?;
+        let reply = pair.second(&[value]).await?;
         slowest = slowest.max(started.elapsed());
-        ensure!(answered.cache == "miss", "{}", answered.cache);
+        ensure!(reply.cache == "miss", "{}", reply.cache);
     }
     println!("the slowest call while Redis hung: {slowest:?}");
     ensure!(
@@ -172,10 +172,10 @@ async fn a_frozen_or_killed_redis_costs_no_call() -> Result<()> {
         value += 0.125;
         ensure!(value < 16.0, "the gateways share nothing any more");
         let request = pixels(&[[value; 64]]);
-        ask(pair.second.grpc, &request, &[]).await?;
+        call(pair.second.grpc, &request, &[]).await?;
         // It is written a moment later.
         tokio::time::sleep(Duration::from_millis(20)).await;
-        if ask(pair.fleet.gateway.grpc, &request, &[]).await?.cache == "hit" {
+        if call(pair.fleet.gateway.grpc, &request, &[]).await?.cache == "hit" {
             break;
         }
     }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::{HEADER_LENGTH, Spoken, digits, get, in_json, post, send, told, web};
+use super::{HEADER_LENGTH, Protocol, digits, fetch, get, in_json, post, send, web};
 
 async fn fleet() -> Result<Fleet> {
     let digits = digits()?;
@@ -33,9 +33,9 @@ async fn serves(fleet: &Fleet) -> Result<()> {
     let logged = fleet.gateway.logged();
     ensure!(!logged.contains("panicked"), "{logged}");
     let request = pixels(&[[3.0; 64]]);
-    let told = send(fleet.gateway.http, Spoken::One, &request, true, &[]).await?;
-    ensure!(told.status == 200, "{told:?}");
-    // Nothing that was taken for a request is kept.
+    let response = send(fleet.gateway.http, Protocol::Http1, &request, true, &[]).await?;
+    ensure!(response.status == 200, "{response:?}");
+    // Nothing that was taken for a request stays.
     until(
         Duration::from_secs(20),
         "the bytes are given back",
@@ -52,7 +52,7 @@ async fn serves(fleet: &Fleet) -> Result<()> {
 }
 
 #[tokio::test]
-async fn json_that_is_wrong_is_told_where() -> Result<()> {
+async fn errors_in_json_name_their_field_and_position() -> Result<()> {
     let fleet = fleet().await?;
     let address = fleet.gateway.http;
     let path = "/v2/models/digits/infer";
@@ -84,19 +84,22 @@ async fn json_that_is_wrong_is_told_where() -> Result<()> {
         (input(&deep), "inputs[0].data", "line 2"),
         ("\u{0}\u{1}".to_owned(), "body", "line 1, column 1"),
     ] {
-        let told = post(address, path, body).await?;
-        ensure!(told.status == 400, "{told:?}");
-        ensure!(told.text("field")?.as_deref() == Some(field), "{told:?}");
-        let error = told.text("error")?.unwrap_or_default();
+        let response = post(address, path, body).await?;
+        ensure!(response.status == 400, "{response:?}");
+        ensure!(
+            response.text("field")?.as_deref() == Some(field),
+            "{response:?}"
+        );
+        let error = response.text("error")?.unwrap_or_default();
         ensure!(error.contains(place), "{place}: {error}");
     }
-    let form = web(Spoken::One)?
+    let form = web(Protocol::Http1)?
         .post(format!("http://{address}{path}"))
         .header("content-type", "application/x-www-form-urlencoded");
-    let told = told(form.body("{}")).await?;
+    let response = fetch(form.body("{}")).await?;
     ensure!(
-        told.text("field")?.as_deref() == Some("content-type"),
-        "{told:?}"
+        response.text("field")?.as_deref() == Some("content-type"),
+        "{response:?}"
     );
     serves(&fleet).await
 }
@@ -182,9 +185,9 @@ async fn objects_are_not_read_from_lists_nor_words_from_objects() -> Result<()> 
     let fleet = fleet().await?;
     let address = fleet.gateway.http;
     let refuse = |path: String, body: Value, field: &'static str| async move {
-        let told = post(address, &path, body.to_string()).await?;
-        ensure!(told.status == 400, "{path}: {body}: {told:?}");
-        let problem = told.json()?;
+        let response = post(address, &path, body.to_string()).await?;
+        ensure!(response.status == 400, "{path}: {body}: {response:?}");
+        let problem = response.json()?;
         let named = [&problem["field"], &problem["error"]["param"]];
         ensure!(named.contains(&&json!(field)), "{path}: {body}: {problem}");
         Ok(())
@@ -246,7 +249,7 @@ async fn heads_and_bodies_that_never_end_are_ended() -> Result<()> {
 async fn mutated_requests_get_a_status_and_nobody_panics() -> Result<()> {
     let fleet = fleet().await?;
     let address = fleet.gateway.http;
-    let client = web(Spoken::Two)?;
+    let client = web(Protocol::Http2)?;
     let mut number = 0x9e37_79b9_7f4a_7c15_u64;
     let mut next = |end: usize| {
         number ^= number << 13;
@@ -274,9 +277,9 @@ async fn mutated_requests_get_a_status_and_nobody_panics() -> Result<()> {
         if !text {
             call = call.header(HEADER_LENGTH, length.to_string());
         }
-        let told = told(call).await?;
-        let known = [200, 400].contains(&told.status);
-        ensure!(known, "round {round}: {told:?}");
+        let response = fetch(call).await?;
+        let known = [200, 400].contains(&response.status);
+        ensure!(known, "round {round}: {response:?}");
     }
     serves(&fleet).await
 }

@@ -12,7 +12,7 @@ use fleet_tests::tokens::{AUDIENCE, ISSUER, Signer, claims, key_set};
 use reqwest::{Client, Version};
 use serde_json::json;
 
-use super::{Spoken, Told, digits, in_json, told};
+use super::{Protocol, Response, digits, fetch, in_json};
 
 const TENANTS: &str = r#"
     [tenants.vision]
@@ -63,7 +63,7 @@ impl Secure {
     }
 
     /// A client that trusts the gateway, and may show a certificate.
-    fn client(&self, spoken: Spoken, shown: Option<&Certificate>) -> Result<Client> {
+    fn client(&self, protocol: Protocol, shown: Option<&Certificate>) -> Result<Client> {
         let trusted = reqwest::Certificate::from_pem(self.authority.pem().as_bytes())?;
         let mut builder = Client::builder()
             .no_proxy()
@@ -76,9 +76,9 @@ impl Secure {
             let pem = [std::fs::read(cert)?, std::fs::read(key)?].concat();
             builder = builder.identity(reqwest::Identity::from_pem(&pem)?);
         }
-        let builder = match spoken {
-            Spoken::One => builder.http1_only(),
-            Spoken::Two => builder.http2_prior_knowledge(),
+        let builder = match protocol {
+            Protocol::Http1 => builder.http1_only(),
+            Protocol::Http2 => builder.http2_prior_knowledge(),
         };
         Ok(builder.build()?)
     }
@@ -92,20 +92,23 @@ impl Secure {
     }
 }
 
-fn is(told: &Told, status: u16, code: &str) -> Result<()> {
-    let said = told.json()?["code"].as_str().unwrap_or_default().to_owned();
-    ensure!(told.status == status && said == code, "{told:?}");
+fn is(response: &Response, status: u16, code: &str) -> Result<()> {
+    let found = response.json()?["code"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    ensure!(response.status == status && found == code, "{response:?}");
     Ok(())
 }
 
 #[tokio::test]
 async fn both_versions_are_spoken_over_tls() -> Result<()> {
     let secure = Secure::start(&[], &[]).await?;
-    for (spoken, version) in [
-        (Spoken::One, Version::HTTP_11),
-        (Spoken::Two, Version::HTTP_2),
+    for (protocol, version) in [
+        (Protocol::Http1, Version::HTTP_11),
+        (Protocol::Http2, Version::HTTP_2),
     ] {
-        let client = secure.client(spoken, None)?;
+        let client = secure.client(protocol, None)?;
         let response = secure.request(&client).send().await?;
         ensure!(response.version() == version, "{response:?}");
         ensure!(response.status() == 200, "{response:?}");
@@ -141,17 +144,17 @@ async fn a_certificate_stands_for_its_tenant_over_http() -> Result<()> {
     let search = callers.issue(Some("spiffe://andon/search"))?;
     let unknown = callers.issue(Some("spiffe://andon/unknown"))?;
     let forged = secure.authority.issue(Some("spiffe://andon/vision"))?;
-    for spoken in [Spoken::One, Spoken::Two] {
-        let ask = async |shown: Option<&Certificate>| -> Result<Told> {
-            let client = secure.client(spoken, shown)?;
-            told(secure.request(&client)).await
+    for protocol in [Protocol::Http1, Protocol::Http2] {
+        let call = async |shown: Option<&Certificate>| -> Result<Response> {
+            let client = secure.client(protocol, shown)?;
+            fetch(secure.request(&client)).await
         };
-        let answered = ask(Some(&vision)).await?;
-        ensure!(answered.status == 200, "{answered:?}");
-        is(&ask(Some(&search)).await?, 403, "PERMISSION_DENIED")?;
-        is(&ask(Some(&unknown)).await?, 401, "UNAUTHENTICATED")?;
+        let response = call(Some(&vision)).await?;
+        ensure!(response.status == 200, "{response:?}");
+        is(&call(Some(&search)).await?, 403, "PERMISSION_DENIED")?;
+        is(&call(Some(&unknown)).await?, 401, "UNAUTHENTICATED")?;
         for shown in [None, Some(&forged)] {
-            let refused = ask(shown).await;
+            let refused = call(shown).await;
             ensure!(refused.is_err(), "{refused:?}");
         }
     }
@@ -174,19 +177,19 @@ async fn a_token_stands_for_its_tenant_over_http() -> Result<()> {
     let secure = Secure::start(&files, &flags).await?;
     let mut late = claims("vision");
     late["exp"] = json!(1);
-    for spoken in [Spoken::One, Spoken::Two] {
-        let client = secure.client(spoken, None)?;
-        let ask = async |token: String| told(secure.request(&client).bearer_auth(token)).await;
-        let answered = ask(signer.sign(&claims("vision"))?).await?;
-        ensure!(answered.status == 200, "{answered:?}");
-        let other = ask(signer.sign(&claims("search"))?).await?;
+    for protocol in [Protocol::Http1, Protocol::Http2] {
+        let client = secure.client(protocol, None)?;
+        let call = async |token: String| fetch(secure.request(&client).bearer_auth(token)).await;
+        let response = call(signer.sign(&claims("vision"))?).await?;
+        ensure!(response.status == 200, "{response:?}");
+        let other = call(signer.sign(&claims("search"))?).await?;
         is(&other, 403, "PERMISSION_DENIED")?;
         for token in [
             signer.sign(&late)?,
             stranger.sign(&claims("vision"))?,
             "no.real.token".to_owned(),
         ] {
-            let refused = ask(token).await?;
+            let refused = call(token).await?;
             is(&refused, 401, "UNAUTHENTICATED")?;
             ensure!(
                 refused.headers.contains_key("www-authenticate"),
@@ -194,7 +197,7 @@ async fn a_token_stands_for_its_tenant_over_http() -> Result<()> {
             );
         }
         is(
-            &told(secure.request(&client)).await?,
+            &fetch(secure.request(&client)).await?,
             401,
             "UNAUTHENTICATED",
         )?;

@@ -30,7 +30,7 @@ async fn certificates_change_under_load_and_no_request_fails() -> Result<()> {
 
     // Each request has a connection of its own: those that are open keep the
     // certificate that they began with. One more goes on all the while.
-    let (stop, answered) = (
+    let (stop, response) = (
         Arc::new(AtomicBool::new(false)),
         Arc::new(AtomicUsize::new(0)),
     );
@@ -38,7 +38,7 @@ async fn certificates_change_under_load_and_no_request_fails() -> Result<()> {
     let lasting = client(address, &authority, None, &Arc::default()).await?;
     let mut load = tokio::task::JoinSet::new();
     for slot in 0..4 {
-        let (stop, answered, seen) = (stop.clone(), answered.clone(), seen.clone());
+        let (stop, response, seen) = (stop.clone(), response.clone(), seen.clone());
         let (authority, lasting) = (authority.clone(), lasting.clone());
         load.spawn(async move {
             while !stop.load(Ordering::Relaxed) {
@@ -47,7 +47,7 @@ async fn certificates_change_under_load_and_no_request_fails() -> Result<()> {
                     _ => client(address, &authority, None, &seen).await?,
                 };
                 infer(&client, pixels(&[[1.0; 64]]), PATIENCE).await?;
-                answered.fetch_add(1, Ordering::Relaxed);
+                response.fetch_add(1, Ordering::Relaxed);
             }
             anyhow::Ok(())
         });
@@ -62,9 +62,9 @@ async fn certificates_change_under_load_and_no_request_fails() -> Result<()> {
                 .is_ok_and(|seen| seen.as_ref() == Some(&next.der)))
         })
         .await?;
-        let before = answered.load(Ordering::Relaxed);
+        let before = response.load(Ordering::Relaxed);
         until(PATIENCE, "the load goes on", || async {
-            Ok(answered.load(Ordering::Relaxed) > before + 20)
+            Ok(response.load(Ordering::Relaxed) > before + 20)
         })
         .await?;
     }
@@ -98,8 +98,8 @@ async fn a_certificate_stands_for_its_tenant() -> Result<()> {
     let address = guarded.fleet.gateway.grpc;
     let code = async |shown: Option<&Certificate>| -> Result<Code> {
         let client = client(address, &authority, shown, &Arc::default()).await?;
-        let answered = infer(&client, pixels(&[[1.0; 64]]), PATIENCE).await;
-        Ok(answered.err().map_or(Code::Ok, |status| status.code()))
+        let response = infer(&client, pixels(&[[1.0; 64]]), PATIENCE).await;
+        Ok(response.err().map_or(Code::Ok, |status| status.code()))
     };
     let vision = callers.issue(Some("spiffe://andon/vision"))?;
     let search = callers.issue(Some("spiffe://andon/search"))?;

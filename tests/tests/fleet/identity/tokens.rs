@@ -37,7 +37,7 @@ async fn tokens_that_lie_are_refused() -> Result<()> {
             Code::PermissionDenied,
             "model",
         )?;
-        for (name, value, said) in [
+        for (name, value, expected) in [
             ("exp", json!(now() - 60), "expired"),
             ("exp", Value::Null, "claim"),
             ("nbf", json!(now() + 60), "not valid yet"),
@@ -54,7 +54,7 @@ async fn tokens_that_lie_are_refused() -> Result<()> {
             let mut wrong = right.clone();
             wrong[name] = value;
             let status = infer(&guarded, &signer.sign(&wrong)?).await?;
-            is(&status, Code::Unauthenticated, said)?;
+            is(&status, Code::Unauthenticated, expected)?;
         }
         // One signer's token in another's name, and in nobody's.
         for kid in ["r", "e", "d", "none"] {
@@ -86,8 +86,8 @@ async fn a_flood_of_unknown_signers_fetches_once() -> Result<()> {
     let page = page.mount_as_scoped(&server).await;
     let source = format!("jwks_url = \"{}/keys\"", server.uri());
     let guarded = Guarded::start(&policy(&source), &[], &[]).await?;
-    let patience = std::time::Duration::from_secs(20);
-    fleet_tests::until(patience, "the signers are known", || async {
+    let timeout = std::time::Duration::from_secs(20);
+    fleet_tests::until(timeout, "the signers are known", || async {
         Ok(guarded.fleet.gateway.logged().contains("keys were fetched"))
     })
     .await?;
@@ -117,8 +117,8 @@ async fn a_flood_of_unknown_signers_fetches_once() -> Result<()> {
         });
     }
     // So many wait for the page; the others are told to come again.
-    while let Some(answered) = flood.join_next().await {
-        let status = answered??;
+    while let Some(response) = flood.join_next().await {
+        let status = response??;
         match status.code() {
             Code::Unavailable => is(&status, Code::Unavailable, "many wait")?,
             _ => is(&status, Code::Unauthenticated, "not known")?,

@@ -24,8 +24,8 @@ async fn a_model_of_no_worker_is_answered_for_by_a_provider() -> Result<()> {
     let outside = Outside::with(&catalogue, &["--worker", &nowhere]).await?;
     let (answer, metadata) = outside.call(texts("any", &["one"])).await?;
     ensure!(answer.model_name == "small" && rows(&answer, 0) == [vector("one")]);
-    let said = metadata.get("x-andon-fallback").context("no reason")?;
-    ensure!(said.to_str()? == "small; UNAVAILABLE", "{said:?}");
+    let fallback = metadata.get("x-andon-fallback").context("no reason")?;
+    ensure!(fallback.to_str()? == "small; UNAVAILABLE", "{fallback:?}");
     let counted = "andon_gateway_fallbacks_total{chain=\"any\",reason=\"UNAVAILABLE\"}";
     ensure!(outside.gateway.metric(counted).await? == Some(1.0));
     // A request that is wrong is wrong for all of them.
@@ -49,10 +49,10 @@ async fn a_provider_that_is_gone_is_answered_for_by_a_worker() -> Result<()> {
     let client = calls::client(fleet.gateway.grpc).await?;
     let timeout = Duration::from_secs(10);
     let direct = calls::infer(&client, texts("minilm", &["one"]), timeout).await?;
-    let answered = client.clone().model_infer(texts("any", &["one"])).await?;
-    let said = answered.metadata().get("x-andon-fallback");
-    ensure!(said.context("no reason")?.to_str()? == "minilm; UNAVAILABLE");
-    let answer = answered.into_inner();
+    let response = client.clone().model_infer(texts("any", &["one"])).await?;
+    let fallback = response.metadata().get("x-andon-fallback");
+    ensure!(fallback.context("no reason")?.to_str()? == "minilm; UNAVAILABLE");
+    let answer = response.into_inner();
     ensure!(answer.model_name == "minilm");
     ensure!(answer.raw_output_contents == direct.raw_output_contents);
     // The first model's answer says nothing of a chain.
@@ -80,14 +80,14 @@ async fn a_model_that_hangs_leaves_time_for_the_next() -> Result<()> {
     let outside = Outside::start(&catalogue).await?;
     let mut request = tonic::Request::new(texts("any", &["one"]));
     request.set_timeout(Duration::from_secs(6));
-    let answered = outside.client.clone().model_infer(request).await?;
-    let said = answered.metadata().get("x-andon-fallback");
-    ensure!(said.context("no reason")?.to_str()? == "works; DEADLINE_EXCEEDED");
+    let response = outside.client.clone().model_infer(request).await?;
+    let fallback = response.metadata().get("x-andon-fallback");
+    ensure!(fallback.context("no reason")?.to_str()? == "works; DEADLINE_EXCEEDED");
     Ok(())
 }
 
 #[tokio::test]
-async fn a_chain_of_which_nobody_answers_says_what_the_last_said() -> Result<()> {
+async fn a_chain_that_fails_returns_the_error_of_its_last_model() -> Result<()> {
     let url = format!("http://{}/v1", free_port()?);
     let more = format!("{EMBEDDING}\nretries_max = 0");
     let catalogue =

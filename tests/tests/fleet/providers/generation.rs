@@ -44,7 +44,7 @@ fn prompt(model: &str, id: &str, text: &str) -> ModelInferRequest {
     }
 }
 
-fn said(answer: &ModelInferResponse) -> Result<String> {
+fn generated(answer: &ModelInferResponse) -> Result<String> {
     let raw = answer.raw_output_contents.first().context("no output")?;
     let text = raw.get(4..).context("no element")?;
     Ok(String::from_utf8(text.to_vec())?)
@@ -61,18 +61,18 @@ fn openai_asks() -> Value {
 }
 
 /// Answers whole, or in these events when a stream is asked for.
-pub(super) async fn writer(path: &str, asked: Value, answer: Value, events: &str) -> MockServer {
+pub(super) async fn writer(path: &str, received: Value, answer: Value, events: &str) -> MockServer {
     let server = MockServer::start().await;
     let sse = ResponseTemplate::new(200).set_body_raw(events.to_owned(), "text/event-stream");
     posts(path)
-        .and(body_partial_json(asked.clone()))
+        .and(body_partial_json(received.clone()))
         .and(body_partial_json(json!({"stream": true})))
         .respond_with(sse)
         .with_priority(1)
         .mount(&server)
         .await;
     posts(path)
-        .and(body_partial_json(asked))
+        .and(body_partial_json(received))
         .respond_with(ResponseTemplate::new(200).set_body_json(answer))
         .mount(&server)
         .await;
@@ -113,12 +113,12 @@ fn parts(answers: &[ModelStreamInferResponse]) -> Result<Vec<(String, String, bo
         let last = part.parameters.get("triton_final_response");
         let last = last.and_then(|last| last.parameter_choice.clone());
         let last = last == Some(ParameterChoice::BoolParam(true));
-        Ok((part.id.clone(), said(part)?, last))
+        Ok((part.id.clone(), generated(part)?, last))
     });
     parts.collect()
 }
 
-fn wanted(id: &str) -> Vec<(String, String, bool)> {
+fn expected(id: &str) -> Vec<(String, String, bool)> {
     [("Good ", false), ("day", false), ("", true)]
         .map(|(text, last)| (id.to_owned(), text.to_owned(), last))
         .to_vec()
@@ -132,7 +132,7 @@ async fn an_openai_shaped_service_writes_whole_and_in_parts() -> Result<()> {
     let url = format!("{}/v1", server.uri());
     let outside = Outside::start(&entry("big", &url, OPENAI)).await?;
     let (answer, metadata) = outside.call(prompt("big", "1", "hello")).await?;
-    ensure!(said(&answer)? == "Good day" && answer.id == "1");
+    ensure!(generated(&answer)? == "Good day" && answer.id == "1");
     ensure!(
         metadata
             .get("x-compute-tokens")
@@ -146,7 +146,7 @@ async fn an_openai_shaped_service_writes_whole_and_in_parts() -> Result<()> {
     let requests = vec![prompt("big", "a", "hello"), prompt("big", "b", "hello")];
     let answers = streamed(&outside, requests).await?;
     ensure!(
-        parts(&answers)? == [wanted("a"), wanted("b")].concat(),
+        parts(&answers)? == [expected("a"), expected("b")].concat(),
         "{answers:?}"
     );
     let last = answers.last().and_then(|last| last.infer_response.as_ref());
@@ -159,7 +159,7 @@ async fn an_openai_shaped_service_writes_whole_and_in_parts() -> Result<()> {
 
 #[tokio::test]
 async fn an_anthropic_shaped_service_writes_whole_and_in_parts() -> Result<()> {
-    let asked = json!({
+    let received = json!({
         "model": "theirs", "max_tokens": 7, "system": "be kind", "stop_sequences": ["END"],
         "messages": [{"role": "user", "content": "hello"}],
     });
@@ -173,7 +173,7 @@ async fn an_anthropic_shaped_service_writes_whole_and_in_parts() -> Result<()> {
         event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"delta\":{\"type\":\"text_delta\",\"text\":\"day\"}}\n\n\
         event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{\"output_tokens\":2}}\n\n\
         event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n";
-    let server = writer("/v1/messages", asked, answer, events).await;
+    let server = writer("/v1/messages", received, answer, events).await;
     let (url, key) = (format!("{}/v1", server.uri()), key()?);
     let more = format!(
         "{}\nkey_file = {}",
@@ -183,12 +183,12 @@ async fn an_anthropic_shaped_service_writes_whole_and_in_parts() -> Result<()> {
     let mut outside = Outside::start(&entry("big", &url, &more)).await?;
     outside.files.push(key);
     let (answer, _) = outside.call(prompt("big", "", "hello")).await?;
-    ensure!(said(&answer)? == "Good day");
+    ensure!(generated(&answer)? == "Good day");
     let answers = streamed(&outside, vec![prompt("big", "a", "hello")]).await?;
-    ensure!(parts(&answers)? == wanted("a"), "{answers:?}");
+    ensure!(parts(&answers)? == expected("a"), "{answers:?}");
     ensure!(outside.gateway.metric(COST).await? == Some(14.0));
-    let asked = server.received_requests().await.unwrap_or_default();
-    for request in asked {
+    let received = server.received_requests().await.unwrap_or_default();
+    for request in received {
         let sent = |name: &str| request.headers.get(name).and_then(|v| v.to_str().ok());
         ensure!(sent("x-api-key") == Some(SECRET) && sent("anthropic-version").is_some());
     }
@@ -206,14 +206,14 @@ async fn a_stream_that_breaks_off_says_so_and_the_next_request_is_answered() -> 
         format!("{whole}data: {{\"error\":{{\"message\":\"no\"}}}}\n\n"),
         format!("{whole}data: rubbish\n\n"),
     ] {
-        let asked = json!({"model": "theirs"});
-        let server = writer("/v1/chat/completions", asked, answer.clone(), &events).await;
+        let received = json!({"model": "theirs"});
+        let server = writer("/v1/chat/completions", received, answer.clone(), &events).await;
         let url = format!("{}/v1", server.uri());
         let outside = Outside::start(&entry("big", &url, OPENAI)).await?;
         let requests = vec![prompt("big", "a", "hello"), texts("nobody", &["a"])];
         let answers = streamed(&outside, requests).await?;
         ensure!(answers.len() == 4, "{answers:?}");
-        ensure!(parts(&answers[..2])? == wanted("a")[..2]);
+        ensure!(parts(&answers[..2])? == expected("a")[..2]);
         ensure!(answers[2].error_message.contains("'big'"), "{answers:?}");
         ensure!(answers[3].error_message.contains("nobody"), "{answers:?}");
         // What came is charged all the same: the parts, and a guess at what was read.
@@ -245,7 +245,7 @@ async fn a_service_that_falls_silent_in_the_middle_is_given_up() -> Result<()> {
 }
 
 #[tokio::test]
-async fn what_is_wrong_with_a_prompt_is_named() -> Result<()> {
+async fn errors_in_a_prompt_name_their_field() -> Result<()> {
     let server = openai_writer().await;
     let url = format!("{}/v1", server.uri());
     let outside = Outside::start(&entry("big", &url, OPENAI)).await?;
@@ -282,9 +282,9 @@ async fn a_bearer_is_sent_only_where_there_is_a_key() -> Result<()> {
     let url = format!("{}/v1", server.uri());
     let outside = Outside::start(&entry("big", &url, OPENAI)).await?;
     outside.call(prompt("big", "a", "hello")).await?;
-    let asked = server.received_requests().await.unwrap_or_default();
+    let received = server.received_requests().await.unwrap_or_default();
     ensure!(
-        asked
+        received
             .iter()
             .all(|request| !request.headers.contains_key("authorization"))
     );

@@ -9,7 +9,7 @@ use tonic::Code;
 use tonic_types::StatusExt;
 use wiremock::{MockServer, ResponseTemplate};
 
-use super::{Outside, PATIENCE, embedder, embedding, posts, texts};
+use super::{Outside, TIMEOUT, embedder, embedding, posts, texts};
 
 const PRICED: &str = "price = { input_per_million = 50000.0, per_request = 0.1 }";
 
@@ -52,7 +52,7 @@ async fn a_budget_that_is_spent_refuses() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_caller_who_does_not_wait_pays_a_guess() -> Result<()> {
+async fn a_caller_who_does_not_wait_is_charged_an_estimate() -> Result<()> {
     let server = MockServer::start().await;
     let slow = ResponseTemplate::new(200).set_delay(Duration::from_secs(300));
     posts("/v1/embeddings")
@@ -61,11 +61,13 @@ async fn a_caller_who_does_not_wait_pays_a_guess() -> Result<()> {
         .await;
     let outside = Outside::start(&embedding("small", &server, PRICED)).await?;
     let request = texts("small", &["abcdefgh"]);
-    let code = calls::patient_infer(outside.gateway.grpc, &request, Duration::from_secs(1)).await?;
+    let code =
+        calls::infer_by_server_deadline(outside.gateway.grpc, &request, Duration::from_secs(1))
+            .await?;
     ensure!(code == Code::DeadlineExceeded, "{code:?}");
     // Eight bytes are two tokens: 2 × 0.05 + 0.1.
     let cost = "andon_gateway_provider_cost_total{tenant=\"anyone\",model=\"small\"}";
-    until(PATIENCE, "the guess is charged", || async {
+    until(TIMEOUT, "the guess is charged", || async {
         let counted = outside.gateway.metric(cost).await?.unwrap_or_default();
         Ok((counted - 0.2).abs() < 1e-9)
     })

@@ -16,7 +16,7 @@ use tonic::transport::{Channel, Endpoint};
 use wiremock::matchers::header;
 use wiremock::{MockServer, Request, ResponseTemplate};
 
-use super::{EMBEDDING, Outside, PATIENCE, SECRET, embed, embedding, entry, key, posts, quoted};
+use super::{EMBEDDING, Outside, SECRET, TIMEOUT, embed, embedding, entry, key, posts, quoted};
 use super::{texts, vector};
 
 async fn channel(outside: &Outside) -> Result<Channel> {
@@ -41,11 +41,11 @@ async fn embeddings_are_those_that_the_provider_sent_bit_for_bit() -> Result<()>
     let more = format!("width = 3\nkey_file = {}", quoted(&key));
     let mut outside = Outside::start(&embedding("small", &server, &more)).await?;
     outside.files.push(key);
-    let asked = ["one", "other text", ""];
-    let (answer, metadata) = outside.call(texts("small", &asked)).await?;
+    let inputs = ["one", "other text", ""];
+    let (answer, metadata) = outside.call(texts("small", &inputs)).await?;
     ensure!(answer.model_version == "1" && answer.outputs[0].name == "embedding");
-    let wanted: Vec<Vec<f32>> = asked.iter().map(|text| vector(text).to_vec()).collect();
-    ensure!(rows(&answer, 0) == wanted, "{answer:?}");
+    let expected: Vec<Vec<f32>> = inputs.iter().map(|text| vector(text).to_vec()).collect();
+    ensure!(rows(&answer, 0) == expected, "{answer:?}");
     let tokens = metadata.get("x-compute-tokens").context("no tokens")?;
     ensure!(tokens.to_str()? == "6");
 
@@ -85,26 +85,26 @@ async fn a_provider_describes_itself_like_a_local_model() -> Result<()> {
     let outside = Outside::start(&catalogue).await?;
     let mut client = outside.client.clone();
     let name = || "small".to_owned();
-    let asked = ModelMetadataRequest {
+    let request = ModelMetadataRequest {
         name: name(),
         version: "1".to_owned(),
     };
-    let metadata = client.model_metadata(asked).await?.into_inner();
+    let metadata = client.model_metadata(request).await?.into_inner();
     ensure!(metadata.platform == "andon_provider" && metadata.versions == ["1"]);
     ensure!(metadata.inputs[0].name == "text" && metadata.inputs[0].shape == [-1]);
     ensure!(metadata.outputs[0].shape == [-1, 3]);
-    let asked = ModelConfigRequest {
+    let request = ModelConfigRequest {
         name: name(),
         ..Default::default()
     };
-    let config = client.model_config(asked).await?.into_inner().config;
+    let config = client.model_config(request).await?.into_inner().config;
     ensure!(config.context("no config")?.output[0].dims == [3]);
     for (version, ready) in [("", true), ("1", true), ("2", false)] {
-        let asked = ModelReadyRequest {
+        let request = ModelReadyRequest {
             name: name(),
             version: version.to_owned(),
         };
-        ensure!(client.model_ready(asked).await?.into_inner().ready == ready);
+        ensure!(client.model_ready(request).await?.into_inner().ready == ready);
     }
     let index = client.repository_index(RepositoryIndexRequest::default());
     let index = index.await?.into_inner().models;
@@ -138,7 +138,7 @@ fn field(status: &tonic::Status) -> Option<String> {
 }
 
 #[tokio::test]
-async fn what_is_wrong_with_a_request_is_named_like_a_local_models() -> Result<()> {
+async fn errors_in_a_request_name_their_field_like_a_local_models() -> Result<()> {
     let server = super::embedder().await;
     let more = "width = 3\nrows_max = 2";
     let outside = Outside::start(&embedding("small", &server, more)).await?;
@@ -158,7 +158,7 @@ async fn what_is_wrong_with_a_request_is_named_like_a_local_models() -> Result<(
     input.inputs[0].name = "words".to_owned();
     let mut text = good();
     text.raw_input_contents = vec![vec![1, 0, 0, 0, 0xff].into()];
-    for (request, wanted) in [
+    for (request, expected) in [
         (
             parameter("dimensions", ParameterChoice::Int64Param(4)),
             "parameters[dimensions]",
@@ -180,11 +180,11 @@ async fn what_is_wrong_with_a_request_is_named_like_a_local_models() -> Result<(
         let status = outside.fails(request).await?;
         ensure!(
             status.code() == Code::InvalidArgument,
-            "{wanted}: {status:?}"
+            "{expected}: {status:?}"
         );
         ensure!(
-            field(&status).as_deref() == Some(wanted),
-            "{wanted}: {status:?}"
+            field(&status).as_deref() == Some(expected),
+            "{expected}: {status:?}"
         );
     }
     ensure!(
@@ -247,8 +247,8 @@ async fn texts_are_ranked_by_a_cohere_shaped_service() -> Result<()> {
     let more = "kind = \"cohere\"\ntask = \"rerank\"\nprice = { per_search = 0.25 }";
     let outside = Outside::start(&entry("judge", &url, more)).await?;
     // Two queries are two searches.
-    let asked = [("q", "four"), ("r", "eight888"), ("q", "")];
-    let (answer, _) = outside.call(pairs("judge", &asked)).await?;
+    let inputs = [("q", "four"), ("r", "eight888"), ("q", "")];
+    let (answer, _) = outside.call(pairs("judge", &inputs)).await?;
     ensure!(rows(&answer, 0) == [[0.25f32], [0.5], [0.0]], "{answer:?}");
     let cost = "andon_gateway_provider_cost_total{tenant=\"anyone\",model=\"judge\"}";
     ensure!(outside.gateway.metric(cost).await? == Some(0.5));
@@ -265,12 +265,12 @@ async fn texts_are_ranked_by_a_cohere_shaped_service() -> Result<()> {
         .iter()
         .map(|r| (r.index, r.text.as_deref(), r.score))
         .collect();
-    let wanted = [
+    let expected = [
         (1, Some("eight888"), 0.5),
         (2, Some("four"), 0.25),
         (0, Some(""), 0.0),
     ];
-    ensure!(ranks == wanted, "{ranks:?}");
+    ensure!(ranks == expected, "{ranks:?}");
     Ok(())
 }
 
@@ -303,13 +303,13 @@ async fn another_andon_is_a_provider_and_answers_bit_for_bit() -> Result<()> {
     let more = format!("{EMBEDDING}\nwidth = 384");
     let catalogue = entry("minilm", &format!("http://{}/v1", other.http), &more);
     let outside = Outside::start(&catalogue.replace("theirs", "minilm")).await?;
-    let asked = calls::texts(&["A lantern around a candle", "日本語"]);
+    let request = calls::texts(&["A lantern around a candle", "日本語"]);
     let direct = calls::client(other.grpc).await?;
-    let wanted = calls::infer(&direct, asked.clone(), PATIENCE).await?;
-    let (answer, _) = outside.call(asked).await?;
-    ensure!(answer.raw_output_contents == wanted.raw_output_contents);
+    let expected = calls::infer(&direct, request.clone(), TIMEOUT).await?;
+    let (answer, _) = outside.call(request).await?;
+    ensure!(answer.raw_output_contents == expected.raw_output_contents);
     drop(other);
-    until(PATIENCE, "the other Andon is missed", || async {
+    until(TIMEOUT, "the other Andon is missed", || async {
         let status = outside.fails(calls::texts(&["a"])).await?;
         Ok(status.code() == Code::Unavailable && status.message().contains("'minilm'"))
     })

@@ -10,16 +10,16 @@ use wiremock::MockServer;
 
 use super::generation::{OPENAI, OPENAI_EVENTS, writer};
 use super::vectors::score;
-use super::{Outside, PATIENCE, embedder, embedding, entry, posts, texts};
+use super::{Outside, TIMEOUT, embedder, embedding, entry, posts, texts};
 
 async fn post(outside: &Outside, path: &str, body: &Value) -> Result<Response> {
-    let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE);
+    let client = reqwest::Client::builder().no_proxy().timeout(TIMEOUT);
     let url = format!("http://{}{path}", outside.gateway.http);
     Ok(client.build()?.post(url).json(body).send().await?)
 }
 
 /// The body of an answer that must be one.
-async fn asked(outside: &Outside, path: &str, body: &Value) -> Result<Value> {
+async fn success(outside: &Outside, path: &str, body: &Value) -> Result<Value> {
     let response = post(outside, path, body).await?;
     let status = response.status();
     let body: Value = response.json().await?;
@@ -69,7 +69,7 @@ async fn a_conversation_goes_on_whole_and_in_parts() -> Result<()> {
         "model": "big", "max_tokens": 7, "stop": ["END"],
         "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}],
     });
-    let whole = asked(&outside, path, &body).await?;
+    let whole = success(&outside, path, &body).await?;
     ensure!(whole["object"] == "chat.completion", "{whole}");
     ensure!(whole["model"] == "big", "{whole}");
     let choice = &whole["choices"][0];
@@ -94,9 +94,9 @@ async fn a_conversation_goes_on_whole_and_in_parts() -> Result<()> {
         let (last, parts) = events.split_last().context("no events")?;
         ensure!(last == "[DONE]", "{last}");
         let parts = read(parts)?;
-        let said = parts.iter();
-        let said = said.filter_map(|part| part["choices"][0]["delta"]["content"].as_str());
-        ensure!(said.collect::<String>() == "Good day", "{parts:?}");
+        let content = parts.iter();
+        let content = content.filter_map(|part| part["choices"][0]["delta"]["content"].as_str());
+        ensure!(content.collect::<String>() == "Good day", "{parts:?}");
         let ends = parts.iter();
         let ends = ends.filter_map(|part| part["choices"][0]["finish_reason"].as_str());
         ensure!(ends.collect::<Vec<_>>() == ["length"], "{parts:?}");
@@ -117,7 +117,7 @@ async fn a_text_goes_on_whole_and_in_parts() -> Result<()> {
     let (_server, outside) = kind_words().await?;
     let body = json!({"text_input": "hello", "id": "7", "parameters": {"max_tokens": 7}});
     for path in ["/v2/models/big", "/v2/models/big/versions/1"] {
-        let whole = asked(&outside, &format!("{path}/generate"), &body).await?;
+        let whole = success(&outside, &format!("{path}/generate"), &body).await?;
         ensure!(whole["text_output"] == "Good day", "{whole}");
         ensure!(
             whole["model_version"] == "1" && whole["id"] == "7",
@@ -125,8 +125,8 @@ async fn a_text_goes_on_whole_and_in_parts() -> Result<()> {
         );
         let parts = events(&outside, &format!("{path}/generate_stream"), &body).await?;
         let parts = read(&parts)?;
-        let said = parts.iter().filter_map(|part| part["text_output"].as_str());
-        ensure!(said.collect::<Vec<_>>() == ["Good ", "day"], "{parts:?}");
+        let content = parts.iter().filter_map(|part| part["text_output"].as_str());
+        ensure!(content.collect::<Vec<_>>() == ["Good ", "day"], "{parts:?}");
         let named = parts.iter().all(|part| part["model_name"] == "big");
         ensure!(named, "{parts:?}");
     }
@@ -134,8 +134,8 @@ async fn a_text_goes_on_whole_and_in_parts() -> Result<()> {
         ("/v2/models/big/versions/2", "model_version"),
         ("/v2/models/nobody", "model_name"),
     ] {
-        for way in ["generate", "generate_stream"] {
-            let response = post(&outside, &format!("{path}/{way}"), &body).await?;
+        for method in ["generate", "generate_stream"] {
+            let response = post(&outside, &format!("{path}/{method}"), &body).await?;
             let status = response.status();
             let problem: Value = response.json().await?;
             ensure!(status == 404, "{path}: {status} {problem}");
@@ -158,7 +158,7 @@ async fn vectors_have_the_same_bits_at_both_doors() -> Result<()> {
     let (answer, _) = outside.call(request).await?;
     let known = rows(&answer, 0);
     let body = json!({"model": "small", "input": inputs});
-    let list = asked(&outside, "/v1/embeddings", &body).await?;
+    let list = success(&outside, "/v1/embeddings", &body).await?;
     for (index, known) in known.iter().enumerate() {
         let entry = &list["data"][index];
         let vector: Vec<f32> = serde_json::from_value(entry["embedding"].clone())?;
@@ -182,7 +182,7 @@ async fn documents_are_ranked_in_every_shape() -> Result<()> {
     let outside = Outside::start(&entry("judge", &url, more)).await?;
     let body = json!({"query": "q", "documents": ["four", {"text": "eight888"}]});
     for path in ["/rerank", "/v1/rerank", "/v2/rerank"] {
-        let ranked = asked(&outside, path, &body).await?;
+        let ranked = success(&outside, path, &body).await?;
         let results = &ranked["results"];
         ensure!(
             results[0]["index"] == 1 && results[1]["index"] == 0,
@@ -192,7 +192,7 @@ async fn documents_are_ranked_in_every_shape() -> Result<()> {
         ensure!(ranked["model"] == "judge", "{ranked}");
     }
     let body = json!({"query": "q", "texts": ["four", "eight888"], "return_text": true});
-    let ranked = asked(&outside, "/rerank", &body).await?;
+    let ranked = success(&outside, "/rerank", &body).await?;
     ensure!(
         ranked[0] == json!({"index": 1, "score": 0.5, "text": "eight888"}),
         "{ranked}"

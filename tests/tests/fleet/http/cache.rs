@@ -1,4 +1,4 @@
-//! What is known is not computed again, over HTTP too.
+//! Cached rows are not computed again, over HTTP too.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use fleet_tests::process::scratch;
 use fleet_tests::{Fleet, models, root};
 use serde_json::json;
 
-use super::{Spoken, Told, outputs, send, told, web};
+use super::{Protocol, Response, fetch, outputs, send, web};
 
 /// A repository of models that are declared deterministic.
 struct Repository(PathBuf);
@@ -22,7 +22,7 @@ impl Drop for Repository {
 
 impl Repository {
     fn of(models: &[(&str, &Path)]) -> Result<Self> {
-        let repository = Self(scratch("known")?);
+        let repository = Self(scratch("cached")?);
         for (name, from) in models {
             let folder = repository.0.join(name);
             let to = folder.join("1");
@@ -41,63 +41,71 @@ impl Repository {
     }
 }
 
-/// What an answer says of where it came from.
-fn source(told: &Told) -> &str {
-    let source = told.headers.get("x-andon-cache");
+/// What a response reports of the cache.
+fn source(response: &Response) -> &str {
+    let source = response.headers.get("x-andon-cache");
     let source = source.and_then(|source| source.to_str().ok());
     source.unwrap_or_default()
 }
 
 #[tokio::test]
-async fn tensors_that_are_known_are_not_computed() -> Result<()> {
+async fn cached_tensors_are_not_computed() -> Result<()> {
     let repository = Repository::of(&[("digits", &models()?.join("digits/1"))])?;
     let fleet = repository.fleet().await?;
     let (one, other) = ([1.0; 64], [2.0; 64]);
     let none: &[(&str, &str)] = &[];
     let fresh: &[(&str, &str)] = &[("cache-control", "no-cache")];
     let mut first = None;
-    for (rows, headers, wanted) in [
+    for (rows, headers, expected) in [
         (&[one][..], none, "miss"),
         (&[one], none, "hit"),
         (&[one], fresh, "miss"),
         (&[one, other], none, "1/2"),
         (&[one, other], none, "hit"),
     ] {
-        for (spoken, text, wanted) in [(Spoken::One, false, wanted), (Spoken::Two, true, "hit")] {
-            // The second asks for what the first has made known.
+        for (protocol, text, expected) in [
+            (Protocol::Http1, false, expected),
+            (Protocol::Http2, true, "hit"),
+        ] {
+            // The first has cached what the second requests.
             let headers = if text { none } else { headers };
-            let told = send(fleet.gateway.http, spoken, &pixels(rows), text, headers).await?;
+            let response = send(fleet.gateway.http, protocol, &pixels(rows), text, headers).await?;
             ensure!(
-                told.status == 200 && source(&told) == wanted,
-                "{wanted}: {told:?}"
+                response.status == 200 && source(&response) == expected,
+                "{expected}: {response:?}"
             );
-            ensure!(told.headers.contains_key("x-andon-digest"), "{told:?}");
-            let scores = outputs(&told)?[0][..40].to_vec();
-            let known = first.get_or_insert_with(|| scores.clone());
-            ensure!(*known == scores, "another answer");
+            ensure!(
+                response.headers.contains_key("x-andon-digest"),
+                "{response:?}"
+            );
+            let scores = outputs(&response)?[0][..40].to_vec();
+            let first_scores = first.get_or_insert_with(|| scores.clone());
+            ensure!(*first_scores == scores, "another response");
         }
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn labels_say_how_many_texts_were_known() -> Result<()> {
+async fn classify_reports_how_many_texts_were_cached() -> Result<()> {
     let golden = root().join("target/golden/bert-classification");
     ensure!(golden.exists(), "it is missing: run `make test`");
     let repository = Repository::of(&[("classifier", &golden)])?;
     let fleet = repository.fleet().await?;
     let url = format!("http://{}/v1/classify", fleet.gateway.http);
-    for (input, wanted) in [
+    for (input, expected) in [
         (json!("a lantern"), "miss"),
         (json!(["a lantern", "a candle"]), "1/2"),
         (json!(["a candle", "a lantern"]), "hit"),
         (json!(["a tide", "a bell"]), "miss"),
     ] {
-        let asked = web(Spoken::One)?.post(&url).json(&json!({"input": input}));
-        let told = told(asked).await?;
+        let request = web(Protocol::Http1)?
+            .post(&url)
+            .json(&json!({"input": input}));
+        let response = fetch(request).await?;
         ensure!(
-            told.status == 200 && source(&told) == wanted,
-            "{wanted}: {told:?}"
+            response.status == 200 && source(&response) == expected,
+            "{expected}: {response:?}"
         );
     }
     Ok(())

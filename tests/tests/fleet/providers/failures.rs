@@ -16,7 +16,7 @@ use wiremock::matchers::header;
 use wiremock::{MockServer, ResponseTemplate};
 
 use super::texts;
-use super::{EMBEDDING, Outside, PATIENCE, SECRET, embed, embedding, entry, key, posts, quoted};
+use super::{EMBEDDING, Outside, SECRET, TIMEOUT, embed, embedding, entry, key, posts, quoted};
 
 /// A service that answers so, with its key in the words where it says any.
 async fn answering(response: ResponseTemplate) -> MockServer {
@@ -97,21 +97,21 @@ async fn a_service_that_fails_once_costs_the_caller_nothing() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_service_that_keeps_failing_is_left_alone_and_comes_back() -> Result<()> {
+async fn a_failing_service_opens_its_circuit_breaker_and_comes_back() -> Result<()> {
     let server = answering(ResponseTemplate::new(500).set_body_string(SECRET)).await;
     let outside = keyed(&server, "").await?;
     let open = "andon_gateway_provider_breaker_open{model=\"small\"}";
     ensure!(outside.gateway.metric(open).await? == Some(0.0));
     let ready = || async {
-        let asked = ModelReadyRequest {
+        let message = ModelReadyRequest {
             name: "small".to_owned(),
             ..Default::default()
         };
-        let answered = outside.client.clone().model_ready(asked).await?;
-        anyhow::Ok(answered.into_inner().ready)
+        let response = outside.client.clone().model_ready(message).await?;
+        anyhow::Ok(response.into_inner().ready)
     };
     ensure!(ready().await?, "not ready at first");
-    until(PATIENCE, "the circuit breaker opens", || async {
+    until(TIMEOUT, "the circuit breaker opens", || async {
         let status = outside.fails(texts("small", &["a"])).await?;
         ensure!(status.code() == Code::Unavailable, "{status:?}");
         ensure!(status.message().contains("'small'"), "{status:?}");
@@ -124,7 +124,7 @@ async fn a_service_that_keeps_failing_is_left_alone_and_comes_back() -> Result<(
         .respond_with(embed)
         .mount(&server)
         .await;
-    until(PATIENCE, "the service is tried again", || async {
+    until(TIMEOUT, "the service is probed", || async {
         Ok(outside.call(texts("small", &["a"])).await.is_ok())
     })
     .await?;
@@ -140,7 +140,9 @@ async fn a_service_that_hangs_takes_no_more_than_its_time() -> Result<()> {
     // By the caller's deadline, and by the model's own.
     let outside = keyed(&server, "timeout = \"60s\"").await?;
     let request = texts("small", &["a"]);
-    let code = calls::patient_infer(outside.gateway.grpc, &request, Duration::from_secs(2)).await?;
+    let code =
+        calls::infer_by_server_deadline(outside.gateway.grpc, &request, Duration::from_secs(2))
+            .await?;
     ensure!(code == Code::DeadlineExceeded, "{code:?}");
     let outside = keyed(&server, "timeout = \"1s\"").await?;
     let status = outside.fails(texts("small", &["a"])).await?;
@@ -177,7 +179,7 @@ async fn an_answer_that_is_none_is_the_providers_fault() -> Result<()> {
 
 #[tokio::test]
 async fn statuses_are_the_callers_fault_only_where_the_caller_is_at_fault() -> Result<()> {
-    for (answered, wanted, said) in [
+    for (response, expected, words) in [
         (400, Code::InvalidArgument, "the text is too long"),
         (422, Code::InvalidArgument, "the text is too long"),
         (401, Code::Unavailable, "key"),
@@ -186,20 +188,20 @@ async fn statuses_are_the_callers_fault_only_where_the_caller_is_at_fault() -> R
         (302, Code::Unavailable, "failed"),
         (503, Code::Unavailable, "failed"),
     ] {
-        let words = format!("the text is too long for {SECRET}");
-        let answer = ResponseTemplate::new(answered)
+        let reason = format!("the text is too long for {SECRET}");
+        let answer = ResponseTemplate::new(response)
             .insert_header("location", "http://127.0.0.1:1/")
-            .set_body_json(json!({"error": {"message": words}}));
+            .set_body_json(json!({"error": {"message": reason}}));
         let server = answering(answer).await;
         let outside = keyed(&server, "retries_max = 0").await?;
         let status = outside.fails(texts("small", &["a"])).await?;
-        ensure!(status.code() == wanted, "{answered}: {status:?}");
+        ensure!(status.code() == expected, "{response}: {status:?}");
         let message = status.message();
         ensure!(
-            message.contains("'small'") && message.contains(said),
+            message.contains("'small'") && message.contains(words),
             "{status:?}"
         );
-        ensure!(message.contains("too long") == (wanted == Code::InvalidArgument));
+        ensure!(message.contains("too long") == (expected == Code::InvalidArgument));
     }
     Ok(())
 }
@@ -244,7 +246,7 @@ async fn calls_over_the_cap_are_refused_at_once() -> Result<()> {
     let outside = keyed(&server, "concurrency_max = 1\ntimeout = \"60s\"").await?;
     let first = outside.call(texts("small", &["a"]));
     let second = async {
-        until(PATIENCE, "the first call is under way", || async {
+        until(TIMEOUT, "the first call is in flight", || async {
             Ok(!server
                 .received_requests()
                 .await
@@ -283,7 +285,7 @@ async fn a_key_that_changes_is_read_again() -> Result<()> {
     ensure!(status.code() == Code::Unavailable, "{status:?}");
     let file = outside.files.last().context("no key")?;
     std::fs::write(file, "sk-new")?;
-    until(PATIENCE, "the new key is used", || async {
+    until(TIMEOUT, "the new key is used", || async {
         Ok(outside.call(texts("small", &["a"])).await.is_ok())
     })
     .await?;
@@ -295,7 +297,7 @@ async fn a_key_that_changes_is_read_again() -> Result<()> {
 async fn a_catalogue_that_is_wrong_is_refused_before_a_port_opens() -> Result<()> {
     let file = scratch("wrong.toml")?;
     let good = entry("small", "http://127.0.0.1:1/v1", EMBEDDING);
-    for (more, said) in [
+    for (more, words) in [
         (format!("key = \"{SECRET}\""), "line 6"),
         (
             "key_file = \"/nowhere/key\"".to_owned(),
@@ -319,7 +321,7 @@ async fn a_catalogue_that_is_wrong_is_refused_before_a_port_opens() -> Result<()
             .output()?;
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         ensure!(!output.status.success(), "{more}: it started");
-        ensure!(error.contains(said), "{more}: {error}");
+        ensure!(error.contains(words), "{more}: {error}");
         ensure!(!error.contains(SECRET), "{error}");
     }
     std::fs::remove_file(&file)?;

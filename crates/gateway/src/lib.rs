@@ -24,10 +24,11 @@ use std::time::Duration;
 
 use platform::channel::Target;
 use platform::drain::Phase;
+use platform::files::FileError;
 use platform::health::Health;
 use platform::server::{Grpc, Http, Listener, Server, ServerSettings};
 use platform::tasks::{Owned, owned};
-use platform::tls::{Tls, TlsError, TlsSettings};
+use platform::tls::{Tls, TlsSettings};
 use platform::{CommonServices, Process};
 use prometheus_client::registry::Registry;
 use protocol::{DESCRIPTORS, SERVICES};
@@ -123,7 +124,7 @@ pub enum GatewayError {
     NoWorkers,
     /// The certificates cannot be used.
     #[error(transparent)]
-    Tls(#[from] TlsError),
+    Tls(#[from] FileError),
     /// The policy or the keys cannot be used.
     #[error(transparent)]
     Policy(#[from] PolicyError),

@@ -2,55 +2,23 @@
 //! All three go through the same parser, so that a value is checked in the same
 //! way wherever it stands.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Command};
+use toml::Spanned;
 
-/// Why a configuration file cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read the configuration file {path}: {source}")]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The file is no TOML.
-    #[error("{path} is not TOML: {source}")]
-    NotToml {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: Box<toml::de::Error>,
-    },
-    /// A key that the role does not have.
-    #[error("{path}: unknown key '{key}'; the keys are: {known}")]
-    UnknownKey {
-        /// The file.
-        path: PathBuf,
-        /// The key.
-        key: String,
-        /// The keys that the role has.
-        known: String,
-    },
-    /// A value of a kind that no flag takes.
-    #[error("{path}: '{key}' must be a text, a number, a boolean or a list of these")]
-    WrongKind {
-        /// The file.
-        path: PathBuf,
-        /// The key.
-        key: String,
-    },
-}
+use crate::files::{ContentError, FileError, FileSource, from_toml};
 
-/// Gives the subcommand that `arguments` name the values of its configuration
-/// file as defaults: a flag or a variable overrides them. Without a file the
-/// command comes back as it was.
-pub fn with_file(command: Command, arguments: &[OsString]) -> Result<Command, ConfigError> {
+/// Every setting of a role takes some hundred bytes.
+const BYTES_MAX: u64 = 1 << 20;
+
+/// Sets the values of the configuration file as defaults of the subcommand that
+/// `arguments` name: a flag or an environment variable overrides them. Without a
+/// file the command is returned unchanged.
+pub fn with_file(command: Command, arguments: &[OsString]) -> Result<Command, FileError> {
     let Some(path) = file_of(arguments) else {
         return Ok(command);
     };
@@ -59,18 +27,22 @@ pub fn with_file(command: Command, arguments: &[OsString]) -> Result<Command, Co
         .skip(1)
         .filter_map(|argument| argument.to_str())
         .find_map(|argument| command.find_subcommand(argument))
-        // A tool takes no file, even where a role's variable names one.
+        // A client command takes no file, even where the variable of a role
+        // names one.
         .filter(|subcommand| subcommand.get_arguments().any(|a| a.get_id() == "config"))
         .map(|subcommand| subcommand.get_name().to_owned());
     let Some(role) = role else {
         return Ok(command);
     };
-    let values = read(&path)?;
+    let source = FileSource::new(&path, "configuration file", BYTES_MAX);
+    let text = source.read_text()?;
     let mut outcome = Ok(());
     let command = command.mut_subcommand(role, |subcommand| {
-        let (subcommand, applied) = apply(subcommand, values, &path);
-        outcome = applied;
-        subcommand
+        let unchanged = subcommand.clone();
+        apply(subcommand, &text).unwrap_or_else(|error| {
+            outcome = Err(source.invalid(error));
+            unchanged
+        })
     });
     outcome.map(|()| command)
 }
@@ -92,52 +64,39 @@ fn file_of(arguments: &[OsString]) -> Option<PathBuf> {
     std::env::var_os("ANDON_CONFIG").map(PathBuf::from)
 }
 
-fn read(path: &Path) -> Result<toml::Table, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
-        path: path.to_owned(),
-        source,
-    })?;
-    text.parse().map_err(|source| ConfigError::NotToml {
-        path: path.to_owned(),
-        source: Box::new(source),
-    })
-}
-
-fn apply(
-    mut command: Command,
-    values: toml::Table,
-    path: &Path,
-) -> (Command, Result<(), ConfigError>) {
+/// Sets the values of a TOML text as defaults of a command.
+fn apply(mut command: Command, text: &str) -> Result<Command, ContentError> {
+    let values: BTreeMap<Spanned<String>, toml::Value> = from_toml(text)?;
+    let is_setting =
+        |argument: &&clap::Arg| argument.get_long().is_some() && argument.get_id() != "config";
     for (key, value) in values {
-        let known = |argument: &&clap::Arg| {
-            argument.get_id() == key.as_str() && argument.get_long().is_some() && key != "config"
-        };
-        if !command.get_arguments().any(|argument| known(&argument)) {
-            let known = command
-                .get_arguments()
-                .filter(|argument| argument.get_long().is_some() && argument.get_id() != "config")
-                .map(|argument| argument.get_id().as_str())
-                .collect::<Vec<_>>()
-                .join(", ");
-            let path = path.to_owned();
-            return (command, Err(ConfigError::UnknownKey { path, key, known }));
+        let offset = key.span().start;
+        let key = key.into_inner();
+        let mut settings = command.get_arguments().filter(is_setting);
+        if !settings.any(|setting| setting.get_id() == key.as_str()) {
+            let settings = command.get_arguments().filter(is_setting);
+            let keys: Vec<_> = settings.map(|setting| setting.get_id().as_str()).collect();
+            let reason = format!("unknown key; the keys are: {}", keys.join(", "));
+            let error = ContentError::new(reason);
+            return Err(error.at_offset(text, offset).in_field(key));
         }
         let Some(texts) = to_texts(&value) else {
-            let path = path.to_owned();
-            return (command, Err(ConfigError::WrongKind { path, key }));
+            let error =
+                ContentError::new("must be a string, a number, a boolean or a list of these");
+            return Err(error.at_offset(text, offset).in_field(key));
         };
         command = command.mut_arg(key.as_str(), |argument| {
-            let one = !matches!(argument.get_action(), ArgAction::Append);
-            let count = if one { 1 } else { texts.len() };
-            argument.required(false).default_values(
-                texts
-                    .into_iter()
-                    .take(count)
-                    .map(clap::builder::OsStr::from),
-            )
+            let count = match argument.get_action() {
+                ArgAction::Append => texts.len(),
+                _ => 1,
+            };
+            let defaults = texts.into_iter().take(count);
+            argument
+                .required(false)
+                .default_values(defaults.map(clap::builder::OsStr::from))
         });
     }
-    (command, Ok(()))
+    Ok(command)
 }
 
 fn to_texts(value: &toml::Value) -> Option<Vec<OsString>> {
@@ -191,4 +150,36 @@ pub fn bytes(text: &str) -> Result<usize, String> {
                 .filter(|&bytes| bytes > 0)
                 .ok_or_else(|| "must be more than nothing".to_owned())
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Arg;
+
+    #[test]
+    fn a_file_sets_defaults_and_errors_name_the_line_and_the_key() {
+        let command = || {
+            Command::new("role")
+                .arg(Arg::new("config").long("config"))
+                .arg(Arg::new("rate").long("rate").required(true))
+                .arg(Arg::new("peer").long("peer").action(ArgAction::Append))
+        };
+        let set = apply(command(), "rate = 3\npeer = [\"a\", \"b\"]").unwrap();
+        let matches = set.try_get_matches_from(["role"]).unwrap();
+        assert_eq!(matches.get_one::<String>("rate").unwrap(), "3");
+        assert_eq!(matches.get_many::<String>("peer").unwrap().count(), 2);
+        for (text, expected) in [
+            (
+                "\nrates = 3",
+                "line 2, rates: unknown key; the keys are: rate, peer",
+            ),
+            ("config = \"a\"", "line 1, config: unknown key"),
+            ("[rate]\na = 1", "line 1, rate: must be a string"),
+            ("rate = ", "line 1: not TOML"),
+        ] {
+            let error = apply(command(), text).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{text}: {error}");
+        }
+    }
 }

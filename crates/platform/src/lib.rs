@@ -10,6 +10,7 @@ mod coalesce;
 mod common;
 pub mod config;
 pub mod drain;
+pub mod files;
 pub mod grpc;
 pub mod health;
 pub mod memory;

@@ -1,9 +1,8 @@
-//! TLS of a port, with certificates that are read again when their files change.
+//! TLS of a port, with certificates that are reloaded when their files change.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use rustls::ServerConfig;
@@ -17,56 +16,39 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::tasks::{Owned, owned};
+use crate::files::{ContentError, FileError, FileSource, Followed};
+use crate::tasks::Owned;
 
-/// How often the files are looked at. A secret that Kubernetes mounts is
-/// replaced within a minute or so of its change; this adds little.
-const LOOK: Duration = Duration::from_secs(1);
+/// A file of certificates or keys: a bundle of all public authorities has
+/// less than a tenth.
+const PEM_BYTES_MAX: u64 = 4 << 20;
 
 /// Where a port's certificates are.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct TlsSettings {
-    /// The server's certificate with its chain, in PEM: the ports speak TLS.
-    /// Read again when it changes
+    /// The server's certificate chain in PEM; enables TLS on the ports.
+    /// Reloaded when it changes
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
-    /// The certificate's private key, in PEM
+    /// The certificate's private key in PEM. Reloaded when it changes
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
-    /// Authorities whose certificates callers may show, in PEM: mutual TLS
+    /// Certificate authorities of client certificates in PEM; enables mutual
+    /// TLS. Reloaded when it changes
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
-    /// Whether a caller may also show no certificate
+    /// Also accept clients that present no certificate
     #[arg(long, requires = "tls_client_ca")]
     pub tls_client_optional: bool,
-}
-
-/// Why certificates cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    /// A file cannot be read, or holds nothing of the kind.
-    #[error("{}: {reason}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// The certificate and the key do not make a server.
-    #[error("the certificate cannot be used: {0}")]
-    Rejected(#[from] rustls::Error),
-    /// The authorities do not make a verifier.
-    #[error("the clients' authorities cannot be used: {0}")]
-    Authorities(#[from] rustls::server::VerifierBuilderError),
 }
 
 /// The other end of a connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Peer {
-    /// Where it is; none in the same process.
+    /// Its socket address; none in the same process.
     pub address: Option<std::net::SocketAddr>,
-    /// Whom its certificate was made for, when an authority vouched for it:
-    /// URIs, then DNS names; the common name where it has neither.
+    /// The subject names of its verified certificate: URIs, then DNS names; the
+    /// common name where it has neither.
     pub certificate_names: Vec<String>,
 }
 
@@ -74,80 +56,49 @@ pub struct Peer {
 #[derive(Clone)]
 pub struct Tls {
     config: Arc<ArcSwap<ServerConfig>>,
-    files: Arc<Files>,
+    files: Arc<Followed<ServerConfig>>,
 }
 
 impl fmt::Debug for Tls {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "Tls({})", self.files.cert.display())
+        formatter.debug_tuple("Tls").field(&self.files).finish()
     }
-}
-
-struct Files {
-    cert: PathBuf,
-    key: PathBuf,
-    client_ca: Option<PathBuf>,
-    client_optional: bool,
-}
-
-/// What the files held.
-#[derive(PartialEq, Eq)]
-struct Contents {
-    cert: Vec<u8>,
-    key: Vec<u8>,
-    client_ca: Option<Vec<u8>>,
 }
 
 impl Tls {
     /// Reads the certificates; none when the settings name none.
-    pub fn new(settings: &TlsSettings) -> Result<Option<Self>, TlsError> {
+    pub fn new(settings: &TlsSettings) -> Result<Option<Self>, FileError> {
         let (Some(cert), Some(key)) = (&settings.tls_cert, &settings.tls_key) else {
             return Ok(None);
         };
-        let files = Files {
-            cert: cert.clone(),
-            key: key.clone(),
-            client_ca: settings.tls_client_ca.clone(),
+        let files = ServerFiles {
+            cert: pem_file(cert, "TLS certificate file"),
+            key: pem_file(key, "TLS key file"),
+            client_ca: settings
+                .tls_client_ca
+                .as_deref()
+                .map(|path| pem_file(path, "client CA file")),
             client_optional: settings.tls_client_optional,
         };
-        let config = files.config(&files.read()?)?;
+        let sources = [&files.cert, &files.key].into_iter();
+        let sources = sources.chain(&files.client_ca).cloned().collect();
+        let files = Followed::open(sources, move |contents| files.config(contents))?;
         Ok(Some(Self {
-            config: Arc::new(ArcSwap::from_pointee(config)),
+            config: Arc::new(ArcSwap::new(files.value().clone())),
             files: Arc::new(files),
         }))
     }
 
-    /// Reads the files again whenever they change, until the returned task is
+    /// Reloads the files whenever they change, until the returned task is
     /// dropped. Files that cannot be used change nothing: a half-written pair
     /// must not end the service.
     pub fn follow(&self) -> Owned {
-        let tls = self.clone();
-        owned(async move {
-            // What was tried last, so that a bad pair is logged once.
-            let mut tried = tls.files.read().ok();
-            loop {
-                tokio::time::sleep(LOOK).await;
-                let Ok(contents) = tls.files.read() else {
-                    continue;
-                };
-                if tried.as_ref() == Some(&contents) {
-                    continue;
-                }
-                match tls.files.config(&contents) {
-                    Ok(config) => {
-                        tls.config.store(Arc::new(config));
-                        tracing::info!("the certificates were read again");
-                    }
-                    Err(error) => {
-                        tracing::error!(%error, "the new certificates cannot be used: the old ones stay");
-                    }
-                }
-                tried = Some(contents);
-            }
-        })
+        let current = self.config.clone();
+        let files = Followed::clone(&self.files);
+        files.follow(move |config| current.store(config))
     }
 
-    /// Shakes hands as a server that speaks one of these protocols.
+    /// The server's side of a handshake; `protocols` are offered by ALPN.
     pub(crate) async fn accept<I>(
         &self,
         io: I,
@@ -162,7 +113,7 @@ impl Tls {
     }
 }
 
-/// What a client trusts. Cheap to clone.
+/// The certificate authorities that a client trusts. Cheap to clone.
 #[derive(Clone)]
 pub struct ClientTls(Arc<rustls::ClientConfig>);
 
@@ -174,21 +125,20 @@ impl fmt::Debug for ClientTls {
 
 impl ClientTls {
     /// Trusts the authorities of a PEM file, and speaks HTTP/2.
-    pub fn new(authorities: &Path) -> Result<Self, TlsError> {
-        let mut roots = rustls::RootCertStore::empty();
-        for authority in certificates(authorities, &read(authorities)?)? {
-            roots.add(authority)?;
-        }
+    pub fn new(authorities: &Path) -> Result<Self, FileError> {
+        let source = pem_file(authorities, "server CA file");
+        let roots = root_store(&source, &source.read()?)?;
         let provider = Arc::new(aws_lc_rs::default_provider());
         let mut config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
+            .with_safe_default_protocol_versions()
+            .map_err(|error| source.invalid(ContentError::new(error)))?
             .with_root_certificates(roots)
             .with_no_client_auth();
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(Self(Arc::new(config)))
     }
 
-    /// Shakes hands with the server of an address, `HOST:PORT`.
+    /// The client's side of a handshake with the server of `HOST:PORT`.
     pub(crate) async fn connect<I>(
         &self,
         address: &str,
@@ -204,62 +154,73 @@ impl ClientTls {
     }
 }
 
-impl Files {
-    fn read(&self) -> Result<Contents, TlsError> {
-        Ok(Contents {
-            cert: read(&self.cert)?,
-            key: read(&self.key)?,
-            client_ca: self.client_ca.as_deref().map(read).transpose()?,
-        })
-    }
+/// The files of a server's certificates.
+struct ServerFiles {
+    cert: FileSource,
+    key: FileSource,
+    client_ca: Option<FileSource>,
+    client_optional: bool,
+}
 
-    fn config(&self, contents: &Contents) -> Result<ServerConfig, TlsError> {
-        let chain = certificates(&self.cert, &contents.cert)?;
-        let key = PrivateKeyDer::from_pem_slice(&contents.key)
-            .map_err(|_| unusable(&self.key, "holds no private key in PEM"))?;
+impl ServerFiles {
+    /// `contents` are those of the certificate, of the key and, where there is
+    /// one, of the client CA file.
+    fn config(&self, contents: &[Vec<u8>]) -> Result<ServerConfig, FileError> {
+        let pem = |index: usize| contents.get(index).map_or(&[][..], Vec::as_slice);
+        let unusable = |error: rustls::Error| {
+            let reason = format!("the certificate and its key cannot be used: {error}");
+            self.cert.invalid(ContentError::new(reason))
+        };
+        let chain = certificates(&self.cert, pem(0))?;
+        let key = PrivateKeyDer::from_pem_slice(pem(1))
+            .map_err(|_| self.key.invalid(ContentError::new("no private key in PEM")))?;
         let provider = Arc::new(aws_lc_rs::default_provider());
         let builder = ServerConfig::builder_with_provider(provider.clone())
-            .with_safe_default_protocol_versions()?;
-        let builder = match (&self.client_ca, &contents.client_ca) {
-            (Some(path), Some(pem)) => {
-                let mut roots = rustls::RootCertStore::empty();
-                for authority in certificates(path, pem)? {
-                    roots.add(authority)?;
-                }
-                let verifier =
-                    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
-                let verifier = match self.client_optional {
-                    true => verifier.allow_unauthenticated(),
-                    false => verifier,
-                };
-                builder.with_client_cert_verifier(verifier.build()?)
-            }
-            _ => builder.with_no_client_auth(),
+            .with_safe_default_protocol_versions()
+            .map_err(unusable)?;
+        let Some(client_ca) = &self.client_ca else {
+            let builder = builder.with_no_client_auth();
+            return builder.with_single_cert(chain, key).map_err(unusable);
         };
-        Ok(builder.with_single_cert(chain, key)?)
+        let roots = Arc::new(root_store(client_ca, pem(2))?);
+        let mut verifier = WebPkiClientVerifier::builder_with_provider(roots, provider);
+        if self.client_optional {
+            verifier = verifier.allow_unauthenticated();
+        }
+        let verifier = verifier
+            .build()
+            .map_err(|error| client_ca.invalid(ContentError::new(error)))?;
+        let builder = builder.with_client_cert_verifier(verifier);
+        builder.with_single_cert(chain, key).map_err(unusable)
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
-    std::fs::read(path).map_err(|error| unusable(path, &error.to_string()))
+fn pem_file(path: &Path, kind: &'static str) -> FileSource {
+    FileSource::new(path, kind, PEM_BYTES_MAX)
 }
 
-fn unusable(path: &Path, reason: &str) -> TlsError {
-    TlsError::File {
-        path: path.to_owned(),
-        reason: reason.to_owned(),
+fn root_store(source: &FileSource, pem: &[u8]) -> Result<rustls::RootCertStore, FileError> {
+    let mut roots = rustls::RootCertStore::empty();
+    for authority in certificates(source, pem)? {
+        roots
+            .add(authority)
+            .map_err(|error| source.invalid(ContentError::new(error)))?;
     }
+    Ok(roots)
 }
 
-fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+fn certificates(
+    source: &FileSource,
+    pem: &[u8],
+) -> Result<Vec<CertificateDer<'static>>, FileError> {
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     match all {
         Ok(all) if !all.is_empty() => Ok(all),
-        _ => Err(unusable(path, "holds no certificate in PEM")),
+        _ => Err(source.invalid(ContentError::new("no certificate in PEM"))),
     }
 }
 
-/// Whom a certificate was made for.
+/// The subject names of a certificate: URIs, then DNS names.
 pub(crate) fn certificate_names(der: &[u8]) -> Vec<String> {
     let Ok((_, certificate)) = X509Certificate::from_der(der) else {
         return Vec::new();
@@ -276,8 +237,7 @@ pub(crate) fn certificate_names(der: &[u8]) -> Vec<String> {
             _ => None,
         }));
     }
-    // Who has other names is known by them: not every authority checks the
-    // common name (RFC 9525, 2).
+    // A fallback only: not every authority checks the common name (RFC 9525, 2).
     if names.is_empty() {
         let common = certificate.subject().iter_common_name();
         names.extend(common.filter_map(|name| name.as_str().ok().map(str::to_owned)));

@@ -117,6 +117,15 @@ def modules(allowed, crate):
     return ", ".join(allowed.get(crate, ())) or "no module of this crate"
 
 
+def logged_crates_are_complete(tree):
+    listed = r"const CRATES: &\[&str\] = &\[([^\]]*)\]"
+    texts = [tree.text(name) for name in tree.named(r"crates/cli/src/.+\.rs")]
+    logged = {crate for text in texts for _, m in found(listed, text) for crate in re.findall(r"\w+", m[1])}
+    for name, crate, _ in imports.manifests(tree):
+        if name.startswith("crates/") and crate != "cli" and crate not in logged:
+            yield name, 0, f"'{crate}' is not in CRATES of the cli: its INFO lines would not be logged"
+
+
 def unsafe_stays_in_kernels(tree):
     for crate, module, name, code in tree.library_code():
         for line, _ in found(r"\bunsafe\b", code):
@@ -200,6 +209,7 @@ RULES = [
     imports.nothing_forbidden_is_reached,
     messages_stay_at_the_wire,
     tonic_stays_at_the_wire,
+    logged_crates_are_complete,
     unsafe_stays_in_kernels,
     tasks_have_owners,
     nothing_panics_or_prints,

@@ -13,13 +13,26 @@ use platform::health::Health;
 use platform::metrics::Metrics;
 use platform::server::{ConnectionMetrics, Listener, ServerSettings, bind};
 use platform::shards::Shards;
-use platform::tasks::{Owned, owned};
+use platform::tasks::{OwnedTask, spawn_owned};
 use platform::telemetry::{self, Telemetry};
 use platform::{Process, admin, memory};
 use tokio::net::TcpListener;
 
 use crate::arguments;
 use crate::arguments::Common;
+
+/// The crates that are logged at INFO and below: the binary and every library of
+/// the workspace. `tests/tidy.py` holds the list complete.
+const CRATES: &[&str] = &[
+    "andon",
+    "engine",
+    "gateway",
+    "platform",
+    "protocol",
+    "providers",
+    "tensor",
+    "worker",
+];
 
 /// A role before its ports are open.
 struct Role {
@@ -33,7 +46,7 @@ struct Role {
 
 impl Role {
     fn new(common: Common, name: &'static str) -> anyhow::Result<Self> {
-        let telemetry = telemetry::start(&common.telemetry, name)?;
+        let telemetry = telemetry::start(&common.telemetry, name, CRATES)?;
         let (trigger, drain) = drain::channel();
         let metrics = Arc::new(Metrics::default());
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
@@ -71,8 +84,8 @@ impl Role {
         Ok(bind(settings.http_addr)?)
     }
 
-    fn admin(&self, listener: TcpListener, health: Vec<Health>) -> Owned {
-        owned(admin::run(listener, self.process.metrics.clone(), health))
+    fn admin(&self, listener: TcpListener, health: Vec<Health>) -> OwnedTask {
+        spawn_owned(admin::run(listener, self.process.metrics.clone(), health))
     }
 
     /// Serves until a signal has drained it, at the latest when the hard
@@ -127,7 +140,7 @@ pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
     };
     // The worker's waits for all models; the gateway's follows the drain.
     let _admin = role.admin(admin, vec![worker.health.clone(), gateway.health.clone()]);
-    let _examples = owned(print_examples(addresses, worker.health.clone()));
+    let _examples = spawn_owned(print_examples(addresses, worker.health.clone()));
     let serving = async {
         let gateway = async {
             gateway.run(Listener::Tcp(grpc), Listener::Tcp(http)).await;

@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue};
-use platform::tasks::{Owned, owned};
+use platform::tasks::{OwnedTask, spawn_owned};
 use platform::tls::Peer;
 use protocol::{Error, Kind};
 
@@ -157,12 +157,12 @@ impl Auth {
 
     /// Reads the files again when they change, until the tasks are dropped. A
     /// bad file changes nothing.
-    pub fn follow(self: &Arc<Self>) -> Vec<Owned> {
+    pub fn follow(self: &Arc<Self>) -> Vec<OwnedTask> {
         let Some(files) = self.files.clone() else {
             return Vec::new();
         };
         let auth = self.clone();
-        vec![owned(async move { auth.keep_up(files).await })]
+        vec![spawn_owned(async move { auth.keep_up(files).await })]
     }
 
     async fn keep_up(&self, mut files: Files) {

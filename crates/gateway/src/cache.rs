@@ -17,7 +17,7 @@ use std::time::Duration;
 use http::header::CACHE_CONTROL;
 use http::{HeaderMap, HeaderValue};
 use platform::metrics::Metrics;
-use platform::tasks::Owned;
+use platform::tasks::OwnedTask;
 use protocol::{CACHE_KEY, DIGEST_KEY};
 use tonic::{Code, Status};
 
@@ -125,7 +125,7 @@ impl Cache {
     }
 
     /// Connects to Redis and writes there, until the tasks are dropped.
-    pub fn follow(&self) -> Vec<Owned> {
+    pub fn follow(&self) -> Vec<OwnedTask> {
         let connecting = self.redis.as_ref().map(Redis::follow);
         let writing = self.remote.as_ref().and_then(Remote::follow);
         connecting.into_iter().chain(writing).collect()

@@ -10,7 +10,7 @@ use http_body_util::BodyExt;
 use platform::channel::{Channel, Target};
 use platform::grpc::decode;
 use platform::shards::Shards;
-use platform::tasks::{Owned, owned};
+use platform::tasks::{OwnedTask, spawn_owned};
 use protocol::Method;
 use protocol::andon::v1::{ModelReport, WatchReportRequest, WatchReportResponse};
 use protocol::inference::{RepositoryIndexRequest, RepositoryIndexResponse};
@@ -63,7 +63,7 @@ struct Known {
     upstream: Arc<Upstream>,
     /// What names it; when nothing does any more, it is forgotten.
     sources: BTreeSet<String>,
-    _task: Owned,
+    _task: OwnedTask,
 }
 
 /// The source of workers that are named one by one.
@@ -74,7 +74,7 @@ pub fn start(
     settings: DiscoverSettings,
     routes: Arc<Routes>,
     metrics: UpstreamMetrics,
-) -> Vec<Owned> {
+) -> Vec<OwnedTask> {
     let discovery = Arc::new(Discovery {
         routes,
         metrics,
@@ -90,15 +90,15 @@ pub fn start(
         .into_iter()
         .map(|name| {
             let (discovery, interval) = (discovery.clone(), settings.interval);
-            owned(async move { discovery.resolve(name, interval).await })
+            spawn_owned(async move { discovery.resolve(name, interval).await })
         })
         .chain(std::iter::once(keep(discovery.clone())))
         .collect()
 }
 
 /// Holds the workers' tasks.
-fn keep(discovery: Arc<Discovery>) -> Owned {
-    owned(async move {
+fn keep(discovery: Arc<Discovery>) -> OwnedTask {
+    spawn_owned(async move {
         let _discovery = discovery;
         std::future::pending::<()>().await;
     })
@@ -114,7 +114,7 @@ impl Discovery {
         let upstream = Arc::new(Upstream::new(target, self.metrics.of(key.clone())));
         let (discovery, kept) = (Arc::downgrade(self), upstream.clone());
         let (connections, shards) = (self.connections, self.shards.clone());
-        let task = owned(async move {
+        let task = spawn_owned(async move {
             let changed = || {
                 if let Some(discovery) = discovery.upgrade() {
                     discovery.rebuild();

@@ -195,7 +195,7 @@ impl Handler for GrpcDoor {
                 }
                 (Action::Fleet(method), _) => self.fleet(method, call, &caller).await?,
                 (Action::Unsupported(reason), _) => return Err(Status::unimplemented(reason)),
-                _ => self.common.answer(call).await,
+                _ => self.common.serve(call).await,
             };
             Ok::<_, Status>(reply.map(|body| body.guarded(guard)))
         })

@@ -76,7 +76,7 @@ async fn same_origin(request: Request, next: Next) -> Response {
     if !changes_elsewhere(request.method(), request.headers()) {
         return next.run(request).await;
     }
-    body::discard(request.into_body()).await;
+    platform::body::discard(request.into_body()).await;
     let message = "web pages of other origins may not call: see --cors-origin";
     Refused::from(Error::new(Kind::Forbidden, message)).into_response()
 }

@@ -27,7 +27,7 @@ use platform::drain::Phase;
 use platform::files::FileError;
 use platform::health::Health;
 use platform::server::{Grpc, Http, Listener, Server, ServerSettings};
-use platform::tasks::{Owned, owned};
+use platform::tasks::{OwnedTask, spawn_owned};
 use platform::tls::{Tls, TlsSettings};
 use platform::{CommonServices, Process};
 use prometheus_client::registry::Registry;
@@ -288,10 +288,10 @@ impl Gateway {
     }
 
     /// Keeps the answers of health in step with the workers and the drain.
-    fn follow_health(&self) -> Owned {
+    fn follow_health(&self) -> OwnedTask {
         let (routes, health) = (self.stack.0.routes.clone(), self.health.clone());
         let mut drain = self.process.drain.clone();
-        owned(async move {
+        spawn_owned(async move {
             let mut changes = routes.changes();
             loop {
                 changes.borrow_and_update();

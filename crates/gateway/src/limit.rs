@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use platform::tasks::Owned;
+use platform::tasks::OwnedTask;
 use protocol::{Error, Kind};
 
 use crate::policy::{Caller, PolicyCell, Quota, RedisLost, Tenant};
@@ -121,7 +121,7 @@ impl Limit {
 
     /// Keeps what is counted with Redis in step with it, until the tasks are
     /// dropped.
-    pub fn follow(&self) -> Vec<Owned> {
+    pub fn follow(&self) -> Vec<OwnedTask> {
         let started = self.0.started;
         let quotas = self.0.shared.as_ref();
         let quotas = quotas.and_then(|shared| shared.follow(move || moment(started)));

@@ -15,7 +15,7 @@ use ::redis::{
     Pipeline, RedisResult, ScriptInvocation,
 };
 use arc_swap::ArcSwapOption;
-use platform::tasks::{Owned, owned};
+use platform::tasks::{OwnedTask, spawn_owned};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
@@ -154,9 +154,9 @@ impl Redis {
     /// Connects, and again after every loss, until the task is dropped. A
     /// connection that held is replaced at once, so that a hiccup costs
     /// milliseconds; where none holds, it is tried every second.
-    pub fn follow(self: &Arc<Self>) -> Owned {
+    pub fn follow(self: &Arc<Self>) -> OwnedTask {
         let redis = self.clone();
-        owned(async move {
+        spawn_owned(async move {
             let mut said = false;
             loop {
                 let begun = Instant::now();
@@ -323,7 +323,7 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         // Answers what connecting needs and nothing after it.
-        let server = owned(async move {
+        let server = spawn_owned(async move {
             use tokio::io::{AsyncReadExt, AsyncWriteExt};
             let mut kept = Vec::new();
             loop {

@@ -79,7 +79,7 @@ impl Request {
         Self {
             method,
             headers: default_headers(),
-            message: Message::own(message),
+            message: Message::encode(message),
             deadline,
             caller: Caller::gateway(),
             unit: QuotaUnit::Request,
@@ -144,9 +144,9 @@ impl Request {
     pub fn for_model(&self, name: &str, deadline: Instant) -> Self {
         let in_message = self.method.service() == Service::Inference;
         let message = if in_message {
-            Message::of_framed(frame_bytes(&renamed(self.bytes(), name)))
+            Message::from_framed(frame_bytes(&renamed(self.bytes(), name)))
         } else {
-            Message::of_framed(self.message.framed().clone())
+            Message::from_framed(self.message.framed().clone())
         };
         let mut request = self.with_message(message);
         request.deadline = deadline;

@@ -236,8 +236,8 @@ impl Upstream {
     ) -> Result<http::Response<Incoming>, ChannelError> {
         loop {
             match channel.send(head.clone(), framed.clone()).await {
-                Err(ChannelError::NotBegun(error)) if channel.closed() => {
-                    channel = self.channel().ok_or(ChannelError::NotBegun(error))?;
+                Err(ChannelError::Unprocessed(error)) if channel.closed() => {
+                    channel = self.channel().ok_or(ChannelError::Unprocessed(error))?;
                 }
                 sent => return sent,
             }

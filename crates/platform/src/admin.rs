@@ -1,7 +1,8 @@
-//! The admin port: metrics and the two questions of a probe, over HTTP.
+//! The admin port: metrics, liveness and readiness over HTTP.
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
@@ -14,10 +15,14 @@ use tokio::task::JoinSet;
 use crate::health::Health;
 use crate::metrics::Metrics;
 
-/// Probes and scrapers: more connections than these are a mistake.
+/// Enough for probes and scrapers; further connections wait to be accepted.
 const CONNECTIONS_MAX: usize = 64;
+/// How long the head of a request may take to arrive.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause after a connection could not be accepted.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
-/// Answers `/metrics`, `/livez` and `/readyz` for as long as it is polled. The
+/// Serves `/metrics`, `/livez` and `/readyz` for as long as it is polled. The
 /// process is ready when all of `health` are.
 pub async fn run(listener: TcpListener, metrics: Arc<Metrics>, health: Vec<Health>) {
     let mut connections = JoinSet::new();
@@ -27,29 +32,29 @@ pub async fn run(listener: TcpListener, metrics: Arc<Metrics>, health: Vec<Healt
             accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => accepted,
         };
         let Ok((stream, _)) = accepted else {
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            tokio::time::sleep(ACCEPT_BACKOFF).await;
             continue;
         };
         let (metrics, health) = (metrics.clone(), health.clone());
         connections.spawn(async move {
             let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-                let response = answer(request.uri().path(), &metrics, &health);
+                let response = respond(request.uri().path(), &metrics, &health);
                 async move { Ok::<_, Infallible>(response) }
             });
             let served = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
-                .header_read_timeout(std::time::Duration::from_secs(10))
+                .header_read_timeout(HEAD_TIMEOUT)
                 .serve_connection(TokioIo::new(stream), service)
                 .await;
             if let Err(error) = served {
-                tracing::debug!(%error, "an admin connection broke");
+                tracing::debug!(%error, "an admin connection failed");
             }
         });
     }
 }
 
-fn answer(path: &str, metrics: &Metrics, health: &[Health]) -> Response<Full<Bytes>> {
-    let (status, kind, text) = match path {
+fn respond(path: &str, metrics: &Metrics, health: &[Health]) -> Response<Full<Bytes>> {
+    let (status, content_type, text) = match path {
         "/metrics" => match metrics.to_text() {
             Ok(text) => (
                 StatusCode::OK,
@@ -63,14 +68,14 @@ fn answer(path: &str, metrics: &Metrics, health: &[Health]) -> Response<Full<Byt
         "/readyz" => plain(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
         _ => plain(
             StatusCode::NOT_FOUND,
-            "here are /metrics, /livez and /readyz\n",
+            "not found: the paths are /metrics, /livez and /readyz\n",
         ),
     };
     let mut response = Response::new(Full::from(text));
     *response.status_mut() = status;
     response.headers_mut().insert(
         http::header::CONTENT_TYPE,
-        http::HeaderValue::from_static(kind),
+        http::HeaderValue::from_static(content_type),
     );
     response
 }

@@ -1,7 +1,7 @@
-//! One connection to another gRPC server. Which server, when to connect again
-//! and where to send instead is the caller's to decide.
+//! One connection to another gRPC server. Endpoint selection, reconnection and
+//! retries belong to the caller.
 //!
-//! A call's message is whole when it is sent, so that the h2 crate can be used
+//! A call's message is complete when it is sent, so that the h2 crate can be used
 //! without hyper's client, which hands each call and each body to other tasks.
 
 use std::fmt;
@@ -22,19 +22,22 @@ use tokio::net::TcpStream;
 
 use crate::coalesce::Coalesced;
 use crate::memory;
-use crate::tasks::{Owned, owned};
+use crate::tasks::{OwnedTask, spawn_owned};
 use crate::tls::ClientTls;
 
+/// Flow-control windows, frames and resets as on the server's side.
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 const FRAME_BYTES_MAX: u32 = 256 << 10;
+/// Reset streams whose late frames are still ignored.
+const RESET_STREAMS_MAX: usize = 4096;
 
-/// Whom to connect to.
+/// The address of a server.
 #[derive(Debug, Clone)]
 pub enum Target {
     /// A host and port.
     Tcp(String),
-    /// The same over TLS.
+    /// A host and port, over TLS.
     Tls(String, ClientTls),
     /// A server in the same process.
     Memory(memory::Connector),
@@ -49,35 +52,37 @@ impl fmt::Display for Target {
     }
 }
 
-/// Why a call has no reply, or not all of it.
+/// Why a call has no response, or an incomplete one.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
-    /// The server has not begun the call: it can be sent again for nothing.
-    #[error("the call was not begun: {0}")]
-    NotBegun(h2::Error),
-    /// The connection or the call broke; the server may have begun it.
-    #[error("the connection broke: {0}")]
-    Broken(h2::Error),
+    /// The server has not processed the call: a retry is safe even if the call
+    /// is not idempotent.
+    #[error("the server did not process the call: {0}")]
+    Unprocessed(h2::Error),
+    /// The connection or the stream failed; the server may have processed the
+    /// call.
+    #[error("the connection failed: {0}")]
+    Failed(h2::Error),
 }
 
 impl From<h2::Error> for ChannelError {
     fn from(error: h2::Error) -> Self {
-        // A server that ends says which calls it has begun; h2 fails the rest
-        // with what the server said.
+        // GOAWAY names the last stream that the server processed; h2 fails the
+        // later ones with the server's error.
         let refused = error.reason() == Some(Reason::REFUSED_STREAM);
-        let ended = error.is_go_away() && error.is_remote();
-        if refused || ended {
-            return Self::NotBegun(error);
+        let goaway = error.is_go_away() && error.is_remote();
+        if refused || goaway {
+            return Self::Unprocessed(error);
         }
-        Self::Broken(error)
+        Self::Failed(error)
     }
 }
 
-/// A connection that takes calls until it closes.
+/// A connection that sends calls until it closes.
 pub struct Channel {
     sender: SendRequest<Bytes>,
     closed: Arc<AtomicBool>,
-    connection: Owned,
+    connection: OwnedTask,
 }
 
 impl fmt::Debug for Channel {
@@ -118,67 +123,66 @@ impl Channel {
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(FRAME_BYTES_MAX)
             .enable_push(false)
-            // Callers who leave reset streams, and many share a connection.
-            .max_concurrent_reset_streams(4096)
+            // Callers who cancel reset their streams, and many share a connection.
+            .max_concurrent_reset_streams(RESET_STREAMS_MAX)
             .max_local_error_reset_streams(None)
             .handshake(Coalesced::new(io))
             .await
             .map_err(io::Error::other)?;
         let closed = Arc::new(AtomicBool::new(false));
-        let closes = closed.clone();
-        let driven = owned(async move {
+        let closing = closed.clone();
+        let driver = spawn_owned(async move {
             if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection to a server broke");
+                tracing::debug!(%error, "a connection to a server failed");
             }
-            closes.store(true, Ordering::Release);
+            closing.store(true, Ordering::Release);
         });
         Ok(Self {
             sender,
             closed,
-            connection: driven,
+            connection: driver,
         })
     }
 
-    /// Breaks the connection: the calls that it has fail at once.
+    /// Closes the connection at once: its calls in flight fail.
     pub fn abort(&self) {
         self.closed.store(true, Ordering::Release);
         self.connection.abort();
     }
 
-    /// Whether the connection takes no more calls.
+    /// Whether the connection accepts no more calls.
     pub fn closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Sends one call with its framed message and returns the head of its
-    /// reply. Dropping the future, or the reply's body, tells the server that
-    /// nobody waits.
+    /// Sends one call with its framed message and returns the head of the
+    /// response. Dropping the future or the response's body cancels the call.
     pub async fn send(
         &self,
         head: Request<()>,
         framed: Bytes,
     ) -> Result<Response<Incoming>, ChannelError> {
-        // A connection that was told to end says so here first, though the
-        // calls that it has may go on for long.
-        let ended = |error: h2::Error| {
+        // GOAWAY is seen here first, since calls in flight may go on for long
+        // before the connection ends.
+        let noted = |error: h2::Error| {
             if error.is_go_away() {
                 self.closed.store(true, Ordering::Release);
             }
             error
         };
-        let not_begun = |error| ChannelError::NotBegun(ended(error));
-        let mut sender = self.sender.clone().ready().await.map_err(not_begun)?;
-        let (reply, mut message) = sender.send_request(head, false).map_err(not_begun)?;
-        message.send_data(framed, true).map_err(ended)?;
-        let reply = reply.await.map_err(ended)?;
-        Ok(reply.map(|stream| Incoming {
+        let unprocessed = |error| ChannelError::Unprocessed(noted(error));
+        let mut sender = self.sender.clone().ready().await.map_err(unprocessed)?;
+        let (response, mut message) = sender.send_request(head, false).map_err(unprocessed)?;
+        message.send_data(framed, true).map_err(noted)?;
+        let response = response.await.map_err(noted)?;
+        Ok(response.map(|stream| Incoming {
             stream,
             data_ended: false,
         }))
     }
 }
 
-/// The body of a reply as it comes.
+/// The body of a response as it arrives.
 #[derive(Debug)]
 pub struct Incoming {
     stream: RecvStream,
@@ -197,7 +201,8 @@ impl http_body::Body for Incoming {
         if !own.data_ended {
             match ready!(own.stream.poll_data(context)) {
                 Some(Ok(data)) => {
-                    // Room for the next; an error is seen at the next poll.
+                    // Opens the flow-control window again; an error is seen at
+                    // the next poll.
                     let _ = own.stream.flow_control().release_capacity(data.len());
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }

@@ -1,10 +1,10 @@
-//! Writes that wait one turn of the scheduler for others.
+//! Write coalescing: a flush waits for one round of the scheduler.
 //!
 //! HTTP/2 libraries flush the head of a message, its data and its trailers one
-//! by one, since different tasks make them: each becomes a system call here, a
-//! packet, and a wake-up there. A task that yields on a single-threaded runtime
-//! runs again when every task that is ready has run; what they wrote in the
-//! meantime goes out in the same system call.
+//! by one, since different tasks make them: each becomes a system call, a packet
+//! and a wake-up of the peer. A task that yields on a single-threaded runtime
+//! runs again after every task that is ready; their writes go out in the same
+//! system call.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -15,26 +15,29 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::yield_now;
 use tokio_util::sync::ReusableBoxFuture;
 
-/// Longer writes are not copied: they go out at once, after what waits.
+/// Longer writes are not copied: they go out at once, after the buffered ones.
 const COPIED_BYTES_MAX: usize = 16 << 10;
-/// So much may wait.
-const WAITING_BYTES_MAX: usize = 64 << 10;
+/// The size of the buffer.
+const BUFFERED_BYTES_MAX: usize = 64 << 10;
 
-/// A connection whose small writes wait one turn.
+/// A connection whose small writes are buffered until the next flush.
 #[derive(Debug)]
 pub struct Coalesced<T> {
     io: T,
-    waiting: BytesMut,
-    turn: Turn,
+    buffer: BytesMut,
+    flush: Flush,
     yielded: ReusableBoxFuture<'static, ()>,
 }
 
-/// How far a flush has come.
+/// The state of a flush.
 #[derive(Debug, PartialEq)]
-enum Turn {
-    None,
-    Waiting,
-    Over,
+enum Flush {
+    /// No flush has begun.
+    Idle,
+    /// The flush yields to the other tasks.
+    Yielding,
+    /// The other tasks have run: the buffer is written.
+    Writing,
 }
 
 impl<T> Coalesced<T> {
@@ -42,22 +45,22 @@ impl<T> Coalesced<T> {
     pub fn new(io: T) -> Self {
         Self {
             io,
-            waiting: BytesMut::new(),
-            turn: Turn::None,
+            buffer: BytesMut::new(),
+            flush: Flush::Idle,
             yielded: ReusableBoxFuture::new(yield_now()),
         }
     }
 }
 
 impl<T: AsyncWrite + Unpin> Coalesced<T> {
-    /// Writes all that waits.
+    /// Writes the whole buffer.
     fn poll_drain(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while !self.waiting.is_empty() {
-            let count = ready!(Pin::new(&mut self.io).poll_write(context, &self.waiting))?;
+        while !self.buffer.is_empty() {
+            let count = ready!(Pin::new(&mut self.io).poll_write(context, &self.buffer))?;
             if count == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            self.waiting.advance(count);
+            self.buffer.advance(count);
         }
         Poll::Ready(Ok(()))
     }
@@ -93,11 +96,11 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Coalesced<T> {
             ready!(own.poll_drain(context))?;
             return Pin::new(&mut own.io).poll_write_vectored(context, slices);
         }
-        if own.waiting.len() + total > WAITING_BYTES_MAX {
+        if own.buffer.len() + total > BUFFERED_BYTES_MAX {
             ready!(own.poll_drain(context))?;
         }
         for slice in slices {
-            own.waiting.extend_from_slice(slice);
+            own.buffer.extend_from_slice(slice);
         }
         Poll::Ready(Ok(total))
     }
@@ -108,18 +111,18 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Coalesced<T> {
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let own = self.get_mut();
-        if !own.waiting.is_empty() {
-            if own.turn == Turn::None {
+        if !own.buffer.is_empty() {
+            if own.flush == Flush::Idle {
                 own.yielded.set(yield_now());
-                own.turn = Turn::Waiting;
+                own.flush = Flush::Yielding;
             }
-            if own.turn == Turn::Waiting {
+            if own.flush == Flush::Yielding {
                 ready!(own.yielded.poll(context));
-                own.turn = Turn::Over;
+                own.flush = Flush::Writing;
             }
         }
         ready!(own.poll_drain(context))?;
-        own.turn = Turn::None;
+        own.flush = Flush::Idle;
         Pin::new(&mut own.io).poll_flush(context)
     }
 

@@ -1,5 +1,5 @@
-//! The services that every role answers beside its own: reflection in both
-//! versions and health.
+//! The services that every role serves beside its own: health, and reflection in
+//! both versions.
 
 use std::sync::Arc;
 
@@ -14,14 +14,14 @@ use tower_service::Service;
 use crate::grpc::{Body, Call, Reply};
 use crate::health::Health;
 
-/// A question of reflection: a name, or a list of the names of extensions.
+/// A reflection request: a name, or a list of extension names.
 const REFLECTION_BYTES_MAX: usize = 4096;
 
 type Handle = dyn Fn(Request<tonic::body::Body>) -> BoxFuture<'static, Response<tonic::body::Body>>
     + Send
     + Sync;
 
-/// Health and reflection behind their paths.
+/// Health and reflection, routed by their paths.
 #[derive(Clone)]
 pub struct CommonServices {
     health: HealthServer<Health>,
@@ -56,8 +56,8 @@ impl CommonServices {
         })
     }
 
-    /// Answers a call of health or reflection; any other is not implemented.
-    pub async fn answer(&self, call: Call) -> Reply {
+    /// Serves a call of health or reflection; any other is UNIMPLEMENTED.
+    pub async fn serve(&self, call: Call) -> Reply {
         let service = call.path().split('/').nth(1).unwrap_or_default();
         let response = match service {
             "grpc.health.v1.Health" => {
@@ -80,7 +80,7 @@ impl std::fmt::Debug for CommonServices {
     }
 }
 
-/// Hides the type of a generated service, which tonic does not name.
+/// Erases the type of a generated service, which tonic does not name.
 fn handle<S>(service: S) -> Arc<Handle>
 where
     S: Service<
@@ -94,9 +94,9 @@ where
     S::Future: Send + 'static,
 {
     Arc::new(move |request| {
-        let answered = service.clone().call(request);
+        let response = service.clone().call(request);
         Box::pin(async move {
-            let Ok(response) = answered.await;
+            let Ok(response) = response.await;
             response
         })
     })

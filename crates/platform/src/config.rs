@@ -1,6 +1,6 @@
-//! Flags, environment variables and one TOML file, in that order of strength.
+//! Flags, environment variables and one TOML file, in this order of precedence.
 //! All three go through the same parser, so that a value is checked in the same
-//! way wherever it stands.
+//! way wherever it was set.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -72,10 +72,9 @@ fn apply(mut command: Command, text: &str) -> Result<Command, ContentError> {
     for (key, value) in values {
         let offset = key.span().start;
         let key = key.into_inner();
-        let mut settings = command.get_arguments().filter(is_setting);
-        if !settings.any(|setting| setting.get_id() == key.as_str()) {
-            let settings = command.get_arguments().filter(is_setting);
-            let keys: Vec<_> = settings.map(|setting| setting.get_id().as_str()).collect();
+        let settings = command.get_arguments().filter(is_setting);
+        let keys: Vec<_> = settings.map(|setting| setting.get_id().as_str()).collect();
+        if !keys.contains(&key.as_str()) {
             let reason = format!("unknown key; the keys are: {}", keys.join(", "));
             let error = ContentError::new(reason);
             return Err(error.at_offset(text, offset).in_field(key));
@@ -113,7 +112,7 @@ fn to_texts(value: &toml::Value) -> Option<Vec<OsString>> {
     }
 }
 
-/// Names the variable of each flag: `--grpc-addr` is `ANDON_GRPC_ADDR`.
+/// Sets the environment variable of each flag: `--grpc-addr` is `ANDON_GRPC_ADDR`.
 #[must_use]
 pub fn with_variables(command: Command) -> Command {
     command.mut_subcommands(|subcommand| {
@@ -127,20 +126,20 @@ pub fn with_variables(command: Command) -> Command {
     })
 }
 
-/// Reads a duration such as `50ms`, `5s` or `1h`.
+/// Parses a duration such as `50ms`, `5s` or `1h`.
 pub fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; write 50ms, 5s or 1h"))
 }
 
-/// Reads a duration that is more than nothing.
+/// Parses a duration greater than zero.
 pub fn positive_duration(text: &str) -> Result<Duration, String> {
     match duration(text)? {
-        Duration::ZERO => Err("must be more than nothing".to_owned()),
+        Duration::ZERO => Err("must be greater than zero".to_owned()),
         duration => Ok(duration),
     }
 }
 
-/// Reads a size such as `64MiB`.
+/// Parses a size in bytes, such as `64MiB`.
 pub fn bytes(text: &str) -> Result<usize, String> {
     text.parse::<bytesize::ByteSize>()
         .map_err(|error| format!("{error}; write 1048576, 64KiB or 1GiB"))
@@ -148,7 +147,7 @@ pub fn bytes(text: &str) -> Result<usize, String> {
             usize::try_from(size.as_u64())
                 .ok()
                 .filter(|&bytes| bytes > 0)
-                .ok_or_else(|| "must be more than nothing".to_owned())
+                .ok_or_else(|| "must be greater than zero".to_owned())
         })
 }
 

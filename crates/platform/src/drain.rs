@@ -1,18 +1,18 @@
-//! The way out: not ready, finish, GOAWAY, exit before the hard deadline.
+//! Graceful shutdown: not ready, finish, GOAWAY, exit before the hard deadline.
 
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-/// How far the way out has come.
+/// The phase of a graceful shutdown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
-    /// Calls are taken.
+    /// Calls are accepted.
     Serving,
-    /// Not ready any more: callers are told to go elsewhere, yet calls that
-    /// still come are answered.
+    /// Not ready: load balancers send new calls elsewhere, and those that still
+    /// arrive are served.
     Draining,
-    /// No new connection and no new call; those under way finish.
+    /// No new connections and calls; those in flight finish.
     Closing,
 }
 
@@ -20,18 +20,18 @@ pub enum Phase {
 #[derive(Debug)]
 pub struct Trigger(watch::Sender<Phase>);
 
-/// Sees the drain.
+/// Observes the drain.
 #[derive(Debug, Clone)]
 pub struct Drain(watch::Receiver<Phase>);
 
-/// A trigger and what it drains.
+/// A trigger, and the drain that it starts.
 pub fn channel() -> (Trigger, Drain) {
     let (sender, receiver) = watch::channel(Phase::Serving);
     (Trigger(sender), Drain(receiver))
 }
 
 impl Trigger {
-    /// Becomes not ready, waits `delay` for callers to notice, then closes.
+    /// Becomes not ready, waits `delay` for load balancers to notice, then closes.
     pub async fn drain(&self, delay: Duration) {
         self.0.send_replace(Phase::Draining);
         tokio::time::sleep(delay).await;
@@ -45,9 +45,9 @@ impl Drain {
         *self.0.borrow() >= Phase::Draining
     }
 
-    /// Returns when the phase is reached, or the trigger is gone.
+    /// Returns when the phase is reached or the trigger was dropped.
     pub async fn reached(&mut self, phase: Phase) {
-        // An error means that the trigger was dropped: nothing serves any more.
+        // An error means that the trigger was dropped: the server has ended.
         let _ = self.0.wait_for(|now| *now >= phase).await;
     }
 }

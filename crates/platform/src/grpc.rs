@@ -1,5 +1,5 @@
-//! gRPC on the wire: calls, their messages and replies. Roles answer encoded
-//! messages here, so that tensor bytes can pass without being decoded.
+//! gRPC on the wire: calls, their messages and replies. Messages stay encoded, so
+//! that tensor bytes can be forwarded without being decoded.
 
 mod body;
 mod call;
@@ -20,12 +20,12 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::drain::{Drain, Phase};
-use crate::tasks::awaited;
+use crate::tasks::spawn_owned;
 
-/// The HTTP response that answers a call.
+/// The HTTP response to a call.
 pub type Reply = http::Response<Body>;
 
-/// Metadata that answers carry besides their message.
+/// The metadata of a response.
 pub type Metadata = HeaderMap;
 
 /// A reply of one framed message.
@@ -33,11 +33,11 @@ pub fn reply(framed: Bytes, metadata: Metadata) -> Reply {
     respond(Body::unary(framed), metadata)
 }
 
-/// A reply that only says why there is none.
+/// A reply without a message, only with a status.
 pub fn reject(status: &Status) -> Reply {
     let mut response = respond(Body::empty(), Metadata::new());
     if status.add_header(response.headers_mut()).is_err() {
-        // Metadata that cannot be written must not hide the code.
+        // Details that do not fit into a header must not hide the code.
         let code = HeaderValue::from(status.code() as i32);
         response.headers_mut().insert("grpc-status", code);
     }
@@ -54,7 +54,7 @@ fn respond(body: Body, mut headers: Metadata) -> Reply {
     response
 }
 
-/// The status that a reply's head carries: set when there is no message.
+/// The status in the head of a reply without messages.
 pub fn head_status(headers: &HeaderMap) -> Option<Status> {
     Status::from_header_map(headers)
 }
@@ -66,14 +66,18 @@ pub fn head_code(headers: &HeaderMap) -> Code {
         .map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
 }
 
-/// Decodes the only message of a call; bytes that are no such message are the
+/// Decodes the only message of a call; bytes that cannot be decoded are the
 /// caller's fault.
 pub fn decode<Q: prost::Message + Default>(message: Bytes) -> Result<Q, Status> {
-    Q::decode(message)
-        .map_err(|error| invalid("message", &format!("not a message of this call: {error}")))
+    Q::decode(message).map_err(|error| {
+        invalid(
+            "message",
+            &format!("cannot be decoded as a request of this method: {error}"),
+        )
+    })
 }
 
-/// A field of the call is wrong.
+/// INVALID_ARGUMENT, with the field in its details.
 fn invalid(field: &str, description: &str) -> Status {
     let mut details = ErrorDetails::new();
     details.add_bad_request_violation(field, description);
@@ -81,11 +85,11 @@ fn invalid(field: &str, description: &str) -> Status {
     Status::with_error_details(Code::InvalidArgument, message, details)
 }
 
-/// Answers a call of one message with one message.
+/// Serves a unary call: one message in, one message out.
 pub async fn unary<Q, A, F>(
     call: Call,
     limits: &MessageLimits,
-    answer: impl FnOnce(Q) -> F,
+    respond: impl FnOnce(Q) -> F,
 ) -> Result<Reply, Status>
 where
     Q: prost::Message + Default,
@@ -94,30 +98,30 @@ where
 {
     let message = call.into_messages(limits).only().await?;
     let request = decode(message.bytes())?;
-    let answered = answer(request).await?;
-    Ok(reply(frame(&answered), Metadata::new()))
+    let response = respond(request).await?;
+    Ok(reply(frame(&response), Metadata::new()))
 }
 
-/// How a stream of messages is answered.
+/// The limits of a bidirectional stream.
 #[derive(Debug)]
-pub struct EachSettings {
-    /// Messages that may be under way at once.
+pub struct StreamSettings {
+    /// Messages in flight at once.
     pub concurrency: usize,
-    /// When the whole stream ends, if the caller said so.
+    /// The deadline of the whole stream, if the caller set one.
     pub deadline: Option<Instant>,
-    /// No further message is read when the server closes.
+    /// Ends the stream when the server closes.
     pub drain: Drain,
 }
 
-/// What answers one message of a stream, framed.
-pub enum Answers {
+/// The responses to one message of a stream, framed.
+pub enum Responses {
     /// One message.
     One(Bytes),
-    /// Messages that come one by one.
+    /// Messages as they are produced.
     Many(BoxStream<'static, Result<Bytes, Status>>),
 }
 
-impl std::fmt::Debug for Answers {
+impl std::fmt::Debug for Responses {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str(match self {
             Self::One(_) => "One",
@@ -126,25 +130,25 @@ impl std::fmt::Debug for Answers {
     }
 }
 
-impl From<Bytes> for Answers {
+impl From<Bytes> for Responses {
     fn from(framed: Bytes) -> Self {
         Self::One(framed)
     }
 }
 
-/// Answers each message of a stream with one message or with several, in
-/// order. An error ends the stream with its status. Nothing runs once the
-/// caller is gone: the reply's body owns it all.
-pub fn each<F, A>(
+/// Serves a bidirectional stream: each message gets one response or several, in
+/// order. An error ends the stream with its status. Nothing runs once the caller
+/// has cancelled: the reply's body owns every task.
+pub fn bidirectional<F, A>(
     messages: Messages,
-    settings: EachSettings,
-    answer: impl Fn(Message) -> F + Send + 'static,
+    settings: StreamSettings,
+    respond: impl Fn(Message) -> F + Send + 'static,
 ) -> Reply
 where
     F: Future<Output = Result<A, Status>> + Send + 'static,
-    A: Into<Answers> + Send + 'static,
+    A: Into<Responses> + Send + 'static,
 {
-    let EachSettings {
+    let StreamSettings {
         concurrency,
         deadline,
         drain,
@@ -154,30 +158,30 @@ where
         tokio::select! {
             biased;
             () = drain.reached(Phase::Closing) => {
-                Some((Err(Status::unavailable("the server is ending: call again")), None))
+                Some((Err(Status::unavailable("the server is shutting down: retry")), None))
             }
             next = messages.next() => next.transpose().map(|next| (next, Some((messages, drain)))),
         }
     });
-    let answers = requests
+    let responses = requests
         .map(move |message| {
-            // A task of its own: a caller who reads slowly must not keep an
-            // answer in the connection that it shares with other callers.
-            let answered = message.map(|message| awaited(answer(message)));
+            // A task of its own: a caller who reads slowly must not hold up a
+            // response on an upstream connection that other callers share.
+            let response = message.map(|message| spawn_owned(respond(message)));
             async move {
-                let ended = || Err(Status::internal("the answer was given up"));
-                answered?.await.unwrap_or_else(ended)
+                let aborted = || Err(Status::internal("the response was aborted"));
+                response?.await.unwrap_or_else(aborted)
             }
         })
         .buffered(concurrency)
-        .map(|answered| match answered.map(A::into) {
-            Ok(Answers::Many(several)) => several.left_stream(),
-            Ok(Answers::One(framed)) => one(Ok(framed)).right_stream(),
+        .map(|response| match response.map(A::into) {
+            Ok(Responses::Many(several)) => several.left_stream(),
+            Ok(Responses::One(framed)) => one(Ok(framed)).right_stream(),
             Err(status) => one(Err(status)).right_stream(),
         })
         .flatten()
         .boxed();
-    stream(until(deadline, answers))
+    stream(until(deadline, responses))
 }
 
 fn one<T>(item: T) -> stream::Once<std::future::Ready<T>> {
@@ -187,15 +191,15 @@ fn one<T>(item: T) -> stream::Once<std::future::Ready<T>> {
 /// Ends a stream with DEADLINE_EXCEEDED when its deadline passes.
 fn until(
     deadline: Option<Instant>,
-    answers: BoxStream<'static, Result<Bytes, Status>>,
+    responses: BoxStream<'static, Result<Bytes, Status>>,
 ) -> BoxStream<'static, Result<Bytes, Status>> {
     let Some(deadline) = deadline else {
-        return answers;
+        return responses;
     };
-    stream::unfold(Some(answers), move |answers| async move {
-        let mut answers = answers?;
-        match tokio::time::timeout_at(deadline, answers.next()).await {
-            Ok(next) => next.map(|next| (next, Some(answers))),
+    stream::unfold(Some(responses), move |responses| async move {
+        let mut responses = responses?;
+        match tokio::time::timeout_at(deadline, responses.next()).await {
+            Ok(next) => next.map(|next| (next, Some(responses))),
             Err(_) => Some((Err(Status::deadline_exceeded("the deadline passed")), None)),
         }
     })

@@ -1,6 +1,5 @@
-//! `grpc.health.v1` with the answers that callers expect: unknown services are
-//! NOT_FOUND when checked and SERVICE_UNKNOWN when watched, and the empty name
-//! follows readiness.
+//! `grpc.health.v1`: unknown services are NOT_FOUND when checked and
+//! SERVICE_UNKNOWN when watched, and the empty name follows readiness.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -13,15 +12,16 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_server::{Health as HealthService, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
-/// Name that answers SERVING as long as the process runs: for liveness probes.
+/// A service that is SERVING as long as the process runs: for liveness probes.
 pub const LIVE: &str = "andon.live";
 
-/// A name of a service; whoever asks need not say who they are.
+/// A request holds the name of a service. Health is served without
+/// authentication, so its requests are kept small.
 const MESSAGE_BYTES_MAX: usize = 1024;
-/// Watches that may be open: they have no end of their own.
+/// Open watches: they have no deadline.
 const WATCHES_MAX: usize = 1024;
 
-/// Whether each name is serving. Cheap to clone.
+/// The serving status of each name. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Health {
     names: Arc<watch::Sender<Names>>,
@@ -31,7 +31,7 @@ pub struct Health {
 #[derive(Debug, PartialEq)]
 struct Names {
     serving: BTreeMap<String, bool>,
-    /// The server ends: so do the watches, which would hold it open.
+    /// The server drains, and ends the watches: they would hold it open.
     closed: bool,
 }
 
@@ -49,8 +49,8 @@ impl Default for Health {
 }
 
 impl Health {
-    /// Replaces every name but [`LIVE`]; the watchers of changed names are told.
-    /// `ready` is the answer for the empty name and for each of `services`.
+    /// Replaces every name but [`LIVE`], and notifies the watches of changed
+    /// names. `ready` is the status of the empty name and of each of `services`.
     pub fn replace(
         &self,
         ready: bool,
@@ -75,7 +75,7 @@ impl Health {
 
     /// Whether the empty name is serving.
     pub fn ready(&self) -> bool {
-        self.status("").is_some_and(|serving| serving)
+        self.serving("")
     }
 
     /// Whether a name is known and serving.
@@ -125,12 +125,12 @@ impl HealthService for Health {
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let name = request.into_inner().service;
-        let place = self.watches.clone().try_acquire_owned();
-        let place = place.map_err(|_| Status::unavailable("there are too many watches"))?;
+        let permit = self.watches.clone().try_acquire_owned();
+        let permit = permit.map_err(|_| Status::unavailable("too many open watches"))?;
         let names = self.names.subscribe();
         let statuses = stream::unfold(
-            (names, name, None::<Option<bool>>, place),
-            |(mut names, name, told, place)| async move {
+            (names, name, None::<Option<bool>>, permit),
+            |(mut names, name, sent, permit)| async move {
                 loop {
                     let (now, closed) = {
                         let names = names.borrow_and_update();
@@ -139,8 +139,8 @@ impl HealthService for Health {
                     if closed {
                         return None;
                     }
-                    if told != Some(now) {
-                        return Some((Ok(response(now)), (names, name, Some(now), place)));
+                    if sent != Some(now) {
+                        return Some((Ok(response(now)), (names, name, Some(now), permit)));
                     }
                     names.changed().await.ok()?;
                 }
@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn there_are_only_so_many_watches() {
+    async fn open_watches_are_bounded() {
         let health = Health::default();
         let watch = || health.watch(Request::new(HealthCheckRequest::default()));
         let mut open = Vec::new();

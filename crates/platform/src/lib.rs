@@ -1,6 +1,6 @@
-//! What every role stands on: configuration, telemetry, the server and
-//! channel, the circuit breaker and the retry budget, the admin port, health
-//! and the drain. Knows no models.
+//! What every role is built on: configuration, followed files, telemetry, the
+//! server, the channel, the circuit breaker and the retry budget, the admin
+//! port, health and the drain. Knows no models.
 
 pub mod admin;
 pub mod body;
@@ -15,7 +15,6 @@ pub mod grpc;
 pub mod health;
 pub mod memory;
 pub mod metrics;
-
 mod process;
 pub mod retry_budget;
 pub mod server;

@@ -1,29 +1,32 @@
-//! Connections that stay in the process: how the roles of `andon serve` meet.
+//! Connections within the process, by which the roles of `andon serve` call each
+//! other.
 
 use std::io;
 
 use tokio::io::DuplexStream;
 use tokio::sync::mpsc;
 
-/// Bytes that may be under way in each direction of one connection.
+/// The buffer of each direction of one connection, in bytes.
 const PIPE_BYTES: usize = 1 << 20;
+/// Connections that wait to be accepted.
+const BACKLOG: usize = 16;
 
-/// The side that connects.
+/// The connecting side.
 #[derive(Debug, Clone)]
 pub struct Connector(mpsc::Sender<DuplexStream>);
 
-/// The side that listens.
+/// The listening side.
 #[derive(Debug)]
 pub struct Acceptor(mpsc::Receiver<DuplexStream>);
 
-/// A connector and the acceptor that its connections arrive at.
+/// A connector, and the acceptor of its connections.
 pub fn pair() -> (Connector, Acceptor) {
-    let (sender, receiver) = mpsc::channel(16);
+    let (sender, receiver) = mpsc::channel(BACKLOG);
     (Connector(sender), Acceptor(receiver))
 }
 
 impl Connector {
-    /// Connects; refused when the acceptor is gone.
+    /// Connects. An error when the acceptor was dropped.
     pub async fn connect(&self) -> io::Result<DuplexStream> {
         let (near, far) = tokio::io::duplex(PIPE_BYTES);
         self.0
@@ -35,7 +38,7 @@ impl Connector {
 }
 
 impl Acceptor {
-    /// The next connection; none when every connector is gone.
+    /// The next connection; none when every connector was dropped.
     pub async fn accept(&mut self) -> Option<DuplexStream> {
         self.0.recv().await
     }

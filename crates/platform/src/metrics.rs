@@ -1,4 +1,4 @@
-//! The metrics of the process and the names they have.
+//! The metrics of the process.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -7,7 +7,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-/// Metrics that roles register and the admin port shows.
+/// The registry: roles register their metrics, and the admin port serves them.
 #[derive(Debug)]
 pub struct Metrics(Mutex<Registry>);
 
@@ -15,7 +15,7 @@ impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::default();
         let build = Info::new([("version", crate::VERSION)]);
-        registry.register("andon_build", "The release of the binary", build);
+        registry.register("andon_build", "The version of the binary", build);
         Self(Mutex::new(registry))
     }
 }
@@ -26,7 +26,7 @@ impl Metrics {
         register(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Every metric in the text format.
+    /// Every metric in the OpenMetrics text format.
     pub fn to_text(&self) -> Result<String, std::fmt::Error> {
         let mut text = String::new();
         encode(

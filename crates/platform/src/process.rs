@@ -1,4 +1,4 @@
-//! What all roles of a process share.
+//! The state that all roles of a process share.
 
 use std::sync::Arc;
 
@@ -8,17 +8,17 @@ use crate::server::ConnectionMetrics;
 use crate::shards::Shards;
 use crate::telemetry::TelemetryControl;
 
-/// What all roles of a process share. Cheap to clone.
+/// The state that all roles of a process share. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Process {
-    /// The metrics that the admin port shows.
+    /// The metrics that the admin port serves.
     pub metrics: Arc<Metrics>,
-    /// The metrics of all ports.
+    /// The connection metrics of all ports.
     pub connections: ConnectionMetrics,
-    /// What is logged and traced.
+    /// The log and trace settings.
     pub telemetry: TelemetryControl,
-    /// Where connections and their calls run.
+    /// The threads that connections and their calls run on.
     pub shards: Arc<Shards>,
-    /// The way out.
+    /// The graceful shutdown.
     pub drain: Drain,
 }

@@ -1,6 +1,6 @@
-//! The accept loop and its connections. Every connection has a preface timer,
-//! a place under the cap, a jittered age, and a hard end when the server
-//! drains; tonic's own loop has none of these.
+//! The accept loop and its connections. Every connection has a preface timeout,
+//! a permit under the connection limit, a maximum age with jitter, and a hard
+//! deadline when the server drains; tonic's own loop has none of these.
 
 mod connection;
 mod grpc;
@@ -31,56 +31,59 @@ use crate::metrics::Metrics;
 use crate::shards::Shards;
 use crate::tls::{Peer, Tls, certificate_names};
 
-/// What every port is held to.
+/// The pause after a connection could not be accepted.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+
+/// The limits and timeouts of every port.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ServerSettings {
-    /// Connections that may be open at once; more are closed at once
+    /// Maximum number of open connections per port; further ones are closed at
+    /// once
     #[arg(long, value_name = "COUNT", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
     pub connections_max: u32,
-    /// Calls that one connection may have under way
+    /// Maximum number of calls in flight on one HTTP/2 connection
     #[arg(long, value_name = "COUNT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub streams_max: u32,
-    /// How long a new connection may take to shake hands and to say what it speaks
+    /// Timeout of a new connection's TLS handshake, and of its first bytes
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = crate::config::positive_duration)]
     pub preface_timeout: Duration,
-    /// How old a connection gets, give or take a tenth, before it is asked to
-    /// end, so that callers spread over new servers
+    /// Maximum age of a connection, with 10% jitter, before it is closed
+    /// gracefully, so that callers spread over new servers
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = crate::config::positive_duration)]
     pub connection_age: Duration,
-    /// How often an idle connection is asked whether it lives
+    /// Interval of keepalive pings on an HTTP/2 connection
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = crate::config::positive_duration)]
     pub keepalive_interval: Duration,
-    /// The longest message, for example 64MiB
+    /// Maximum size of one message, for example 64MiB
     #[arg(long, value_name = "BYTES", default_value = "64MiB", value_parser = crate::config::bytes)]
     pub message_bytes_max: usize,
-    /// All messages in flight together
+    /// Maximum size of all messages in flight together
     #[arg(long, value_name = "BYTES", default_value = "1GiB", value_parser = crate::config::bytes)]
     pub bytes_in_flight_max: usize,
-    /// The longest deadline a call may have, and the deadline of calls that
-    /// bring none
+    /// Maximum deadline of a call, and the deadline of calls that set none
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = crate::config::positive_duration)]
     pub deadline_max: Duration,
-    /// How long the server stays open after it is told to end and has become
-    /// not ready
+    /// How long the ports stay open after the server was told to stop and
+    /// became not ready
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = crate::config::duration)]
     pub drain_delay: Duration,
-    /// How long calls under way may then take to finish
+    /// How long calls in flight may then take to finish
     #[arg(long, value_name = "DURATION", default_value = "65s", value_parser = crate::config::positive_duration)]
     pub drain_deadline: Duration,
 }
 
 impl ServerSettings {
-    /// Checks what the flags cannot check one by one.
+    /// Checks the settings that depend on each other.
     pub fn checked(self) -> Result<Self, String> {
         if self.message_bytes_max > self.bytes_in_flight_max {
             return Err(format!(
-                "--message-bytes-max ({}) is more than --bytes-in-flight-max ({}): its longest messages would never fit",
+                "--message-bytes-max ({}) must be at most --bytes-in-flight-max ({}): a longer message would never fit",
                 self.message_bytes_max, self.bytes_in_flight_max
             ));
         }
         if self.deadline_max > self.drain_deadline {
             return Err(format!(
-                "--deadline-max ({:?}) is more than --drain-deadline ({:?}): its longest calls would be cut off when the server ends",
+                "--deadline-max ({:?}) must be at most --drain-deadline ({:?}): the longest calls would be cut off when the server stops",
                 self.deadline_max, self.drain_deadline
             ));
         }
@@ -93,12 +96,12 @@ impl ServerSettings {
     }
 }
 
-/// Where connections come from.
+/// A source of connections.
 #[derive(Debug)]
 pub enum Listener {
     /// A TCP port.
     Tcp(TcpListener),
-    /// The same process.
+    /// Connections within the process.
     Memory(memory::Acceptor),
 }
 
@@ -140,29 +143,29 @@ pub struct ConnectionMetrics {
 impl ConnectionMetrics {
     /// Registers the metrics of connections.
     pub fn register(metrics: &Metrics) -> Self {
-        let made = Self::default();
+        let connections = Self::default();
         metrics.register(|registry| {
             registry.register(
                 "andon_connections",
-                "Connections that are open",
-                made.open.clone(),
+                "Open connections",
+                connections.open.clone(),
             );
             registry.register(
                 "andon_connections_accepted",
-                "Connections that were accepted",
-                made.accepted.clone(),
+                "Accepted connections",
+                connections.accepted.clone(),
             );
             registry.register(
                 "andon_connections_refused",
-                "Connections that were closed without a call",
-                made.refused.clone(),
+                "Connections that were closed before their first call, by reason",
+                connections.refused.clone(),
             );
         });
-        made
+        connections
     }
 
-    /// Lets a listener's numbers begin at zero, so that their rates are right.
-    fn begin(&self, listener: &'static str) {
+    /// Creates a listener's series at zero, so that their rates are right.
+    fn initialize(&self, listener: &'static str) {
         let label = ListenerLabel { listener };
         drop(self.open.get_or_create(&label));
         drop(self.accepted.get_or_create(&label));
@@ -181,18 +184,18 @@ impl ConnectionMetrics {
     }
 }
 
-/// What answers the calls of a gRPC port.
+/// Serves the calls of a gRPC port.
 pub trait Handler: Clone + Send + Sync + 'static {
-    /// Answers one call. Dropped when the caller leaves.
+    /// Serves one call. The future is dropped when the caller cancels.
     fn handle(&self, call: Call) -> impl Future<Output = Reply> + Send;
 }
 
-/// What a port speaks.
+/// The protocol of a port.
 pub trait Protocol: Clone + Send + Sync + 'static {
-    /// The names that TLS agrees on, the preferred one first.
-    const NAMES: &'static [&'static [u8]];
+    /// The protocol names that TLS negotiates by ALPN, the preferred one first.
+    const ALPN: &'static [&'static [u8]];
 
-    /// Serves one connection to its end.
+    /// Serves one connection until it closes.
     fn serve(
         self,
         server: &Server,
@@ -207,22 +210,22 @@ pub trait Protocol: Clone + Send + Sync + 'static {
 pub struct Server {
     /// The port's name in metrics.
     pub name: &'static str,
-    /// What it is held to.
+    /// Its limits and timeouts.
     pub settings: ServerSettings,
-    /// Where its connections are counted.
+    /// The metrics of its connections.
     pub metrics: ConnectionMetrics,
-    /// Where its connections run.
+    /// The threads that its connections run on.
     pub shards: Arc<Shards>,
-    /// Its certificates; without them it speaks clear text.
+    /// Its certificates; plain text without them.
     pub tls: Option<Tls>,
 }
 
 impl Server {
-    /// Accepts connections until the drain closes, then lets calls finish, and
-    /// returns when all have or the hard deadline has passed.
+    /// Accepts connections until the drain closes the port. Returns when the
+    /// calls in flight have finished or the drain deadline has passed.
     pub async fn run<P: Protocol>(&self, mut listener: Listener, protocol: P, mut drain: Drain) {
-        self.metrics.begin(self.name);
-        let places = Arc::new(Semaphore::new(self.settings.connections_max as usize));
+        self.metrics.initialize(self.name);
+        let permits = Arc::new(Semaphore::new(self.settings.connections_max as usize));
         let mut connections = JoinSet::new();
         let mut closing = drain.clone();
         loop {
@@ -231,16 +234,20 @@ impl Server {
                 () = closing.reached(Phase::Closing) => break,
                 Some(_) = connections.join_next() => {}
                 accepted = listener.accept() => match accepted {
-                    Accepted::Connection(io) => {
-                        let place = places.clone().try_acquire_owned();
-                        self.start(&mut connections, io, place.ok(), (protocol.clone(), drain.clone()));
-                    }
+                    Accepted::Connection(io) => match permits.clone().try_acquire_owned() {
+                        Ok(permit) => {
+                            let (server, protocol) = (self.clone(), protocol.clone());
+                            let serving = server.serve(io, permit, protocol, drain.clone());
+                            connections.spawn_on(serving, self.shards.next());
+                        }
+                        Err(_) => self.metrics.refuse(self.name, "cap"),
+                    },
                     Accepted::Failed(error) => {
                         tracing::warn!(%error, "a connection could not be accepted");
-                        // Out of file descriptors: trying at once would spin.
-                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        // Out of file descriptors: an immediate retry would spin.
+                        tokio::time::sleep(ACCEPT_BACKOFF).await;
                     }
-                    // Nobody can connect any more; the connections go on.
+                    // No connector is left; open connections go on.
                     Accepted::Ended => break,
                 }
             }
@@ -259,43 +266,36 @@ impl Server {
         }
     }
 
-    fn start<P: Protocol>(
-        &self,
-        connections: &mut JoinSet<()>,
+    async fn serve<P: Protocol>(
+        self,
         io: Connection,
-        place: Option<OwnedSemaphorePermit>,
-        (protocol, drain): (P, Drain),
+        permit: OwnedSemaphorePermit,
+        protocol: P,
+        drain: Drain,
     ) {
-        let Some(place) = place else {
-            self.metrics.refuse(self.name, "cap");
-            return;
-        };
         let label = ListenerLabel {
             listener: self.name,
         };
         self.metrics.accepted.get_or_create(&label).inc();
         let open = self.metrics.open.get_or_create_owned(&label);
-        let server = self.clone();
-        let serving = async move {
-            open.inc();
-            match io {
-                // The socket wakes the thread that it was registered on.
-                Connection::Tcp(io, address) => match TcpStream::from_std(io) {
-                    Ok(io) => server.shake_hands(io, address, protocol, drain).await,
-                    Err(error) => tracing::warn!(%error, "a connection could not be served"),
-                },
-                Connection::Memory(io) => {
-                    protocol.serve(&server, io, Arc::default(), drain).await;
-                }
+        open.inc();
+        match io {
+            // The socket wakes the thread that it is registered on.
+            Connection::Tcp(io, address) => match TcpStream::from_std(io) {
+                Ok(io) => self.serve_tcp(io, address, protocol, drain).await,
+                Err(error) => tracing::warn!(%error, "a connection could not be served"),
+            },
+            Connection::Memory(io) => {
+                protocol.serve(&self, io, Arc::default(), drain).await;
             }
-            open.dec();
-            drop(place);
-        };
-        connections.spawn_on(serving, self.shards.next());
+        }
+        open.dec();
+        drop(permit);
     }
 
-    /// TLS first, where the port has certificates.
-    async fn shake_hands<P: Protocol>(
+    /// Serves a TCP connection, after the TLS handshake where the port has
+    /// certificates.
+    async fn serve_tcp<P: Protocol>(
         &self,
         io: TcpStream,
         address: SocketAddr,
@@ -309,17 +309,17 @@ impl Server {
         let Some(tls) = &self.tls else {
             return protocol.serve(self, io, Arc::new(peer), drain).await;
         };
-        let shaken = tls.accept(io, P::NAMES);
-        match tokio::time::timeout(self.settings.preface_timeout, shaken).await {
+        let handshake = tls.accept(io, P::ALPN);
+        match tokio::time::timeout(self.settings.preface_timeout, handshake).await {
             Ok(Ok(io)) => {
-                let shown = io.get_ref().1.peer_certificates();
-                if let Some(certificate) = shown.and_then(<[_]>::first) {
+                let presented = io.get_ref().1.peer_certificates();
+                if let Some(certificate) = presented.and_then(<[_]>::first) {
                     peer.certificate_names = certificate_names(certificate);
                 }
                 protocol.serve(self, io, Arc::new(peer), drain).await;
             }
             Ok(Err(error)) => {
-                tracing::debug!(listener = self.name, %error, "TLS was not agreed on");
+                tracing::debug!(listener = self.name, %error, "a TLS handshake failed");
                 self.metrics.refuse(self.name, "tls");
             }
             Err(_) => self.metrics.refuse(self.name, "preface_timeout"),
@@ -343,8 +343,8 @@ impl Listener {
         match self {
             Self::Tcp(listener) => match listener.accept().await {
                 Ok((stream, address)) => {
-                    // Without it a small answer waits for the peer's ACK; a
-                    // socket that refuses still works.
+                    // Without it a small response waits for the peer's ACK; a
+                    // socket that rejects the option still works.
                     let _ = stream.set_nodelay(true);
                     match stream.into_std() {
                         Ok(stream) => Accepted::Connection(Connection::Tcp(stream, address)),
@@ -361,7 +361,7 @@ impl Listener {
     }
 }
 
-/// What a connection reads and writes.
+/// A connection's byte stream.
 pub trait Io: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Io for T {}

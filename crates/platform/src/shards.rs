@@ -1,7 +1,7 @@
 //! One single-threaded runtime per core. A connection and all its calls stay on
 //! one of them, so that the many small hand-overs of a call (connection, stream,
-//! channel and back) wake no other thread, and small writes can wait for each
-//! other. See docs/decisions/one_thread_per_call.md.
+//! channel and back) wake no other thread, and small writes are coalesced. See
+//! docs/decisions/one_thread_per_call.md.
 
 use std::cell::Cell;
 use std::io;
@@ -23,7 +23,7 @@ pub struct Shards {
 }
 
 impl Shards {
-    /// Starts so many threads.
+    /// Starts `count` threads, at least one.
     pub fn start(count: usize) -> io::Result<Self> {
         let (mut handles, mut stops) = (Vec::new(), Vec::new());
         for index in 0..count.max(1) {
@@ -35,7 +35,7 @@ impl Shards {
                 .name(format!("shard-{index}"))
                 .spawn(move || {
                     CURRENT.set(Some(index));
-                    // An error says that the shards were dropped: the same.
+                    // An error means that the shards were dropped: stop as well.
                     let _ = runtime.block_on(stopped);
                     runtime.shutdown_background();
                 })?;
@@ -47,23 +47,23 @@ impl Shards {
         })
     }
 
-    /// How many there are.
+    /// The number of shards.
     pub fn count(&self) -> usize {
         self.handles.len()
     }
 
-    /// One of them.
+    /// The runtime of a shard; an index over the count wraps.
     pub fn handle(&self, index: usize) -> &Handle {
         &self.handles[index % self.handles.len()]
     }
 
-    /// The one whose turn it is.
+    /// The next runtime, round robin.
     pub fn next(&self) -> &Handle {
         self.handle(self.next.fetch_add(1, Ordering::Relaxed))
     }
 }
 
-/// The shard that this thread is; 0 for a thread that is none.
+/// The index of the shard that this thread runs; 0 on other threads.
 pub fn current() -> usize {
     CURRENT.get().unwrap_or(0)
 }

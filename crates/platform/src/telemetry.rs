@@ -1,6 +1,6 @@
 //! Logs and traces. Logs go to standard error; traces go to an OTLP collector
-//! when one is configured. What is logged and traced can be changed while the
-//! process runs.
+//! when one is configured. Log levels and trace sampling can be changed while
+//! the process runs.
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -23,28 +23,29 @@ use tracing_subscriber::{Layer, Registry};
 /// The target of the spans that are exported.
 const REQUEST_TARGET: &str = "andon_request";
 
-/// How logs are written.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
-    /// Lines for people.
+    /// Human-readable lines.
     Text,
     /// One JSON object per line.
     Json,
 }
 
-/// What is logged and traced at the start.
+/// Logging and tracing at start.
 #[derive(Debug, Clone, clap::Args)]
 pub struct TelemetrySettings {
-    /// The least severe level that is logged: error, warn, info, debug, trace
+    /// Log level: error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log: Level,
-    /// How logs are written
+    /// Log format
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
-    /// An OTLP collector (gRPC) to send traces to, for example http://127.0.0.1:4317
+    /// OTLP collector (gRPC) that traces are sent to, for example
+    /// http://127.0.0.1:4317
     #[arg(long, value_name = "URL")]
     pub otlp_endpoint: Option<String>,
-    /// Trace one of so many calls that bring no trace of their own
+    /// Sample one in COUNT of the calls that carry no trace context
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub trace_rate: u32,
 }
@@ -52,15 +53,15 @@ pub struct TelemetrySettings {
 /// Why telemetry cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
-    /// The collector's address is unusable.
-    #[error("the OTLP endpoint cannot be used: {0}")]
+    /// The collector's address cannot be used.
+    #[error("--otlp-endpoint cannot be used: {0}")]
     Endpoint(#[from] opentelemetry_otlp::ExporterBuildError),
     /// Another subscriber is set.
-    #[error("logging was already started: {0}")]
+    #[error("logging has already been started: {0}")]
     Started(#[from] TryInitError),
 }
 
-/// What is logged and traced now. Cheap to clone.
+/// The current log levels and trace sampling. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct TelemetryControl(Arc<State>);
 
@@ -69,9 +70,12 @@ struct State {
     error: AtomicBool,
     warn: AtomicBool,
     info: AtomicBool,
-    /// 0 for no more than the levels above, 1 for debug, 2 for trace.
+    /// 0 for the levels above only, 1 for debug, 2 for trace.
     verbose: AtomicU32,
-    /// Whether a collector is configured at all.
+    /// The crates that are logged at INFO and below; other people's crates are
+    /// worth a line only when something is wrong.
+    crates: &'static [&'static str],
+    /// Whether a collector is configured.
     exports: bool,
     trace: AtomicBool,
     trace_rate: AtomicU32,
@@ -89,19 +93,19 @@ pub struct LogLevels {
     pub verbose: u32,
 }
 
-/// Whether and how often calls are traced.
+/// The sampling of traces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TraceLevels {
     /// Whether a collector is configured: without one nothing is traced.
     pub exports: bool,
     /// Whether calls are traced.
     pub on: bool,
-    /// One of so many calls that bring no trace of their own.
+    /// One in `rate` calls that carry no trace context is sampled.
     pub rate: u32,
 }
 
 impl TelemetryControl {
-    fn new(settings: &TelemetrySettings) -> Self {
+    fn new(settings: &TelemetrySettings, crates: &'static [&'static str]) -> Self {
         let logs = |level: Level| AtomicBool::new(settings.log >= level);
         let exports = settings.otlp_endpoint.is_some();
         Self(Arc::new(State {
@@ -113,6 +117,7 @@ impl TelemetryControl {
                 Level::DEBUG => 1,
                 _ => 0,
             }),
+            crates,
             exports,
             trace: AtomicBool::new(exports),
             trace_rate: AtomicU32::new(settings.trace_rate),
@@ -120,7 +125,7 @@ impl TelemetryControl {
         }))
     }
 
-    /// The levels that are logged now.
+    /// The current log levels.
     pub fn log_levels(&self) -> LogLevels {
         LogLevels {
             error: self.0.error.load(Ordering::Relaxed),
@@ -130,7 +135,7 @@ impl TelemetryControl {
         }
     }
 
-    /// Changes the levels that are logged.
+    /// Changes the log levels.
     pub fn set_log_levels(&self, levels: LogLevels) {
         self.0.error.store(levels.error, Ordering::Relaxed);
         self.0.warn.store(levels.warn, Ordering::Relaxed);
@@ -139,7 +144,7 @@ impl TelemetryControl {
         tracing::callsite::rebuild_interest_cache();
     }
 
-    /// Whether and how often calls are traced now.
+    /// The current sampling of traces.
     pub fn trace_levels(&self) -> TraceLevels {
         TraceLevels {
             exports: self.0.exports,
@@ -148,7 +153,7 @@ impl TelemetryControl {
         }
     }
 
-    /// Changes whether and how often calls are traced.
+    /// Changes the sampling of traces.
     pub fn set_trace_levels(&self, on: bool, rate: u32) {
         self.0.trace.store(on, Ordering::Relaxed);
         self.0.trace_rate.store(rate.max(1), Ordering::Relaxed);
@@ -156,31 +161,24 @@ impl TelemetryControl {
 
     fn logs(&self, metadata: &Metadata<'_>) -> bool {
         let levels = self.log_levels();
-        // Other people's crates are worth a line only when something is wrong.
-        let ours = [
-            "andon",
-            "cli",
-            "platform",
-            "gateway",
-            "providers",
-            "worker",
-            "engine",
-        ]
-        .iter()
-        .any(|name| metadata.target().split("::").next() == Some(name));
+        let ours = || {
+            let name = metadata.target().split("::").next().unwrap_or_default();
+            self.0.crates.contains(&name)
+        };
         match *metadata.level() {
             Level::ERROR => levels.error,
             Level::WARN => levels.warn,
-            Level::INFO => levels.info && ours,
-            Level::DEBUG => levels.verbose >= 1 && ours,
-            Level::TRACE => levels.verbose >= 2 && ours,
+            Level::INFO => levels.info && ours(),
+            Level::DEBUG => levels.verbose >= 1 && ours(),
+            Level::TRACE => levels.verbose >= 2 && ours(),
         }
     }
 
-    /// The span of a call, a child of the caller's when it brought one. None
-    /// when the call is not traced, which costs nothing.
+    /// The span of a gRPC call, a child of the caller's span if it carries a
+    /// trace context. A disabled span, which costs nothing, when the call is not
+    /// sampled.
     pub fn request_span(&self, path: &str, headers: &HeaderMap) -> Span {
-        let Some(parent) = self.traced(headers) else {
+        let Some(parent) = self.sampled(headers) else {
             return Span::none();
         };
         let span = tracing::info_span!(
@@ -200,9 +198,9 @@ impl TelemetryControl {
         span
     }
 
-    /// The same for a request of HTTP.
-    pub fn web_span(&self, route: &str, id: &str, headers: &HeaderMap) -> Span {
-        let Some(parent) = self.traced(headers) else {
+    /// The span of an HTTP request, likewise.
+    pub fn http_span(&self, route: &str, id: &str, headers: &HeaderMap) -> Span {
+        let Some(parent) = self.sampled(headers) else {
             return Span::none();
         };
         let span = tracing::info_span!(
@@ -221,26 +219,26 @@ impl TelemetryControl {
         span
     }
 
-    /// What the span of a call belongs to, if the call is traced.
-    fn traced(&self, headers: &HeaderMap) -> Option<Context> {
+    /// The parent context of a call's span, if the call is sampled.
+    fn sampled(&self, headers: &HeaderMap) -> Option<Context> {
         if !self.0.trace.load(Ordering::Relaxed) {
             return None;
         }
         let parent = TraceContextPropagator::new().extract(&Carrier(headers));
         let caller = parent.span().span_context().clone();
-        let traced = if caller.is_valid() {
+        let sampled = if caller.is_valid() {
             caller.is_sampled()
         } else {
             let rate = u64::from(self.0.trace_rate.load(Ordering::Relaxed));
             let number = self.0.untraced.fetch_add(1, Ordering::Relaxed);
             number.is_multiple_of(rate)
         };
-        traced.then_some(parent)
+        sampled.then_some(parent)
     }
 }
 
-/// Writes the trace that a forwarded call belongs to: the span's own context,
-/// or the caller's as it came.
+/// Writes the trace context of a forwarded call: the span's own context, or the
+/// caller's unchanged when the call is not sampled.
 pub fn forward_trace(span: &Span, from: &HeaderMap, to: &mut HeaderMap) {
     if !span.is_none() {
         TraceContextPropagator::new().inject_context(&span.context(), &mut CarrierMut(to));
@@ -276,10 +274,10 @@ impl Injector for CarrierMut<'_> {
     }
 }
 
-/// Logs and traces until it is dropped, which sends what is left.
+/// Exports traces until it is dropped, which flushes the rest.
 #[derive(Debug)]
 pub struct Telemetry {
-    /// Changes what is logged and traced.
+    /// Changes log levels and sampling.
     pub control: TelemetryControl,
     exporter: Option<SdkTracerProvider>,
 }
@@ -289,52 +287,57 @@ impl Drop for Telemetry {
         if let Some(exporter) = self.exporter.take()
             && let Err(error) = exporter.shutdown()
         {
-            tracing::warn!(%error, "the last traces could not be sent");
+            tracing::warn!(%error, "the last traces could not be exported");
         }
     }
 }
 
 /// Starts logging, and tracing when a collector is configured. Must be called
-/// inside a runtime. `role` is the service name of the traces.
-pub fn start(settings: &TelemetrySettings, role: &str) -> Result<Telemetry, TelemetryError> {
-    let control = TelemetryControl::new(settings);
+/// inside a runtime. `role` is the service name of the traces. Of crates that are
+/// not in `crates` only warnings and errors are logged.
+pub fn start(
+    settings: &TelemetrySettings,
+    role: &str,
+    crates: &'static [&'static str],
+) -> Result<Telemetry, TelemetryError> {
+    let control = TelemetryControl::new(settings, crates);
     let filter = control.clone();
     let exporter = settings
         .otlp_endpoint
         .as_deref()
         .map(|endpoint| exporter(endpoint, role))
         .transpose()?;
-    let written = match settings.log_format {
+    let logged = match settings.log_format {
         LogFormat::Text => tracing_subscriber::fmt::layer()
             .with_ansi(std::io::stderr().is_terminal())
             .with_writer(std::io::stderr)
-            .with_filter(filter_fn(is_no_call))
+            .with_filter(filter_fn(is_not_request_span))
             .boxed(),
         LogFormat::Json => tracing_subscriber::fmt::layer()
             .json()
             .flatten_event(true)
             .with_writer(std::io::stderr)
-            .with_filter(filter_fn(is_no_call))
+            .with_filter(filter_fn(is_not_request_span))
             .boxed(),
     };
     let exported = exporter
         .as_ref()
         .map(|exporter| tracing_opentelemetry::layer().with_tracer(exporter.tracer("andon")));
-    // One filter before all: with levels in a filter for each layer, the spans
-    // that h2 opens for every frame are made and thrown away at every call.
+    // One filter before all layers: with a level filter on each layer, the spans
+    // that h2 opens for every frame would be created and discarded at every call.
     Registry::default()
         .with(filter_fn(move |metadata| {
             metadata.target() == REQUEST_TARGET || filter.logs(metadata)
         }))
         .with(exported)
-        .with(written)
+        .with(logged)
         .try_init()?;
     Ok(Telemetry { control, exporter })
 }
 
-/// Whether the log may show something: the span of a call holds what its caller
-/// said, and is for the trace alone.
-fn is_no_call(metadata: &Metadata<'_>) -> bool {
+/// Whether the log may show a span or an event: request spans hold user data,
+/// and are for traces only.
+fn is_not_request_span(metadata: &Metadata<'_>) -> bool {
     metadata.target() != REQUEST_TARGET
 }
 

@@ -17,7 +17,7 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::files::{ContentError, FileError, FileSource, Followed};
-use crate::tasks::Owned;
+use crate::tasks::OwnedTask;
 
 /// A file of certificates or keys: a bundle of all public authorities has
 /// less than a tenth.
@@ -92,7 +92,7 @@ impl Tls {
     /// Reloads the files whenever they change, until the returned task is
     /// dropped. Files that cannot be used change nothing: a half-written pair
     /// must not end the service.
-    pub fn follow(&self) -> Owned {
+    pub fn follow(&self) -> OwnedTask {
         let current = self.config.clone();
         let files = Followed::clone(&self.files);
         files.follow(move |config| current.store(config))

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use platform::grpc::MessageLimits;
-use platform::tasks::{Owned, owned};
+use platform::tasks::{OwnedTask, spawn_owned};
 use protocol::{Error, ModelName, ModelVersion};
 
 use crate::MODEL_VERSION;
@@ -107,12 +107,12 @@ impl Catalogue {
     }
 
     /// Reloads API keys when their files change, until the tasks are dropped.
-    pub fn follow(&self) -> Vec<Owned> {
+    pub fn follow(&self) -> Vec<OwnedTask> {
         let providers: Vec<Arc<Provider>> = self.providers.values().cloned().collect();
         if providers.is_empty() {
             return Vec::new();
         }
-        vec![owned(async move {
+        vec![spawn_owned(async move {
             loop {
                 tokio::time::sleep(KEY_POLL_INTERVAL).await;
                 for provider in &providers {

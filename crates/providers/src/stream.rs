@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use futures::{StreamExt, stream};
-use platform::tasks::owned;
+use platform::tasks::spawn_owned;
 use protocol::Error;
 use reqwest::Response;
 use tokio::sync::mpsc;
@@ -78,7 +78,7 @@ pub(crate) fn read(open: OpenStream) -> ChatStream {
         bytes: 0,
     };
     let (sender, receiver) = mpsc::channel(PARTS_AHEAD_MAX);
-    let reading = owned(reader.run(sender));
+    let reading = spawn_owned(reader.run(sender));
     stream::unfold(Some((receiver, reading)), |state| async move {
         let (mut receiver, reading) = state?;
         match receiver.recv().await {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use platform::health::Health;
 use platform::server::{Grpc, Listener, Server, ServerSettings};
-use platform::tasks::{Owned, owned};
+use platform::tasks::{OwnedTask, spawn_owned};
 use platform::{CommonServices, Process};
 use protocol::Error;
 use protocol::{DESCRIPTORS, SERVICES};
@@ -95,9 +95,9 @@ impl Worker {
 
     /// Loads the models in the background: the port is open meanwhile, so that
     /// probes are answered.
-    fn load_wanted(&self) -> Owned {
+    fn load_wanted(&self) -> OwnedTask {
         let repository = self.repository.clone();
-        owned(async move {
+        spawn_owned(async move {
             let names = match repository.wanted() {
                 Ok(names) => names,
                 Err(error) => {
@@ -119,10 +119,10 @@ impl Worker {
     }
 
     /// Keeps the answers of health in step with the models and the drain.
-    fn follow_health(&self) -> Owned {
+    fn follow_health(&self) -> OwnedTask {
         let (repository, health) = (self.repository.clone(), self.health.clone());
         let mut drain = self.process.drain.clone();
-        owned(async move {
+        spawn_owned(async move {
             let mut changes = repository.changes();
             loop {
                 changes.borrow_and_update();

@@ -5,7 +5,7 @@ mod text;
 
 use std::sync::Arc;
 
-use platform::grpc::{Call, EachSettings, MessageLimits, Reply, reject, stream, unary};
+use platform::grpc::{Call, MessageLimits, Reply, StreamSettings, reject, stream, unary};
 use platform::server::{Handler, ServerSettings};
 use platform::{CommonServices, Process};
 use protocol::Error;
@@ -68,12 +68,12 @@ impl Service {
                 unary_request(call, &self.0.limits).await?;
                 Ok(stream(report::watch(repository, drain)))
             }
-            _ => Ok(self.0.common.answer(call).await),
+            _ => Ok(self.0.common.serve(call).await),
         }
     }
 
-    fn each_settings(&self, call: &Call) -> EachSettings {
-        EachSettings {
+    fn stream_settings(&self, call: &Call) -> StreamSettings {
+        StreamSettings {
             concurrency: STREAM_CONCURRENCY,
             deadline: call.stream_deadline,
             drain: self.0.process.drain.clone(),

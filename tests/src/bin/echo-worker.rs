@@ -12,7 +12,7 @@ use platform::grpc::{Call, MessageLimits, Metadata, Reply, decode, frame, reject
 use platform::metrics::Metrics;
 use platform::server::{ConnectionMetrics, Grpc, Handler, Listener, Server, ServerSettings, bind};
 use platform::shards::Shards;
-use platform::{admin, health::Health, tasks::owned};
+use platform::{admin, health::Health, tasks::spawn_owned};
 use protocol::inference::model_infer_response::InferOutputTensor;
 use protocol::inference::model_metadata_response::TensorMetadata;
 use protocol::inference::repository_index_response::ModelIndex;
@@ -133,7 +133,7 @@ async fn main() -> anyhow::Result<()> {
     let limits = arguments.server.message_limits();
     let handler = Grpc(Echo(Arc::new((limits, arguments.delay))));
     let listener = Listener::Tcp(bind(arguments.grpc_addr)?);
-    let _admin = owned(admin::run(
+    let _admin = spawn_owned(admin::run(
         bind(arguments.admin_addr)?,
         metrics,
         vec![health],

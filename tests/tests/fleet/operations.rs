@@ -55,7 +55,7 @@ fn wrong_configuration_is_refused_before_a_port_opens() -> Result<()> {
         refused(&[&fixed, flags].concat(), &[])
     };
     ensure!(worker(&["--device", "cuda:0"])?.contains("CUDA"));
-    ensure!(worker(&["--keepalive-interval", "0s"])?.contains("more than nothing"));
+    ensure!(worker(&["--keepalive-interval", "0s"])?.contains("greater than zero"));
     ensure!(worker(&["--deadline-max", "1h"])?.contains("--drain-deadline"));
     ensure!(worker(&["--message-bytes-max", "2GiB"])?.contains("--bytes-in-flight-max"));
     ensure!(refused(&["gateway"], &[])?.contains("--worker"));

@@ -201,7 +201,7 @@ async fn refused_early(address: SocketAddr, path: &str, calls: usize) -> Result<
     let stream = tokio::net::TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
     let (sender, connection) = h2::client::handshake(stream).await?;
-    let driven = platform::tasks::awaited(connection);
+    let driven = platform::tasks::spawn_owned(connection);
     for number in 0..calls {
         let head = http::Request::post(format!("http://{address}{path}"))
             .header("content-type", "application/grpc")

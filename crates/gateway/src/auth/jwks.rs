@@ -11,7 +11,7 @@ use jsonwebtoken::jwk::{
     AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, KeyOperations, PublicKeyUse,
 };
 use jsonwebtoken::{Algorithm, DecodingKey};
-use platform::tasks::{Owned, owned};
+use platform::tasks::{OwnedTask, spawn_owned};
 use serde::Deserialize;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
@@ -261,12 +261,12 @@ impl Signers {
 
     /// Fetches the page now, from time to time, and when somebody asks; none
     /// where there is none to fetch.
-    pub fn fetching(self: &Arc<Self>) -> Option<Owned> {
+    pub fn fetching(self: &Arc<Self>) -> Option<OwnedTask> {
         let JwksSource::Url(url) = &self.source else {
             return None;
         };
         let (signers, url) = (self.clone(), url.clone());
-        Some(owned(async move {
+        Some(spawn_owned(async move {
             let client = match client(&url) {
                 Ok(client) => client,
                 Err(error) => {

@@ -91,7 +91,7 @@ impl Tokens {
     }
 
     /// Fetches the signers' keys while it is held, where they are a page.
-    pub fn fetching(&self) -> Option<platform::tasks::Owned> {
+    pub fn fetching(&self) -> Option<platform::tasks::OwnedTask> {
         self.signers.fetching()
     }
 

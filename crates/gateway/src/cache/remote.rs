@@ -12,7 +12,7 @@ use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::future::BoxFuture;
-use platform::tasks::{Owned, owned};
+use platform::tasks::{OwnedTask, spawn_owned};
 use tokio::sync::mpsc;
 
 use super::CacheError;
@@ -130,14 +130,14 @@ impl Remote {
     }
 
     /// Writes what waits, until the task is dropped.
-    pub fn follow(self: &Arc<Self>) -> Option<Owned> {
+    pub fn follow(self: &Arc<Self>) -> Option<OwnedTask> {
         let mut queued = self
             .queued
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take()?;
         let remote = self.clone();
-        Some(owned(async move {
+        Some(spawn_owned(async move {
             while let Some(mut rows) = queued.recv().await {
                 // What else waits goes along.
                 while bytes(&rows) < WRITE_BYTES_MAX

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 use http::{HeaderMap, HeaderName};
 use platform::grpc::{
-    Answers, Call, EachSettings, Message, Reply, decode, each, frame, frame_bytes,
+    Call, Message, Reply, Responses, StreamSettings, bidirectional, decode, frame, frame_bytes,
 };
 use platform::tls::Peer;
 use protocol::inference::{ModelInferResponse, ModelStreamInferResponse};
@@ -55,7 +55,7 @@ pub fn forward_each(
     method: Method,
     source: SelectorSource,
 ) -> Result<Reply, Status> {
-    let settings = EachSettings {
+    let settings = StreamSettings {
         concurrency: CONCURRENCY,
         deadline: call.stream_deadline,
         drain: stack.0.drain.clone(),
@@ -74,12 +74,12 @@ pub fn forward_each(
         timeout,
         deadline,
     });
-    Ok(each(messages, settings, move |message| {
+    Ok(bidirectional(messages, settings, move |message| {
         let shared = shared.clone();
         async move {
             match shared.source {
                 SelectorSource::Message => Ok(shared.infer(message).await),
-                SelectorSource::Metadata(_) => shared.forward(message).await.map(Answers::One),
+                SelectorSource::Metadata(_) => shared.forward(message).await.map(Responses::One),
             }
         }
     }))
@@ -145,7 +145,7 @@ impl MessageStream {
     }
 
     /// An error is a response too, and the stream stays open.
-    async fn infer(&self, message: Message) -> Answers {
+    async fn infer(&self, message: Message) -> Responses {
         let id = peek(&message.bytes()).map(|peeked| peeked.id.to_owned());
         let response = async {
             let planned = self.plan(message).await?;
@@ -155,16 +155,16 @@ impl MessageStream {
             let framed = self.run(&planned).await?.into_framed()?;
             let message = framed.get(5..).unwrap_or_default();
             let flagged = with_final_response_flag(message);
-            Ok::<_, Status>(Answers::One(frame_bytes(&flagged)))
+            Ok::<_, Status>(Responses::One(frame_bytes(&flagged)))
         };
         response.await.unwrap_or_else(|status| {
             let id = id.unwrap_or_default();
-            Answers::One(error_response(id, status.message()))
+            Responses::One(error_response(id, status.message()))
         })
     }
 
     /// A text that comes in parts, each of which is a response.
-    async fn generate(&self, provider: &Provider, planned: Planned) -> Result<Answers, Status> {
+    async fn generate(&self, provider: &Provider, planned: Planned) -> Result<Responses, Status> {
         let request = &planned.request;
         let (chat, id) = conversation(provider, request)?;
         let chat = ChatStreaming(Chat {
@@ -184,7 +184,7 @@ impl MessageStream {
                 Err(error) => error_response(id.clone(), &error.to_string()),
             })
         });
-        Ok(Answers::Many(guarded(parts.boxed(), planned.guard)))
+        Ok(Responses::Many(guarded(parts.boxed(), planned.guard)))
     }
 }
 
@@ -250,7 +250,7 @@ pub async fn gather(
     let request = Request {
         method: Method::Rerank,
         headers,
-        message: Message::own(&gathered),
+        message: Message::encode(&gathered),
         deadline,
         caller,
         unit: QuotaUnit::Request,

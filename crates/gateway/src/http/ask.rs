@@ -57,7 +57,7 @@ pub async fn call<A: prost::Message + Default>(
         let name = name.map_err(|_| Error::invalid("model", "is no model's name"))?;
         visit.headers.insert(MODEL_KEY, name);
     }
-    let answered = visit.ask(method, Message::own(message), plan);
+    let answered = visit.ask(method, Message::encode(message), plan);
     answered.await.map_err(|error| error.renamed(of_model))
 }
 

@@ -12,6 +12,7 @@ use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http_body_util::BodyExt;
+use platform::body::discard;
 use platform::grpc::{BytesHeld, MessageLimits};
 use protocol::{Error, Kind};
 use serde::de::{self, DeserializeOwned, IgnoredAny, SeqAccess, Visitor};
@@ -24,10 +25,6 @@ use crate::stack::Stack;
 
 /// How long a body may pause.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
-/// How much of a refused request is still read, and for how long: many callers
-/// see no answer before they have sent everything.
-const DISCARDED_BYTES_MAX: usize = 4 << 20;
-const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
 /// JSON that is read as a whole: what it becomes takes several times its bytes,
 /// which nobody counts.
 const JSON_BYTES_MAX: usize = 16 << 20;
@@ -143,22 +140,6 @@ async fn gather(
         }
         received.push(chunk, &mut small);
     }
-}
-
-/// Reads on for a little, so that the caller comes to see the answer.
-pub async fn discard(mut body: Body) {
-    let mut left = DISCARDED_BYTES_MAX;
-    let reading = async {
-        while let Some(Ok(frame)) = body.frame().await {
-            let length = frame.data_ref().map_or(0, Bytes::len);
-            match left.checked_sub(length) {
-                Some(less) => left = less,
-                None => return,
-            }
-        }
-    };
-    // Whoever sends for longer finds the connection closed.
-    let _ = tokio::time::timeout(DISCARD_TIMEOUT, reading).await;
 }
 
 /// A body that cannot be decompressed is the caller's fault; a connection that

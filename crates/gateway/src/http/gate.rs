@@ -19,13 +19,13 @@ use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Frame, SizeHint};
+use platform::body::discard;
 use platform::grpc::{BytesHeld, Message};
 use platform::tls::Peer;
 use protocol::{CACHE_KEY, DIGEST_KEY, Error, FALLBACK_KEY, Kind, Method, TOKENS_KEY};
 use tokio::time::Instant;
 use tracing::Instrument;
 
-use super::body::discard;
 use super::problem::{Refused, Shape, refusal, written};
 use crate::policy::Caller;
 use crate::request::{ModelSelector, QuotaUnit, Request as ModelRequest, default_headers};
@@ -140,7 +140,7 @@ async fn pass(State(gate): State<Gate>, request: Request, next: Next) -> Respons
         .cloned()
         .unwrap_or_else(|| RequestId::of(request.headers()));
     let telemetry = &layers.telemetry;
-    let span = telemetry.web_span(gate.name, id.as_str(), request.headers());
+    let span = telemetry.http_span(gate.name, id.as_str(), request.headers());
     let mut record = layers.metrics.begin(gate.name, arrived);
     let model = Arc::new(OnceLock::new());
     let way = Way {

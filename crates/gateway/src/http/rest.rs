@@ -189,7 +189,7 @@ pub async fn server() -> Json<Value> {
     responses((status = 200, description = "Its versions, inputs and outputs", body = ModelMetadata))
 )]
 pub async fn metadata(visit: Visit, model: Model) -> Result<Response, Refused> {
-    let asked = Message::own(&ModelMetadataRequest {
+    let asked = Message::encode(&ModelMetadataRequest {
         name: model.name.clone(),
         version: model.version.clone(),
     });
@@ -219,7 +219,7 @@ pub async fn model_ready(visit: Visit, model: Model) -> Result<(), Refused> {
     responses((status = 200, description = "As Triton writes it", body = ModelConfiguration))
 )]
 pub async fn config(visit: Visit, model: Model) -> Result<Response, Refused> {
-    let asked = Message::own(&ModelConfigRequest {
+    let asked = Message::encode(&ModelConfigRequest {
         name: model.name.clone(),
         version: model.version.clone(),
     });
@@ -367,6 +367,6 @@ pub async fn unload(
 }
 
 async fn shared_memory(request: Request) -> Refused {
-    body::discard(request.into_body()).await;
+    platform::body::discard(request.into_body()).await;
     Error::new(Kind::Unsupported, protocol::SHARED_MEMORY_UNSUPPORTED).into()
 }

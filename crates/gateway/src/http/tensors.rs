@@ -73,7 +73,7 @@ pub async fn infer(
         }
         (held, more) => held.or(more),
     };
-    let message = Message::of_framed(framed).holding(held);
+    let message = Message::from_framed(framed).with_held(held);
     let plan = visit
         .route(&model.wanted())
         .map_err(|error| error.renamed(in_json))?;

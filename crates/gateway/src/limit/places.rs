@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ::redis::Script;
 use futures::StreamExt;
-use platform::tasks::{Owned, owned};
+use platform::tasks::{OwnedTask, spawn_owned};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
@@ -288,9 +288,9 @@ impl SharedPlaces {
 
     /// Gives back what is not used and keeps what is, until the task is
     /// dropped.
-    pub fn follow(self: &Arc<Self>, now: impl Fn() -> f64 + Send + Sync + 'static) -> Owned {
+    pub fn follow(self: &Arc<Self>, now: impl Fn() -> f64 + Send + Sync + 'static) -> OwnedTask {
         let shared = self.clone();
-        owned(async move {
+        spawn_owned(async move {
             loop {
                 if shared.followed().is_empty() {
                     shared.begun.notified().await;

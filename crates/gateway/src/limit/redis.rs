@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ::redis::Script;
-use platform::tasks::{Owned, owned};
+use platform::tasks::{OwnedTask, spawn_owned};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -336,14 +336,14 @@ impl Shared {
     pub fn follow(
         self: &Arc<Self>,
         now: impl Fn() -> Now + Send + Sync + 'static,
-    ) -> Option<Owned> {
+    ) -> Option<OwnedTask> {
         let mut queued = self
             .queued
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take()?;
         let shared = self.clone();
-        Some(owned(async move {
+        Some(spawn_owned(async move {
             let mut round = Vec::with_capacity(64);
             while queued.recv_many(&mut round, 64).await > 0 {
                 for scope in round.drain(..) {

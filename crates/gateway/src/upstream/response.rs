@@ -42,8 +42,8 @@ pub enum SendError {
 impl From<ChannelError> for SendError {
     fn from(error: ChannelError) -> Self {
         match error {
-            ChannelError::NotBegun(error) => Self::NotSent(error.to_string()),
-            ChannelError::Broken(error) => Self::Broken(error.to_string()),
+            ChannelError::Unprocessed(error) => Self::NotSent(error.to_string()),
+            ChannelError::Failed(error) => Self::Broken(error.to_string()),
         }
     }
 }

@@ -7,25 +7,25 @@ use http::{HeaderMap, HeaderValue};
 use http_body::{Frame, SizeHint};
 use tonic::Status;
 
-/// The body of a request or reply of gRPC.
+/// The body of a gRPC request or response.
 pub struct Body {
-    content: Content,
-    /// What must live until the body has been sent, for example a permit.
+    frames: Frames,
+    /// A value that lives until the body has been sent, for example a permit.
     guard: Option<Box<dyn Send + Sync>>,
 }
 
-enum Content {
-    /// Data that is all there, then trailers if any.
+enum Frames {
+    /// Data that is complete, then trailers if any.
     Whole {
         chunks: std::vec::IntoIter<Bytes>,
         first: Option<Bytes>,
         trailers: Option<HeaderMap>,
     },
-    /// Framed messages that come one by one; the status follows them.
+    /// Framed messages as they are produced, then their status.
     Stream(BoxStream<'static, Result<Bytes, Status>>),
-    /// The end of a stream was sent.
+    /// The status of a stream was sent.
     Ended,
-    /// A service that tonic generated.
+    /// The body of a generated tonic service.
     Tonic(tonic::body::Body),
 }
 
@@ -40,10 +40,10 @@ impl Body {
         Self::whole(Some(framed), Vec::new(), Some(ok_trailers()))
     }
 
-    /// Data as it came, and its trailers.
+    /// Data as it was received, and its trailers.
     pub fn whole(first: Option<Bytes>, rest: Vec<Bytes>, trailers: Option<HeaderMap>) -> Self {
         Self {
-            content: Content::Whole {
+            frames: Frames::Whole {
                 chunks: rest.into_iter(),
                 first,
                 trailers,
@@ -52,23 +52,23 @@ impl Body {
         }
     }
 
-    /// Framed messages as they come, then their status.
+    /// Framed messages as they are produced, then their status.
     pub fn stream(messages: BoxStream<'static, Result<Bytes, Status>>) -> Self {
         Self {
-            content: Content::Stream(messages),
+            frames: Frames::Stream(messages),
             guard: None,
         }
     }
 
-    /// The body of a reply of a service that tonic generated.
+    /// The body of a generated tonic service.
     pub fn tonic(body: tonic::body::Body) -> Self {
         Self {
-            content: Content::Tonic(body),
+            frames: Frames::Tonic(body),
             guard: None,
         }
     }
 
-    /// Keeps something alive until the body has been sent or dropped.
+    /// Keeps a value alive until the body has been sent or dropped.
     #[must_use]
     pub fn guarded(mut self, guard: impl Send + Sync + 'static) -> Self {
         self.guard = Some(match self.guard.take() {
@@ -108,8 +108,8 @@ impl http_body::Body for Body {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let body = self.get_mut();
-        match &mut body.content {
-            Content::Whole {
+        match &mut body.frames {
+            Frames::Whole {
                 chunks,
                 first,
                 trailers,
@@ -121,35 +121,35 @@ impl http_body::Body for Body {
                 };
                 Poll::Ready(frame.map(Ok))
             }
-            Content::Stream(messages) => {
+            Frames::Stream(messages) => {
                 let frame = match ready!(messages.as_mut().poll_next(context)) {
                     Some(Ok(message)) => Frame::data(message),
                     Some(Err(status)) => {
-                        body.content = Content::Ended;
+                        body.frames = Frames::Ended;
                         Frame::trailers(status_trailers(&status))
                     }
                     None => {
-                        body.content = Content::Ended;
+                        body.frames = Frames::Ended;
                         Frame::trailers(ok_trailers())
                     }
                 };
                 Poll::Ready(Some(Ok(frame)))
             }
-            Content::Ended => Poll::Ready(None),
-            Content::Tonic(tonic) => Pin::new(tonic).poll_frame(context),
+            Frames::Ended => Poll::Ready(None),
+            Frames::Tonic(tonic) => Pin::new(tonic).poll_frame(context),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.content {
-            Content::Whole {
+        match &self.frames {
+            Frames::Whole {
                 chunks,
                 first,
                 trailers,
             } => first.is_none() && chunks.len() == 0 && trailers.is_none(),
-            Content::Stream(_) => false,
-            Content::Ended => true,
-            Content::Tonic(tonic) => tonic.is_end_stream(),
+            Frames::Stream(_) => false,
+            Frames::Ended => true,
+            Frames::Tonic(tonic) => tonic.is_end_stream(),
         }
     }
 

@@ -10,7 +10,7 @@ use super::{MessageLimits, Messages, invalid};
 use crate::body::RequestBody;
 use crate::tls::Peer;
 
-/// The longest deadline of a stream that a clock can hold without care.
+/// The longest deadline of a stream, so that clocks do not overflow.
 const STREAM_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// A call whose messages have not been read yet.
@@ -18,19 +18,19 @@ const STREAM_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 pub struct Call {
     parts: Parts,
     body: RequestBody,
-    /// Who is at the other end of the connection.
+    /// The other end of the connection.
     pub peer: Arc<Peer>,
-    /// When its head arrived.
+    /// When the head arrived.
     pub arrived: Instant,
-    /// When the caller stops waiting; every call has an end.
+    /// When the caller stops waiting; every call has a deadline.
     pub deadline: Instant,
-    /// Like `deadline`, for a call of many messages: only what the caller set.
+    /// The deadline of a streaming call: the caller's, if it set one.
     pub stream_deadline: Option<Instant>,
 }
 
 impl Call {
-    /// Reads a request's head. The deadline is the caller's, or `deadline_max`
-    /// from now if that is earlier.
+    /// Checks the head of a request. The deadline is the caller's, at most
+    /// `deadline_max` from now.
     pub fn new(
         request: Request<RequestBody>,
         peer: Arc<Peer>,
@@ -43,7 +43,7 @@ impl Call {
             .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
         if parts.method != Method::POST || !grpc {
             return Err(Status::unimplemented(
-                "this port speaks gRPC: POST with content-type application/grpc",
+                "this is a gRPC port: use POST with content-type application/grpc",
             ));
         }
         let arrived = Instant::now();
@@ -68,12 +68,12 @@ impl Call {
         &self.parts.headers
     }
 
-    /// One entry of the caller's metadata, if it is text.
+    /// One value of the caller's metadata, if it is text.
     pub fn metadata_text(&self, key: &str) -> Option<&str> {
         self.parts.headers.get(key)?.to_str().ok()
     }
 
-    /// Starts to read the messages.
+    /// The messages, to be read.
     pub fn into_messages(self, limits: &MessageLimits) -> Messages {
         self.into_parts(limits).1
     }
@@ -89,7 +89,7 @@ impl Call {
         (self.parts, messages)
     }
 
-    /// The path as it goes on the wire.
+    /// The path and query as received.
     pub fn path_and_query(&self) -> http::uri::PathAndQuery {
         self.parts
             .uri
@@ -98,13 +98,13 @@ impl Call {
             .unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"))
     }
 
-    /// The request for a service that tonic generated.
+    /// The request for a generated tonic service.
     pub(crate) fn into_tonic(self) -> Request<tonic::body::Body> {
         Request::from_parts(self.parts, tonic::body::Body::new(self.body))
     }
 }
 
-/// The caller's `grpc-timeout`; an unreadable one is an error.
+/// The caller's `grpc-timeout`; a malformed one is an error.
 pub fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
     let Some(value) = headers.get("grpc-timeout") else {
         return Ok(None);
@@ -114,7 +114,12 @@ pub fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
         .ok()
         .and_then(parse_timeout)
         .map(Some)
-        .ok_or_else(|| invalid("grpc-timeout", "at most 8 digits and a unit"))
+        .ok_or_else(|| {
+            invalid(
+                "grpc-timeout",
+                "must be at most 8 digits and a unit: H, M, S, m, u or n",
+            )
+        })
 }
 
 fn parse_timeout(value: &str) -> Option<Duration> {

@@ -1,4 +1,4 @@
-//! Length-prefixed messages: read within limits, written in one piece.
+//! Length-prefixed messages: read within limits, encoded in one buffer.
 
 use std::io::Read;
 use std::sync::Arc;
@@ -14,18 +14,18 @@ use tonic_types::{ErrorDetails, StatusExt};
 use super::invalid;
 use crate::body::RequestBody;
 
-/// A message's flag and length.
+/// The prefix of a message: compression flag and length.
 const PREFIX_BYTES: usize = 5;
 
-/// Room for a message before all of it is there.
-const GATHERED_BYTES: usize = 1 << 20;
-/// How long a message that has begun may pause.
+/// The initial buffer of a message that arrives in several chunks.
+const INITIAL_BYTES_MAX: usize = 1 << 20;
+/// The longest pause between two chunks of a message.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Bytes that count as in flight until this is dropped.
+/// A permit for bytes in flight, released when it is dropped.
 pub type BytesHeld = OwnedSemaphorePermit;
 
-/// Bounds the bytes of all messages in flight together.
+/// Limits the bytes of all messages in flight together.
 #[derive(Debug, Clone)]
 pub struct ByteBudget {
     permits: Arc<Semaphore>,
@@ -33,7 +33,7 @@ pub struct ByteBudget {
 }
 
 impl ByteBudget {
-    /// A budget of so many bytes.
+    /// A budget of `bytes_max` bytes.
     pub fn new(bytes_max: usize) -> Self {
         let bytes_max = bytes_max.min(Semaphore::MAX_PERMITS);
         Self {
@@ -47,35 +47,35 @@ impl ByteBudget {
         self.bytes_max - self.permits.available_permits()
     }
 
-    /// Takes a message's bytes at once or refuses: waiting would hold a
-    /// connection's window with the message half read.
+    /// Takes bytes from the budget, or fails at once: to wait would hold the
+    /// connection's flow-control window with the message half read.
     pub fn take(&self, bytes: usize) -> Result<Option<BytesHeld>, Status> {
         if bytes == 0 {
             return Ok(None);
         }
-        let wanted = u32::try_from(bytes).map_err(|_| too_large(bytes, self.bytes_max))?;
+        let permits = u32::try_from(bytes).map_err(|_| too_large(bytes, self.bytes_max))?;
         self.permits
             .clone()
-            .try_acquire_many_owned(wanted)
+            .try_acquire_many_owned(permits)
             .map(Some)
             .map_err(|_| {
                 Status::with_error_details(
                     Code::Unavailable,
-                    "the server holds as many message bytes as it may",
+                    "overloaded: too many message bytes in flight",
                     ErrorDetails::with_retry_info(Some(Duration::from_millis(100))),
                 )
             })
     }
 }
 
-/// What messages may be read.
+/// The limits of messages.
 #[derive(Debug, Clone)]
 pub struct MessageLimits {
-    /// The longest message, decompressed.
+    /// The maximum size of one message, decompressed, in bytes.
     pub message_bytes_max: usize,
-    /// All messages in flight together.
+    /// The bytes of all messages in flight together.
     pub budget: ByteBudget,
-    /// Messages refused for their size or for the budget.
+    /// Messages rejected for their size or by the budget.
     pub refused: Arc<AtomicU64>,
 }
 
@@ -90,32 +90,32 @@ impl MessageLimits {
     }
 }
 
-/// A message that was read. Its bytes count as in flight until it is dropped.
+/// A received message. Its bytes count as in flight until it is dropped.
 #[derive(Debug)]
 pub struct Message {
-    /// The message with its prefix, uncompressed: what is forwarded.
+    /// The message with its prefix, uncompressed, as it is forwarded.
     framed: Bytes,
-    /// Never read: it gives its bytes back when it is dropped.
+    /// Releases its bytes when it is dropped.
     held: Option<BytesHeld>,
 }
 
 impl Message {
-    /// A message of our own, which counts nowhere.
-    pub fn own(message: &impl prost::Message) -> Self {
+    /// Encodes a message, which does not count as in flight.
+    pub fn encode(message: &impl prost::Message) -> Self {
         Self {
             framed: frame(message),
             held: None,
         }
     }
 
-    /// An encoded message of our own, with its prefix, which counts nowhere.
-    pub fn of_framed(framed: Bytes) -> Self {
+    /// An encoded message with its prefix, which does not count as in flight.
+    pub fn from_framed(framed: Bytes) -> Self {
         Self { framed, held: None }
     }
 
-    /// The same, whose bytes count as in flight until it is dropped.
+    /// Counts its bytes as in flight until it is dropped.
     #[must_use]
-    pub fn holding(mut self, held: Option<BytesHeld>) -> Self {
+    pub fn with_held(mut self, held: Option<BytesHeld>) -> Self {
         self.held = held;
         self
     }
@@ -131,13 +131,13 @@ impl Message {
     }
 }
 
-/// The messages of a call as they come.
+/// The messages of a call as they arrive.
 #[derive(Debug)]
 pub struct Messages {
     body: RequestBody,
     gzip: bool,
     limits: MessageLimits,
-    /// What came after the last whole message.
+    /// Bytes received after the last complete message.
     rest: Bytes,
 }
 
@@ -151,14 +151,17 @@ impl Messages {
         }
     }
 
-    /// The only message of a call: none or several are the caller's fault.
+    /// The only message of a call; none or several are the caller's fault.
     pub async fn only(mut self) -> Result<Message, Status> {
         let message = self
             .next()
             .await?
-            .ok_or_else(|| invalid("message", "the call brought none"))?;
+            .ok_or_else(|| invalid("message", "is missing: the method takes one"))?;
         if self.next().await?.is_some() {
-            return Err(invalid("message", "the call brought two"));
+            return Err(invalid(
+                "message",
+                "was sent more than once: the method takes one",
+            ));
         }
         Ok(message)
     }
@@ -169,7 +172,7 @@ impl Messages {
             match self.chunk().await? {
                 Some(chunk) => self.rest = joined(&self.rest, chunk),
                 None if self.rest.is_empty() => return Ok(None),
-                None => return Err(cut()),
+                None => return Err(truncated()),
             }
         }
         let mut prefix = self.rest.slice(..PREFIX_BYTES);
@@ -181,7 +184,7 @@ impl Messages {
                     "message compression: only gzip is supported",
                 ));
             }
-            _ => return Err(invalid("message", "an unknown flag")),
+            _ => return Err(invalid("message", "the compression flag must be 0 or 1")),
         };
         let length = prefix.get_u32() as usize;
         if length > self.limits.message_bytes_max {
@@ -200,26 +203,28 @@ impl Messages {
         }))
     }
 
-    /// Exactly `length` bytes: a slice of one chunk where they fit in it, else
-    /// gathered. Bytes are counted as they arrive, and given room then: a
-    /// message that only says it is long takes nothing from others.
+    /// Exactly `length` bytes: a slice of one chunk if they are within it, else
+    /// joined. Bytes are charged to the budget and given memory as they arrive:
+    /// a declared length alone takes nothing from others.
     async fn read(&mut self, length: usize) -> Result<(Bytes, Option<BytesHeld>), Status> {
         if self.rest.len() >= length {
             let held = self.limits.budget.take(length)?;
             return Ok((self.rest.split_to(length), held));
         }
         let mut held = self.limits.budget.take(self.rest.len())?;
-        let mut gathered = BytesMut::with_capacity(length.min(GATHERED_BYTES));
+        let mut gathered = BytesMut::with_capacity(length.min(INITIAL_BYTES_MAX));
         gathered.put_slice(&self.rest);
         self.rest = Bytes::new();
         while gathered.len() < length {
             let mut chunk = tokio::time::timeout(CHUNK_TIMEOUT, self.chunk())
                 .await
-                .map_err(|_| Status::deadline_exceeded("the rest of a message did not come"))??
-                .ok_or_else(cut)?;
-            let wanted = length - gathered.len();
-            if chunk.len() > wanted {
-                self.rest = chunk.split_off(wanted);
+                .map_err(|_| {
+                    Status::deadline_exceeded("timed out while waiting for the rest of a message")
+                })??
+                .ok_or_else(truncated)?;
+            let missing = length - gathered.len();
+            if chunk.len() > missing {
+                self.rest = chunk.split_off(missing);
             }
             let more = self.limits.budget.take(chunk.len())?;
             match (&mut held, more) {
@@ -241,13 +246,15 @@ impl Messages {
                     }
                 }
                 Some(Err(error)) => {
-                    return Err(Status::cancelled(format!("the call broke off: {error}")));
+                    return Err(Status::cancelled(format!(
+                        "the request was aborted: {error}"
+                    )));
                 }
             }
         }
     }
 
-    /// Decompresses within the same limits: a small message may claim to be a
+    /// Decompresses within the same limits: a small message may expand to a
     /// large one.
     fn inflate(&self, bytes: &[u8]) -> Result<Message, Status> {
         let bytes_max = self.limits.message_bytes_max;
@@ -255,7 +262,7 @@ impl Messages {
         let mut reader = flate2::read::GzDecoder::new(bytes).take(bytes_max as u64 + 1);
         reader
             .read_to_end(&mut inflated)
-            .map_err(|error| invalid("message", &format!("not gzip: {error}")))?;
+            .map_err(|error| invalid("message", &format!("is not gzip: {error}")))?;
         if inflated.len() > bytes_max {
             return Err(too_large(inflated.len(), bytes_max));
         }
@@ -277,8 +284,8 @@ fn joined(rest: &Bytes, chunk: Bytes) -> Bytes {
     joined.freeze()
 }
 
-fn cut() -> Status {
-    invalid("message", "the call ended in the middle of a message")
+fn truncated() -> Status {
+    invalid("message", "is truncated: the request ended within it")
 }
 
 fn too_large(bytes: usize, bytes_max: usize) -> Status {
@@ -287,17 +294,17 @@ fn too_large(bytes: usize, bytes_max: usize) -> Status {
     ))
 }
 
-/// Encodes a message with its prefix, in one piece.
+/// Encodes a message with its prefix, in one buffer.
 pub fn frame(message: &impl prost::Message) -> Bytes {
     let length = message.encoded_len();
     let mut framed = BytesMut::with_capacity(PREFIX_BYTES + length);
     put_prefix(&mut framed, length);
-    // The buffer has the length that prost asked for.
+    // Cannot fail: the buffer has the encoded length.
     let _ = message.encode(&mut framed);
     framed.freeze()
 }
 
-/// An encoded message with its prefix, in one piece.
+/// Adds the prefix to an encoded message, in one buffer.
 pub fn frame_bytes(message: &[u8]) -> Bytes {
     let mut framed = BytesMut::with_capacity(PREFIX_BYTES + message.len());
     put_prefix(&mut framed, message.len());

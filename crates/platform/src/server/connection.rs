@@ -1,5 +1,5 @@
-//! What every connection has, whatever it speaks: its limits, its first bytes,
-//! its age and its end.
+//! What connections of every protocol share: limits, the first bytes, maximum
+//! age and graceful shutdown.
 
 use std::io;
 use std::pin::{Pin, pin};
@@ -14,7 +14,7 @@ use tokio::time::{sleep, timeout};
 use super::Server;
 use crate::drain::{Drain, Phase};
 
-/// What a client of HTTP/2 says first.
+/// The connection preface of HTTP/2 (RFC 9113, 3.4).
 pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Flow-control windows that let a tensor of 600 KB pass without a pause.
@@ -24,10 +24,11 @@ pub(super) const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 pub(super) const FRAME_BYTES_MAX: u32 = 256 << 10;
 /// All headers of a request together.
 pub(super) const HEADER_BYTES_MAX: u32 = 64 << 10;
-/// How long a peer may leave a ping unanswered.
+/// How long a peer may take to acknowledge a ping.
 pub(super) const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Serves until the peer ends, the connection is of age, or the server closes.
+/// Serves until the peer closes, the connection reaches its maximum age or the
+/// server drains.
 pub(super) async fn run<C>(connection: C, server: &Server, mut drain: Drain)
 where
     C: GracefulConnection,
@@ -35,38 +36,39 @@ where
 {
     let settings = &server.settings;
     let mut connection = pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => Some(ended),
+    let outcome = tokio::select! {
+        outcome = connection.as_mut() => Some(outcome),
         () = sleep(jittered(settings.connection_age)) => None,
         () = drain.reached(Phase::Closing) => None,
     };
-    let ended = match ended {
-        Some(ended) => ended,
+    let outcome = match outcome {
+        Some(outcome) => outcome,
         None => {
-            // GOAWAY; calls under way finish, but not for ever.
+            // GOAWAY; calls in flight finish, within a deadline.
             connection.as_mut().graceful_shutdown();
             timeout(settings.drain_deadline, connection)
                 .await
                 .unwrap_or(Ok(()))
         }
     };
-    if let Err(error) = ended {
-        tracing::debug!(listener = server.name, %error, "a connection broke");
+    if let Err(error) = outcome {
+        tracing::debug!(listener = server.name, %error, "a connection failed");
     }
 }
 
-/// A tenth more or less, so that connections made together do not end together.
+/// The age with jitter of a tenth, so that connections that were opened together
+/// do not end together.
 fn jittered(age: Duration) -> Duration {
     age.mul_f64(rand::random_range(0.9..1.1))
 }
 
-/// Reads the preface of HTTP/2; other bytes are an error.
+/// Reads the connection preface of HTTP/2; other bytes are an error.
 pub(super) async fn read_preface(io: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
     let mut read = [0_u8; PREFACE.len()];
     let mut filled = 0;
     while filled < read.len() {
         let count = io.read(&mut read[filled..]).await?;
-        // A peer that speaks something else is seen at its first bytes.
+        // Another protocol is detected at its first bytes.
         if count == 0 || read[..filled + count] != PREFACE[..filled + count] {
             return Err(io::ErrorKind::InvalidData.into());
         }
@@ -75,20 +77,20 @@ pub(super) async fn read_preface(io: &mut (impl AsyncRead + Unpin)) -> io::Resul
     Ok(())
 }
 
-/// Reads until the bytes cannot be the preface of HTTP/2, or are the whole of
-/// it; none when the peer has nothing to say.
+/// Reads until the bytes are the whole preface of HTTP/2 or cannot become it;
+/// empty when the peer closes without sending any.
 pub(super) async fn read_first(io: &mut (impl AsyncRead + Unpin)) -> io::Result<Bytes> {
     let mut first = BytesMut::with_capacity(4096);
     loop {
         let count = io.read_buf(&mut first).await?;
-        let begun = first.len() < PREFACE.len() && PREFACE.starts_with(&first);
-        if count == 0 || !begun {
+        let partial = first.len() < PREFACE.len() && PREFACE.starts_with(&first);
+        if count == 0 || !partial {
             return Ok(first.freeze());
         }
     }
 }
 
-/// A connection whose first bytes were read and are given once more to hyper.
+/// A connection whose first bytes were read, and are replayed to hyper.
 pub(super) struct Rewound<T> {
     io: T,
     first: Bytes,
@@ -155,10 +157,10 @@ mod tests {
     async fn a_part_of_a_preface_is_not_enough() {
         let (mut near, mut far) = tokio::io::duplex(64);
         near.write_all(&PREFACE[..10]).await.unwrap();
-        let soon = Duration::from_millis(1);
-        assert!(timeout(soon, read_first(&mut far)).await.is_err());
+        let wait = Duration::from_millis(1);
+        assert!(timeout(wait, read_first(&mut far)).await.is_err());
 
-        for (said, all) in [
+        for (sent, complete) in [
             (&PREFACE[..], true),
             (b"PRI * HTTP/2.0\r\n\r\nXX", true),
             (b"POST / HTTP/1.1\r\n", true),
@@ -166,11 +168,11 @@ mod tests {
             (b"", false),
         ] {
             let (mut near, mut far) = tokio::io::duplex(64);
-            near.write_all(said).await.unwrap();
-            if !all {
+            near.write_all(sent).await.unwrap();
+            if !complete {
                 drop(near);
             }
-            assert_eq!(read_first(&mut far).await.unwrap(), said);
+            assert_eq!(read_first(&mut far).await.unwrap(), sent);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A port that speaks gRPC: HTTP/2 alone, whose preface must come in time.
+//! A gRPC port: HTTP/2 only, whose preface must arrive in time.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use http::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::runtime::Handle;
 use tokio::time::timeout;
 
 use super::connection::{
@@ -19,19 +20,20 @@ use crate::body::RequestBody;
 use crate::coalesce::Coalesced;
 use crate::drain::Drain;
 use crate::grpc::{Call, reject};
-use crate::tasks::ConnectionExecutor;
+use crate::tasks::{ConnectionExecutor, TaskScope};
 use crate::tls::Peer;
 
-/// Calls that a handler answers.
+/// gRPC calls, served by a handler.
 #[derive(Debug, Clone)]
 pub struct Grpc<H>(pub H);
 
 impl<H: Handler> Protocol for Grpc<H> {
-    const NAMES: &'static [&'static [u8]] = &[b"h2"];
+    const ALPN: &'static [&'static [u8]] = &[b"h2"];
 
     async fn serve(self, server: &Server, mut io: impl Io, peer: Arc<Peer>, drain: Drain) {
         let settings = &server.settings;
-        // hyper waits for the preface for ever, and a graceful end with it.
+        // hyper has no timeout for the preface, and its graceful shutdown waits
+        // for it as well.
         let preface = timeout(settings.preface_timeout, read_preface(&mut io)).await;
         match preface {
             Ok(Ok(())) => {}
@@ -39,11 +41,13 @@ impl<H: Handler> Protocol for Grpc<H> {
             Err(_) => return server.metrics.refuse(server.name, "preface_timeout"),
         }
         let deadline_max = settings.deadline_max;
+        let tasks = TaskScope::new(Handle::current());
+        let scope = tasks.handle();
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
             let (handler, peer) = (self.0.clone(), peer.clone());
+            let request = request.map(|body| RequestBody::new(body, scope.clone()));
             // Boxed, since hyper moves it several times before it runs.
             Box::pin(async move {
-                let request = request.map(RequestBody::from);
                 let reply = match Call::new(request, peer, deadline_max) {
                     Ok(call) => handler.handle(call).await,
                     Err(status) => reject(&status),
@@ -54,7 +58,8 @@ impl<H: Handler> Protocol for Grpc<H> {
         let connection = http2::Builder::new(ConnectionExecutor)
             .timer(TokioTimer::new())
             .max_concurrent_streams(settings.streams_max)
-            // Callers who leave reset streams; a gateway has those of many.
+            // Callers who cancel reset their streams, and a gateway's connection
+            // carries the streams of many callers.
             .max_pending_accept_reset_streams(settings.streams_max as usize)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)

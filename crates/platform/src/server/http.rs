@@ -1,4 +1,4 @@
-//! A port that speaks HTTP/1.1 and HTTP/2 and is answered by a router.
+//! An HTTP port: HTTP/1.1 and HTTP/2, served by a router.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use http::{Request, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tower_service::Service;
 
@@ -20,38 +21,42 @@ use super::{Io, Protocol, Server};
 use crate::body::RequestBody;
 use crate::coalesce::Coalesced;
 use crate::drain::Drain;
-use crate::tasks::ConnectionExecutor;
+use crate::tasks::{ConnectionExecutor, TaskScope};
 use crate::tls::Peer;
 
-/// How long the head of a request may take to come whole, and how long a
-/// connection of HTTP/1.1 may wait for its next request.
+/// How long the head of a request may take to arrive, and how long an HTTP/1.1
+/// connection may idle between requests.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// Headers of a request.
+/// Header fields of one request.
 const HEADERS_MAX: usize = 100;
 
-/// Requests that a router answers. Each carries its [`Peer`] as an extension.
+/// HTTP requests, served by a router. Each carries its [`Peer`] as an extension.
 #[derive(Debug, Clone)]
 pub struct Http(pub Router);
 
 impl Protocol for Http {
-    const NAMES: &'static [&'static [u8]] = &[b"h2", b"http/1.1"];
+    const ALPN: &'static [&'static [u8]] = &[b"h2", b"http/1.1"];
 
     async fn serve(self, server: &Server, mut io: impl Io, peer: Arc<Peer>, drain: Drain) {
         let settings = &server.settings;
-        // hyper waits for what it knows a protocol by for ever, and a graceful
-        // end with it.
+        // hyper has no timeout for the bytes by which it detects the protocol,
+        // and its graceful shutdown waits for them as well.
         let first = match timeout(settings.preface_timeout, read_first(&mut io)).await {
             Ok(Ok(first)) if !first.is_empty() => first,
-            // A port that was only looked at.
+            // A connection without a byte, such as a TCP health check.
             Ok(_) => return,
             Err(_) => return server.metrics.refuse(server.name, "preface_timeout"),
         };
         let router = self.0;
+        let tasks = TaskScope::new(Handle::current());
+        let scope = tasks.handle();
         let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
             let request = match request.version() {
-                Version::HTTP_2 => request.map(|body| Body::new(RequestBody::from(body))),
-                // hyper itself sees to what is not read.
+                Version::HTTP_2 => {
+                    request.map(|body| Body::new(RequestBody::new(body, scope.clone())))
+                }
+                // hyper itself discards the rest of a body over HTTP/1.1.
                 _ => request.map(Body::new),
             };
             router.clone().call(request)

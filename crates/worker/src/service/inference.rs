@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use bytes::Bytes;
-use platform::grpc::{Call, Message, Metadata, Reply, decode, each, frame, frame_bytes, reply};
+use platform::grpc::{
+    Call, Message, Metadata, Reply, bidirectional, decode, frame, frame_bytes, reply,
+};
 use platform::telemetry::LogLevels;
 use prost::Message as _;
 use protocol::inference::{
@@ -107,12 +109,12 @@ impl Service {
     /// Answers each request of a stream in order; an error is an answer, and
     /// the stream stays open.
     fn model_stream_infer(&self, call: Call) -> Reply {
-        let settings = self.each_settings(&call);
+        let settings = self.stream_settings(&call);
         let deadline = call.stream_deadline.map(tokio::time::Instant::into_std);
         let own = self.clone();
         let patience = call.deadline - call.arrived;
         let messages = call.into_messages(&self.0.limits);
-        each(messages, settings, move |message| {
+        bidirectional(messages, settings, move |message| {
             let own = own.clone();
             let deadline = deadline.unwrap_or_else(|| Instant::now() + patience);
             async move { Ok(own.stream_answer(message, deadline).await) }

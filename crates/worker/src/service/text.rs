@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use engine::{Task, Truncation, Wanted};
-use platform::grpc::{Call, Message, Messages, Reply, decode, each, frame, reply};
+use platform::grpc::{Call, Messages, Reply, bidirectional, decode, frame, reply};
 use protocol::Error;
 use protocol::tei::v1 as tei;
 use tonic::Status;
@@ -72,11 +72,11 @@ impl Service {
         F: Future<Output = Result<Answered<A>, Error>> + Send,
     {
         let target = Target::of(&call)?;
-        let settings = self.each_settings(&call);
+        let settings = self.stream_settings(&call);
         let (patience, ends) = (call.deadline - call.arrived, call.stream_deadline);
         let own = self.clone();
         let messages = call.into_messages(&self.0.limits);
-        Ok(each(messages, settings, move |message: Message| {
+        Ok(bidirectional(messages, settings, move |message| {
             let own = own.clone();
             let deadline = ends.map_or_else(|| Instant::now() + patience, |end| end.into_std());
             let target = target.clone().until(deadline);

@@ -236,7 +236,7 @@ async fn exchange(load: Arc<Load>, channel: Arc<Channel>, number: u64) -> Exchan
 async fn answer(channel: &Channel, head: Request<()>, message: Bytes) -> Outcome {
     let response = match channel.send(head, message).await {
         Ok(response) => response,
-        Err(ChannelError::NotBegun(_)) => return Outcome::Unsent,
+        Err(ChannelError::Unprocessed(_)) => return Outcome::Unsent,
         Err(error) => return broken(&error),
     };
     if response.status() != http::StatusCode::OK {

@@ -14,7 +14,7 @@ struct Page {
     url: reqwest::Url,
     answer: Arc<Mutex<String>>,
     fetches: Arc<AtomicUsize>,
-    _serving: Owned,
+    _serving: OwnedTask,
 }
 
 fn ok(body: &str) -> String {
@@ -30,7 +30,7 @@ async fn page(answer: String) -> Page {
     let answer = Arc::new(Mutex::new(answer));
     let fetches = Arc::new(AtomicUsize::new(0));
     let (served, counted) = (answer.clone(), fetches.clone());
-    let serving = owned(async move {
+    let serving = spawn_owned(async move {
         loop {
             let (mut stream, _) = listener.accept().await.unwrap();
             let mut asked = [0; 4096];

@@ -201,7 +201,7 @@ impl Rows for Infer {
                 ..Default::default()
             });
         }
-        Message::own(&ModelInferRequest {
+        Message::encode(&ModelInferRequest {
             model_name: self.model_name.clone(),
             model_version: self.model_version.clone(),
             id: self.request.id.clone(),

@@ -54,7 +54,7 @@ impl Rows for Rerank {
         let texts = places
             .iter()
             .filter_map(|&place| self.request.texts.get(place).cloned());
-        Message::own(&tei::RerankRequest {
+        Message::encode(&tei::RerankRequest {
             query: self.request.query.clone(),
             texts: texts.collect(),
             truncate: self.request.truncate,

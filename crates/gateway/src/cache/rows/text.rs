@@ -83,7 +83,7 @@ where
     }
 
     fn part(&self, _places: &[usize]) -> Message {
-        Message::of_framed(frame_bytes(&self.message))
+        Message::from_framed(frame_bytes(&self.message))
     }
 
     /// The head has the characters and the kind of device; the content is the

@@ -1,11 +1,12 @@
-//! How much a tenant may call, and whose turn it is when there is not enough
-//! for all. See docs/decisions/shared_quotas.md and docs/decisions/fair_turns.md.
+//! Quotas and fairness: rate limits, quotas and in-flight slots of each tenant,
+//! and fair queueing between tenants when the workers are saturated. See
+//! docs/decisions/shared_quotas.md and docs/decisions/fair_turns.md.
 
+mod counters;
 mod fair;
-mod memory;
+mod leases;
 mod metrics;
-mod places;
-mod redis;
+mod slots;
 #[cfg(test)]
 mod tests;
 
@@ -23,50 +24,54 @@ use protocol::{Error, Kind};
 use crate::policy::{Caller, PolicyCell, Quota, RedisLost, Tenant};
 use crate::redis::Redis;
 use crate::request::{QuotaUnit, Usage};
-use fair::Fair;
-use memory::{AMOUNT_MAX, Denied, Meters, Needs, Now, Scope, Taken};
-use places::{Full, InFlight, SharedPlaces};
-use redis::{Refusal, Shared};
+use counters::{AMOUNT_MAX, CountedBy, Demand, LimitExceeded, Moment, QuotaScope, TenantQuotas};
+use fair::FairQueues;
+use leases::{QuotaRefusal, SharedQuotas};
+use slots::{InFlightSlot, SharedSlots, SlotRefusal};
 
-/// When a call under way will probably have ended.
+/// When a call in flight will probably have ended.
 const IN_FLIGHT_RETRY: Duration = Duration::from_millis(100);
-/// When the calls that wait for a Redis that answers will have been counted.
-const CROWD_RETRY: Duration = Duration::from_millis(20);
-/// When a lost Redis is looked for again.
-const REDIS_RETRY: Duration = Duration::from_secs(1);
+/// When the calls that wait for a response of Redis will have been counted.
+const REDIS_BUSY_RETRY: Duration = Duration::from_millis(20);
+/// When a lost Redis is probed again.
+const REDIS_LOST_RETRY: Duration = Duration::from_secs(1);
 
-/// How the gateway counts and shares.
+/// The settings of fair queueing.
 #[derive(Debug, Clone, clap::Args)]
 pub struct LimitSettings {
-    /// Rows of one model that may be under way at each of its workers before
-    /// further ones wait for their tenant's turn
+    /// Rows of one model that may be in flight at each of its workers; further
+    /// rows wait for their tenant's turn (fair queueing)
     #[arg(long, value_name = "COUNT", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub fair_rows: u32,
     /// Calls of one tenant that may wait for its turn; more are refused at once
+    /// (load shedding)
     #[arg(long, value_name = "COUNT", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     pub fair_queue: u32,
 }
 
-/// Counts what each tenant calls. Cheap to clone.
+/// The quotas of all tenants. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Limit(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     policy: PolicyCell,
-    /// What is counted, by the names of tenants: those of the policy alone.
-    meters: ArcSwap<HashMap<String, Arc<Meters>>>,
-    adding: Mutex<()>,
-    shared: Option<Arc<Shared>>,
-    places: Option<Arc<SharedPlaces>>,
-    fair: Fair,
+    /// The limits and counters by the names of tenants: no more than the policy
+    /// has.
+    quotas: ArcSwap<HashMap<String, Arc<TenantQuotas>>>,
+    add_lock: Mutex<()>,
+    shared_quotas: Option<Arc<SharedQuotas>>,
+    shared_slots: Option<Arc<SharedSlots>>,
+    fair: FairQueues,
     metrics: LimitMetrics,
     started: Instant,
 }
 
-/// A slot among a tenant's calls in flight, until it is dropped.
+/// An in-flight slot of a tenant, until it is dropped.
 #[derive(Debug, Default)]
-pub struct TenantSlot(#[allow(dead_code, reason = "it is released when dropped")] Option<InFlight>);
+pub struct TenantSlot(
+    #[allow(dead_code, reason = "it is released when dropped")] Option<InFlightSlot>,
+);
 
 /// A part of a tenant's quotas for one call, which is charged with the usage of
 /// the response. It holds its in-flight slots until it is dropped.
@@ -76,8 +81,8 @@ pub struct Reservation {
     tenant: Arc<Tenant>,
     /// Whether the reservation of its chain counts in the metrics.
     in_chain: bool,
-    scopes: Vec<Arc<Scope>>,
-    _places: Vec<InFlight>,
+    scopes: Vec<Arc<QuotaScope>>,
+    _slots: Vec<InFlightSlot>,
 }
 
 /// What a call needs of its tenant's quotas.
@@ -94,8 +99,8 @@ pub struct QuotaRequest<'a> {
 }
 
 impl Limit {
-    /// Counts by the policy as it stands now: alone, or with other gateways in
-    /// Redis.
+    /// Counts by the current policy: in this gateway alone, or together with
+    /// other gateways in Redis.
     pub fn new(
         settings: &LimitSettings,
         policy: PolicyCell,
@@ -104,11 +109,11 @@ impl Limit {
     ) -> Self {
         Self(Arc::new(Inner {
             policy,
-            meters: ArcSwap::default(),
-            adding: Mutex::new(()),
-            places: redis.clone().map(SharedPlaces::new),
-            shared: redis.map(Shared::new),
-            fair: Fair::new(settings, metrics),
+            quotas: ArcSwap::default(),
+            add_lock: Mutex::new(()),
+            shared_slots: redis.clone().map(SharedSlots::new),
+            shared_quotas: redis.map(SharedQuotas::new),
+            fair: FairQueues::new(settings, metrics),
             metrics: metrics.clone(),
             started: Instant::now(),
         }))
@@ -119,48 +124,48 @@ impl Limit {
         &self.0.metrics
     }
 
-    /// Keeps what is counted with Redis in step with it, until the tasks are
-    /// dropped.
+    /// Synchronizes the shared counters with Redis, until the tasks are dropped.
     pub fn follow(&self) -> Vec<OwnedTask> {
         let started = self.0.started;
-        let quotas = self.0.shared.as_ref();
-        let quotas = quotas.and_then(|shared| shared.follow(move || moment(started)));
-        let places = self.0.places.as_ref();
-        let places = places.map(|places| places.follow(move || moment(started).seconds));
-        quotas.into_iter().chain(places).collect()
+        let quotas = self.0.shared_quotas.as_ref();
+        let quotas = quotas.and_then(|quotas| quotas.follow(move || moment(started)));
+        let slots = self.0.shared_slots.as_ref();
+        let slots = slots.map(|slots| slots.follow(move || moment(started).seconds));
+        quotas.into_iter().chain(slots).collect()
     }
 
-    /// Before a call is read: the tenant's rate, and its calls under way.
+    /// Admits a call before its message is read: takes one of the tenant's
+    /// in-flight slots and one request of its rate limit.
     pub async fn enter(&self, caller: &Caller) -> Result<TenantSlot, Error> {
         let limit = &self.0;
-        let Some(meters) = limit.meters(&caller.tenant) else {
+        let Some(quotas) = limit.quotas(&caller.tenant) else {
             return Ok(TenantSlot::default());
         };
-        let place = limit.place(&meters.all).await?;
-        let needs = Needs {
+        let slot = limit.slot(&quotas.all).await?;
+        let demand = Demand {
             requests: Some(1),
             items: None,
         };
-        limit.count(&meters.all, needs).await?;
-        Ok(TenantSlot(Some(place)))
+        limit.count(&quotas.all, demand).await?;
+        Ok(TenantSlot(Some(slot)))
     }
 
     /// Reserves requests and rows of a model's quotas, once the model is known,
-    /// and checks what earlier calls have used of tokens and costs. A call
-    /// without rows takes requests alone. A model of a fallback chain has the
-    /// quotas that the chain has not, and returns nothing when it fails: it may
-    /// have computed.
+    /// and checks the tokens and costs that earlier calls have used. A call
+    /// without rows takes requests alone. A model of a fallback chain counts in
+    /// the quotas in which its chain does not count, and returns nothing when it
+    /// fails: it may have computed.
     pub async fn reserve(
         &self,
         caller: &Caller,
         request: QuotaRequest<'_>,
     ) -> Result<Reservation, Error> {
         let mut reservation = self.reservation(caller, request.chain.is_some());
-        if let Some(meters) = self.0.meters(&caller.tenant) {
+        if let Some(quotas) = self.0.quotas(&caller.tenant) {
             let requests = (request.unit == QuotaUnit::Request).then_some(1);
-            let own = meters.of_model(request.model);
-            let own = own.filter(|scope| !request.chain.is_some_and(|chain| scope.is_of(chain)));
-            let all = request.chain.is_none().then_some((&meters.all, None));
+            let own = quotas.of_model(request.model);
+            let own = own.filter(|scope| !request.chain.is_some_and(|chain| scope.matches(chain)));
+            let all = request.chain.is_none().then_some((&quotas.all, None));
             let scopes = all.into_iter().chain(own.map(|scope| (scope, requests)));
             reservation.take(scopes.collect(), request.rows).await?;
         }
@@ -173,8 +178,8 @@ impl Limit {
             return;
         }
         let mut reservation = self.reservation(caller, false);
-        if let Some(meters) = self.0.meters(&caller.tenant) {
-            let scopes = std::iter::once(&meters.all).chain(meters.of_model(model));
+        if let Some(quotas) = self.0.quotas(&caller.tenant) {
+            let scopes = std::iter::once(&quotas.all).chain(quotas.of_model(model));
             reservation.scopes = scopes.cloned().collect();
         }
         reservation.charge(usage);
@@ -186,15 +191,15 @@ impl Limit {
             tenant: caller.tenant.clone(),
             in_chain,
             scopes: Vec::new(),
-            _places: Vec::new(),
+            _slots: Vec::new(),
         }
     }
 
-    /// Before a worker is chosen: waits for the tenant's turn when there is
-    /// more to do than the workers have at hand.
+    /// Waits for the tenant's turn in the fair queue of the model, before a
+    /// worker is chosen.
     pub async fn turn(&self, caller: &Caller, request: TurnRequest<'_>) -> Result<Turn, Error> {
         let limit = &self.0;
-        // With one tenant there is nobody to be fair to.
+        // Fairness needs a second tenant.
         if request.items == 0 || limit.policy.load().tenants.len() < 2 {
             return Ok(Turn::default());
         }
@@ -203,169 +208,178 @@ impl Limit {
 }
 
 impl Inner {
-    fn now(&self) -> Now {
+    fn now(&self) -> Moment {
         moment(self.started)
     }
 
-    /// The limits of a tenant; None when it has none.
-    fn meters(&self, tenant: &Arc<Tenant>) -> Option<Arc<Meters>> {
+    /// The quotas of a tenant; None when it has none.
+    fn quotas(&self, tenant: &Arc<Tenant>) -> Option<Arc<TenantQuotas>> {
         if tenant.model_quotas.is_empty() && tenant.quota == Quota::default() {
             return None;
         }
-        let meters = self.meters.load();
-        match meters.get(&tenant.name) {
-            Some(known) if Arc::ptr_eq(&known.tenant, tenant) => Some(known.clone()),
-            known => self.meters_of(tenant, known),
+        let quotas = self.quotas.load();
+        match quotas.get(&tenant.name) {
+            Some(existing) if Arc::ptr_eq(&existing.tenant, tenant) => Some(existing.clone()),
+            existing => self.add_quotas(tenant, existing),
         }
     }
 
-    /// The same for a tenant that is new here, or that another reading of the
-    /// policy made.
-    fn meters_of(&self, tenant: &Arc<Tenant>, known: Option<&Arc<Meters>>) -> Option<Arc<Meters>> {
+    /// Adds the quotas of a tenant that is new here, or that a reload of the
+    /// policy replaced.
+    fn add_quotas(
+        &self,
+        tenant: &Arc<Tenant>,
+        existing: Option<&Arc<TenantQuotas>>,
+    ) -> Option<Arc<TenantQuotas>> {
         let policy = self.policy.load();
-        // A stream may know its tenant by an earlier policy: the newest holds.
+        // A stream may hold its tenant from an earlier policy: the newest counts.
         let tenant = policy.tenants.get(&tenant.name).unwrap_or(tenant);
-        if let Some(known) = known
-            && Arc::ptr_eq(&known.tenant, tenant)
+        if let Some(existing) = existing
+            && Arc::ptr_eq(&existing.tenant, tenant)
         {
-            return Some(known.clone());
+            return Some(existing.clone());
         }
-        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = self.meters.load_full();
-        let made = Arc::new(Meters::new(
+        let _added = self.add_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.quotas.load_full();
+        let added = Arc::new(TenantQuotas::new(
             tenant,
             before.get(&tenant.name).map(Arc::as_ref),
         ));
-        let kept = before
+        let current = before
             .iter()
             .filter(|(name, _)| policy.tenants.contains_key(*name));
-        let mut after: HashMap<_, _> = kept
+        let mut after: HashMap<_, _> = current
             .map(|(name, one)| (name.clone(), one.clone()))
             .collect();
-        after.insert(tenant.name.clone(), made.clone());
-        self.meters.store(Arc::new(after));
-        Some(made)
+        after.insert(tenant.name.clone(), added.clone());
+        self.quotas.store(Arc::new(after));
+        Some(added)
     }
 
-    /// A place among the calls under way.
-    async fn place(&self, scope: &Scope) -> Result<InFlight, Error> {
+    /// An in-flight slot of a scope.
+    async fn slot(&self, scope: &QuotaScope) -> Result<InFlightSlot, Error> {
         let Some(limit) = scope.in_flight_max() else {
-            return Ok(InFlight::unlimited());
+            return Ok(InFlightSlot::unlimited());
         };
-        let entered = match &self.places {
-            None => InFlight::of(scope, limit).ok_or(Full::Reached),
-            Some(shared) => match shared.enter(scope, limit, || self.now().seconds).await {
-                Some(entered) => entered,
+        let acquired = match &self.shared_slots {
+            None => InFlightSlot::acquire(scope, limit).ok_or(SlotRefusal::LimitReached),
+            Some(shared) => match shared.acquire(scope, limit, || self.now().seconds).await {
+                Some(acquired) => acquired,
                 None => {
-                    let share = limit.div_ceil(self.without_redis()?.max(1));
-                    let entered = shared.enter_share(scope, limit, share);
-                    entered.ok_or(Full::Reached)
+                    let share = limit.div_ceil(self.shares_without_redis()?.max(1));
+                    let acquired = shared.acquire_from_share(scope, limit, share);
+                    acquired.ok_or(SlotRefusal::LimitReached)
                 }
             },
         };
-        entered.map_err(|full| match full {
-            Full::Reached => {
+        acquired.map_err(|refusal| match refusal {
+            SlotRefusal::LimitReached => {
                 self.metrics.limited("in_flight").inc();
-                Error::quota_spent(scope.full(limit), IN_FLIGHT_RETRY)
+                Error::quota_spent(scope.slots_message(limit), IN_FLIGHT_RETRY)
             }
-            Full::Crowded => self.crowded(),
+            SlotRefusal::Overloaded => self.redis_busy(),
         })
     }
 
-    /// Counts what a call needs of one scope, all or nothing.
-    async fn count(&self, scope: &Arc<Scope>, needs: Needs) -> Result<Taken, Error> {
-        if scope.needed(needs).next().is_none() {
-            return Ok(Taken::Alone);
+    /// Takes what a call needs from all limits of a scope, or from none.
+    async fn count(&self, scope: &Arc<QuotaScope>, demand: Demand) -> Result<CountedBy, Error> {
+        if scope.demanded(demand).next().is_none() {
+            return Ok(CountedBy::Gateway);
         }
-        let refused = |denied| self.refused(scope, denied, needs);
-        let Some(shared) = &self.shared else {
-            let counted = scope.take(needs, self.now(), Taken::Alone);
-            return counted.map(|()| Taken::Alone).map_err(refused);
+        let refused = |exceeded| self.refused(scope, exceeded, demand);
+        let Some(shared) = &self.shared_quotas else {
+            let counted = scope.take(demand, self.now(), CountedBy::Gateway);
+            return counted.map(|()| CountedBy::Gateway).map_err(refused);
         };
-        if let Some(counted) = shared.take(scope, needs, || self.now()).await {
+        if let Some(counted) = shared.take(scope, demand, || self.now()).await {
             return counted
-                .map(|()| Taken::Leased)
+                .map(|()| CountedBy::Lease)
                 .map_err(|refusal| match refusal {
-                    Refusal::Denied(denied) => refused(denied),
-                    Refusal::Crowded => self.crowded(),
+                    QuotaRefusal::Exceeded(exceeded) => refused(exceeded),
+                    QuotaRefusal::Overloaded => self.redis_busy(),
                 });
         }
-        let share = Taken::Share(self.without_redis()?);
-        let counted = scope.take(needs, self.now(), share);
+        let share = CountedBy::Share(self.shares_without_redis()?);
+        let counted = scope.take(demand, self.now(), share);
         counted.map(|()| share).map_err(refused)
     }
 
-    /// Of how many equal shares this gateway has one while Redis is lost; an
-    /// error where the policy would rather refuse.
-    fn without_redis(&self) -> Result<u32, Error> {
+    /// The number of equal shares of which this gateway has one while Redis is
+    /// lost; an error when the policy refuses calls then.
+    fn shares_without_redis(&self) -> Result<u32, Error> {
         let policy = self.policy.load();
         if policy.limits.redis_lost == RedisLost::Closed {
             self.metrics.limited("redis_lost").inc();
-            let message = "the tenant's quotas cannot be checked now";
-            return Err(Error::overloaded(message, REDIS_RETRY));
+            let message =
+                "the tenant's quotas cannot be checked now: the shared counters are unavailable";
+            return Err(Error::overloaded(message, REDIS_LOST_RETRY));
         }
         Ok(policy.limits.replicas)
     }
 
-    fn crowded(&self) -> Error {
+    fn redis_busy(&self) -> Error {
         self.metrics.limited("redis_busy").inc();
-        let message = "too many calls wait for the tenant's quotas to be checked";
-        Error::overloaded(message, CROWD_RETRY)
+        let message = "too many calls are waiting for a check of the tenant's quotas";
+        Error::overloaded(message, REDIS_BUSY_RETRY)
     }
 
-    fn give_back(&self, taken: &[(&Arc<Scope>, Needs, Taken)]) {
+    fn refund(&self, taken: &[(&Arc<QuotaScope>, Demand, CountedBy)]) {
         let now = self.now();
-        for (scope, needs, how) in taken {
-            scope.give_back(*needs, now, *how);
+        for (scope, demand, counted_by) in taken {
+            scope.refund(*demand, now, *counted_by);
         }
     }
 
-    fn refused(&self, scope: &Scope, denied: Denied, needs: Needs) -> Error {
-        let what = denied.rule.what;
-        self.metrics.limited(what.name()).inc();
-        let need = needs.of(what).unwrap_or(0);
-        if what.is_post_paid() || need <= denied.rule.limit.max(1) {
-            return Error::quota_spent(scope.spent(&denied.rule), denied.retry_after);
+    fn refused(&self, scope: &QuotaScope, exceeded: LimitExceeded, demand: Demand) -> Error {
+        let kind = exceeded.rule.kind;
+        self.metrics.limited(kind.name()).inc();
+        let amount = demand.of(kind).unwrap_or(0);
+        if kind.is_post_paid() || amount <= exceeded.rule.limit.max(1) {
+            return Error::quota_spent(
+                scope.exceeded_message(&exceeded.rule),
+                exceeded.retry_after,
+            );
         }
-        // It would be refused for ever.
-        let limit = denied.rule.written;
+        // A retry would never succeed.
+        let limit = exceeded.rule.configured;
         let message = format!(
-            "the call has {need} rows, over the tenant's {} of {limit}",
-            what.name()
+            "the call has {amount} rows, over the tenant's {} of {limit}",
+            kind.name()
         );
         Error::new(Kind::TooLarge, message)
     }
 }
 
-fn moment(started: Instant) -> Now {
+fn moment(started: Instant) -> Moment {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    Now {
+    Moment {
         seconds: started.elapsed().as_secs_f64(),
         unix_ms: u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(0),
     }
 }
 
 impl Reservation {
-    /// Takes rows, and requests where those are named: of all limits or none.
+    /// Takes rows, and requests where a scope names them: from all scopes or from
+    /// none.
     async fn take(
         &mut self,
-        wanted: Vec<(&Arc<Scope>, Option<u64>)>,
+        scopes: Vec<(&Arc<QuotaScope>, Option<u64>)>,
         items: u64,
     ) -> Result<(), Error> {
         let limit = &self.limit.0;
         let items = (items > 0).then_some(items);
-        let mut taken = Vec::with_capacity(wanted.len());
-        for (scope, requests) in wanted {
+        let mut taken = Vec::with_capacity(scopes.len());
+        for (scope, requests) in scopes {
             if requests.is_some() {
-                let place = limit.place(scope).await;
-                let place = place.inspect_err(|_| limit.give_back(&taken))?;
-                self._places.push(place);
+                let slot = limit.slot(scope).await;
+                let slot = slot.inspect_err(|_| limit.refund(&taken))?;
+                self._slots.push(slot);
             }
-            let needs = Needs { requests, items };
-            match limit.count(scope, needs).await {
-                Ok(how) => taken.push((scope, needs, how)),
+            let demand = Demand { requests, items };
+            match limit.count(scope, demand).await {
+                Ok(counted_by) => taken.push((scope, demand, counted_by)),
                 Err(error) => {
-                    limit.give_back(&taken);
+                    limit.refund(&taken);
                     return Err(error);
                 }
             }
@@ -375,7 +389,7 @@ impl Reservation {
         Ok(())
     }
 
-    /// Counts what the answer took.
+    /// Charges the usage of a response.
     pub fn charge(&self, usage: Usage) {
         if usage == Usage::default() {
             return;
@@ -391,11 +405,11 @@ impl Reservation {
                 .used(&self.tenant.name, usage.tokens, usage.cost);
         }
         for scope in &self.scopes {
-            let owing = scope.charge(usage, limit.now());
-            if let Some(shared) = &limit.shared
-                && owing
+            let unreported = scope.charge(usage, limit.now());
+            if let Some(shared) = &limit.shared_quotas
+                && unreported
             {
-                shared.queue(scope);
+                shared.queue_sync(scope);
             }
         }
     }

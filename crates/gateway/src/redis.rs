@@ -1,7 +1,7 @@
-//! Redis, where gateways count together and keep answers. It is never waited
-//! for: a command has 20 ms, and a Redis that does not answer within them, or
-//! fails several times in a row, is passed by until it answers a probe. So no
-//! call waits twice.
+//! Redis, where gateways share quotas and cached responses. No call depends on
+//! it: a command has a timeout of 20 ms, and a circuit breaker opens after a
+//! timeout, or after several failures in a row, until Redis responds to a probe.
+//! So a lost Redis costs a call one timeout at most.
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -20,23 +20,23 @@ use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
-/// What a command may take, waiting for the connection included.
-pub const COMMAND: Duration = Duration::from_millis(20);
-/// What connecting may take, with the password.
-const CONNECT: Duration = Duration::from_secs(1);
+/// The timeout of a command, with the wait for the connection.
+pub const COMMAND_TIMEOUT: Duration = Duration::from_millis(20);
+/// The timeout of a connection, with its authentication.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between two probes.
-const PROBE: Duration = Duration::from_secs(1);
-/// Failures in a row after which it is passed by.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// Failures in a row that open the circuit breaker.
 const FAILURES_MAX: u32 = 3;
-/// Commands that may wait to be written.
-const WAITING_MAX: usize = 256;
-/// Bytes of a file with a password.
+/// Commands that may wait to be sent.
+const PIPELINE_MAX: usize = 256;
+/// The largest password file, in bytes.
 const PASSWORD_BYTES_MAX: u64 = 4096;
 
 /// The Redis that several gateways share.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct RedisSettings {
-    /// Redis, where several gateways share quotas and cached responses:
+    /// The Redis in which several gateways share quotas and cached responses:
     /// redis://HOST:PORT/DB
     #[arg(long, value_name = "URL")]
     pub redis: Option<String>,
@@ -58,11 +58,10 @@ impl RedisSettings {
 /// Why Redis cannot be used as it is configured.
 #[derive(Debug, thiserror::Error)]
 pub enum RedisError {
-    /// The address cannot be read. It is not repeated, for there may be a
-    /// secret in it.
+    /// The URL is malformed. It is not repeated, since it may hold a secret.
     #[error("--redis: write redis://HOST:PORT or redis://HOST:PORT/DB")]
     Url,
-    /// Flags are seen by everybody on the machine.
+    /// The URL holds a password: every user of the machine can read flags.
     #[error(
         "--redis: the URL holds a password; put it in a file and name it with --redis-password-file"
     )]
@@ -72,20 +71,19 @@ pub enum RedisError {
     File(String),
 }
 
-/// Why there is no answer.
+/// Why a script has no result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NoAnswer {
+pub enum RedisFailure {
     /// It was not sent, or Redis refused it.
-    Undone,
-    /// Redis may have done it, or not.
+    NotExecuted,
+    /// Redis may have executed it, or not.
     Unknown,
 }
 
-/// A Redis that may be lost at any time. Every method is safe to call from any
-/// thread.
+/// A client of a Redis that may be lost at any time, with a circuit breaker.
 pub struct Redis {
     client: Client,
-    /// None while it is lost.
+    /// None while Redis is lost: the circuit breaker is open.
     connection: ArcSwapOption<MultiplexedConnection>,
     failures: AtomicU32,
     lost: Notify,
@@ -100,7 +98,7 @@ impl std::fmt::Debug for Redis {
 }
 
 impl Redis {
-    /// Reads the address; nothing is connected yet.
+    /// Parses the URL; nothing is connected yet.
     pub fn new(url: &str, password: Option<String>) -> Result<Arc<Self>, RedisError> {
         let info = url.into_connection_info().map_err(|_| RedisError::Url)?;
         if !matches!(info.addr(), ConnectionAddr::Tcp(..)) {
@@ -124,7 +122,7 @@ impl Redis {
         }))
     }
 
-    /// The same with the password of a file.
+    /// Parses the URL and reads the password from a file.
     pub fn open(url: &str, password: Option<&Path>) -> Result<Arc<Self>, RedisError> {
         let read = |path: &Path| {
             let unreadable = |error: std::io::Error| RedisError::File(error.kind().to_string());
@@ -141,45 +139,45 @@ impl Redis {
         Self::new(url, password.map(read).transpose()?)
     }
 
-    /// 1 while it answers.
+    /// The gauge that is 1 while Redis responds.
     pub fn up(&self) -> Gauge {
         self.up.clone()
     }
 
-    /// Whether a command would be sent.
+    /// Whether the circuit breaker is closed: a command would be sent.
     pub fn available(&self) -> bool {
         self.connection.load().is_some()
     }
 
-    /// Connects, and again after every loss, until the task is dropped. A
-    /// connection that held is replaced at once, so that a hiccup costs
-    /// milliseconds; where none holds, it is tried every second.
+    /// Connects, and reconnects after every loss, until the task is dropped. A
+    /// connection that lasted is replaced at once, so that a short failure costs
+    /// milliseconds; otherwise a reconnect is tried every second.
     pub fn follow(self: &Arc<Self>) -> OwnedTask {
         let redis = self.clone();
         spawn_owned(async move {
-            let mut said = false;
+            let mut reported = false;
             loop {
-                let begun = Instant::now();
+                let started = Instant::now();
                 match redis.connect().await {
                     Ok(connection) => {
-                        tracing::info!("Redis answers");
-                        said = false;
+                        tracing::info!("Redis responds");
+                        reported = false;
                         redis.failures.store(0, Ordering::Relaxed);
                         redis.connection.store(Some(Arc::new(connection)));
                         redis.up.set(1);
-                        redis.watch().await;
-                        if begun.elapsed() > 2 * PROBE {
+                        redis.probe_until_lost().await;
+                        if started.elapsed() > 2 * PROBE_INTERVAL {
                             continue;
                         }
                     }
-                    // Once for each loss.
-                    Err(reason) if !said => {
+                    // Logged once for each loss.
+                    Err(reason) if !reported => {
                         tracing::warn!(reason, "Redis cannot be reached");
-                        said = true;
+                        reported = true;
                     }
                     Err(_) => {}
                 }
-                tokio::time::sleep(PROBE).await;
+                tokio::time::sleep(PROBE_INTERVAL).await;
             }
         })
     }
@@ -188,7 +186,7 @@ impl Redis {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(None)
             .set_response_timeout(None)
-            .set_pipeline_buffer_size(WAITING_MAX);
+            .set_pipeline_buffer_size(PIPELINE_MAX);
         let connecting = async {
             let client = &self.client;
             let mut connection = client
@@ -197,87 +195,90 @@ impl Redis {
             let () = ::redis::cmd("PING").query_async(&mut connection).await?;
             Ok::<_, ::redis::RedisError>(connection)
         };
-        match timeout(CONNECT, connecting).await {
+        match timeout(CONNECT_TIMEOUT, connecting).await {
             Ok(Ok(connection)) => Ok(connection),
             Ok(Err(error)) => Err(error.category().to_owned()),
-            Err(_) => Err("no answer in time".to_owned()),
+            Err(_) => Err("no response within the timeout".to_owned()),
         }
     }
 
-    /// Asks every second, until the connection is given up.
-    async fn watch(&self) {
+    /// Probes every second, until the circuit breaker opens.
+    async fn probe_until_lost(&self) {
         while self.available() {
             tokio::select! {
                 () = self.lost.notified() => {}
-                () = tokio::time::sleep(PROBE) => {
-                    // What it comes to is counted.
+                () = tokio::time::sleep(PROBE_INTERVAL) => {
+                    // `run` counts a failure.
                     let _: Option<()> = self.run(&::redis::cmd("PING")).await;
                 }
             }
         }
     }
 
-    /// The answer to a command. None when Redis is lost or passed by, does not
-    /// answer in time, or answers with an error.
+    /// The response to a command. None when Redis is lost, does not respond
+    /// within the timeout, or responds with an error.
     pub async fn run<T: FromRedisValue>(&self, command: &Cmd) -> Option<T> {
         let connection = self.connection.load_full()?;
         let mut sent = (*connection).clone();
-        let answer = command.query_async(&mut sent);
-        self.within(&connection, answer).await.ok()
+        let response = command.query_async(&mut sent);
+        self.within_timeout(&connection, response).await.ok()
     }
 
-    /// The answers to several commands of one round trip.
+    /// The responses to several commands of one round trip.
     pub async fn run_all<T: FromRedisValue>(&self, commands: &Pipeline) -> Option<T> {
         let connection = self.connection.load_full()?;
         let mut sent = (*connection).clone();
-        let answer = commands.query_async(&mut sent);
-        self.within(&connection, answer).await.ok()
+        let response = commands.query_async(&mut sent);
+        self.within_timeout(&connection, response).await.ok()
     }
 
-    /// What a script returns. It is sent by its hash, and whole when Redis does
-    /// not know it.
+    /// The result of a script. It is sent by its hash, and as a whole when Redis
+    /// does not have it.
     pub async fn run_script<T: FromRedisValue>(
         &self,
         script: &ScriptInvocation<'_>,
-    ) -> Result<T, NoAnswer> {
-        let connection = self.connection.load_full().ok_or(NoAnswer::Undone)?;
+    ) -> Result<T, RedisFailure> {
+        let connection = self
+            .connection
+            .load_full()
+            .ok_or(RedisFailure::NotExecuted)?;
         let mut sent = (*connection).clone();
-        let answer = script.invoke_async(&mut sent);
-        self.within(&connection, answer).await
+        let response = script.invoke_async(&mut sent);
+        self.within_timeout(&connection, response).await
     }
 
-    async fn within<T>(
+    async fn within_timeout<T>(
         &self,
         connection: &Arc<MultiplexedConnection>,
-        answer: impl Future<Output = RedisResult<T>>,
-    ) -> Result<T, NoAnswer> {
-        match timeout(COMMAND, answer).await {
+        response: impl Future<Output = RedisResult<T>>,
+    ) -> Result<T, RedisFailure> {
+        match timeout(COMMAND_TIMEOUT, response).await {
             Ok(Ok(value)) => {
                 self.failures.store(0, Ordering::Relaxed);
                 Ok(value)
             }
-            // A connection that broke answers nothing any more.
+            // A broken connection carries no further response.
             Ok(Err(error)) if error.is_unrecoverable_error() => {
-                self.pass_by(connection, "connection lost");
-                Err(NoAnswer::Unknown)
+                self.open_circuit(connection, "connection lost");
+                Err(RedisFailure::Unknown)
             }
-            // Its own refusals too: read-only, loading, out of memory.
+            // Errors of Redis itself count too: read-only, loading, out of memory.
             Ok(Err(_)) => {
                 if self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES_MAX {
-                    self.pass_by(connection, "it answers with errors");
+                    self.open_circuit(connection, "it responds with errors");
                 }
-                Err(NoAnswer::Undone)
+                Err(RedisFailure::NotExecuted)
             }
             Err(_) => {
-                self.pass_by(connection, "it does not answer in time");
-                Err(NoAnswer::Unknown)
+                self.open_circuit(connection, "it does not respond within the timeout");
+                Err(RedisFailure::Unknown)
             }
         }
     }
 
-    /// Gives a connection up. Another may have taken its place meanwhile, which
-    /// is as good as it was.
-    fn pass_by(&self, connection: &Arc<MultiplexedConnection>, reason: &'static str) {
+    /// Opens the circuit breaker of a connection. A newer connection that has
+    /// replaced it meanwhile stays.
+    fn open_circuit(&self, connection: &Arc<MultiplexedConnection>, reason: &'static str) {
         let own = Some(connection.clone());
         let before = self.connection.compare_and_swap(&own, None);
         if before
@@ -285,7 +286,7 @@ impl Redis {
             .is_some_and(|before| Arc::ptr_eq(before, connection))
         {
             self.up.set(0);
-            tracing::warn!(reason, "Redis is lost and passed by");
+            tracing::warn!(reason, "Redis is lost: the circuit breaker is open");
             self.lost.notify_one();
         }
     }
@@ -319,19 +320,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_hangs_is_passed_by_at_once_and_comes_back() {
+    async fn a_redis_that_hangs_opens_the_circuit_and_comes_back() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        // Answers what connecting needs and nothing after it.
+        // Responds to the handshake and to nothing after it.
         let server = spawn_owned(async move {
             use tokio::io::{AsyncReadExt, AsyncWriteExt};
-            let mut kept = Vec::new();
+            let mut sockets = Vec::new();
             loop {
                 let (mut socket, _) = listener.accept().await.unwrap();
                 let mut bytes = [0; 1024];
                 let _ = socket.read(&mut bytes).await.unwrap();
                 socket.write_all(b"+PONG\r\n").await.unwrap();
-                kept.push(socket);
+                sockets.push(socket);
             }
         });
         let redis = Redis::new(&format!("redis://127.0.0.1:{port}"), None).unwrap();

@@ -1,6 +1,6 @@
-//! Whose turn it is. For each model, start-time fair queueing (Goyal, Vin and
-//! Cheng, "Start-time fair queueing", 1996) of rows across tenants, in front
-//! of the workers' own queues, which are kept short. See
+//! Fair queueing between tenants: for each model, start-time fair queueing of
+//! rows (Goyal, Vin and Cheng, "Start-time Fair Queueing", 1996), weighted by
+//! tenant. It stands in front of the queues of the workers, which stay short. See
 //! docs/decisions/fair_turns.md.
 
 #[cfg(test)]
@@ -18,22 +18,23 @@ use tokio::time::Instant;
 use super::{LimitMetrics, LimitSettings};
 use crate::policy::Tenant;
 
-/// Models whose lines are kept although nobody stands in them.
-const LINES_MAX: usize = 1024;
-/// Tenants' lanes of a line before those that count no more are looked for.
-const LANES_MANY: usize = 64;
-/// The part of a new measurement in the smoothed one.
+/// Models above which empty queues are removed.
+const QUEUES_MAX: usize = 1024;
+/// Tenants of a queue above which idle tenants are removed.
+const TENANTS_BEFORE_CLEANUP: usize = 64;
+/// The weight of a new measurement in the exponential moving average.
 const SMOOTHING: f64 = 0.05;
-/// When a place in a line will be free, if nothing is known.
+/// The retry delay of a refused call, before the service rate is known.
 const RETRY: Duration = Duration::from_millis(100);
+/// The longest retry delay of a refused call.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
-/// What a call waits for.
+/// A call that waits for its turn.
 #[derive(Debug, Clone, Copy)]
 pub struct TurnRequest<'a> {
     /// The model.
     pub model: &'a str,
-    /// Workers that have it.
+    /// The workers that serve the model.
     pub workers: usize,
     /// Rows.
     pub items: u64,
@@ -41,61 +42,64 @@ pub struct TurnRequest<'a> {
     pub deadline: Instant,
 }
 
-/// The lines of all models.
+/// The fair queues of all models.
 #[derive(Debug)]
-pub struct Fair {
-    /// Rows at each worker.
+pub struct FairQueues {
+    /// Rows that may be in flight at each worker.
     rows: u64,
+    /// Calls of one tenant that may wait.
     queue_max: usize,
-    lines: RwLock<HashMap<String, Arc<Mutex<Line>>>>,
+    queues: RwLock<HashMap<String, Arc<Mutex<FairQueue>>>>,
     metrics: LimitMetrics,
 }
 
 /// The turn of one call, until it is dropped.
 #[derive(Debug, Default)]
-pub struct Turn(Option<(Arc<Mutex<Line>>, u64)>);
+pub struct Turn(Option<(Arc<Mutex<FairQueue>>, u64)>);
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        if let Some((line, items)) = self.0.take() {
-            lock(&line).release(items, Instant::now());
+        if let Some((queue, items)) = self.0.take() {
+            lock(&queue).release(items, Instant::now());
         }
     }
 }
 
-fn lock(line: &Mutex<Line>) -> MutexGuard<'_, Line> {
-    line.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(queue: &Mutex<FairQueue>) -> MutexGuard<'_, FairQueue> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Fair {
-    /// Lines that are empty.
+impl FairQueues {
+    /// Starts with empty queues.
     pub fn new(settings: &LimitSettings, metrics: &LimitMetrics) -> Self {
         Self {
             rows: u64::from(settings.fair_rows),
             queue_max: settings.fair_queue as usize,
-            lines: RwLock::default(),
+            queues: RwLock::default(),
             metrics: metrics.clone(),
         }
     }
 
-    /// Waits for the turn of a call. A caller that leaves leaves the line.
-    pub async fn turn(&self, tenant: &Tenant, wanted: TurnRequest<'_>) -> Result<Turn, Error> {
-        let line = self.line(wanted.model);
-        let entered = {
-            let mut line = lock(&line);
-            let workers = u64::try_from(wanted.workers).unwrap_or(1).max(1);
-            line.window = self.rows.saturating_mul(workers);
+    /// Waits for the turn of a call. A caller that stops waiting leaves the
+    /// queue. The error is an overload with a retry delay: the queue is full, or
+    /// the turn would come after the deadline.
+    pub async fn turn(&self, tenant: &Tenant, request: TurnRequest<'_>) -> Result<Turn, Error> {
+        let queue = self.queue(request.model);
+        let admission = {
+            let mut queue = lock(&queue);
+            let workers = u64::try_from(request.workers).unwrap_or(1).max(1);
+            queue.window = self.rows.saturating_mul(workers);
             let now = Instant::now();
-            let patience = wanted.deadline.saturating_duration_since(now);
-            line.enter(tenant, wanted.items, self.queue_max, patience)
+            let wait_max = request.deadline.saturating_duration_since(now);
+            queue.enter(tenant, request.items, self.queue_max, wait_max)
         };
-        match entered {
-            Entry::Passed => Ok(Turn(Some((line, wanted.items)))),
-            Entry::Waits(place) => {
-                let waiting = Waiting::new(line, place, &self.metrics.fair_waiting);
+        match admission {
+            Admission::Granted => Ok(Turn(Some((queue, request.items)))),
+            Admission::Queued(ticket) => {
+                let waiting = QueuedTicket::new(queue, ticket, &self.metrics.fair_waiting);
                 waiting.turn().await
             }
-            Entry::Refused(reason, after) => {
+            Admission::Refused(reason, after) => {
                 self.metrics.limited(reason.name()).inc();
                 let after = after.clamp(Duration::from_millis(10), RETRY_MAX);
                 Err(Error::overloaded(reason.message(), after))
@@ -103,152 +107,161 @@ impl Fair {
         }
     }
 
-    fn line(&self, model: &str) -> Arc<Mutex<Line>> {
-        let lines = self.lines.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(line) = lines.get(model) {
-            return line.clone();
+    fn queue(&self, model: &str) -> Arc<Mutex<FairQueue>> {
+        let queues = self.queues.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(queue) = queues.get(model) {
+            return queue.clone();
         }
-        drop(lines);
-        let mut lines = self.lines.write().unwrap_or_else(PoisonError::into_inner);
-        if lines.len() >= LINES_MAX {
-            lines.retain(|_, line| Arc::strong_count(line) > 1);
+        drop(queues);
+        let mut queues = self.queues.write().unwrap_or_else(PoisonError::into_inner);
+        if queues.len() >= QUEUES_MAX {
+            queues.retain(|_, queue| Arc::strong_count(queue) > 1);
         }
-        lines.entry(model.to_owned()).or_default().clone()
+        queues.entry(model.to_owned()).or_default().clone()
     }
 }
 
-/// What a call that comes is told.
+/// The outcome for a new call.
 #[derive(Debug)]
-enum Entry {
-    Passed,
-    Waits(Place),
-    Refused(Reason, Duration),
+enum Admission {
+    /// It has its turn at once.
+    Granted,
+    /// It waits.
+    Queued(Ticket),
+    /// It is refused; when to try again.
+    Refused(FairRefusal, Duration),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Reason {
-    Full,
+enum FairRefusal {
+    /// The tenant has as many calls in the queue as it may have.
+    QueueFull,
+    /// The turn would come after the deadline.
     TooLate,
 }
 
-impl Reason {
+impl FairRefusal {
     fn name(self) -> &'static str {
         match self {
-            Self::Full => "fair_queue",
+            Self::QueueFull => "fair_queue",
             Self::TooLate => "fair_deadline",
         }
     }
 
     fn message(self) -> &'static str {
         match self {
-            Self::Full => "too many calls of the tenant wait for their turn",
-            Self::TooLate => "the call's turn would come after its deadline",
+            Self::QueueFull => "too many calls of the tenant are queued for this model",
+            Self::TooLate => "the queue of this model is too long for the call's deadline",
         }
     }
 }
 
-/// A place in a lane.
+/// The place of a call in the queue of its tenant.
 #[derive(Debug)]
-struct Place {
+struct Ticket {
     tenant: String,
     number: u64,
     items: u64,
-    called: oneshot::Receiver<()>,
+    granted: oneshot::Receiver<()>,
 }
 
-/// Who stands in a line, until it is called or leaves.
+/// A call in a queue, until its turn comes or its caller leaves.
 #[derive(Debug)]
-struct Waiting {
-    line: Arc<Mutex<Line>>,
-    place: Place,
-    turned: bool,
+struct QueuedTicket {
+    queue: Arc<Mutex<FairQueue>>,
+    ticket: Ticket,
+    served: bool,
     gauge: Gauge,
 }
 
-impl Waiting {
-    fn new(line: Arc<Mutex<Line>>, place: Place, gauge: &Gauge) -> Self {
+impl QueuedTicket {
+    fn new(queue: Arc<Mutex<FairQueue>>, ticket: Ticket, gauge: &Gauge) -> Self {
         gauge.inc();
         Self {
-            line,
-            place,
-            turned: false,
+            queue,
+            ticket,
+            served: false,
             gauge: gauge.clone(),
         }
     }
 
     async fn turn(mut self) -> Result<Turn, Error> {
-        match (&mut self.place.called).await {
+        match (&mut self.ticket.granted).await {
             Ok(()) => {
-                self.turned = true;
-                Ok(Turn(Some((self.line.clone(), self.place.items))))
+                self.served = true;
+                Ok(Turn(Some((self.queue.clone(), self.ticket.items))))
             }
-            // A line that is dropped has nobody waiting: this cannot be.
-            Err(_) => Err(Error::overloaded(Reason::Full.message(), RETRY)),
+            // Cannot happen: a queue is not dropped while calls wait in it.
+            Err(_) => Err(Error::overloaded(FairRefusal::QueueFull.message(), RETRY)),
         }
     }
 }
 
-impl Drop for Waiting {
+impl Drop for QueuedTicket {
     fn drop(&mut self) {
         self.gauge.dec();
-        if self.turned {
+        if self.served {
             return;
         }
-        let mut line = lock(&self.line);
-        match self.place.called.try_recv() {
-            // It was called at the same moment: the next takes its turn.
-            Ok(()) => line.release(self.place.items, Instant::now()),
-            Err(_) => line.leave(&self.place),
+        let mut queue = lock(&self.queue);
+        match self.ticket.granted.try_recv() {
+            // The turn came at the same moment: the next call takes it.
+            Ok(()) => queue.release(self.ticket.items, Instant::now()),
+            Err(_) => queue.leave(&self.ticket),
         }
     }
 }
 
-/// The calls of one model.
+/// The fair queue of one model.
 #[derive(Debug, Default)]
-struct Line {
-    /// Rows that have their turn.
-    under_way: u64,
-    /// Rows that may have it at once.
+struct FairQueue {
+    /// Rows whose turn has come and has not ended.
+    in_flight: u64,
+    /// Rows that may be in flight at once.
     window: u64,
-    /// The start tag of the call that had its turn last.
-    time: f64,
-    lanes: HashMap<String, Lane>,
+    /// The start tag of the call that was served last.
+    virtual_time: f64,
+    tenants: HashMap<String, TenantQueue>,
+    /// Calls that wait.
     waiting: usize,
+    /// The number of the call that came last.
     number: u64,
-    service: Service,
+    service_rate: ServiceRate,
 }
 
-/// The calls of one tenant, in the order in which they came.
+/// The waiting calls of one tenant, in order of arrival.
 #[derive(Debug)]
-struct Lane {
+struct TenantQueue {
     weight: f64,
     /// The start tag of its next call.
-    start: f64,
+    start_tag: f64,
+    /// The rows of the calls.
     rows: u64,
-    waiters: VecDeque<Waiter>,
+    calls: VecDeque<QueuedCall>,
 }
 
 #[derive(Debug)]
-struct Waiter {
+struct QueuedCall {
     number: u64,
     items: u64,
-    call: oneshot::Sender<()>,
+    sender: oneshot::Sender<()>,
 }
 
-/// How fast rows are answered while others wait.
+/// How fast rows end while others wait: exponential moving averages of the rows
+/// of a call and of the seconds between the ends of two calls.
 #[derive(Debug, Default)]
-struct Service {
+struct ServiceRate {
     last: Option<Instant>,
     seconds: f64,
     rows: f64,
 }
 
-impl Service {
+impl ServiceRate {
     fn ended(&mut self, rows: u64, now: Instant, busy: bool) {
         if let Some(last) = self.last {
-            let passed = now.saturating_duration_since(last).as_secs_f64();
+            let elapsed = now.saturating_duration_since(last).as_secs_f64();
             let smooth = |old: f64, new: f64| old + (new - old) * SMOOTHING;
-            self.seconds = smooth(self.seconds, passed);
+            self.seconds = smooth(self.seconds, elapsed);
             self.rows = smooth(self.rows, rows as f64);
         }
         self.last = busy.then_some(now);
@@ -260,143 +273,146 @@ impl Service {
     }
 }
 
-impl Line {
+impl FairQueue {
     fn enter(
         &mut self,
         tenant: &Tenant,
         items: u64,
         queue_max: usize,
-        patience: Duration,
-    ) -> Entry {
-        let (time, room) = (self.time, self.under_way < self.window);
-        let lane = self.lane(tenant);
-        if lane.waiters.is_empty() {
-            lane.start = lane.start.max(time);
+        wait_max: Duration,
+    ) -> Admission {
+        let virtual_time = self.virtual_time;
+        let room = self.in_flight < self.window;
+        let queue = self.queue_of(tenant);
+        if queue.calls.is_empty() {
+            queue.start_tag = queue.start_tag.max(virtual_time);
         }
         if room && self.waiting == 0 {
-            self.serve(&tenant.name, items);
-            return Entry::Passed;
+            self.start_service(&tenant.name, items);
+            return Admission::Granted;
         }
-        let (ahead, length) = self.ahead(tenant);
-        let estimate = self.service.estimate(ahead);
+        let (rows_ahead, length) = self.rows_ahead(tenant);
+        let estimate = self.service_rate.estimate(rows_ahead);
         if length >= queue_max {
-            return Entry::Refused(Reason::Full, estimate.unwrap_or(RETRY));
+            return Admission::Refused(FairRefusal::QueueFull, estimate.unwrap_or(RETRY));
         }
-        if let Some(wait) = estimate.filter(|wait| *wait > patience) {
-            return Entry::Refused(Reason::TooLate, wait);
+        if let Some(wait) = estimate.filter(|wait| *wait > wait_max) {
+            return Admission::Refused(FairRefusal::TooLate, wait);
         }
-        let (call, called) = oneshot::channel();
+        let (sender, granted) = oneshot::channel();
         self.number += 1;
         self.waiting += 1;
         let number = self.number;
-        if let Some(lane) = self.lanes.get_mut(&tenant.name) {
-            lane.rows = lane.rows.saturating_add(items);
-            lane.waiters.push_back(Waiter {
+        if let Some(queue) = self.tenants.get_mut(&tenant.name) {
+            queue.rows = queue.rows.saturating_add(items);
+            queue.calls.push_back(QueuedCall {
                 number,
                 items,
-                call,
+                sender,
             });
         }
         self.dispatch();
-        Entry::Waits(Place {
+        Admission::Queued(Ticket {
             tenant: tenant.name.clone(),
             number,
             items,
-            called,
+            granted,
         })
     }
 
-    fn lane(&mut self, tenant: &Tenant) -> &mut Lane {
-        let time = self.time;
-        if self.lanes.len() >= LANES_MANY && !self.lanes.contains_key(&tenant.name) {
-            // A tenant that is not ahead of the others counts as a new one.
-            self.lanes
-                .retain(|_, lane| !lane.waiters.is_empty() || lane.start > time);
+    fn queue_of(&mut self, tenant: &Tenant) -> &mut TenantQueue {
+        let virtual_time = self.virtual_time;
+        if self.tenants.len() >= TENANTS_BEFORE_CLEANUP && !self.tenants.contains_key(&tenant.name)
+        {
+            // An idle tenant that is not ahead of the others counts as new.
+            self.tenants
+                .retain(|_, queue| !queue.calls.is_empty() || queue.start_tag > virtual_time);
         }
-        let lane = self
-            .lanes
+        let queue = self
+            .tenants
             .entry(tenant.name.clone())
-            .or_insert_with(|| Lane {
+            .or_insert_with(|| TenantQueue {
                 weight: 1.0,
-                start: time,
+                start_tag: virtual_time,
                 rows: 0,
-                waiters: VecDeque::new(),
+                calls: VecDeque::new(),
             });
-        lane.weight = f64::from(tenant.weight.max(1));
-        lane
+        queue.weight = f64::from(tenant.weight.max(1));
+        queue
     }
 
-    /// Rows that have their turn before a further call of a lane: its own, and
-    /// of each other lane as many as its weight gives it meanwhile. And the
-    /// calls in the lane.
-    fn ahead(&self, tenant: &Tenant) -> (f64, usize) {
-        let Some(lane) = self.lanes.get(&tenant.name) else {
+    /// The rows that are served before a further call of a tenant: its own, and
+    /// of each other tenant as many as its weight gives it meanwhile. Also the
+    /// calls of the tenant that wait.
+    fn rows_ahead(&self, tenant: &Tenant) -> (f64, usize) {
+        let Some(queue) = self.tenants.get(&tenant.name) else {
             return (0.0, 0);
         };
-        let own = lane.rows as f64;
-        let others = self.lanes.values().map(|other| {
-            let meanwhile = own * other.weight / lane.weight;
+        let own = queue.rows as f64;
+        let others = self.tenants.values().map(|other| {
+            let meanwhile = own * other.weight / queue.weight;
             meanwhile.min(other.rows as f64)
         });
-        let over = self.under_way.saturating_sub(self.window) as f64;
-        // The lane itself is among the others.
-        (others.sum::<f64>() + over, lane.waiters.len())
+        let over = self.in_flight.saturating_sub(self.window) as f64;
+        // `others` includes the tenant itself.
+        (others.sum::<f64>() + over, queue.calls.len())
     }
 
-    /// Counts a call that has its turn.
-    fn serve(&mut self, tenant: &str, items: u64) {
-        self.under_way = self.under_way.saturating_add(items);
-        if let Some(lane) = self.lanes.get_mut(tenant) {
-            self.time = lane.start;
-            lane.start += items as f64 / lane.weight;
+    /// Counts a call whose turn has come.
+    fn start_service(&mut self, tenant: &str, items: u64) {
+        self.in_flight = self.in_flight.saturating_add(items);
+        if let Some(queue) = self.tenants.get_mut(tenant) {
+            self.virtual_time = queue.start_tag;
+            queue.start_tag += items as f64 / queue.weight;
         }
     }
 
-    /// Calls whoever has room, the least start tag first.
+    /// Gives calls their turn while there is room, the least start tag first.
     fn dispatch(&mut self) {
-        while self.waiting > 0 && self.under_way < self.window {
-            let lanes = self.lanes.iter_mut();
-            let waiting = lanes.filter(|(_, lane)| !lane.waiters.is_empty());
-            let Some((tenant, lane)) = waiting.min_by(|(_, a), (_, b)| a.start.total_cmp(&b.start))
+        while self.waiting > 0 && self.in_flight < self.window {
+            let tenants = self.tenants.iter_mut();
+            let waiting = tenants.filter(|(_, queue)| !queue.calls.is_empty());
+            let Some((tenant, queue)) =
+                waiting.min_by(|(_, a), (_, b)| a.start_tag.total_cmp(&b.start_tag))
             else {
                 return;
             };
-            let Some(waiter) = lane.waiters.pop_front() else {
+            let Some(call) = queue.calls.pop_front() else {
                 return;
             };
             self.waiting -= 1;
-            lane.rows = lane.rows.saturating_sub(waiter.items);
-            // Who has left takes no turn.
-            if waiter.call.send(()).is_ok() {
+            queue.rows = queue.rows.saturating_sub(call.items);
+            // A caller that has left takes no turn.
+            if call.sender.send(()).is_ok() {
                 let tenant = tenant.clone();
-                self.serve(&tenant, waiter.items);
+                self.start_service(&tenant, call.items);
             }
         }
     }
 
     /// A call has ended.
     fn release(&mut self, items: u64, now: Instant) {
-        self.under_way = self.under_way.saturating_sub(items);
-        self.service.ended(items, now, self.waiting > 0);
+        self.in_flight = self.in_flight.saturating_sub(items);
+        self.service_rate.ended(items, now, self.waiting > 0);
         self.dispatch();
-        if self.under_way == 0 && self.waiting == 0 {
-            // Nobody is ahead of anybody.
-            self.lanes.clear();
-            self.time = 0.0;
+        if self.in_flight == 0 && self.waiting == 0 {
+            // An idle queue starts again: no tenant is ahead of another.
+            self.tenants.clear();
+            self.virtual_time = 0.0;
         }
     }
 
-    /// A caller leaves before its turn.
-    fn leave(&mut self, place: &Place) {
-        let Some(lane) = self.lanes.get_mut(&place.tenant) else {
+    /// Removes a call whose caller leaves before its turn.
+    fn leave(&mut self, ticket: &Ticket) {
+        let Some(queue) = self.tenants.get_mut(&ticket.tenant) else {
             return;
         };
-        let found = lane
-            .waiters
-            .binary_search_by_key(&place.number, |waiter| waiter.number);
+        let found = queue
+            .calls
+            .binary_search_by_key(&ticket.number, |call| call.number);
         if let Ok(index) = found {
-            lane.waiters.remove(index);
-            lane.rows = lane.rows.saturating_sub(place.items);
+            queue.calls.remove(index);
+            queue.rows = queue.rows.saturating_sub(ticket.items);
             self.waiting -= 1;
         }
     }

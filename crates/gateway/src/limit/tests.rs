@@ -34,25 +34,25 @@ fn request(model: &str, rows: u64) -> QuotaRequest<'_> {
     }
 }
 
-fn scope(quota: &str) -> Arc<Scope> {
-    Meters::new(&caller(quota).tenant, None).all.clone()
+fn scope(quota: &str) -> Arc<QuotaScope> {
+    TenantQuotas::new(&caller(quota).tenant, None).all.clone()
 }
 
-fn at(seconds: f64) -> Now {
-    Now {
+fn at(seconds: f64) -> Moment {
+    Moment {
         seconds,
         // A minute and a day begin with the test.
         unix_ms: 20_000 * 86_400_000 + (seconds * 1000.0) as u64,
     }
 }
 
-const REQUEST: Needs = Needs {
+const REQUEST: Demand = Demand {
     requests: Some(1),
     items: None,
 };
 
-fn items(items: u64) -> Needs {
-    Needs {
+fn items(items: u64) -> Demand {
+    Demand {
         requests: None,
         items: Some(items),
     }
@@ -61,7 +61,7 @@ fn items(items: u64) -> Needs {
 #[test]
 fn a_rate_lets_its_burst_pass_and_then_the_rate() {
     let scope = scope("quota = { requests_per_second = 10, burst = 5 }");
-    let take = |now| scope.take(REQUEST, at(now), Taken::Alone);
+    let take = |now| scope.take(REQUEST, at(now), CountedBy::Gateway);
     assert_eq!((0..100).filter(|_| take(1.0).is_ok()).count(), 5);
     let denied = take(1.0).unwrap_err();
     assert!((denied.retry_after.as_secs_f64() - 0.1).abs() < 1e-6);
@@ -77,7 +77,7 @@ fn a_rate_lets_its_burst_pass_and_then_the_rate() {
 #[test]
 fn a_share_is_the_limit_by_the_replicas() {
     let scope = scope("quota = { requests_per_second = 10, items_per_minute = 100 }");
-    let taken = Taken::Share(4);
+    let taken = CountedBy::Share(4);
     let take = |needs, now| scope.take(needs, at(now), taken).is_ok();
     let passed = (0..10_000)
         .filter(|ms| take(REQUEST, f64::from(*ms) / 1000.0))
@@ -89,16 +89,16 @@ fn a_share_is_the_limit_by_the_replicas() {
 #[test]
 fn windows_begin_with_the_minute_and_the_day() {
     let scope = scope("quota = { items_per_minute = 10, items_per_day = 25 }");
-    let take = |n, now| scope.take(items(n), at(now), Taken::Alone);
+    let take = |n, now| scope.take(items(n), at(now), CountedBy::Gateway);
     assert!(take(10, 30.0).is_ok());
     let denied = take(1, 45.0).unwrap_err();
-    assert_eq!(denied.rule.what.name(), "items_per_minute");
+    assert_eq!(denied.rule.kind.name(), "items_per_minute");
     assert_eq!(denied.retry_after, Duration::from_secs(15));
     assert!(take(10, 60.0).is_ok());
     assert!(take(6, 120.0).is_err());
     assert!(take(5, 120.0).is_ok());
     let denied = take(1, 180.0).unwrap_err();
-    assert_eq!(denied.rule.what.name(), "items_per_day");
+    assert_eq!(denied.rule.kind.name(), "items_per_day");
     assert_eq!(denied.retry_after, Duration::from_secs(86_400 - 180));
     assert!(take(10, 86_400.0).is_ok());
 }
@@ -106,7 +106,7 @@ fn windows_begin_with_the_minute_and_the_day() {
 #[test]
 fn tokens_and_costs_are_paid_afterwards() {
     let scope = scope("quota = { tokens_per_minute = 100, cost_per_day = 0.5 }");
-    let take = |now| scope.take(items(1), at(now), Taken::Alone);
+    let take = |now| scope.take(items(1), at(now), CountedBy::Gateway);
     let usage = |tokens, cost| Usage { tokens, cost };
     assert!(take(0.0).is_ok());
     scope.charge(usage(99, 0.0), at(1.0));
@@ -116,7 +116,7 @@ fn tokens_and_costs_are_paid_afterwards() {
     assert!(take(60.0).is_ok());
     scope.charge(usage(0, 0.25), at(60.0));
     let denied = take(61.0).unwrap_err();
-    assert_eq!(denied.rule.what.name(), "cost_per_day");
+    assert_eq!(denied.rule.kind.name(), "cost_per_day");
     assert!(take(86_400.0).is_ok());
 }
 
@@ -131,8 +131,8 @@ async fn refusals_say_which_limit_and_when() {
     let error = limit.enter(&caller).await.unwrap_err();
     assert_eq!(error.kind(), Kind::QuotaSpent);
     assert!(error.retry_after().unwrap() <= Duration::from_secs(1));
-    let said = "the tenant's limit of 1 requests per second for all models is spent";
-    assert_eq!(error.to_string(), said);
+    let expected = "the tenant's limit of 1 requests per second for all models is exceeded";
+    assert_eq!(error.to_string(), expected);
     let _reservation = limit
         .reserve(&caller, request("minilm", 100))
         .await
@@ -141,8 +141,8 @@ async fn refusals_say_which_limit_and_when() {
         .reserve(&caller, request("minilm", 1))
         .await
         .unwrap_err();
-    let said = "the tenant's limit of 100 items per minute for 'mini*' is spent";
-    assert_eq!(error.to_string(), said);
+    let expected = "the tenant's limit of 100 items per minute for 'mini*' is exceeded";
+    assert_eq!(error.to_string(), expected);
     // One of another model is not concerned; one without rows takes none.
     limit.reserve(&caller, request("digits", 1)).await.unwrap();
     limit.reserve(&caller, request("minilm", 0)).await.unwrap();
@@ -156,7 +156,7 @@ async fn refusals_say_which_limit_and_when() {
 }
 
 #[tokio::test]
-async fn places_are_given_back_and_refused_calls_take_nothing() {
+async fn slots_are_given_back_and_refused_calls_take_nothing() {
     let limit = limit();
     let caller = caller(
         "quota = { items_per_minute = 10 }\n\
@@ -164,15 +164,15 @@ async fn places_are_given_back_and_refused_calls_take_nothing() {
     );
     let reservation = limit.reserve(&caller, request("m", 3)).await.unwrap();
     let error = limit.reserve(&caller, request("m", 1)).await.unwrap_err();
-    let said = "the tenant's limit of 1 calls under way for 'm' is reached";
-    assert_eq!(error.to_string(), said);
+    let expected = "the tenant's limit of 1 calls in flight for 'm' is reached";
+    assert_eq!(error.to_string(), expected);
     drop(reservation);
-    // The place is free, the rows are spent.
+    // The slot is free, the rows are used.
     let error = limit.reserve(&caller, request("m", 1)).await.unwrap_err();
     assert!(error.to_string().contains("3 items per day"), "{error}");
     let error = limit.reserve(&caller, request("m", 1)).await.unwrap_err();
     assert!(error.to_string().contains("3 items per day"), "{error}");
-    // What those did not use of the whole is there for others.
+    // The refused calls have returned what they took of the whole.
     limit.reserve(&caller, request("other", 7)).await.unwrap();
     limit
         .reserve(&caller, request("other", 1))
@@ -199,7 +199,7 @@ async fn a_chain_and_its_model_count_once_in_one_pattern() {
     // One of several calls for a request has its slot already.
     reserve(1, QuotaUnit::Part).await.unwrap();
     let error = reserve(1, QuotaUnit::Request).await;
-    assert!(error.unwrap_err().to_string().contains("under way for 'm'"));
+    assert!(error.unwrap_err().to_string().contains("in flight for 'm'"));
     drop(first);
     // Nothing is given back: it may have computed.
     let error = reserve(1, QuotaUnit::Request).await;
@@ -227,13 +227,13 @@ async fn what_is_counted_outlives_the_policy() {
         ))
     };
     let (before, after) = (with(10), with(20));
-    let place = limit.enter(&before).await.unwrap();
+    let slot = limit.enter(&before).await.unwrap();
     limit.reserve(&before, request("m", 10)).await.unwrap();
     limit.reserve(&before, request("m", 1)).await.unwrap_err();
     limit.reserve(&after, request("m", 10)).await.unwrap();
     limit.reserve(&after, request("m", 1)).await.unwrap_err();
     let other = limit.enter(&after).await.unwrap();
     limit.enter(&after).await.unwrap_err();
-    drop((place, other));
+    drop((slot, other));
     limit.enter(&after).await.unwrap();
 }

@@ -33,7 +33,7 @@ async fn admits(fleet: &QuotaFleet, addresses: &[SocketAddr], permits: usize) ->
     let what = format!("{permits} permits");
     until(30 * SECOND, &what, || async {
         let found = burst(fleet, addresses, 16).await?;
-        found.all_refused(Code::ResourceExhausted, "limit of 8 calls under way")?;
+        found.all_refused(Code::ResourceExhausted, "limit of 8 calls in flight")?;
         Ok(found.passed.len() == permits)
     })
     .await
@@ -124,7 +124,7 @@ async fn permits_over_the_limit_are_granted_to_nobody() -> Result<()> {
     let redis = Redis::start().await?;
     let client = redis::Client::open(redis.url())?;
     let mut connection = client.get_multiplexed_async_connection().await?;
-    let places = include_str!("../../../../crates/gateway/src/limit/places.lua");
+    let places = include_str!("../../../../crates/gateway/src/limit/slots.lua");
     let script = redis::Script::new(places);
     for (gateway, limit, in_flight, most, granted) in [
         ("one", 8, 0, 4, 4),
@@ -197,7 +197,7 @@ async fn a_limit_that_shrinks_takes_hold_under_load() -> Result<()> {
     // Four a second, and those that ended at once; eight a second would be 32.
     ensure!((4.0..=24.0).contains(&counted), "{counted} in four seconds");
     let last = report.refused.last().context("nothing was refused")?;
-    let text = "limit of 4 calls under way";
+    let text = "limit of 4 calls in flight";
     ensure!(last.message().contains(text), "{last:?}");
     Ok(())
 }

@@ -8,21 +8,21 @@ fn tenant(name: &str, weight: u32) -> Tenant {
     }
 }
 
-fn line(window: u64) -> Line {
-    Line {
+fn queue(window: u64) -> FairQueue {
+    FairQueue {
         window,
-        ..Line::default()
+        ..FairQueue::default()
     }
 }
 
 const LONG: Duration = Duration::from_secs(3600);
 
-/// Who has been called of those that wait, in no order; they are removed.
-fn called(waiting: &mut Vec<(usize, Place)>) -> Vec<(usize, u64)> {
+/// Removes the waiting calls whose turn has come, in no order.
+fn granted(waiting: &mut Vec<(usize, Ticket)>) -> Vec<(usize, u64)> {
     let mut out = Vec::new();
-    waiting.retain_mut(|(who, place)| match place.called.try_recv() {
+    waiting.retain_mut(|(who, ticket)| match ticket.granted.try_recv() {
         Ok(()) => {
-            out.push((*who, place.items));
+            out.push((*who, ticket.items));
             false
         }
         Err(_) => true,
@@ -30,11 +30,16 @@ fn called(waiting: &mut Vec<(usize, Place)>) -> Vec<(usize, u64)> {
     out
 }
 
-fn join(line: &mut Line, tenants: &[Tenant], who: usize, items: u64) -> Option<(usize, Place)> {
-    match line.enter(&tenants[who], items, 100_000, LONG) {
-        Entry::Passed => None,
-        Entry::Waits(place) => Some((who, place)),
-        Entry::Refused(reason, _) => panic!("{reason:?}"),
+fn join(
+    queue: &mut FairQueue,
+    tenants: &[Tenant],
+    who: usize,
+    items: u64,
+) -> Option<(usize, Ticket)> {
+    match queue.enter(&tenants[who], items, 100_000, LONG) {
+        Admission::Granted => None,
+        Admission::Queued(ticket) => Some((who, ticket)),
+        Admission::Refused(reason, _) => panic!("{reason:?}"),
     }
 }
 
@@ -45,28 +50,28 @@ fn shares(weights: &[u32], rows: impl Fn(usize, u64) -> u64, turns: usize) -> Ve
         .enumerate()
         .map(|(index, weight)| tenant(&index.to_string(), *weight))
         .collect();
-    let mut line = line(8);
+    let mut queue = queue(8);
     let (mut waiting, mut running) = (Vec::new(), VecDeque::new());
     let mut number = 0;
     for who in (0..tenants.len()).cycle().take(tenants.len() * 40) {
         number += 1;
-        match join(&mut line, &tenants, who, rows(who, number)) {
-            Some(place) => waiting.push(place),
+        match join(&mut queue, &tenants, who, rows(who, number)) {
+            Some(ticket) => waiting.push(ticket),
             None => running.push_back((who, rows(who, number))),
         }
     }
     let mut served = vec![0; tenants.len()];
     for _ in 0..turns {
         let (_, items) = running.pop_front().unwrap();
-        line.release(items, Instant::now());
-        for (who, items) in called(&mut waiting) {
+        queue.release(items, Instant::now());
+        for (who, items) in granted(&mut waiting) {
             served[who] += items;
             running.push_back((who, items));
             number += 1;
             // The same tenant calls again at once.
-            waiting.extend(join(&mut line, &tenants, who, rows(who, number)));
+            waiting.extend(join(&mut queue, &tenants, who, rows(who, number)));
         }
-        assert!(!running.is_empty(), "rows wait and nobody is called");
+        assert!(!running.is_empty(), "rows wait and no call is served");
     }
     served
 }
@@ -82,13 +87,13 @@ fn rows_are_shared_by_weight() {
         let total: u64 = served.iter().sum();
         let weight: u32 = weights.iter().sum();
         for (served, own) in served.iter().zip(&weights) {
-            let (share, wanted) = (
+            let (share, expected) = (
                 *served as f64 / total as f64,
                 f64::from(*own) / f64::from(weight),
             );
             assert!(
-                (share / wanted - 1.0).abs() < 0.03,
-                "{share} of {wanted}, {weights:?}"
+                (share / expected - 1.0).abs() < 0.03,
+                "{share} of {expected}, {weights:?}"
             );
         }
     }
@@ -104,71 +109,71 @@ fn large_calls_take_no_more_than_small_ones() {
 #[test]
 fn a_tenant_that_comes_new_is_next() {
     let tenants = [tenant("many", 1), tenant("few", 1)];
-    let mut line = line(4);
+    let mut queue = queue(4);
     let mut waiting: Vec<_> = (0..1000)
-        .filter_map(|_| join(&mut line, &tenants, 0, 1))
+        .filter_map(|_| join(&mut queue, &tenants, 0, 1))
         .collect();
     for _ in 0..500 {
-        line.release(1, Instant::now());
+        queue.release(1, Instant::now());
     }
-    called(&mut waiting);
-    waiting.extend(join(&mut line, &tenants, 1, 1));
-    line.release(1, Instant::now());
-    line.release(1, Instant::now());
-    assert!(called(&mut waiting).iter().any(|(who, _)| *who == 1));
+    granted(&mut waiting);
+    waiting.extend(join(&mut queue, &tenants, 1, 1));
+    queue.release(1, Instant::now());
+    queue.release(1, Instant::now());
+    assert!(granted(&mut waiting).iter().any(|(who, _)| *who == 1));
 }
 
 #[test]
 fn a_call_larger_than_the_window_passes() {
     let tenants = [tenant("a", 1)];
-    let mut line = line(4);
-    assert!(join(&mut line, &tenants, 0, 100).is_none());
-    let mut waiting: Vec<_> = join(&mut line, &tenants, 0, 100).into_iter().collect();
-    assert!(called(&mut waiting).is_empty());
-    line.release(100, Instant::now());
-    assert_eq!(called(&mut waiting), [(0, 100)]);
+    let mut queue = queue(4);
+    assert!(join(&mut queue, &tenants, 0, 100).is_none());
+    let mut waiting: Vec<_> = join(&mut queue, &tenants, 0, 100).into_iter().collect();
+    assert!(granted(&mut waiting).is_empty());
+    queue.release(100, Instant::now());
+    assert_eq!(granted(&mut waiting), [(0, 100)]);
 }
 
 #[test]
 fn what_cannot_be_in_time_is_refused() {
     let tenants = [tenant("a", 1)];
-    let mut line = line(1);
+    let mut queue = queue(1);
     let start = Instant::now();
     let mut waiting: Vec<_> = (0..50)
-        .filter_map(|_| join(&mut line, &tenants, 0, 1))
+        .filter_map(|_| join(&mut queue, &tenants, 0, 1))
         .collect();
     // A row in 10 ms.
     for number in 1..30 {
-        line.release(1, start + Duration::from_millis(10) * number);
+        queue.release(1, start + Duration::from_millis(10) * number);
     }
-    called(&mut waiting);
+    granted(&mut waiting);
     assert_eq!(waiting.len(), 20);
-    let refused = line.enter(&tenants[0], 1, 1000, Duration::from_millis(100));
+    let refused = queue.enter(&tenants[0], 1, 1000, Duration::from_millis(100));
     assert!(
-        matches!(refused, Entry::Refused(Reason::TooLate, _)),
+        matches!(refused, Admission::Refused(FairRefusal::TooLate, _)),
         "{refused:?}"
     );
-    let waits = line.enter(&tenants[0], 1, 1000, Duration::from_millis(400));
-    assert!(matches!(waits, Entry::Waits(_)), "{waits:?}");
-    let refused = line.enter(&tenants[0], 1, 21, LONG);
+    let waits = queue.enter(&tenants[0], 1, 1000, Duration::from_millis(400));
+    assert!(matches!(waits, Admission::Queued(_)), "{waits:?}");
+    let refused = queue.enter(&tenants[0], 1, 21, LONG);
     assert!(
-        matches!(refused, Entry::Refused(Reason::Full, _)),
+        matches!(refused, Admission::Refused(FairRefusal::QueueFull, _)),
         "{refused:?}"
     );
-    let other = line.enter(&tenant("b", 1), 1, 21, Duration::from_millis(100));
-    assert!(matches!(other, Entry::Waits(_)), "{other:?}");
+    let other = queue.enter(&tenant("b", 1), 1, 21, Duration::from_millis(100));
+    assert!(matches!(other, Admission::Queued(_)), "{other:?}");
 }
 
-fn fair(rows: u32) -> (Fair, LimitMetrics) {
+fn fair(rows: u32) -> (FairQueues, LimitMetrics) {
     let settings = LimitSettings {
         fair_rows: rows,
         fair_queue: 1000,
     };
     let metrics = LimitMetrics::default();
-    (Fair::new(&settings, &metrics), metrics)
+    (FairQueues::new(&settings, &metrics), metrics)
 }
 
-fn wanted(items: u64) -> TurnRequest<'static> {
+fn request(items: u64) -> TurnRequest<'static> {
     TurnRequest {
         model: "m",
         workers: 1,
@@ -177,7 +182,7 @@ fn wanted(items: u64) -> TurnRequest<'static> {
     }
 }
 
-/// Whoever leaves, before or after being called, gives its turn to the next.
+/// A caller who leaves, before or after its turn comes, makes room for the next.
 #[tokio::test]
 async fn callers_who_leave_lose_no_turn() {
     use futures::FutureExt;
@@ -195,7 +200,7 @@ async fn callers_who_leave_lose_no_turn() {
                 0 | 1 => {
                     let who = tenants[random.random_range(0..3)].clone();
                     let items = random.random_range(1..6);
-                    let mut call = async move { fair.turn(&who, wanted(items)).await }.boxed();
+                    let mut call = async move { fair.turn(&who, request(items)).await }.boxed();
                     match (&mut call).now_or_never() {
                         Some(turn) => turns.push(turn.unwrap()),
                         None => waiting.push(call),
@@ -216,32 +221,35 @@ async fn callers_who_leave_lose_no_turn() {
                 }
                 _ => {}
             }
-            let line = fair.line("m");
-            let line = lock(&line);
-            assert!(line.waiting == 0 || line.under_way >= line.window);
+            let queue = fair.queue("m");
+            let queue = lock(&queue);
+            assert!(queue.waiting == 0 || queue.in_flight >= queue.window);
         }
         drop(turns);
-        // In whatever order they are called; each round calls one at least.
+        // In any order; each round serves at least one call.
         for _ in 0..300 {
             tokio::task::yield_now().await;
             waiting.retain_mut(|call| call.now_or_never().is_none());
         }
-        assert!(waiting.is_empty(), "{} are never called", waiting.len());
+        assert!(waiting.is_empty(), "{} are never served", waiting.len());
         drop(waiting);
-        let line = fair.line("m");
-        let line = lock(&line);
-        assert_eq!((line.under_way, line.waiting, line.lanes.len()), (0, 0, 0));
+        let queue = fair.queue("m");
+        let queue = lock(&queue);
+        assert_eq!(
+            (queue.in_flight, queue.waiting, queue.tenants.len()),
+            (0, 0, 0)
+        );
         assert_eq!(metrics.fair_waiting.get(), 0);
     }
 }
 
 #[tokio::test]
-async fn a_turn_without_a_line_costs_little() {
+async fn a_turn_without_a_queue_costs_little() {
     let (fair, _) = fair(64);
     let caller = tenant("a", 1);
     let started = std::time::Instant::now();
     for _ in 0..100_000 {
-        drop(fair.turn(&caller, wanted(1)).await.unwrap());
+        drop(fair.turn(&caller, request(1)).await.unwrap());
     }
     println!(
         "a turn that passes at once: {:?}",

@@ -14,6 +14,7 @@ use protocol::inference::{
     TraceSettingRequest, TraceSettingResponse, repository_index_response::ModelIndex,
 };
 use protocol::{Error, Kind, LogSettings, Method, TraceSettings};
+use providers::MODEL_VERSION;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
@@ -22,7 +23,6 @@ use crate::request::ModelSelector;
 use crate::route::{Table, no_worker_reachable};
 use crate::stack::Stack;
 use crate::upstream::Upstream;
-use providers::MODEL_VERSION;
 
 impl Stack {
     /// Readiness: some model can respond, and the gateway is not draining.

@@ -32,6 +32,7 @@ use platform::tls::{Tls, TlsSettings};
 use platform::{CommonServices, Process};
 use prometheus_client::registry::Registry;
 use protocol::{DESCRIPTORS, SERVICES};
+use providers::{Catalogue, CatalogueError, ProviderSettings};
 
 use crate::http::HttpSettings;
 use auth::{Auth, AuthSettings};
@@ -41,7 +42,6 @@ use discover::DiscoverSettings;
 use grpc::GrpcDoor;
 use limit::{Limit, LimitMetrics, LimitSettings};
 use policy::PolicyError;
-use providers::{Catalogue, CatalogueError, ProviderSettings};
 use readings::Readings;
 use redis::{Redis, RedisError, RedisSettings};
 use route::Routes;

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use http::HeaderValue;
 use protocol::{Error, Kind, MODEL_KEY, ModelName, ModelVersion, Task};
+use providers::{Catalogue, Chain, Provider};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::policy::Caller;
 use crate::request::ModelSelector;
 use crate::upstream::Upstream;
-use providers::{Catalogue, Chain, Provider};
 
 /// How long a gateway that has providers too waits for its first worker before
 /// it is ready.
@@ -118,7 +118,7 @@ impl Route {
     pub fn task(&self) -> &str {
         match &self.target {
             RouteTarget::Workers { model, .. } => &model.task,
-            RouteTarget::Provider(provider) => &provider.task,
+            RouteTarget::Provider(provider) => provider.task().as_str(),
         }
     }
 

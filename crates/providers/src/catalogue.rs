@@ -7,11 +7,10 @@ use std::time::Duration;
 
 use platform::grpc::MessageLimits;
 use platform::tasks::{OwnedTask, spawn_owned};
-use protocol::{Error, ModelName, ModelVersion};
+use protocol::Error;
 
-use crate::MODEL_VERSION;
 use crate::metrics::ProviderMetrics;
-use crate::provider::Provider;
+use crate::provider::{Provider, check_version};
 use crate::settings::ProvidersFile;
 
 /// How often the files with API keys are read again.
@@ -63,7 +62,7 @@ impl Catalogue {
         };
         let text = std::fs::read_to_string(path)
             .map_err(|error| CatalogueError(format!("it cannot be read: {error}")))?;
-        let file = ProvidersFile::parse(&text)?;
+        let file = ProvidersFile::parse(&text).map_err(CatalogueError)?;
         let mut catalogue = Self::default();
         for (name, model) in file.models {
             let provider = Provider::new(&name, model, limits, &catalogue.metrics)
@@ -129,16 +128,5 @@ impl Chain {
     /// Checks the version of a request: there is only one.
     pub fn check_version(&self, version: &str) -> Result<(), Error> {
         check_version(&self.name, version)
-    }
-}
-
-/// Checks that a version is empty or the only one there is.
-pub(crate) fn check_version(name: &str, version: &str) -> Result<(), Error> {
-    match ModelVersion::optional(version, "model_version")? {
-        Some(other) if other.to_string() != MODEL_VERSION => {
-            let name = ModelName::checked(name, "model_name")?;
-            Err(Error::unknown_model(&name, Some(other)))
-        }
-        _ => Ok(()),
     }
 }

@@ -1,5 +1,6 @@
 //! A conversation and its continuation, in the terms of no provider.
 
+use std::collections::VecDeque;
 use std::fmt;
 
 use futures::stream::BoxStream;
@@ -204,6 +205,28 @@ impl fmt::Debug for ChatDelta {
     /// Without the text, which is the caller's.
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{} bytes, {:?}", self.text.len(), self.end)
+    }
+}
+
+/// What has come of a streamed response. A dialect fills it event by event.
+#[derive(Debug, Default)]
+pub struct StreamProgress {
+    /// Texts that have not been passed on.
+    pub texts: VecDeque<String>,
+    /// Why the response ended.
+    pub finish_reason: Option<FinishReason>,
+    /// Its tokens, as far as the service has reported them.
+    pub usage: Option<TokenUsage>,
+    /// Whether the service marked the end of the stream.
+    pub done: bool,
+}
+
+impl StreamProgress {
+    /// Adds the text that comes next.
+    pub fn push_text(&mut self, text: String) {
+        if !text.is_empty() {
+            self.texts.push_back(text);
+        }
     }
 }
 

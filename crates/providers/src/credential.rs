@@ -11,6 +11,8 @@ use http::{HeaderName, HeaderValue};
 use crate::dialect::Authentication;
 use crate::settings::{Invalid, ModelSettings};
 
+/// Characters of a service's own message that a caller is told.
+const MESSAGE_CHARS_MAX: usize = 200;
 /// A file with a key is shorter.
 const KEY_BYTES_MAX: usize = 16 << 10;
 
@@ -120,9 +122,19 @@ pub(crate) fn parse(text: &str, prefix: &str) -> Result<Secret, String> {
     })
 }
 
+/// A service's own message as a caller may read it: printable, without the
+/// key, and cut short.
+pub(crate) fn printable(message: &str, secret: Option<&Secret>) -> String {
+    let text: String = message.chars().filter(|c| !c.is_control()).collect();
+    // Before it is cut: a part of a key is a secret too.
+    let text = secret.map_or_else(|| text.clone(), |secret| secret.redact(&text));
+    text.chars().take(MESSAGE_CHARS_MAX).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dialect;
     use http::header::AUTHORIZATION;
 
     #[test]
@@ -143,5 +155,28 @@ mod tests {
         let redacted = current.redact("wrong key sk-secret given");
         assert_eq!(redacted, "wrong key … given");
         assert!(parse("", "").is_err() && parse("a\nb", "").is_err());
+    }
+    /// What a caller would read of an error's body.
+    fn read(body: &str, secret: Option<&Secret>) -> String {
+        let openai = dialect::find("openai").unwrap();
+        let message = openai.error_message(body.as_bytes());
+        printable(&message.unwrap_or_default(), secret)
+    }
+
+    #[test]
+    fn the_message_of_a_service_is_printable_and_cut() {
+        let long = format!(r#"{{"error":"{}"}}"#, "é\\n".repeat(500));
+        assert_eq!(read(&long, None), "é".repeat(MESSAGE_CHARS_MAX));
+        assert_eq!(read("no JSON", None), "");
+    }
+
+    #[test]
+    fn no_part_of_the_key_is_passed_on() {
+        let secret = parse("sk-0123456789", "").unwrap();
+        for before in 180..210 {
+            let body = format!(r#"{{"error":"{}sk-01234\n56789"}}"#, "é".repeat(before));
+            let message = read(&body, Some(&secret));
+            assert!(!message.contains("sk-"), "{message}");
+        }
     }
 }

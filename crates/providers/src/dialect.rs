@@ -7,21 +7,22 @@ mod anthropic;
 mod cohere;
 mod openai;
 
+pub use openai::MaxTokensField;
+
 use std::borrow::Cow;
 use std::fmt;
 
 use bytes::Bytes;
 use http::HeaderName;
 use http::header::AUTHORIZATION;
+use protocol::Task;
 use serde::{Deserialize, Serialize};
 
-use crate::chat::{ChatRequest, ChatResponse};
+use crate::chat::{ChatRequest, ChatResponse, StreamProgress};
 use crate::embedding::{EmbeddingRequest, Embeddings};
 use crate::error::ProviderError;
 use crate::rerank::{RerankRequest, RerankScores};
-use crate::settings::{ModelSettings, Task};
 use crate::sse::Event;
-use crate::stream::StreamProgress;
 
 /// The dialects that the providers file can name.
 pub static DIALECTS: &[&dyn Dialect] = &[&openai::Openai, &anthropic::Anthropic, &cohere::Cohere];
@@ -55,7 +56,7 @@ pub trait Dialect: fmt::Debug + Send + Sync {
     /// The call that embeds texts.
     fn embedding_request(
         &self,
-        _model: &ModelSettings,
+        _model: &ModelOptions<'_>,
         _request: &EmbeddingRequest<'_>,
     ) -> Result<HttpRequest, ProviderError> {
         Err(ProviderError::UnsupportedTask)
@@ -69,7 +70,7 @@ pub trait Dialect: fmt::Debug + Send + Sync {
     /// The call that scores texts for one query.
     fn rerank_request(
         &self,
-        _model: &ModelSettings,
+        _model: &ModelOptions<'_>,
         _request: &RerankRequest<'_>,
     ) -> Result<HttpRequest, ProviderError> {
         Err(ProviderError::UnsupportedTask)
@@ -83,7 +84,7 @@ pub trait Dialect: fmt::Debug + Send + Sync {
     /// The call that continues a conversation, in one piece or as a stream.
     fn chat_request(
         &self,
-        _model: &ModelSettings,
+        _model: &ModelOptions<'_>,
         _request: &ChatRequest,
         _stream: bool,
     ) -> Result<HttpRequest, ProviderError> {
@@ -117,6 +118,19 @@ pub fn find(kind: &str) -> Option<&'static dyn Dialect> {
         .iter()
         .find(|dialect| dialect.kind() == kind)
         .copied()
+}
+
+/// What a dialect reads of a model's settings.
+#[derive(Debug, Clone, Copy)]
+pub struct ModelOptions<'a> {
+    /// The service's name for the model.
+    pub name: &'a str,
+    /// Tokens of a response where the caller gives no limit.
+    pub max_tokens: u32,
+    /// The field that limits the tokens of a response, of OpenAI's dialect.
+    pub max_tokens_field: MaxTokensField,
+    /// What the texts of an embedding are, of Cohere's dialect.
+    pub input_type: &'a str,
 }
 
 /// The header that carries a credential.
@@ -179,13 +193,13 @@ fn common_error_message(body: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::settings::ProvidersFile;
-
-    /// The settings of a model `m`, with these lines besides.
-    pub(super) fn model(lines: &str) -> ModelSettings {
-        let file = format!("[models.m]\nbase_url = \"http://h\"\nmodel = \"big\"\n{lines}");
-        ProvidersFile::parse(&file).unwrap().models["m"].clone()
-    }
+    /// A model `big`.
+    pub(super) const MODEL: ModelOptions<'_> = ModelOptions {
+        name: "big",
+        max_tokens: 1024,
+        max_tokens_field: MaxTokensField::MaxTokens,
+        input_type: "clustering",
+    };
 
     /// The body of a call, read again.
     pub(super) fn json(request: Result<HttpRequest, ProviderError>) -> serde_json::Value {
@@ -204,13 +218,16 @@ mod tests {
 
     #[test]
     fn a_task_that_is_declared_is_implemented_and_no_other() {
-        let all = [Task::Embedding, Task::Rerank, Task::Generation];
-        for (dialect, task) in DIALECTS.iter().flat_map(|d| all.map(|task| (d, task))) {
+        let pairs = DIALECTS
+            .iter()
+            .flat_map(|d| Task::ALL.map(|task| (d, task)));
+        for (dialect, task) in pairs {
             let unsupported = Some(ProviderError::UnsupportedTask);
             let parsed = match task {
                 Task::Embedding => dialect.parse_embeddings(b"", 1).err(),
                 Task::Rerank => dialect.parse_rerank(b"", 1).err(),
                 Task::Generation => dialect.parse_chat(b"").err(),
+                _ => unsupported.clone(),
             };
             let declared = dialect.tasks().contains(&task);
             assert_eq!(parsed != unsupported, declared, "{dialect:?} {task:?}");

@@ -6,10 +6,6 @@ use std::time::{Duration, SystemTime};
 use http::HeaderMap;
 use protocol::{Error, Kind};
 
-use crate::credential::Secret;
-
-/// Characters of a service's own message that a caller is told.
-const MESSAGE_CHARS_MAX: usize = 200;
 /// A longer `retry-after` is cut to this.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// When a caller should retry who met a limit of this gateway.
@@ -200,15 +196,6 @@ fn after_colon(message: &str) -> String {
     }
 }
 
-/// A service's own message as a caller may read it: printable, without the
-/// credential, and cut short.
-pub(crate) fn printable(message: &str, secret: Option<&Secret>) -> String {
-    let text: String = message.chars().filter(|c| !c.is_control()).collect();
-    // Before it is cut: a part of a credential is a secret too.
-    let text = secret.map_or_else(|| text.clone(), |secret| secret.redact(&text));
-    text.chars().take(MESSAGE_CHARS_MAX).collect()
-}
-
 /// When a service wants to be called again: `retry-after-ms`, or `retry-after`
 /// in seconds or as a date.
 fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
@@ -234,7 +221,6 @@ fn bounded(seconds: f64) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dialect;
     use http::HeaderValue;
 
     fn after(name: &'static str, value: &str) -> Option<Duration> {
@@ -272,33 +258,12 @@ mod tests {
         }
     }
 
-    /// What a caller would read of an error's body.
-    fn read(body: &str, secret: Option<&Secret>) -> String {
-        let openai = dialect::find("openai").unwrap();
-        printable(
-            &openai.error_message(body.as_bytes()).unwrap_or_default(),
-            secret,
-        )
-    }
-
     #[test]
-    fn the_message_of_a_service_is_printable_and_cut() {
-        let long = format!(r#"{{"error":"{}"}}"#, "é\\n".repeat(500));
-        assert_eq!(read(&long, None), "é".repeat(MESSAGE_CHARS_MAX));
-        let rejected = ProviderError::Rejected(read(r#"{"error":"too long"}"#, None));
+    fn a_rejection_repeats_the_message_of_the_service_if_there_is_one() {
+        let rejected = ProviderError::Rejected("too long".to_owned());
         assert_eq!(rejected.to_string(), "rejected the request: too long");
-        let rejected = ProviderError::Rejected(read("no JSON", None));
+        let rejected = ProviderError::Rejected(String::new());
         assert_eq!(rejected.to_string(), "rejected the request");
-    }
-
-    #[test]
-    fn no_part_of_the_credential_is_passed_on() {
-        let secret = crate::credential::parse("sk-0123456789", "").unwrap();
-        for before in 180..210 {
-            let body = format!(r#"{{"error":"{}sk-01234\n56789"}}"#, "é".repeat(before));
-            let message = read(&body, Some(&secret));
-            assert!(!message.contains("sk-"), "{message}");
-        }
     }
 
     #[test]

@@ -6,7 +6,6 @@
 
 mod catalogue;
 mod chat;
-mod client;
 mod credential;
 mod dialect;
 mod embedding;
@@ -16,7 +15,6 @@ mod provider;
 mod rerank;
 mod settings;
 mod sse;
-mod stream;
 mod usage;
 
 pub use catalogue::{Catalogue, CatalogueError, Chain, ProviderSettings};
@@ -26,9 +24,6 @@ pub use chat::{
 pub use embedding::{EmbeddingOptions, Embeddings};
 pub use error::ProviderError;
 pub use metrics::ProviderMetrics;
-pub use provider::Provider;
-pub use settings::{ModelSettings, Task};
+pub use provider::{MODEL_VERSION, Provider};
+pub use settings::ModelSettings;
 pub use usage::{CallContext, ProviderUsage, UsageMeter};
-
-/// The only version that a provider's model has.
-pub const MODEL_VERSION: &str = "1";

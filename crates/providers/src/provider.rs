@@ -1,4 +1,7 @@
-//! One model of an outside service.
+//! One model of an outside service: its tasks, on top of the HTTP client.
+
+mod client;
+mod stream;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,23 +11,22 @@ use std::time::Duration;
 use platform::circuit_breaker::CircuitBreaker;
 use platform::grpc::MessageLimits;
 use platform::retry_budget::RetryBudget;
-use protocol::Error;
+use protocol::{Error, ModelName, ModelVersion, Task};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use crate::catalogue::check_version;
 use crate::chat::{ChatRequest, ChatResponse, ChatStream, TokenUsage, estimate_tokens};
-use crate::client;
 use crate::credential::Credential;
 use crate::dialect::HttpRequest;
 use crate::embedding::{EmbeddingOptions, EmbeddingRequest, Embeddings, normalize};
 use crate::error::ProviderError;
 use crate::metrics::ProviderMetrics;
 use crate::rerank::{RerankRequest, RerankScores};
-use crate::settings::{Invalid, ModelSettings, Task};
-use crate::stream::{self, OpenStream};
+use crate::settings::{Invalid, ModelSettings};
 use crate::usage::{CallContext, ProviderUsage};
 
+/// The only version that a provider's model has.
+pub const MODEL_VERSION: &str = "1";
 /// Tokens of each model's retry budget.
 const RETRY_TOKENS: u32 = 20;
 
@@ -32,19 +34,17 @@ const RETRY_TOKENS: u32 = 20;
 pub struct Provider {
     /// The name that callers know it by.
     pub name: String,
-    /// What it does, by the name that a worker's report has for it.
-    pub task: String,
     /// What its responses are cached under, if they may be.
     pub digest: Option<String>,
-    pub(crate) settings: ModelSettings,
-    pub(crate) base_url: reqwest::Url,
-    pub(crate) client: reqwest::Client,
-    pub(crate) credential: Credential,
+    settings: ModelSettings,
+    base_url: reqwest::Url,
+    client: reqwest::Client,
+    credential: Credential,
     permits: Arc<Semaphore>,
-    pub(crate) breaker: CircuitBreaker,
-    pub(crate) retry_budget: RetryBudget,
-    pub(crate) limits: MessageLimits,
-    pub(crate) metrics: ProviderMetrics,
+    breaker: CircuitBreaker,
+    retry_budget: RetryBudget,
+    limits: MessageLimits,
+    metrics: ProviderMetrics,
 }
 
 impl fmt::Debug for Provider {
@@ -55,9 +55,7 @@ impl fmt::Debug for Provider {
 
 /// One of the calls that a provider may have in flight, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Permit(
-    #[allow(dead_code, reason = "dropping it returns the permit")] OwnedSemaphorePermit,
-);
+struct Permit(#[allow(dead_code, reason = "dropping it returns the permit")] OwnedSemaphorePermit);
 
 impl Provider {
     pub(crate) fn new(
@@ -68,7 +66,6 @@ impl Provider {
     ) -> Result<Self, Invalid> {
         Ok(Self {
             name: name.to_owned(),
-            task: settings.task.name().to_owned(),
             digest: settings.deterministic.then(|| settings.digest()),
             base_url: settings.url().map_err(|reason| ("base_url", reason))?,
             client: client::build(&settings)?,
@@ -85,6 +82,11 @@ impl Provider {
     /// What the providers file says of the model.
     pub fn settings(&self) -> &ModelSettings {
         &self.settings
+    }
+
+    /// What the model does.
+    pub fn task(&self) -> Task {
+        self.settings.task
     }
 
     /// Whether calls go to the service: its circuit breaker admits them.
@@ -144,7 +146,7 @@ impl Provider {
         context.usage.begin(ProviderUsage::of_input(prompt_tokens));
         let opened = self.open(&outgoing, self.ends(context.deadline)).await;
         let opened = opened.inspect_err(|error| context.usage.failed(error));
-        Ok(stream::read(OpenStream {
+        Ok(stream::read(stream::OpenStream {
             provider: self.clone(),
             response: opened.map_err(failed)?,
             _permit: permit,
@@ -158,7 +160,7 @@ impl Provider {
         if self.settings.task == Task::Generation {
             return Ok(());
         }
-        let (name, task) = (&self.name, &self.task);
+        let (name, task) = (&self.name, self.settings.task);
         let reason = format!("model '{name}' does {task}, not generation");
         Err(Error::invalid("model", reason))
     }
@@ -169,7 +171,9 @@ impl Provider {
         stream: bool,
     ) -> Result<HttpRequest, ProviderError> {
         let settings = &self.settings;
-        settings.kind.chat_request(settings, request, stream)
+        settings
+            .kind
+            .chat_request(&settings.options(), request, stream)
     }
 
     /// Continues a conversation that has been checked.
@@ -214,7 +218,7 @@ impl Provider {
             dimensions,
             truncate: options.truncate,
         };
-        let outgoing = dialect.embedding_request(&self.settings, &request)?;
+        let outgoing = dialect.embedding_request(&self.settings.options(), &request)?;
         let width = self.settings.width.filter(|_| dimensions.is_none());
         let parse = move |body: &[u8]| {
             let embeddings = dialect.parse_embeddings(body, rows)?;
@@ -287,7 +291,7 @@ impl Provider {
     ) -> Result<RerankScores, ProviderError> {
         let (dialect, count) = (self.settings.kind, texts.len());
         let request = RerankRequest { query, texts };
-        let outgoing = dialect.rerank_request(&self.settings, &request)?;
+        let outgoing = dialect.rerank_request(&self.settings.options(), &request)?;
         let all = texts.iter().map(String::as_str).chain([query]);
         let estimate = ProviderUsage {
             searches: 1,
@@ -329,5 +333,16 @@ impl Provider {
         context.usage.begin(estimate);
         let result = self.exchange(outgoing, context.deadline, parse).await;
         result.inspect_err(|error| context.usage.failed(error))
+    }
+}
+
+/// Checks that a version is empty or the only one there is.
+pub(crate) fn check_version(name: &str, version: &str) -> Result<(), Error> {
+    match ModelVersion::optional(version, "model_version")? {
+        Some(other) if other.to_string() != MODEL_VERSION => {
+            let name = ModelName::checked(name, "model_name")?;
+            Err(Error::unknown_model(&name, Some(other)))
+        }
+        _ => Ok(()),
     }
 }

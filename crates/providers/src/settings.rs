@@ -5,11 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use aws_lc_rs::digest::{SHA256, digest};
-use protocol::ModelName;
+use protocol::{ModelName, Task};
 use serde::{Deserialize, Deserializer, de};
 
-use crate::catalogue::CatalogueError;
-use crate::dialect::{self, DIALECTS, Dialect};
+use crate::dialect::{self, DIALECTS, Dialect, MaxTokensField, ModelOptions};
 use crate::embedding::WIDTH_MAX;
 use crate::usage::Price;
 
@@ -37,29 +36,6 @@ pub struct ChainSettings {
     pub models: Vec<String>,
 }
 
-/// What a model does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Task {
-    /// Vectors from texts.
-    Embedding,
-    /// Scores of texts for a query.
-    Rerank,
-    /// Text that continues a conversation.
-    Generation,
-}
-
-impl Task {
-    /// The name of the task in a worker's report.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Embedding => "embedding",
-            Self::Rerank => "rerank",
-            Self::Generation => "generation",
-        }
-    }
-}
-
 /// One model of an outside service as it is written.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -72,6 +48,7 @@ pub struct ModelSettings {
     /// The service's name for the model.
     pub model: String,
     /// What the model does.
+    #[serde(deserialize_with = "task")]
     pub task: Task,
     /// The file with the API key; without a key none is sent.
     #[serde(default)]
@@ -119,17 +96,6 @@ pub struct ModelSettings {
     pub price: Price,
 }
 
-/// How a service of OpenAI's dialect names the limit of tokens.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum MaxTokensField {
-    /// As most do.
-    #[default]
-    MaxTokens,
-    /// As reasoning models do.
-    MaxCompletionTokens,
-}
-
 fn timeout() -> Duration {
     Duration::from_secs(30)
 }
@@ -163,27 +129,32 @@ fn kind<'de, D: Deserializer<'de>>(from: D) -> Result<&'static dyn Dialect, D::E
     })
 }
 
+fn task<'de, D: Deserializer<'de>>(from: D) -> Result<Task, D::Error> {
+    let name = String::deserialize(from)?;
+    name.parse().map_err(de::Error::custom)
+}
+
 impl ProvidersFile {
     /// Reads a file's text. An error says the line, and never the text, which
     /// may hold what it should not.
-    pub fn parse(text: &str) -> Result<Self, CatalogueError> {
+    pub fn parse(text: &str) -> Result<Self, String> {
         let file: Self = toml::from_str(text).map_err(|error| {
             let line = error.span().map(|span| {
                 let before = text.get(..span.start).unwrap_or_default();
                 format!("line {}: ", before.matches('\n').count() + 1)
             });
-            CatalogueError(format!("{}{}", line.unwrap_or_default(), error.message()))
+            format!("{}{}", line.unwrap_or_default(), error.message())
         })?;
         for (name, model) in &file.models {
             check_name("models", name)?;
-            model.check().map_err(|(field, reason)| {
-                CatalogueError(format!("models.{name}.{field}: {reason}"))
-            })?;
+            model
+                .check()
+                .map_err(|(field, reason)| format!("models.{name}.{field}: {reason}"))?;
         }
         for (name, chain) in &file.chains {
             check_name("chains", name)?;
             file.check_chain(name, chain)
-                .map_err(|reason| CatalogueError(format!("chains.{name}.models: {reason}")))?;
+                .map_err(|reason| format!("chains.{name}.models: {reason}"))?;
         }
         Ok(file)
     }
@@ -215,11 +186,9 @@ impl ProvidersFile {
     }
 }
 
-fn check_name(table: &str, name: &str) -> Result<(), CatalogueError> {
+fn check_name(table: &str, name: &str) -> Result<(), String> {
     let checked = ModelName::checked(name, table);
-    checked
-        .map(drop)
-        .map_err(|error| CatalogueError(error.to_string()))
+    checked.map(drop).map_err(|error| error.to_string())
 }
 
 impl ModelSettings {
@@ -256,7 +225,7 @@ impl ModelSettings {
     fn check_task(&self) -> Result<(), Invalid> {
         let tasks = self.kind.tasks();
         if !tasks.contains(&self.task) {
-            let names: Vec<&str> = tasks.iter().map(|task| task.name()).collect();
+            let names: Vec<&str> = tasks.iter().map(|task| task.as_str()).collect();
             let (kind, names) = (self.kind.kind(), names.join(", "));
             return Err(("task", format!("the tasks of kind {kind} are: {names}")));
         }
@@ -289,6 +258,16 @@ impl ModelSettings {
         Ok(url)
     }
 
+    /// What a dialect reads of the settings.
+    pub fn options(&self) -> ModelOptions<'_> {
+        ModelOptions {
+            name: &self.model,
+            max_tokens: self.max_tokens,
+            max_tokens_field: self.max_tokens_field,
+            input_type: &self.input_type,
+        }
+    }
+
     /// Rows that one request may have.
     pub fn rows_max(&self) -> usize {
         self.rows_max
@@ -317,7 +296,7 @@ mod tests {
                         model = \"text-small\"\ntask = \"embedding\"\n";
 
     fn error(text: &str) -> String {
-        ProvidersFile::parse(text).unwrap_err().to_string()
+        ProvidersFile::parse(text).unwrap_err()
     }
 
     #[test]

@@ -12,6 +12,7 @@ use axum::Router;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use protocol::Error;
+use providers::{ChatDelta, ChatRequest, TokenUsage};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -24,7 +25,6 @@ use super::gate::{Routes, Visit};
 use super::problem::{Refused, Shape};
 use super::strict::strict;
 use crate::stack::Stack;
-use providers::{ChatDelta, ChatRequest, TokenUsage};
 
 /// A conversation to be continued.
 #[derive(Debug, Clone, Deserialize, ToSchema)]

@@ -6,6 +6,9 @@ use std::sync::Arc;
 use futures::StreamExt;
 use http::HeaderValue;
 use protocol::{Error, Kind, Task};
+use providers::{
+    ChatDelta, ChatRequest, ChatResponse, ChatStream, Provider, ProviderUsage, TokenUsage,
+};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -14,9 +17,6 @@ use crate::limit::Reservation;
 use crate::policy::Caller;
 use crate::request::{QuotaUnit, Usage};
 use crate::route::{Plan, Route};
-use providers::{
-    ChatDelta, ChatRequest, ChatResponse, ChatStream, Provider, ProviderUsage, TokenUsage,
-};
 
 /// A conversation whose continuation is returned whole.
 #[derive(Debug, Clone, Copy)]
@@ -64,8 +64,8 @@ impl Stack {
 
 /// The provider of a model that continues conversations.
 fn generator(route: &Route) -> Result<Arc<Provider>, Error> {
-    let generation = Task::Generation.as_str();
-    let provider = route.provider().filter(|p| p.task == generation);
+    let generation = Task::Generation;
+    let provider = route.provider().filter(|p| p.task() == generation);
     provider.cloned().ok_or_else(|| {
         let (name, task) = (route.name(), route.task());
         let message = format!("model '{name}' does {task}, not {generation}");

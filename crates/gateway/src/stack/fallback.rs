@@ -5,13 +5,13 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderValue};
 use platform::grpc::code_name;
 use protocol::{Error, FALLBACK_KEY};
+use providers::{Chain, ProviderMetrics};
 use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status};
 
 use super::{Attempt, Exchange, Stack};
 use crate::limit::{QuotaRequest, Reservation};
 use crate::route::no_worker_reachable;
-use providers::{Chain, ProviderMetrics};
 
 /// A provider reports itself that its deadline has passed: it has this long.
 const DEADLINE_GRACE: Duration = Duration::from_millis(5);

@@ -5,7 +5,8 @@ mod generation;
 mod oip;
 mod tei;
 
-pub use generation::{conversation, last_part, part};
+pub use generation::{last_part, part};
+pub use oip::conversation;
 
 use std::sync::Arc;
 

@@ -1,14 +1,13 @@
 //! Anthropic's Messages API.
 
 use http::HeaderName;
+use protocol::Task;
 use serde::{Deserialize, Serialize};
 
-use super::{Authentication, Dialect, HttpRequest};
-use crate::chat::{ChatRequest, ChatResponse, FinishReason, Role, TokenUsage};
+use super::{Authentication, Dialect, HttpRequest, ModelOptions};
+use crate::chat::{ChatRequest, ChatResponse, FinishReason, Role, StreamProgress, TokenUsage};
 use crate::error::ProviderError;
-use crate::settings::{ModelSettings, Task};
 use crate::sse::Event;
-use crate::stream::StreamProgress;
 
 /// `/messages`.
 #[derive(Debug)]
@@ -41,7 +40,7 @@ impl Dialect for Anthropic {
     /// System messages stand apart there, joined in one text.
     fn chat_request(
         &self,
-        model: &ModelSettings,
+        model: &ModelOptions<'_>,
         request: &ChatRequest,
         stream: bool,
     ) -> Result<HttpRequest, ProviderError> {
@@ -55,7 +54,7 @@ impl Dialect for Anthropic {
             content: &message.text,
         });
         let body = MessagesBody {
-            model: &model.model,
+            model: model.name,
             max_tokens: request.max_tokens.unwrap_or(model.max_tokens),
             system: system.join("\n\n"),
             messages: messages.collect(),
@@ -224,7 +223,7 @@ fn finish_reason(reason: &str) -> FinishReason {
 mod tests {
     use super::*;
     use crate::chat::ChatMessage;
-    use crate::dialect::tests::{json, model};
+    use crate::dialect::tests::{MODEL, json};
 
     #[test]
     fn a_stream_has_text_a_reason_and_usage() {
@@ -260,8 +259,7 @@ mod tests {
             text: "be kind".to_owned(),
         };
         request.messages.insert(0, system);
-        let model = model("kind = \"anthropic\"\ntask = \"generation\"");
-        let body = json(Anthropic.chat_request(&model, &request, false));
+        let body = json(Anthropic.chat_request(&MODEL, &request, false));
         let expected = serde_json::json!({
             "model": "big", "max_tokens": 1024, "system": "be kind",
             "messages": [{"role": "user", "content": "a"}],

@@ -1,13 +1,13 @@
 //! Version 2 of Cohere's API: embeddings, and the rerank that others have
 //! taken over.
 
+use protocol::Task;
 use serde::{Deserialize, Serialize};
 
-use super::{Dialect, HttpRequest};
+use super::{Dialect, HttpRequest, ModelOptions};
 use crate::embedding::{EmbeddingRequest, Embeddings, JsonVector};
 use crate::error::ProviderError;
 use crate::rerank::{RerankRequest, RerankScores};
-use crate::settings::{ModelSettings, Task};
 
 /// `/embed`, `/rerank`.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ impl Dialect for Cohere {
         match task {
             Task::Embedding => 96,
             Task::Rerank => 1000,
-            Task::Generation => 1,
+            _ => 1,
         }
     }
 
@@ -34,13 +34,13 @@ impl Dialect for Cohere {
     /// caller allows truncation.
     fn embedding_request(
         &self,
-        model: &ModelSettings,
+        model: &ModelOptions<'_>,
         request: &EmbeddingRequest<'_>,
     ) -> Result<HttpRequest, ProviderError> {
         let body = EmbedBody {
-            model: &model.model,
+            model: model.name,
             texts: request.texts,
-            input_type: &model.input_type,
+            input_type: model.input_type,
             embedding_types: ["float"],
             truncate: if request.truncate { "END" } else { "NONE" },
             output_dimension: request.dimensions,
@@ -73,11 +73,11 @@ impl Dialect for Cohere {
 
     fn rerank_request(
         &self,
-        model: &ModelSettings,
+        model: &ModelOptions<'_>,
         request: &RerankRequest<'_>,
     ) -> Result<HttpRequest, ProviderError> {
         let body = RerankBody {
-            model: &model.model,
+            model: model.name,
             query: request.query,
             documents: request.texts,
             top_n: request.texts.len(),
@@ -176,13 +176,11 @@ fn count(number: f64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dialect::tests::{json, model};
+    use crate::dialect::tests::{MODEL, json};
 
     #[test]
     fn requests_name_what_the_texts_are() {
         let texts = ["a".to_owned(), "b".to_owned()];
-        let embedding =
-            model("kind = \"cohere\"\ntask = \"embedding\"\ninput_type = \"clustering\"");
         let request = EmbeddingRequest {
             texts: &texts,
             dimensions: Some(2),
@@ -192,11 +190,7 @@ mod tests {
             "model": "big", "texts": ["a", "b"], "input_type": "clustering",
             "embedding_types": ["float"], "truncate": "END", "output_dimension": 2,
         });
-        assert_eq!(
-            json(Cohere.embedding_request(&embedding, &request)),
-            expected
-        );
-        let rerank = model("kind = \"cohere\"\ntask = \"rerank\"");
+        assert_eq!(json(Cohere.embedding_request(&MODEL, &request)), expected);
         let request = RerankRequest {
             query: "q",
             texts: &texts,
@@ -204,7 +198,7 @@ mod tests {
         let expected = serde_json::json!({
             "model": "big", "query": "q", "documents": ["a", "b"], "top_n": 2,
         });
-        assert_eq!(json(Cohere.rerank_request(&rerank, &request)), expected);
+        assert_eq!(json(Cohere.rerank_request(&MODEL, &request)), expected);
     }
 
     #[test]

@@ -1,16 +1,15 @@
 //! OpenAI's API, which vLLM, Ollama, another Andon and many hosted services
 //! have too. Such services rerank as Cohere does.
 
+use protocol::Task;
 use serde::{Deserialize, Serialize, de};
 
-use super::{Dialect, HttpRequest, cohere};
-use crate::chat::{ChatRequest, ChatResponse, FinishReason, TokenUsage};
+use super::{Dialect, HttpRequest, ModelOptions, cohere};
+use crate::chat::{ChatRequest, ChatResponse, FinishReason, StreamProgress, TokenUsage};
 use crate::embedding::{EmbeddingRequest, Embeddings, JsonVector};
 use crate::error::ProviderError;
 use crate::rerank::{RerankRequest, RerankScores};
-use crate::settings::{MaxTokensField, ModelSettings, Task};
 use crate::sse::Event;
-use crate::stream::StreamProgress;
 
 /// `/embeddings`, `/rerank`, `/chat/completions`.
 #[derive(Debug)]
@@ -28,7 +27,7 @@ impl Dialect for Openai {
     fn rows_max(&self, task: Task) -> usize {
         match task {
             Task::Embedding | Task::Rerank => 2048,
-            Task::Generation => 1,
+            _ => 1,
         }
     }
 
@@ -36,11 +35,11 @@ impl Dialect for Openai {
     /// are read.
     fn embedding_request(
         &self,
-        model: &ModelSettings,
+        model: &ModelOptions<'_>,
         request: &EmbeddingRequest<'_>,
     ) -> Result<HttpRequest, ProviderError> {
         let body = EmbeddingBody {
-            model: &model.model,
+            model: model.name,
             input: request.texts,
             dimensions: request.dimensions,
         };
@@ -53,7 +52,7 @@ impl Dialect for Openai {
 
     fn rerank_request(
         &self,
-        model: &ModelSettings,
+        model: &ModelOptions<'_>,
         request: &RerankRequest<'_>,
     ) -> Result<HttpRequest, ProviderError> {
         cohere::Cohere.rerank_request(model, request)
@@ -65,7 +64,7 @@ impl Dialect for Openai {
 
     fn chat_request(
         &self,
-        model: &ModelSettings,
+        model: &ModelOptions<'_>,
         request: &ChatRequest,
         stream: bool,
     ) -> Result<HttpRequest, ProviderError> {
@@ -79,7 +78,7 @@ impl Dialect for Openai {
             content: &message.text,
         });
         let body = ChatBody {
-            model: &model.model,
+            model: model.name,
             messages: messages.collect(),
             max_tokens,
             max_completion_tokens,
@@ -140,6 +139,17 @@ impl Dialect for Openai {
         }
         Ok(())
     }
+}
+
+/// How a service of OpenAI's dialect names the limit of tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MaxTokensField {
+    /// As most do.
+    #[default]
+    MaxTokens,
+    /// As reasoning models do.
+    MaxCompletionTokens,
 }
 
 #[derive(Serialize)]
@@ -274,7 +284,7 @@ fn finish_reason(reason: &str) -> FinishReason {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dialect::tests::{json, model};
+    use crate::dialect::tests::{MODEL, json};
     use proptest::prelude::*;
 
     #[test]
@@ -284,16 +294,16 @@ mod tests {
             stop: vec!["x".to_owned()],
             ..ChatRequest::from_prompt("a")
         };
-        let chat = "kind = \"openai\"\ntask = \"generation\"\n";
-        let body = json(Openai.chat_request(&model(chat), &request, false));
+        let body = json(Openai.chat_request(&MODEL, &request, false));
         let expected = serde_json::json!({
             "model": "big", "max_tokens": 7, "stop": ["x"],
             "messages": [{"role": "user", "content": "a"}],
         });
         assert_eq!(body, expected);
-        let reasoning = model(&format!(
-            "{chat}max_tokens_field = \"max_completion_tokens\""
-        ));
+        let reasoning = ModelOptions {
+            max_tokens_field: MaxTokensField::MaxCompletionTokens,
+            ..MODEL
+        };
         let body = json(Openai.chat_request(&reasoning, &request, true));
         let expected = serde_json::json!({
             "model": "big", "max_completion_tokens": 7, "stop": ["x"],

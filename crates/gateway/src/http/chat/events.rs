@@ -10,12 +10,12 @@ use futures::{Stream, StreamExt, stream};
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderName, StatusCode};
 use protocol::Error;
+use providers::{ChatDelta, ChatStream};
 use serde_json::Value;
 use tokio::time::{Instant, timeout_at};
 
 use super::super::gate::{RequestId, Visit};
 use super::super::problem::Shape;
-use providers::{ChatDelta, ChatStream};
 
 /// How the parts of an answer are written.
 pub trait Events: Send + Sync + 'static {

@@ -2,6 +2,7 @@
 
 use axum::response::{IntoResponse, Response};
 use protocol::Error;
+use providers::{ChatDelta, ChatRequest};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -14,7 +15,6 @@ use super::super::rest::Model;
 use super::super::strict::strict;
 use super::message::Stop;
 use super::{events, way};
-use providers::{ChatDelta, ChatRequest};
 
 /// A text to be continued.
 #[derive(Debug, Clone, Deserialize, ToSchema)]

@@ -2,11 +2,11 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use protocol::{Error, FALLBACK_KEY};
+use providers::{ChatRequest, ChatResponse, ChatStream};
 
 use super::super::gate::Visit;
 use crate::request::ModelSelector;
 use crate::stack::{Chat, ChatStreaming};
-use providers::{ChatRequest, ChatResponse, ChatStream};
 
 /// A whole answer, and what the caller is told besides.
 pub async fn chat(

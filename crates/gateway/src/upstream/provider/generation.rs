@@ -1,25 +1,18 @@
 //! Generation by the Open Inference Protocol: one text in, and one out, whole
 //! or in parts, as Triton's generate extension has it.
 
-use platform::grpc::decode;
 use protocol::inference::{
     InferParameter, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice,
     model_infer_response::InferOutputTensor,
 };
 use protocol::{Error, InferRequest, Value};
-use providers::{
-    ChatMessage, ChatRequest, FinishReason, MODEL_VERSION, Provider, Role, TokenUsage,
-};
+use providers::{ChatMessage, ChatRequest, FinishReason, MODEL_VERSION, Role, TokenUsage};
 use tensor::Datatype;
-use tonic::Status;
 
-use super::oip::{check, column};
-use crate::request::Request;
-
-/// The conversation that a request for generation stands for.
-pub(super) fn to_chat(request: &InferRequest) -> Result<(ChatRequest, String), Error> {
-    let (mut texts, field) = column(request, "text_input")?;
-    let mut chat = ChatRequest::from_prompt(texts.pop().unwrap_or_default());
+/// The conversation that a request for generation stands for: a text, and the
+/// parameters of the request.
+pub(super) fn to_chat(request: &InferRequest, text: String) -> Result<ChatRequest, Error> {
+    let mut chat = ChatRequest::from_prompt(text);
     for (name, value) in &request.parameters {
         let field = format!("parameters[{name}]");
         match (name.as_str(), value) {
@@ -47,7 +40,7 @@ pub(super) fn to_chat(request: &InferRequest) -> Result<(ChatRequest, String), E
             }
         }
     }
-    Ok((chat, field))
+    Ok(chat)
 }
 
 /// A number from 0 to a bound.
@@ -62,18 +55,6 @@ fn number(value: &Value, field: &str, most: f64) -> Result<f64, Error> {
         return Err(Error::invalid(field, format!("must be from 0 to {most}")));
     }
     Ok(number)
-}
-
-/// The conversation that a message of a stream stands for, and its id. The
-/// checks are those of one call.
-pub fn conversation(
-    provider: &Provider,
-    request: &Request,
-) -> Result<(ChatRequest, String), Status> {
-    let request = InferRequest::checked(decode(request.message.bytes())?)?;
-    check(provider, &request)?;
-    let (chat, _) = to_chat(&request)?;
-    Ok((chat, request.id))
 }
 
 /// One part of a response to a message of a stream.

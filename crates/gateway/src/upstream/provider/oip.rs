@@ -13,11 +13,12 @@ use protocol::inference::{
     model_version_policy::{PolicyChoice, Specific},
 };
 use protocol::{
-    DIGEST_KEY, Error, InferRequest, Input, ModelName, ModelVersion, TOKENS_KEY, Value, to_response,
+    DIGEST_KEY, Error, InferRequest, Input, ModelName, ModelVersion, TOKENS_KEY, Task, Value,
+    to_response,
 };
 use providers::{
-    CallContext, EmbeddingOptions, MODEL_VERSION, Provider, ProviderError, ProviderUsage, Task,
-    UsageMeter,
+    CallContext, ChatRequest, EmbeddingOptions, MODEL_VERSION, Provider, ProviderError,
+    ProviderUsage, UsageMeter,
 };
 use tensor::{Datatype, Shape, Tensor, TensorError};
 use tokio::time::Instant;
@@ -73,10 +74,11 @@ pub(super) async fn respond(
 
 fn inputs(provider: &Provider) -> Vec<Spec> {
     let text = |name| spec(name, Datatype::Bytes, &[-1]);
-    match provider.settings().task {
+    match provider.task() {
         Task::Embedding => vec![text("text")],
         Task::Rerank => vec![text("query"), text("text")],
         Task::Generation => vec![text("text_input")],
+        Task::Classification | Task::Tabular => Vec::new(),
     }
 }
 
@@ -85,13 +87,14 @@ fn outputs(provider: &Provider) -> Vec<Spec> {
         .settings()
         .width
         .and_then(|width| i64::try_from(width).ok());
-    match provider.settings().task {
+    match provider.task() {
         Task::Embedding => {
             let shape = [-1, width.unwrap_or(-1)];
             vec![spec("embedding", Datatype::Fp32, &shape)]
         }
         Task::Rerank => vec![spec("score", Datatype::Fp32, &[-1, 1])],
         Task::Generation => vec![spec("text_output", Datatype::Bytes, &[-1])],
+        Task::Classification | Task::Tabular => Vec::new(),
     }
 }
 
@@ -128,7 +131,7 @@ fn config(provider: &Provider) -> ModelConfig {
         dims: dims(&spec),
     };
     let parameters = [
-        ("task", provider.task.clone()),
+        ("task", provider.task().to_string()),
         (
             "concurrency_max",
             provider.settings().concurrency_max.to_string(),
@@ -148,7 +151,7 @@ fn config(provider: &Provider) -> ModelConfig {
             .map(|(name, string_value)| (name.to_owned(), ModelParameter { string_value }))
             .into(),
         model_transaction_policy: Some(ModelTransactionPolicy {
-            decoupled: provider.settings().task == Task::Generation,
+            decoupled: provider.task() == Task::Generation,
         }),
         ..Default::default()
     }
@@ -169,7 +172,7 @@ fn unknown_parameter(provider: &Provider, name: &str) -> Error {
 }
 
 /// Checks outputs, names, datatypes and shapes.
-pub(super) fn check(provider: &Provider, request: &InferRequest) -> Result<(), Error> {
+fn check(provider: &Provider, request: &InferRequest) -> Result<(), Error> {
     let outputs = outputs(provider);
     for (index, name) in request.outputs.iter().enumerate() {
         if !outputs.iter().any(|spec| spec.name == *name) {
@@ -275,10 +278,13 @@ async fn infer(
     if let Some(timeout) = request.timeout {
         context.deadline = context.deadline.min(Instant::now() + timeout);
     }
-    let (output, usage) = match provider.settings().task {
+    let (output, usage) = match provider.task() {
         Task::Embedding => embed(provider, &request, context).await?,
         Task::Rerank => rerank(provider, &request, context).await?,
         Task::Generation => generate(provider, &request, context).await?,
+        Task::Classification | Task::Tabular => {
+            return Err(unsupported(provider, "ModelInfer").into());
+        }
     };
     let name = ModelName::checked(&provider.name, "model_name")?;
     let version = ModelVersion::checked(MODEL_VERSION, "model_version")?;
@@ -364,7 +370,7 @@ async fn generate(
     request: &InferRequest,
     context: CallContext<'_>,
 ) -> Result<(Output, ProviderUsage), Error> {
-    let (chat, field) = to_chat(request)?;
+    let (chat, field) = chat_request(request)?;
     let response = provider
         .generate(&chat, context)
         .await
@@ -377,8 +383,28 @@ async fn generate(
     ))
 }
 
+/// The conversation that a message of a stream stands for, and its id. The
+/// checks are those of one call.
+pub fn conversation(
+    provider: &Provider,
+    request: &Request,
+) -> Result<(ChatRequest, String), Status> {
+    let request = InferRequest::checked(decode(request.message.bytes())?)?;
+    check(provider, &request)?;
+    let (chat, _) = chat_request(&request)?;
+    Ok((chat, request.id))
+}
+
+/// The conversation that a request for generation stands for, and the field
+/// that holds its text.
+fn chat_request(request: &InferRequest) -> Result<(ChatRequest, String), Error> {
+    let (mut texts, field) = column(request, "text_input")?;
+    let chat = to_chat(request, texts.pop().unwrap_or_default())?;
+    Ok((chat, field))
+}
+
 /// The texts of an input, and the field that holds them.
-pub(super) fn column(request: &InferRequest, name: &str) -> Result<(Vec<String>, String), Error> {
+fn column(request: &InferRequest, name: &str) -> Result<(Vec<String>, String), Error> {
     let position = request.inputs.iter().position(|input| input.name == name);
     let index = position.unwrap_or(0);
     let field = format!("inputs[{index}].contents");

@@ -6,9 +6,9 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use platform::grpc::decode;
 use protocol::tei::v1 as tei;
-use protocol::{Error, MODEL_KEY};
+use protocol::{Error, MODEL_KEY, Task};
 use providers::{
-    CallContext, EmbeddingOptions, MODEL_VERSION, Provider, ProviderError, ProviderUsage, Task,
+    CallContext, EmbeddingOptions, MODEL_VERSION, Provider, ProviderError, ProviderUsage,
     UsageMeter,
 };
 use tokio::time::Instant;
@@ -57,11 +57,10 @@ struct Call<'a> {
 
 impl Call<'_> {
     fn must_do(&self, expected: Task) -> Result<(), Error> {
-        let (name, task) = (&self.provider.name, self.provider.settings().task);
+        let (name, task) = (&self.provider.name, self.provider.task());
         if task == expected {
             return Ok(());
         }
-        let (task, expected) = (task.name(), expected.name());
         let reason = format!("model '{name}' does {task}, not {expected}");
         Err(Error::invalid(MODEL_KEY, reason))
     }
@@ -71,7 +70,9 @@ impl Call<'_> {
         let model_type = match settings.task {
             Task::Embedding => tei::ModelType::Embedding,
             Task::Rerank => tei::ModelType::Reranker,
-            Task::Generation => return Err(unsupported(self.provider, "Info")),
+            Task::Generation | Task::Classification | Task::Tabular => {
+                return Err(unsupported(self.provider, "Info"));
+            }
         };
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         Ok(tei::InfoResponse {

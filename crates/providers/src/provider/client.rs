@@ -15,9 +15,10 @@ use platform::grpc::BytesHeld;
 use reqwest::{Certificate, Client, Proxy, Response, Url, redirect};
 use tokio::time::{Instant, timeout_at};
 
+use super::Provider;
+use crate::credential::printable;
 use crate::dialect::HttpRequest;
-use crate::error::{Health, ProviderError, printable};
-use crate::provider::Provider;
+use crate::error::{Health, ProviderError};
 use crate::settings::{Invalid, ModelSettings};
 
 /// The longest response of a service.

@@ -1,6 +1,5 @@
 //! Responses to conversations that come as a stream of events.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use futures::{StreamExt, stream};
@@ -10,37 +9,15 @@ use reqwest::Response;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-use crate::chat::{ChatDelta, ChatStream, FinishReason, TokenUsage};
+use super::{Permit, Provider};
+use crate::chat::{ChatDelta, ChatStream, FinishReason, StreamProgress, TokenUsage};
 use crate::error::ProviderError;
-use crate::provider::{Permit, Provider};
 use crate::sse::EventParser;
 
 /// Bytes of one streamed response.
 const STREAM_BYTES_MAX: usize = 64 << 20;
 /// Parts that a service may be ahead of a slow reader.
 const PARTS_AHEAD_MAX: usize = 16;
-
-/// What has come of a response.
-#[derive(Debug, Default)]
-pub struct StreamProgress {
-    /// Texts that have not been passed on.
-    pub texts: VecDeque<String>,
-    /// Why the response ended.
-    pub finish_reason: Option<FinishReason>,
-    /// Its tokens, as far as the service has reported them.
-    pub usage: Option<TokenUsage>,
-    /// Whether the service marked the end of the stream.
-    pub done: bool,
-}
-
-impl StreamProgress {
-    /// Adds the text that comes next.
-    pub fn push_text(&mut self, text: String) {
-        if !text.is_empty() {
-            self.texts.push_back(text);
-        }
-    }
-}
 
 /// A response that has begun.
 pub(crate) struct OpenStream {

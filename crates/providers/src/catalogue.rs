@@ -3,18 +3,18 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
+use platform::files::{FileError, FileSource};
 use platform::grpc::MessageLimits;
-use platform::tasks::{OwnedTask, spawn_owned};
+use platform::tasks::OwnedTask;
 use protocol::Error;
 
 use crate::metrics::ProviderMetrics;
 use crate::provider::{Provider, check_version};
 use crate::settings::ProvidersFile;
 
-/// How often the files with API keys are read again.
-const KEY_POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// The providers file has less.
+const FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// Where the providers file is.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -26,8 +26,8 @@ pub struct ProviderSettings {
 
 /// Why the providers file cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("the providers file: {0}")]
-pub struct CatalogueError(pub String);
+#[error(transparent)]
+pub struct CatalogueError(#[from] FileError);
 
 /// The models of outside services, and the chains.
 #[derive(Debug, Default)]
@@ -60,13 +60,13 @@ impl Catalogue {
         let Some(path) = &settings.providers else {
             return Ok(Self::default());
         };
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| CatalogueError(format!("it cannot be read: {error}")))?;
-        let file = ProvidersFile::parse(&text).map_err(CatalogueError)?;
+        let source = FileSource::new(path, "providers file", FILE_BYTES_MAX);
+        let file = ProvidersFile::parse(&source.read_text()?);
+        let file = file.map_err(|error| source.invalid(error))?;
         let mut catalogue = Self::default();
         for (name, model) in file.models {
             let provider = Provider::new(&name, model, limits, &catalogue.metrics)
-                .map_err(|(field, why)| CatalogueError(format!("models.{name}.{field}: {why}")))?;
+                .map_err(|error| source.invalid(error.of_model(&name)))?;
             // A series from the start: its circuit breaker is closed.
             catalogue.metrics.breaker(&name, false);
             catalogue.providers.insert(name, Arc::new(provider));
@@ -107,20 +107,8 @@ impl Catalogue {
 
     /// Reloads API keys when their files change, until the tasks are dropped.
     pub fn follow(&self) -> Vec<OwnedTask> {
-        let providers: Vec<Arc<Provider>> = self.providers.values().cloned().collect();
-        if providers.is_empty() {
-            return Vec::new();
-        }
-        vec![spawn_owned(async move {
-            loop {
-                tokio::time::sleep(KEY_POLL_INTERVAL).await;
-                for provider in &providers {
-                    if provider.reload_key() {
-                        tracing::info!(model = %provider.name, "the API key of a provider was reloaded");
-                    }
-                }
-            }
-        })]
+        let providers = self.providers.values();
+        providers.filter_map(|provider| provider.follow()).collect()
     }
 }
 

@@ -2,26 +2,27 @@
 //! never shown.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
 use http::{HeaderName, HeaderValue};
+use platform::files::{ContentError, FileSource, Followed};
+use platform::tasks::OwnedTask;
 
 use crate::dialect::Authentication;
-use crate::settings::{Invalid, ModelSettings};
+use crate::settings::{InvalidSetting, ModelSettings};
 
 /// Characters of a service's own message that a caller is told.
 const MESSAGE_CHARS_MAX: usize = 200;
 /// A file with a key is shorter.
-const KEY_BYTES_MAX: usize = 16 << 10;
+const KEY_BYTES_MAX: u64 = 16 << 10;
 
 /// The API key of one model, which may be replaced while it is used. It is in
 /// no Debug output.
 pub struct Credential {
-    file: Option<PathBuf>,
+    file: Option<Followed<Secret>>,
     authentication: Authentication,
-    current: ArcSwapOption<Secret>,
+    current: Arc<ArcSwapOption<Secret>>,
 }
 
 /// An API key. It is in no Debug output.
@@ -50,24 +51,27 @@ impl fmt::Debug for Credential {
 
 impl Credential {
     /// Reads a model's key; the error says which field names it.
-    pub fn read(model: &ModelSettings) -> Result<Self, Invalid> {
+    pub fn read(model: &ModelSettings) -> Result<Self, InvalidSetting> {
         let authentication = model.kind.authentication();
         let prefix = authentication.prefix;
-        let secret = match (&model.key_file, &model.key_variable) {
-            (Some(path), _) => Some(read(path, prefix).map_err(|reason| ("key_file", reason))?),
-            (None, Some(name)) => {
-                let text = std::env::var(name).map_err(|_| {
-                    let reason = format!("the environment variable {name} is not set");
-                    ("key_variable", reason)
-                })?;
-                Some(parse(&text, prefix).map_err(|reason| ("key_variable", reason))?)
-            }
-            (None, None) => None,
-        };
+        let (mut file, mut secret) = (None, None);
+        if let Some(path) = &model.key_file {
+            let source = FileSource::new(path, "key file", KEY_BYTES_MAX);
+            let followed = Followed::open_text(source, move |text| parse(text, prefix))
+                .map_err(|error| InvalidSetting::new("key_file", error.to_string()))?;
+            secret = Some(followed.value().clone());
+            file = Some(followed);
+        } else if let Some(name) = &model.key_variable {
+            let invalid = |reason| InvalidSetting::new("key_variable", reason);
+            let text = std::env::var(name)
+                .map_err(|_| invalid(format!("the environment variable {name} is not set")))?;
+            let parsed = parse(&text, prefix).map_err(|error| invalid(error.to_string()))?;
+            secret = Some(Arc::new(parsed));
+        }
         Ok(Self {
-            file: model.key_file.clone(),
+            file,
             authentication,
-            current: ArcSwapOption::new(secret.map(Arc::new)),
+            current: Arc::new(ArcSwapOption::new(secret)),
         })
     }
 
@@ -81,40 +85,25 @@ impl Credential {
         self.current.load_full()
     }
 
-    /// Reads the file again; true when it holds another key. A file that
-    /// cannot be used changes nothing: it may be half written.
-    pub fn reload(&self) -> bool {
-        let Some(path) = &self.file else {
-            return false;
-        };
-        let Ok(secret) = read(path, self.authentication.prefix) else {
-            return false;
-        };
-        let same = |current: &Arc<Secret>| current.text == secret.text;
-        if self.current.load().as_ref().is_some_and(same) {
-            return false;
-        }
-        self.current.store(Some(Arc::new(secret)));
-        true
+    /// Reloads the key when its file changes, until the task is dropped. A file
+    /// that cannot be used changes nothing: it may be half written.
+    pub fn follow(&self) -> Option<OwnedTask> {
+        let (file, current) = (self.file.clone()?, self.current.clone());
+        Some(file.follow(move |secret| current.store(Some(secret))))
     }
 }
 
-fn read(path: &Path, prefix: &str) -> Result<Secret, String> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| format!("the file cannot be read: {error}"))?;
-    parse(&text, prefix)
-}
-
-pub(crate) fn parse(text: &str, prefix: &str) -> Result<Secret, String> {
+fn parse(text: &str, prefix: &str) -> Result<Secret, ContentError> {
     let text = text.trim();
     if text.is_empty() {
-        return Err("the key is empty".to_owned());
+        return Err(ContentError::new("the key is empty"));
     }
-    if text.len() > KEY_BYTES_MAX {
-        return Err(format!("a key has at most {KEY_BYTES_MAX} bytes"));
+    if text.len() as u64 > KEY_BYTES_MAX {
+        let reason = format!("a key has at most {KEY_BYTES_MAX} bytes");
+        return Err(ContentError::new(reason));
     }
     let mut header = HeaderValue::try_from(format!("{prefix}{text}"))
-        .map_err(|_| "a key is one line of ASCII".to_owned())?;
+        .map_err(|_| ContentError::new("a key is one line of ASCII"))?;
     header.set_sensitive(true);
     Ok(Secret {
         text: text.to_owned(),
@@ -148,7 +137,7 @@ mod tests {
                 header: AUTHORIZATION,
                 prefix: "",
             },
-            current: ArcSwapOption::new(Some(Arc::new(secret))),
+            current: Arc::new(ArcSwapOption::new(Some(Arc::new(secret)))),
         };
         assert!(!format!("{credential:?}").contains("secret"));
         let current = credential.current().unwrap();

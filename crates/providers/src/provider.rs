@@ -11,6 +11,7 @@ use std::time::Duration;
 use platform::circuit_breaker::CircuitBreaker;
 use platform::grpc::MessageLimits;
 use platform::retry_budget::RetryBudget;
+use platform::tasks::OwnedTask;
 use protocol::{Error, ModelName, ModelVersion, Task};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
@@ -22,7 +23,7 @@ use crate::embedding::{EmbeddingOptions, EmbeddingRequest, Embeddings, normalize
 use crate::error::ProviderError;
 use crate::metrics::ProviderMetrics;
 use crate::rerank::{RerankRequest, RerankScores};
-use crate::settings::{Invalid, ModelSettings};
+use crate::settings::{InvalidSetting, ModelSettings};
 use crate::usage::{CallContext, ProviderUsage};
 
 /// The only version that a provider's model has.
@@ -63,11 +64,11 @@ impl Provider {
         settings: ModelSettings,
         limits: &MessageLimits,
         metrics: &ProviderMetrics,
-    ) -> Result<Self, Invalid> {
+    ) -> Result<Self, InvalidSetting> {
         Ok(Self {
             name: name.to_owned(),
             digest: settings.deterministic.then(|| settings.digest()),
-            base_url: settings.url().map_err(|reason| ("base_url", reason))?,
+            base_url: settings.url()?,
             client: client::build(&settings)?,
             credential: Credential::read(&settings)?,
             permits: Arc::new(Semaphore::new(settings.concurrency_max)),
@@ -99,9 +100,9 @@ impl Provider {
         check_version(&self.name, version)
     }
 
-    /// Reads the file with the API key again; true when it holds another.
-    pub(crate) fn reload_key(&self) -> bool {
-        self.credential.reload()
+    /// Reloads the API key when its file changes, until the task is dropped.
+    pub(crate) fn follow(&self) -> Option<OwnedTask> {
+        self.credential.follow()
     }
 
     /// Counts the cost of what a tenant's call consumed, and returns it, in

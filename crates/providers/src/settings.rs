@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use aws_lc_rs::digest::{SHA256, digest};
+use platform::files::{ContentError, from_toml};
 use protocol::{ModelName, Task};
 use serde::{Deserialize, Deserializer, de};
 
@@ -15,8 +16,25 @@ use crate::usage::Price;
 /// Models of a chain: each takes a part of the caller's deadline.
 const CHAIN_MODELS_MAX: usize = 8;
 
-/// The field that is wrong, and why.
-pub type Invalid = (&'static str, String);
+/// A setting of a model is wrong.
+#[derive(Debug)]
+pub struct InvalidSetting {
+    field: &'static str,
+    reason: String,
+}
+
+impl InvalidSetting {
+    /// The field's name, and what is wrong with it.
+    pub fn new(field: &'static str, reason: impl Into<String>) -> Self {
+        let reason = reason.into();
+        Self { field, reason }
+    }
+
+    /// The error in the file, for a model of this name.
+    pub fn of_model(self, name: &str) -> ContentError {
+        ContentError::new(self.reason).in_field(format!("models.{name}.{}", self.field))
+    }
+}
 
 /// The file as it is written.
 #[derive(Debug, Default, Deserialize)]
@@ -135,26 +153,19 @@ fn task<'de, D: Deserializer<'de>>(from: D) -> Result<Task, D::Error> {
 }
 
 impl ProvidersFile {
-    /// Reads a file's text. An error says the line, and never the text, which
-    /// may hold what it should not.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let file: Self = toml::from_str(text).map_err(|error| {
-            let line = error.span().map(|span| {
-                let before = text.get(..span.start).unwrap_or_default();
-                format!("line {}: ", before.matches('\n').count() + 1)
-            });
-            format!("{}{}", line.unwrap_or_default(), error.message())
-        })?;
+    /// Reads a file's text. An error says the line or the field, and never
+    /// repeats the text, which may hold a secret.
+    pub fn parse(text: &str) -> Result<Self, ContentError> {
+        let file: Self = from_toml(text)?;
         for (name, model) in &file.models {
             check_name("models", name)?;
-            model
-                .check()
-                .map_err(|(field, reason)| format!("models.{name}.{field}: {reason}"))?;
+            model.check().map_err(|error| error.of_model(name))?;
         }
         for (name, chain) in &file.chains {
             check_name("chains", name)?;
-            file.check_chain(name, chain)
-                .map_err(|reason| format!("chains.{name}.models: {reason}"))?;
+            file.check_chain(name, chain).map_err(|reason| {
+                ContentError::new(reason).in_field(format!("chains.{name}.models"))
+            })?;
         }
         Ok(file)
     }
@@ -186,21 +197,21 @@ impl ProvidersFile {
     }
 }
 
-fn check_name(table: &str, name: &str) -> Result<(), String> {
+fn check_name(table: &str, name: &str) -> Result<(), ContentError> {
     let checked = ModelName::checked(name, table);
-    checked.map(drop).map_err(|error| error.to_string())
+    checked.map(drop).map_err(ContentError::new)
 }
 
 impl ModelSettings {
-    fn check(&self) -> Result<(), Invalid> {
+    fn check(&self) -> Result<(), InvalidSetting> {
         self.check_task()?;
-        self.url().map_err(|reason| ("base_url", reason))?;
+        self.url()?;
         if self.model.is_empty() || self.model.len() > 256 {
-            return Err(("model", "must have 1 to 256 bytes".to_owned()));
+            return Err(InvalidSetting::new("model", "must have 1 to 256 bytes"));
         }
         if self.key_file.is_some() && self.key_variable.is_some() {
             let reason = "give key_file or key_variable, not both";
-            return Err(("key_variable", reason.to_owned()));
+            return Err(InvalidSetting::new("key_variable", reason));
         }
         let ranges = [
             ("width", self.width.unwrap_or(1), WIDTH_MAX),
@@ -210,50 +221,60 @@ impl ModelSettings {
         ];
         for (field, value, most) in ranges {
             if !(1..=most).contains(&value) {
-                return Err((field, format!("must be from 1 to {most}")));
+                return Err(InvalidSetting::new(
+                    field,
+                    format!("must be from 1 to {most}"),
+                ));
             }
         }
         if self.retries_max > 10 {
-            return Err(("retries_max", "must be from 0 to 10".to_owned()));
+            return Err(InvalidSetting::new("retries_max", "must be from 0 to 10"));
         }
         if !self.price.is_valid() {
-            return Err(("price", "prices must be finite and not negative".to_owned()));
+            return Err(InvalidSetting::new(
+                "price",
+                "prices must be finite and not negative",
+            ));
         }
         Ok(())
     }
 
-    fn check_task(&self) -> Result<(), Invalid> {
+    fn check_task(&self) -> Result<(), InvalidSetting> {
         let tasks = self.kind.tasks();
         if !tasks.contains(&self.task) {
             let names: Vec<&str> = tasks.iter().map(|task| task.as_str()).collect();
             let (kind, names) = (self.kind.kind(), names.join(", "));
-            return Err(("task", format!("the tasks of kind {kind} are: {names}")));
+            return Err(InvalidSetting::new(
+                "task",
+                format!("the tasks of kind {kind} are: {names}"),
+            ));
         }
         if self.width.is_some() && self.task != Task::Embedding {
-            return Err(("width", "only embeddings have a width".to_owned()));
+            return Err(InvalidSetting::new("width", "only embeddings have a width"));
         }
         if self.deterministic && self.task == Task::Generation {
             let reason = "generated text is not deterministic";
-            return Err(("deterministic", reason.to_owned()));
+            return Err(InvalidSetting::new("deterministic", reason));
         }
         Ok(())
     }
 
     /// Where the service is. Nothing of an address may be secret, since the
     /// errors of other programs show it.
-    pub fn url(&self) -> Result<reqwest::Url, String> {
+    pub fn url(&self) -> Result<reqwest::Url, InvalidSetting> {
+        let invalid = |reason| InvalidSetting::new("base_url", reason);
         let url: reqwest::Url = self
             .base_url
             .parse()
-            .map_err(|_| "must be a URL such as https://host/v1".to_owned())?;
+            .map_err(|_| invalid("must be a URL such as https://host/v1"))?;
         if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
-            return Err("must begin with https:// or http://".to_owned());
+            return Err(invalid("must begin with https:// or http://"));
         }
         if !url.username().is_empty() || url.password().is_some() {
-            return Err("must not hold a credential: use key_file".to_owned());
+            return Err(invalid("must not hold a credential: use key_file"));
         }
         if url.query().is_some() || url.fragment().is_some() {
-            return Err("must end with a path".to_owned());
+            return Err(invalid("must end with a path"));
         }
         Ok(url)
     }
@@ -296,7 +317,7 @@ mod tests {
                         model = \"text-small\"\ntask = \"embedding\"\n";
 
     fn error(text: &str) -> String {
-        ProvidersFile::parse(text).unwrap_err()
+        ProvidersFile::parse(text).unwrap_err().to_string()
     }
 
     #[test]

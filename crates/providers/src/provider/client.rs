@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::CONTENT_TYPE;
+use platform::files::FileSource;
 use platform::grpc::BytesHeld;
 use reqwest::{Certificate, Client, Proxy, Response, Url, redirect};
 use tokio::time::{Instant, timeout_at};
@@ -19,7 +20,7 @@ use super::Provider;
 use crate::credential::printable;
 use crate::dialect::HttpRequest;
 use crate::error::{Health, ProviderError};
-use crate::settings::{Invalid, ModelSettings};
+use crate::settings::{InvalidSetting, ModelSettings};
 
 /// The longest response of a service.
 const RESPONSE_BYTES_MAX: usize = 64 << 20;
@@ -27,6 +28,8 @@ const RESPONSE_BYTES_MAX: usize = 64 << 20;
 const ERROR_BYTES_MAX: usize = 16 << 10;
 /// How far a service may be ahead of a slow reader of one stream.
 const WINDOW_BYTES: u32 = 1 << 20;
+/// A file with certificate authorities has less.
+const CA_BYTES_MAX: u64 = 4 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 /// Before the first retry; twice as long before each further one, with jitter.
@@ -42,7 +45,7 @@ const TIMEOUT_BLAME_MIN: Duration = Duration::from_secs(1);
 const REPORT_MARGIN: Duration = Duration::from_millis(10);
 
 /// The client of one model; the error says which field is wrong.
-pub(crate) fn build(model: &ModelSettings) -> Result<Client, Invalid> {
+pub(crate) fn build(model: &ModelSettings) -> Result<Client, InvalidSetting> {
     // A slow reader of one stream must not keep others from the connection.
     let calls = u32::try_from(model.concurrency_max).unwrap_or(u32::MAX);
     let window = WINDOW_BYTES.saturating_mul(calls).min(1 << 30);
@@ -59,12 +62,12 @@ pub(crate) fn build(model: &ModelSettings) -> Result<Client, Invalid> {
         .http2_keep_alive_interval(Duration::from_secs(20))
         .http2_keep_alive_timeout(Duration::from_secs(10));
     if let Some(path) = &model.ca_file {
-        let wrong = |reason: String| ("ca_file", reason);
-        let pem = std::fs::read(path)
-            .map_err(|error| wrong(format!("the file cannot be read: {error}")))?;
+        let invalid = |reason| InvalidSetting::new("ca_file", reason);
+        let source = FileSource::new(path, "CA certificates", CA_BYTES_MAX);
+        let pem = source.read().map_err(|error| invalid(error.to_string()))?;
         let authorities = Certificate::from_pem_bundle(&pem).unwrap_or_default();
         if authorities.is_empty() {
-            return Err(wrong("the file has no certificate in PEM".to_owned()));
+            return Err(invalid(format!("{source} has no certificate in PEM")));
         }
         builder = builder.tls_certs_only(authorities);
     } else if model.base_url.starts_with("http://") {
@@ -73,12 +76,12 @@ pub(crate) fn build(model: &ModelSettings) -> Result<Client, Invalid> {
     }
     if let Some(proxy) = &model.proxy {
         let reason = "must be a URL such as http://host:port";
-        let proxy = Proxy::all(proxy).map_err(|_| ("proxy", reason.to_owned()))?;
+        let proxy = Proxy::all(proxy).map_err(|_| InvalidSetting::new("proxy", reason))?;
         builder = builder.proxy(proxy);
     }
     builder.build().map_err(|error| {
         let reason = root_cause(&error);
-        ("base_url", format!("no HTTP client can be made: {reason}"))
+        InvalidSetting::new("base_url", format!("no HTTP client can be made: {reason}"))
     })
 }
 

@@ -12,7 +12,9 @@ use engine::kernels::{
     Activation, Attention, Format, Instructions, Matrix, NormParameters, Packed, Precision, attend,
     multiply, norm, peak,
 };
-use engine::{DeviceChoice, Dtype, LoadOptions, Text, TextRow, TokenRow, Truncation, Wanted, load};
+use engine::{
+    DeviceChoice, Dtype, LoadOptions, Model, Text, TextOutput, TextRow, TokenRow, Truncation, load,
+};
 
 const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Int8];
 /// Lengths of rows as they come from callers: most are a sentence, few are a page.
@@ -133,12 +135,10 @@ fn forward(criterion: &mut Criterion) {
             dtype,
             ..LoadOptions::default()
         };
-        let Ok(mut model) = load(&folder, &options) else {
+        let Ok(Model::Encoder(mut model)) = load(&folder, &options) else {
             return eprintln!("models/minilm/1 is missing: run `make models`");
         };
-        let Some(tokenizer) = model.tokenizer.clone() else {
-            return;
-        };
+        let tokenizer = model.tokenizer().clone();
         for (name, lengths) in &batches {
             let texts = lengths.iter().map(|length| "lantern ".repeat(length - 2));
             let tokens: Vec<TokenRow> = texts
@@ -148,12 +148,12 @@ fn forward(criterion: &mut Criterion) {
                 .iter()
                 .map(|tokens| TextRow {
                     tokens,
-                    wanted: Wanted::Pooled,
+                    output: TextOutput::Embedding,
                 })
                 .collect();
             group.throughput(Throughput::Elements(rows.len() as u64));
             group.bench_function(format!("{dtype} {name}"), |bencher| {
-                bencher.iter(|| black_box(model.network.forward_text(&rows, &|| true)));
+                bencher.iter(|| black_box(model.forward(&rows, &|| true)));
             });
         }
     }

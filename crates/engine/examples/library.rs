@@ -16,7 +16,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use engine::{DeviceChoice, LoadOptions, Model, Text, TextRow, TokenRow, Truncation, Wanted, load};
+use engine::{
+    DeviceChoice, EncoderModel, LoadOptions, Model, Text, TextOutput, TextRow, TokenRow,
+    Truncation, load,
+};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -34,8 +37,10 @@ fn main() -> Result<(), Failure> {
         kernels: kernels.parse()?,
         ..LoadOptions::default()
     };
-    let mut model = load(Path::new(folder), &options)?;
-    let tokenizer = model.tokenizer.clone().ok_or("this is no text model")?;
+    let Model::Encoder(mut model) = load(Path::new(folder), &options)? else {
+        return Err("this is no text model".into());
+    };
+    let tokenizer = model.tokenizer().clone();
     let mut texts = BTreeMap::new();
     for corpus in corpora {
         let (name, path) = corpus.split_once('=').ok_or("NAME=TEXTS")?;
@@ -71,20 +76,20 @@ fn batches(texts: &[TokenRow]) -> Vec<Vec<TextRow<'_>>> {
         tokens += row.ids.len();
         batch.push(TextRow {
             tokens: row,
-            wanted: Wanted::Pooled,
+            output: TextOutput::Embedding,
         });
     }
     batches.push(batch);
     batches
 }
 
-fn measure(model: &mut Model, texts: &[TokenRow], time: Duration) -> Result<Value, Failure> {
+fn measure(model: &mut EncoderModel, texts: &[TokenRow], time: Duration) -> Result<Value, Failure> {
     let batches = batches(texts);
     let start = Instant::now();
     let mut passes = 0;
     while passes == 0 || start.elapsed() < time {
         for batch in &batches {
-            model.network.forward_text(batch, &|| true)?;
+            model.forward(batch, &|| true)?;
         }
         passes += 1;
     }
@@ -98,14 +103,18 @@ fn measure(model: &mut Model, texts: &[TokenRow], time: Duration) -> Result<Valu
     }))
 }
 
-fn write_vectors(model: &mut Model, texts: &[TokenRow], file: &str) -> Result<Value, Failure> {
+fn write_vectors(
+    model: &mut EncoderModel,
+    texts: &[TokenRow],
+    file: &str,
+) -> Result<Value, Failure> {
     let mut bytes = Vec::new();
     for batch in batches(texts) {
-        for mut vector in model.network.forward_text(&batch, &|| true)? {
+        for mut vector in model.forward(&batch, &|| true)? {
             engine::normalize(&mut vector);
             bytes.extend(vector.iter().flat_map(|number| number.to_le_bytes()));
         }
     }
     std::fs::write(file, bytes)?;
-    Ok(json!({"texts": texts.len(), "width": model.card.width}))
+    Ok(json!({"texts": texts.len(), "width": model.card().width}))
 }

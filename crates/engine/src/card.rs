@@ -1,10 +1,10 @@
-//! What a loaded model says about itself.
+//! The card of a loaded model: its task, its inputs and outputs, and its limits.
 
 use std::collections::BTreeMap;
 
 use tensor::Datatype;
 
-use crate::{Dtype, Task};
+use crate::options::{Dtype, Task};
 
 /// One input or output of a model, as the Open Inference Protocol names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,40 +27,40 @@ impl TensorSpec {
     }
 }
 
-/// What a model is, for metadata and for the checks of its callers.
+/// The description of a loaded model, for metadata and for the validation of its inputs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Card {
     /// `bert`, `roberta`, `distilbert`, `modernbert` or `tabular`.
     pub family: &'static str,
-    /// What the model is for.
+    /// The task that it does.
     pub task: Task,
-    /// The number format of its weights.
+    /// The dtype of its weights.
     pub dtype: Dtype,
     /// `cpu`, or `cuda:` and the device's index.
     pub device: String,
-    /// What computes: an instruction set of our kernels by its name, or `candle`.
+    /// The instruction set of the engine's kernels, or `candle`.
     pub kernels: &'static str,
     /// Width of an embedding, or the number of labels.
     pub width: usize,
-    /// Width of one token's hidden state; 0 for a tabular model.
+    /// Width of the hidden state of one token; 0 for a tabular model.
     pub hidden: usize,
-    /// The labels' names, in score order; empty for an embedding model.
+    /// The names of the labels in the order of the scores; empty for an embedding model.
     pub labels: Vec<String>,
-    /// Whether each label is decided on its own: scores then take a sigmoid, not a softmax.
+    /// Whether each label is predicted independently: logits then take a sigmoid, not a softmax.
     pub multi_label: bool,
-    /// Tokens that one row may have, special ones included; 0 for a tabular model.
+    /// Maximum number of tokens of one row, special tokens included; 0 for a tabular model.
     pub tokens_max: usize,
-    /// Bytes of the weights on the device.
+    /// Bytes of memory that the weights take on the device.
     pub weight_bytes: u64,
-    /// Texts to put before an input, by the name of their use.
+    /// Prompts, by name: texts to put before an input.
     pub prompts: BTreeMap<String, String>,
-    /// The prompt that is used where the caller names none.
+    /// The name of the prompt for callers who choose none.
     pub default_prompt: Option<String>,
     /// The inputs, in order.
     pub inputs: Vec<TensorSpec>,
     /// The outputs, in order.
     pub outputs: Vec<TensorSpec>,
-    /// Smallest and largest value of a feature, for a tabular model that names them.
+    /// Smallest and largest value of a feature, for a tabular model that declares them.
     pub feature_range: Option<(f32, f32)>,
 }
 

@@ -1,11 +1,11 @@
-//! Everything that can go wrong in the engine, and whose fault it is.
+//! Every error of the engine, and who is at fault for it.
 
-/// Why a model did not load or did not answer.
+/// Why a model did not load, or a forward pass failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
-    /// The text has more tokens than the model takes, and truncation was not asked for.
-    #[error("the text has {tokens} tokens, special ones included: the model takes {tokens_max}")]
-    TooLong {
+    /// The text has more tokens than the model takes, and truncation was not requested.
+    #[error("the text has {tokens} tokens, special tokens included: the model takes {tokens_max}")]
+    TooManyTokens {
         /// Tokens of the text, special tokens included.
         tokens: usize,
         /// Tokens that the model takes.
@@ -13,28 +13,29 @@ pub enum EngineError {
     },
     /// A token id that the model's vocabulary does not have.
     #[error("token id {id} is not in the model's vocabulary")]
-    BadToken {
+    UnknownTokenId {
         /// The id.
         id: u32,
     },
     /// An input that no model could take, for example features that fill no whole row.
     #[error("{0}")]
-    BadInput(String),
-    /// The model has no such output, for example scores of an embedding model.
+    InvalidInput(String),
+    /// An output that the model does not have, for example logits of an embedding model.
     #[error("{0}")]
-    WrongOutput(&'static str),
-    /// `go_on` said that nobody waits for the answer any more.
-    #[error("the forward pass was abandoned: nobody waits for it")]
-    Abandoned,
-    /// The load options ask for what this build or this device does not have.
+    UnsupportedOutput(&'static str),
+    /// The forward pass was cancelled between two layers, as its caller requested.
+    #[error("the forward pass was cancelled")]
+    Cancelled,
+    /// The load options require something that this build or this machine does not have.
     #[error("{0}")]
     Unsupported(String),
-    /// A file of the model folder is missing, hostile, or not what the engine runs.
+    /// A file of the model folder is missing, malformed, or describes a model that the engine
+    /// does not support.
     #[error("{file}: {reason}")]
-    Unusable {
-        /// The file's name inside the model folder, never its path.
+    InvalidFile {
+        /// The name of the file inside the model folder, never its path.
         file: String,
-        /// What is wrong with it.
+        /// What is wrong with it and, where there is a remedy, what to do.
         reason: String,
     },
     /// The device has not enough memory for this batch or this model.
@@ -46,26 +47,29 @@ pub enum EngineError {
 }
 
 impl EngineError {
-    /// Whether the caller's input is at fault, so that sending it again does not help.
+    /// Whether the caller's input is at fault, so that a retry does not help.
     pub fn is_callers_input(&self) -> bool {
         matches!(
             self,
-            Self::TooLong { .. } | Self::BadToken { .. } | Self::BadInput(_) | Self::WrongOutput(_)
+            Self::TooManyTokens { .. }
+                | Self::UnknownTokenId { .. }
+                | Self::InvalidInput(_)
+                | Self::UnsupportedOutput(_)
         )
     }
 
     /// Whether the model folder or the load options are at fault.
-    pub fn is_unusable_model(&self) -> bool {
-        matches!(self, Self::Unusable { .. } | Self::Unsupported(_))
+    pub fn is_invalid_model(&self) -> bool {
+        matches!(self, Self::InvalidFile { .. } | Self::Unsupported(_))
     }
 
-    /// A defect of ours: the parts of one model are in different places.
-    pub(crate) fn apart() -> Self {
-        Self::Device("parts of the model are on different devices".to_owned())
+    /// A defect of the engine: tensors of one operation are on different devices.
+    pub(crate) fn device_mismatch() -> Self {
+        Self::Device("tensors of the model are on different devices".to_owned())
     }
 
-    pub(crate) fn unusable(file: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::Unusable {
+    pub(crate) fn invalid_file(file: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::InvalidFile {
             file: file.into(),
             reason: reason.into(),
         }
@@ -79,7 +83,7 @@ impl From<candle_core::Error> for EngineError {
         if lower.contains("out of memory") || lower.contains("out_of_memory") {
             return Self::OutOfMemory;
         }
-        // A backtrace may follow on further lines: it is of no use to a reader of the sentence.
+        // A backtrace may follow on further lines and is of no use to a reader of the message.
         Self::Device(text.lines().next().unwrap_or_default().to_owned())
     }
 }

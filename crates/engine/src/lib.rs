@@ -1,29 +1,37 @@
-//! Models: from a folder of files to vectors and scores.
+//! Models: from a folder of files to embeddings and scores.
 //!
-//! The way of a text: [`Tokenizer::encode`] makes a row of token ids, a batch of rows goes
-//! through [`Network::forward_text`] on the thread that owns the network, and the functions of
-//! `post` turn raw vectors and logits into what a caller asked for. Rows are packed one behind
-//! the other and never padded. On a processor the layers compute with `kernels`, on a device with
-//! candle.
+//! The path of a text: [`Tokenizer::encode`] tokenizes it to a row of token ids, a batch of rows
+//! goes through [`EncoderModel::forward`] on the thread that owns the model, and
+//! [`normalize`], [`softmax`] and [`sigmoid`] turn raw embeddings and logits into what the caller
+//! requested. Rows are packed one behind the other and never padded. On the CPU the layers
+//! compute with the `kernels`, on a device with candle.
+//!
+//! The floors, from the ground: `files` reads and checks the files of a model folder, `kernels`
+//! compute on the CPU, `layers` are made of weights, `families` are made of layers, `load` knows
+//! all families. A module imports from lower floors alone.
 //!
 //! Synchronous: no runtime, no network, and no file is read after [`load`] returns.
 
 mod card;
+mod encoder;
 mod error;
 mod families;
+mod files;
 pub mod kernels;
 mod layers;
 mod load;
-mod network;
+mod model;
 mod options;
 mod post;
 mod tokenizer;
 
 pub use card::{Card, TensorSpec};
+pub use encoder::{EncoderModel, TextOutput, TextRow};
 pub use error::EngineError;
+pub use families::tabular::TabularModel;
 pub use kernels::Instructions;
-pub use load::{Model, load};
-pub use network::{Network, TextRow, Wanted};
+pub use load::load;
+pub use model::Model;
 pub use options::{DeviceChoice, Dtype, Kernels, LoadOptions, Task};
 pub use post::{argmax, normalize, sigmoid, softmax};
 pub use tokenizer::{Text, Token, TokenRow, Tokenizer, Truncation};

@@ -1,18 +1,17 @@
-//! What a caller of [`load`](crate::load) chooses.
+//! The options of [`load`](crate::load()): task, device, dtype and kernels.
 
 use std::fmt;
 use std::str::FromStr;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 
-use crate::kernels::Precision;
-use crate::load::{Placement, Way};
-use crate::{EngineError, Instructions};
+use crate::error::EngineError;
+use crate::kernels::Instructions;
 
-/// What a model is for.
+/// The task that a model does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Task {
-    /// A text to one vector, or to one vector for each token.
+    /// A text to one embedding, or to one for each token.
     Embedding,
     /// A text to one score for each label.
     Classification,
@@ -23,7 +22,7 @@ pub enum Task {
 }
 
 impl Task {
-    /// The name that configuration files and metadata write.
+    /// The name in configuration files and in metadata.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Embedding => "embedding",
@@ -54,20 +53,20 @@ impl FromStr for Task {
         .find(|task| task.as_str() == name)
         .ok_or_else(|| {
             EngineError::Unsupported(format!(
-                "unknown task '{name}': use embedding, classification, rerank or tabular"
+                "task '{name}' is not supported: use embedding, classification, rerank or tabular"
             ))
         })
     }
 }
 
-/// The device that a model is to run on.
+/// The device that a model runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
-    /// The processor.
+    /// The CPU.
     Cpu,
-    /// The NVIDIA device with this index.
+    /// The NVIDIA GPU with this index.
     Cuda(usize),
-    /// The first NVIDIA device where there is one, else the processor.
+    /// The first NVIDIA GPU where there is one, else the CPU.
     #[default]
     Auto,
 }
@@ -86,7 +85,7 @@ impl DeviceChoice {
             Self::Cpu => Ok(Device::Cpu),
             Self::Auto => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
             Self::Cuda(_) if !cfg!(feature = "cuda") => Err(EngineError::Unsupported(
-                "this build has no CUDA: build it with the engine's `cuda` feature, or use --device cpu"
+                "this build has no CUDA: build it with the engine's `cuda` feature, or use device cpu"
                     .to_owned(),
             )),
             Self::Cuda(index) => Device::new_cuda(index).map_err(|error| {
@@ -119,33 +118,33 @@ impl FromStr for DeviceChoice {
         }
         .ok_or_else(|| {
             EngineError::Unsupported(format!(
-                "unknown device '{name}': use cpu, cuda, cuda:N or auto"
+                "device '{name}' is not supported: use cpu, cuda, cuda:N or auto"
             ))
         })
     }
 }
 
-/// The number format that weights are kept and multiplied in.
+/// The dtype that weights are stored and multiplied in: quantization (int8) and half precision
+/// (f16, bf16) are chosen here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Dtype {
-    /// bfloat16 where the processor multiplies it itself, else 32-bit floats; on a device 32-bit
-    /// floats.
+    /// bfloat16 where the CPU has instructions for it, else 32-bit floats; on a GPU 32-bit floats.
     #[default]
     Auto,
     /// 32-bit floats, everywhere.
     F32,
-    /// 16-bit IEEE floats, on CUDA devices.
+    /// 16-bit IEEE floats, on a CUDA device only.
     F16,
-    /// bfloat16, added up in 32 bits.
+    /// bfloat16, accumulated in 32 bits.
     Bf16,
-    /// 8-bit integers with scales, on the processor.
+    /// 8-bit integers with scales (int8 quantization), on the CPU only.
     Int8,
 }
 
 impl Dtype {
     const ALL: [Self; 5] = [Self::Auto, Self::F32, Self::F16, Self::Bf16, Self::Int8];
 
-    /// The name that configuration files and metadata write.
+    /// The name in configuration files and in metadata.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Auto => "auto",
@@ -170,21 +169,21 @@ impl FromStr for Dtype {
         let dtype = Self::ALL.into_iter().find(|dtype| dtype.as_str() == name);
         dtype.ok_or_else(|| {
             EngineError::Unsupported(format!(
-                "unknown dtype '{name}': use auto, f32, f16, bf16 or int8"
+                "dtype '{name}' is not supported: use auto, f32, f16, bf16 or int8"
             ))
         })
     }
 }
 
-/// What computes on the processor.
+/// The implementation of the layers on the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kernels {
-    /// Our kernels, in the widest instruction set that the processor has.
+    /// The engine's kernels, in the widest instruction set that the CPU supports.
     #[default]
     Auto,
-    /// Our kernels in this set.
+    /// The engine's kernels in this instruction set.
     Only(Instructions),
-    /// candle's operations, as on a device: slower, and what the kernels are compared with.
+    /// candle's operations, as on a GPU: slower, and the reference for the kernels.
     Candle,
 }
 
@@ -211,74 +210,24 @@ impl FromStr for Kernels {
         .ok_or_else(|| {
             let sets = Instructions::ALL.map(Instructions::as_str).join(", ");
             EngineError::Unsupported(format!(
-                "unknown kernels '{name}': use auto, {sets} or candle"
+                "kernels '{name}' are not supported: use auto, {sets} or candle"
             ))
         })
     }
 }
 
-/// What [`load`](crate::load) is to do beyond what the folder says.
+/// The choices of a caller of [`load`](crate::load()) that the model folder does not make.
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
-    /// Where the model runs.
+    /// The device.
     pub device: DeviceChoice,
-    /// The number format of its weights.
+    /// The dtype of the weights.
     pub dtype: Dtype,
-    /// What computes, where the model runs on the processor.
+    /// The kernels, for a model on the CPU.
     pub kernels: Kernels,
-    /// The task, where the folder's own is not the wanted one.
+    /// The task; none for the one that the model folder was saved for.
     pub task: Option<Task>,
-    /// A lower limit of tokens for one row, special tokens included.
+    /// The maximum number of tokens of one row, special tokens included, where it is to be lower
+    /// than the model's own.
     pub tokens_max: Option<usize>,
-}
-
-impl LoadOptions {
-    /// Where weights go and how they are multiplied, with `auto` decided.
-    pub(crate) fn placement(&self) -> Result<(Placement, Dtype), EngineError> {
-        let device = self.device.open()?;
-        let unsupported = |reason: String| Err(EngineError::Unsupported(reason));
-        let on_candle = !device.is_cpu() || self.kernels == Kernels::Candle;
-        let dtype = match self.dtype {
-            Dtype::Auto if on_candle => Dtype::F32,
-            other => other,
-        };
-        if on_candle {
-            let format = match dtype {
-                Dtype::F16 if !device.is_cpu() => DType::F16,
-                Dtype::Bf16 if !device.is_cpu() => DType::BF16,
-                Dtype::F32 => DType::F32,
-                other => return unsupported(format!("dtype {other} is not one of this device's")),
-            };
-            return Ok((
-                Placement::Device {
-                    device,
-                    dtype: format,
-                },
-                dtype,
-            ));
-        }
-        let instructions = match self.kernels {
-            Kernels::Only(set) if !set.supported() => {
-                return unsupported(format!("this processor does not have {set}"));
-            }
-            Kernels::Only(set) => set,
-            _ => Instructions::best(),
-        };
-        let (precision, dtype) = match dtype {
-            Dtype::Auto if instructions.multiplies_bf16() => (Precision::Bf16, Dtype::Bf16),
-            Dtype::Auto | Dtype::F32 => (Precision::F32, Dtype::F32),
-            Dtype::Bf16 => (Precision::Bf16, Dtype::Bf16),
-            Dtype::Int8 => (Precision::Int8, Dtype::Int8),
-            Dtype::F16 => {
-                return unsupported(
-                    "dtype f16 needs a CUDA device: use bf16 on the processor".to_owned(),
-                );
-            }
-        };
-        let way = Way {
-            instructions,
-            precision,
-        };
-        Ok((Placement::Processor(way), dtype))
-    }
 }

@@ -10,7 +10,7 @@ use tokenizers::utils::truncation::{
 };
 use tokenizers::{PostProcessor, Tokenizer as Inner};
 
-use crate::EngineError;
+use crate::error::EngineError;
 use template::{Template, cut, shares};
 use wordpiece::WordPiece;
 
@@ -111,7 +111,7 @@ impl Tokenizer {
     /// The row of a text or of a pair, at most the model's token limit long.
     ///
     /// # Errors
-    /// [`EngineError::TooLong`] for a longer one under [`Truncation::Refuse`].
+    /// [`EngineError::TooManyTokens`] for a longer one under [`Truncation::Refuse`].
     pub fn encode(&self, text: Text<'_>, truncation: Truncation) -> Result<TokenRow, EngineError> {
         let row = match self.encode_short(text, truncation) {
             Some(row) => row?,
@@ -173,7 +173,7 @@ impl Tokenizer {
             let first = plain(first)?;
             Ok((first, second.map(plain).transpose()?))
         });
-        let (first, second) = encoding.map_err(EngineError::BadInput)?;
+        let (first, second) = encoding.map_err(EngineError::InvalidInput)?;
         let added = self
             .inner
             .get_post_processor()
@@ -184,14 +184,14 @@ impl Tokenizer {
         } else {
             let params = self.truncation(truncation, own + added, added)?;
             truncate_encodings(first, second, &params)
-                .map_err(|error| EngineError::BadInput(error.to_string()))?
+                .map_err(|error| EngineError::InvalidInput(error.to_string()))?
         };
         let row = guarded(|| {
             self.inner
                 .post_process(first, second, true)
                 .map_err(|error| error.to_string())
         });
-        let row = row.map_err(EngineError::BadInput)?;
+        let row = row.map_err(EngineError::InvalidInput)?;
         Ok(TokenRow {
             ids: row.get_ids().to_vec(),
             type_ids: row.get_type_ids().to_vec(),
@@ -206,7 +206,7 @@ impl Tokenizer {
         added: usize,
     ) -> Result<TruncationParams, EngineError> {
         let tokens_max = self.tokens_max;
-        let too_long = EngineError::TooLong { tokens, tokens_max };
+        let too_long = EngineError::TooManyTokens { tokens, tokens_max };
         let direction = match truncation {
             Truncation::Refuse => return Err(too_long),
             Truncation::Right => TruncationDirection::Right,
@@ -223,14 +223,14 @@ impl Tokenizer {
     /// The tokens of a text of any length, with the places that they stand for.
     ///
     /// # Errors
-    /// [`EngineError::BadInput`] when the tokenizer cannot take the text.
+    /// [`EngineError::InvalidInput`] when the tokenizer cannot take the text.
     pub fn tokens(&self, text: &str, add_special_tokens: bool) -> Result<Vec<Token>, EngineError> {
         let encoding = guarded(|| {
             self.inner
                 .encode_char_offsets(text, add_special_tokens)
                 .map_err(|error| error.to_string())
         });
-        let encoding = encoding.map_err(EngineError::BadInput)?;
+        let encoding = encoding.map_err(EngineError::InvalidInput)?;
         // Byte places of the characters, so that a slice costs no walk from the beginning.
         let mut places: Vec<usize> = text.char_indices().map(|(place, _)| place).collect();
         places.push(text.len());
@@ -257,11 +257,11 @@ impl Tokenizer {
     /// The text of token ids.
     ///
     /// # Errors
-    /// [`EngineError::BadToken`] for an id that the vocabulary does not have.
+    /// [`EngineError::UnknownTokenId`] for an id that the vocabulary does not have.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, EngineError> {
         for id in ids {
             if self.inner.id_to_token(*id).is_none() {
-                return Err(EngineError::BadToken { id: *id });
+                return Err(EngineError::UnknownTokenId { id: *id });
             }
         }
         let text = guarded(|| {
@@ -269,12 +269,12 @@ impl Tokenizer {
                 .decode(ids, skip_special_tokens)
                 .map_err(|error| error.to_string())
         });
-        text.map_err(EngineError::BadInput)
+        text.map_err(EngineError::InvalidInput)
     }
 
     fn known(&self, ids: &[u32]) -> Result<(), EngineError> {
         match ids.iter().find(|id| **id as usize >= self.vocabulary) {
-            Some(id) => Err(EngineError::BadToken { id: *id }),
+            Some(id) => Err(EngineError::UnknownTokenId { id: *id }),
             None => Ok(()),
         }
     }

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use engine::{
-    DeviceChoice, Dtype, EngineError, Instructions, Kernels, LoadOptions, Model, Task, Text,
-    TextRow, TokenRow, Truncation, Wanted, load, normalize,
+    DeviceChoice, Dtype, EncoderModel, EngineError, Instructions, Kernels, LoadOptions, Model,
+    TabularModel, Task, Text, TextOutput, TextRow, TokenRow, Truncation, load, normalize,
 };
 use serde::Deserialize;
 
@@ -53,6 +53,20 @@ fn golden<T: for<'a> Deserialize<'a>>(name: &str) -> T {
         )
     });
     serde_json::from_slice(&bytes).unwrap()
+}
+
+fn load_encoder(folder: impl AsRef<Path>, options: &LoadOptions) -> EncoderModel {
+    match load(&root().join(folder), options).unwrap() {
+        Model::Encoder(model) => *model,
+        Model::Tabular(_) => panic!("an encoder is expected"),
+    }
+}
+
+fn load_tabular(folder: impl AsRef<Path>, options: &LoadOptions) -> TabularModel {
+    match load(&root().join(folder), options).unwrap() {
+        Model::Tabular(model) => model,
+        Model::Encoder(_) => panic!("a tabular model is expected"),
+    }
 }
 
 fn options() -> LoadOptions {
@@ -99,13 +113,13 @@ fn tolerance(dtype: Dtype) -> (f32, f64) {
     }
 }
 
-fn forward<'a>(model: &mut Model, rows: &[(&'a TokenRow, Wanted)]) -> Vec<Vec<f32>> {
-    let row = |(tokens, wanted): &(&'a TokenRow, Wanted)| TextRow {
+fn forward<'a>(model: &mut EncoderModel, rows: &[(&'a TokenRow, TextOutput)]) -> Vec<Vec<f32>> {
+    let row = |(tokens, output): &(&'a TokenRow, TextOutput)| TextRow {
         tokens,
-        wanted: *wanted,
+        output: *output,
     };
     let rows: Vec<TextRow<'_>> = rows.iter().map(row).collect();
-    model.network.forward_text(&rows, &|| true).unwrap()
+    model.forward(&rows, &|| true).unwrap()
 }
 
 fn assert_close(actual: &[f32], expected: &[f32], tolerance: f32, what: &str) {
@@ -146,11 +160,11 @@ fn compare(name: &str, family: &str, task: Task) {
 
 fn compare_way(name: &str, family: &str, task: Task, way: &LoadOptions) {
     let expected: Vec<Expected> = golden(&format!("{name}/expected.json"));
-    let mut model = load(&root().join("target/golden").join(name), way).unwrap();
+    let mut model = load_encoder(Path::new("target/golden").join(name), way);
     let (largest, least) = tolerance(way.dtype);
     let name = format!("{name} {} {}", way.dtype, way.kernels);
-    assert_eq!((model.card.family, model.card.task), (family, task));
-    let tokenizer = model.tokenizer.clone().unwrap();
+    assert_eq!((model.card().family, model.card().task), (family, task));
+    let tokenizer = model.tokenizer().clone();
     let rows: Vec<TokenRow> = expected
         .iter()
         .map(|expected| {
@@ -166,19 +180,19 @@ fn compare_way(name: &str, family: &str, task: Task, way: &LoadOptions) {
             row
         })
         .collect();
-    let kinds: &[Wanted] = match task {
-        Task::Embedding => &[Wanted::Pooled, Wanted::AllTokens],
-        _ => &[Wanted::Scores],
+    let kinds: &[TextOutput] = match task {
+        Task::Embedding => &[TextOutput::Embedding, TextOutput::TokenEmbeddings],
+        _ => &[TextOutput::Logits],
     };
-    for wanted in kinds {
-        let batch: Vec<_> = rows.iter().map(|row| (row, *wanted)).collect();
+    for requested in kinds {
+        let batch: Vec<_> = rows.iter().map(|row| (row, *requested)).collect();
         let together = forward(&mut model, &batch);
         for ((row, expected), output) in batch.iter().zip(&expected).zip(&together) {
-            let what = format!("{name} {wanted:?} of {:?}", expected.text);
-            let reference = match wanted {
-                Wanted::Pooled => &expected.pooled,
-                Wanted::AllTokens => &expected.hidden,
-                Wanted::Scores => &expected.logits,
+            let what = format!("{name} {requested:?} of {:?}", expected.text);
+            let reference = match requested {
+                TextOutput::Embedding => &expected.pooled,
+                TextOutput::TokenEmbeddings => &expected.hidden,
+                TextOutput::Logits => &expected.logits,
             };
             let reference = reference.as_ref().unwrap();
             assert_close(output, reference, largest, &what);
@@ -189,7 +203,7 @@ fn compare_way(name: &str, family: &str, task: Task, way: &LoadOptions) {
             assert_close(&alone[0], output, largest / 2.0, &format!("{what}, alone"));
         }
         // A model that gives every text the same answer would agree with itself in any order.
-        if *wanted == Wanted::Pooled {
+        if *requested == TextOutput::Embedding {
             assert!(
                 cosine(&together[0], &together[4]) < 0.995,
                 "{name}: texts look alike"
@@ -251,9 +265,9 @@ fn minilm() {
 }
 
 fn minilm_way(expected: &[Sentence], way: &LoadOptions) {
-    let mut model = load(&root().join("models/minilm/1"), way).unwrap();
-    assert_eq!((model.card.tokens_max, model.card.width), (256, 384));
-    let tokenizer = model.tokenizer.clone().unwrap();
+    let mut model = load_encoder("models/minilm/1", way);
+    assert_eq!((model.card().tokens_max, model.card().width), (256, 384));
+    let tokenizer = model.tokenizer().clone();
     let rows: Vec<TokenRow> = expected
         .iter()
         .map(|sentence| {
@@ -266,7 +280,10 @@ fn minilm_way(expected: &[Sentence], way: &LoadOptions) {
         .collect();
     let mut together = Vec::new();
     for rows in rows.chunks(64) {
-        let rows: Vec<_> = rows.iter().map(|row| (row, Wanted::Pooled)).collect();
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|row| (row, TextOutput::Embedding))
+            .collect();
         together.extend(forward(&mut model, &rows));
     }
     let mut worst_batch = 0.0f32;
@@ -279,7 +296,7 @@ fn minilm_way(expected: &[Sentence], way: &LoadOptions) {
         })
     };
     for ((row, sentence), batched) in rows.iter().zip(expected).zip(&mut together) {
-        let alone = forward(&mut model, &[(row, Wanted::Pooled)]);
+        let alone = forward(&mut model, &[(row, TextOutput::Embedding)]);
         worst_batch = worst(worst_batch, &alone[0], batched);
         normalize(batched);
         cosines.push(cosine(batched, &sentence.vector));
@@ -334,14 +351,11 @@ fn rankings_kept(references: &[&[f32]], vectors: &[&[f32]]) -> f64 {
 #[test]
 fn digits() {
     let expected: Digits = golden("digits.json");
-    let mut model = load(&root().join("demo/digits/1"), &options()).unwrap();
-    assert_eq!(model.card.feature_range, Some((0.0, 16.0)));
+    let mut model = load_tabular("demo/digits/1", &options());
+    assert_eq!(model.card().feature_range, Some((0.0, 16.0)));
     let rows = expected.features.len();
     let features = expected.features.concat();
-    let logits = model
-        .network
-        .forward_features(&features, rows, &|| true)
-        .unwrap();
+    let logits = model.forward(&features, rows, &|| true).unwrap();
     assert_close(&logits, &expected.logits.concat(), 1e-3, "digits");
     let scores = logits.chunks(10);
     let right = scores
@@ -349,71 +363,68 @@ fn digits() {
         .filter(|(scores, label)| engine::argmax(scores) == **label);
     let accuracy = right.count() as f64 / rows as f64;
     assert!(accuracy >= 0.97, "accuracy {accuracy}");
-    let uneven = model
-        .network
-        .forward_features(&features[1..], rows, &|| true);
+    let uneven = model.forward(&features[1..], rows, &|| true);
     assert!(uneven.is_err_and(|error| error.is_callers_input()));
 }
 
 #[test]
 fn nobody_waits_so_nothing_is_computed() {
-    let mut model = load(&root().join("target/golden/bert-embedding"), &options()).unwrap();
-    let tokenizer = model.tokenizer.clone().unwrap();
+    let mut model = load_encoder("target/golden/bert-embedding", &options());
+    let tokenizer = model.tokenizer().clone();
     let tokens = tokenizer
         .encode(Text::One("red"), Truncation::Refuse)
         .unwrap();
     let row = TextRow {
         tokens: &tokens,
-        wanted: Wanted::Pooled,
+        output: TextOutput::Embedding,
     };
-    let asked = AtomicUsize::new(0);
-    let go_on = || asked.fetch_add(1, Ordering::Relaxed) < 2;
-    let outcome = model.network.forward_text(&[row], &go_on);
-    assert_eq!(outcome, Err(EngineError::Abandoned));
-    assert_eq!(asked.into_inner(), 3, "it stops at the first no");
+    let calls = AtomicUsize::new(0);
+    let should_continue = || calls.fetch_add(1, Ordering::Relaxed) < 2;
+    let outcome = model.forward(&[row], &should_continue);
+    assert_eq!(outcome, Err(EngineError::Cancelled));
+    assert_eq!(calls.into_inner(), 3, "it stops at the first false");
 }
 
 #[test]
 fn what_the_model_cannot_take_is_the_callers_error() {
-    let mut model = load(&root().join("target/golden/bert-embedding"), &options()).unwrap();
-    let mut refused = |ids: Vec<u32>, wanted| {
+    let mut model = load_encoder("target/golden/bert-embedding", &options());
+    let mut refused = |ids: Vec<u32>, output| {
         let type_ids = vec![0; ids.len()];
         let tokens = TokenRow { ids, type_ids };
         let row = TextRow {
             tokens: &tokens,
-            wanted,
+            output,
         };
-        model.network.forward_text(&[row], &|| true).unwrap_err()
+        model.forward(&[row], &|| true).unwrap_err()
     };
     assert_eq!(
-        refused(vec![2, 400, 3], Wanted::Pooled),
-        EngineError::BadToken { id: 400 }
+        refused(vec![2, 400, 3], TextOutput::Embedding),
+        EngineError::UnknownTokenId { id: 400 }
     );
     assert!(matches!(
-        refused(vec![], Wanted::Pooled),
-        EngineError::BadInput(_)
+        refused(vec![], TextOutput::Embedding),
+        EngineError::InvalidInput(_)
     ));
     assert!(matches!(
-        refused(vec![2; 73], Wanted::Pooled),
-        EngineError::TooLong { .. }
+        refused(vec![2; 73], TextOutput::Embedding),
+        EngineError::TooManyTokens { .. }
     ));
     assert!(matches!(
-        refused(vec![2, 3], Wanted::Scores),
-        EngineError::WrongOutput(_)
+        refused(vec![2, 3], TextOutput::Logits),
+        EngineError::UnsupportedOutput(_)
     ));
-    assert!(refused(vec![], Wanted::Pooled).is_callers_input());
-    assert!(model.network.forward_features(&[0.0], 1, &|| true).is_err());
+    assert!(refused(vec![], TextOutput::Embedding).is_callers_input());
 }
 
 #[test]
 fn truncation_refuses_or_cuts_and_keeps_special_tokens() {
-    let model = load(&root().join("models/minilm/1"), &options()).unwrap();
-    let tokenizer = model.tokenizer.unwrap();
+    let model = load_encoder("models/minilm/1", &options());
+    let tokenizer = model.tokenizer();
     let long = format!("first {}last", "word ".repeat(400));
     let refused = tokenizer.encode(Text::One(&long), Truncation::Refuse);
     assert_eq!(
         refused,
-        Err(EngineError::TooLong {
+        Err(EngineError::TooManyTokens {
             tokens: 404,
             tokens_max: 256
         })
@@ -440,8 +451,8 @@ fn truncation_refuses_or_cuts_and_keeps_special_tokens() {
 
 #[test]
 fn tokens_know_their_places_and_decode_back() {
-    let model = load(&root().join("models/minilm/1"), &options()).unwrap();
-    let tokenizer = model.tokenizer.unwrap();
+    let model = load_encoder("models/minilm/1", &options());
+    let tokenizer = model.tokenizer();
     let text = "Paper 日本 lanterns";
     let tokens = tokenizer.tokens(text, true).unwrap();
     let parts: Vec<_> = tokens
@@ -463,7 +474,7 @@ fn tokens_know_their_places_and_decode_back() {
     assert!(tokenizer.decode(&ids, false).unwrap().starts_with("[CLS]"));
     assert_eq!(
         tokenizer.decode(&[99_999], true),
-        Err(EngineError::BadToken { id: 99_999 })
+        Err(EngineError::UnknownTokenId { id: 99_999 })
     );
 }
 
@@ -471,16 +482,14 @@ fn tokens_know_their_places_and_decode_back() {
 fn files_and_options_of_a_folder_are_honoured() {
     let folder = root().join("target/golden/bert-dense");
     let model = load(&folder, &options()).unwrap();
-    assert_eq!(
-        (model.card.width, model.card.hidden, model.card.tokens_max),
-        (12, 32, 60)
-    );
-    assert_eq!(model.card.prompts["query"], "query: ");
+    let card = model.card();
+    assert_eq!((card.width, card.hidden, card.tokens_max), (12, 32, 60));
+    assert_eq!(card.prompts["query"], "query: ");
     let lowered = LoadOptions {
         tokens_max: Some(8),
         ..options()
     };
-    assert_eq!(load(&folder, &lowered).unwrap().card.tokens_max, 8);
+    assert_eq!(load(&folder, &lowered).unwrap().card().tokens_max, 8);
     let other = LoadOptions {
         device: DeviceChoice::Cuda(0),
         ..options()
@@ -495,5 +504,5 @@ fn files_and_options_of_a_folder_are_honoured() {
         device: DeviceChoice::Cpu,
         ..other
     };
-    assert!(load(&folder, &other).is_err_and(|error| error.is_unusable_model()));
+    assert!(load(&folder, &other).is_err_and(|error| error.is_invalid_model()));
 }

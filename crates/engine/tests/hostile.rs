@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use engine::{
-    DeviceChoice, EngineError, LoadOptions, Model, Task, Text, TextRow, Truncation, Wanted, load,
+    DeviceChoice, EngineError, LoadOptions, Model, Task, Text, TextOutput, TextRow, Truncation,
+    load,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -64,7 +65,7 @@ impl Folder {
     fn refused(&self, file: &str) -> String {
         let error = self.load().err().expect("the folder should be refused");
         let sentence = error.to_string();
-        let EngineError::Unusable { file: named, .. } = error else {
+        let EngineError::InvalidFile { file: named, .. } = error else {
             panic!("{sentence}");
         };
         assert_eq!(named, file, "{sentence}");
@@ -157,17 +158,19 @@ fn checkpoint(tensors: &[(String, Vec<usize>)]) -> Vec<u8> {
 
 #[test]
 fn the_valid_folder_loads_and_answers() {
-    let mut model = Folder::valid().load().unwrap();
-    let tokenizer = model.tokenizer.clone().unwrap();
-    let tokens = tokenizer
+    let Model::Encoder(mut model) = Folder::valid().load().unwrap() else {
+        panic!("an encoder is expected");
+    };
+    let tokens = model
+        .tokenizer()
         .encode(Text::One("one a two"), Truncation::Refuse)
         .unwrap();
     assert_eq!(tokens.ids, [2, 6, 4, 7, 3]);
     let row = TextRow {
         tokens: &tokens,
-        wanted: Wanted::Pooled,
+        output: TextOutput::Embedding,
     };
-    let output = model.network.forward_text(&[row], &|| true).unwrap();
+    let output = model.forward(&[row], &|| true).unwrap();
     assert_eq!(output[0].len(), HIDDEN);
     assert!(output[0].iter().all(|value| value.is_finite()));
 }
@@ -305,9 +308,36 @@ fn absurd_sizes_in_the_configuration_are_refused_before_they_are_used() {
         let mut config = config();
         config[key] = value.clone();
         folder.write("config.json", config.to_string());
-        println!("{key} {value}: {}", folder.refused("config.json"));
+        let sentence = folder.refused("config.json");
+        println!("{key} {value}: {sentence}");
+        assert!(sentence.contains(key), "the key is named: {sentence}");
     }
+    // An unsupported model is refused as such, whatever its other keys hold.
     let folder = Folder::valid();
+    for config in [
+        json!({"model_type": "gpt9", "hidden_size": "many", "id2label": [], "is_decoder": true}),
+        json!({"model_type": "gpt9"}),
+        json!({"hidden_size": 0}),
+    ] {
+        folder.write("config.json", config.to_string());
+        let sentence = folder.refused("config.json");
+        assert!(sentence.contains("model_type"), "{sentence}");
+        assert!(
+            sentence.contains("bert, roberta, xlm-roberta"),
+            "{sentence}"
+        );
+    }
+    // A family refuses by the names that it has for its own keys.
+    let distilbert = json!({
+        "model_type": "distilbert", "dim": HIDDEN, "n_layers": 1, "n_heads": 3, "hidden_dim": 6,
+        "vocab_size": WORDS, "max_position_embeddings": 10,
+    });
+    folder.write("config.json", distilbert.to_string());
+    assert!(
+        folder
+            .refused("config.json")
+            .contains("multiple of n_heads")
+    );
     folder.write("config.json", vec![b' '; 5 << 20]);
     assert!(folder.refused("config.json").contains("at most"));
 }
@@ -429,7 +459,7 @@ fn tasks_that_the_model_cannot_do_are_refused() {
             ..LoadOptions::default()
         };
         match load(&folder.0, &options) {
-            Err(EngineError::Unusable { file: named, .. }) => assert_eq!(named, file),
+            Err(EngineError::InvalidFile { file: named, .. }) => assert_eq!(named, file),
             _ => panic!("{task} should be refused"),
         }
     }
@@ -437,21 +467,19 @@ fn tasks_that_the_model_cannot_do_are_refused() {
 
 /// Loads what may be broken; when it loads all the same, it must answer or refuse.
 fn load_and_ask(folder: &Folder) {
-    let Ok(mut model) = folder.load() else {
+    let Ok(Model::Encoder(mut model)) = folder.load() else {
         return;
     };
-    let Some(tokenizer) = model.tokenizer.clone() else {
+    let pair = Text::Pair("one a", "two b");
+    let Ok(tokens) = model.tokenizer().encode(pair, Truncation::Right) else {
         return;
     };
-    let Ok(tokens) = tokenizer.encode(Text::Pair("one a", "two b"), Truncation::Right) else {
-        return;
-    };
-    for wanted in [Wanted::Pooled, Wanted::Scores] {
+    for output in [TextOutput::Embedding, TextOutput::Logits] {
         let row = TextRow {
             tokens: &tokens,
-            wanted,
+            output,
         };
-        let _ = model.network.forward_text(&[row], &|| true);
+        let _ = model.forward(&[row], &|| true);
     }
 }
 
@@ -493,6 +521,11 @@ proptest! {
         let folder = Folder::valid();
         let mut config = config();
         config["model_type"] = json!(family);
+        // The one key that DistilBERT knows by its own name alone.
+        if family == "distilbert" {
+            config["hidden_dim"] = config["intermediate_size"].clone();
+        }
+        let key = if family == "distilbert" && key == "intermediate_size" { "hidden_dim" } else { key };
         config[key] = json!(value);
         folder.write("config.json", config.to_string());
         load_and_ask(&folder);

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use engine::{EngineError, Network, TextRow};
+use engine::{EncoderModel, EngineError, Model, TabularModel, TextRow};
 
 use crate::error::ModelError;
 use crate::metrics::ModelMetrics;
@@ -15,13 +15,13 @@ use crate::queue::{Batch, Computed, Part, Queue, Rows};
 /// A network and what it is fed from.
 pub struct Instance {
     /// None once the queue is closed and empty: the memory is given back.
-    network: Mutex<Option<Network>>,
+    network: Mutex<Option<Model>>,
     queue: Arc<Queue>,
     metrics: ModelMetrics,
 }
 
 impl Instance {
-    pub fn new(network: Network, queue: Arc<Queue>, metrics: ModelMetrics) -> Self {
+    pub fn new(network: Model, queue: Arc<Queue>, metrics: ModelMetrics) -> Self {
         Self {
             network: Mutex::new(Some(network)),
             queue,
@@ -60,14 +60,14 @@ impl Instance {
 
 /// Computes a batch and answers its parts. When a batch of several parts fails,
 /// each is computed alone, so that a bad one does not fail its neighbours.
-fn answer(network: &mut Network, batch: Batch, metrics: &ModelMetrics) {
+fn answer(network: &mut Model, batch: Batch, metrics: &ModelMetrics) {
     match compute(network, &batch.parts) {
         Ok((outputs, started, took)) => {
             // First: who has the answer finds it counted.
             metrics.computed(batch.rows, batch.tokens, took);
             reply(batch.parts, outputs, started, took);
         }
-        Err(EngineError::Abandoned) => {
+        Err(EngineError::Cancelled) => {
             metrics.abandoned(batch.rows);
             for part in batch.parts {
                 // Whoever still listens does so past the deadline.
@@ -96,16 +96,16 @@ fn answer(network: &mut Network, batch: Batch, metrics: &ModelMetrics) {
 /// What each part became, and when it began and how long it took.
 type Outputs = (Vec<Vec<Vec<f32>>>, Instant, Duration);
 
-fn compute(network: &mut Network, parts: &[Part]) -> Result<Outputs, EngineError> {
+fn compute(network: &mut Model, parts: &[Part]) -> Result<Outputs, EngineError> {
     let started = Instant::now();
     // Between layers: work that nobody waits for any more stops.
     let go_on = || {
         let now = Instant::now();
         parts.iter().any(|part| part.awaited(now))
     };
-    let forward = AssertUnwindSafe(|| match parts.first().map(|part| &part.rows) {
-        Some(Rows::Features { .. }) => features(network, parts, &go_on),
-        _ => text(network, parts, &go_on),
+    let forward = AssertUnwindSafe(|| match network {
+        Model::Tabular(model) => features(model, parts, &go_on),
+        Model::Encoder(model) => text(model, parts, &go_on),
     });
     // A defect in the engine fails its batch; the instance goes on.
     let outputs = catch_unwind(forward)
@@ -114,20 +114,23 @@ fn compute(network: &mut Network, parts: &[Part]) -> Result<Outputs, EngineError
 }
 
 fn text(
-    network: &mut Network,
+    model: &mut EncoderModel,
     parts: &[Part],
     go_on: &(dyn Fn() -> bool + Sync),
 ) -> Result<Vec<Vec<Vec<f32>>>, EngineError> {
     let mut rows = Vec::new();
     for part in parts {
-        if let Rows::Text(texts) = &part.rows {
-            rows.extend(texts.iter().map(|(tokens, wanted)| TextRow {
-                tokens,
-                wanted: *wanted,
-            }));
-        }
+        let Rows::Text(texts) = &part.rows else {
+            return Err(EngineError::UnsupportedOutput(
+                "a text model takes no features",
+            ));
+        };
+        rows.extend(texts.iter().map(|(tokens, output)| TextRow {
+            tokens,
+            output: *output,
+        }));
     }
-    let mut outputs = network.forward_text(&rows, go_on)?.into_iter();
+    let mut outputs = model.forward(&rows, go_on)?.into_iter();
     Ok(parts
         .iter()
         .map(|part| outputs.by_ref().take(part.rows.count()).collect())
@@ -135,9 +138,9 @@ fn text(
 }
 
 fn features(
-    network: &mut Network,
+    model: &mut TabularModel,
     parts: &[Part],
-    go_on: &(dyn Fn() -> bool + Sync),
+    go_on: &dyn Fn() -> bool,
 ) -> Result<Vec<Vec<Vec<f32>>>, EngineError> {
     let rows_of = |part: &Part| part.rows.count();
     let rows: usize = parts.iter().map(rows_of).sum();
@@ -161,7 +164,7 @@ fn features(
             &joined
         }
     };
-    let outputs = network.forward_features(features, rows, go_on)?;
+    let outputs = model.forward(features, rows, go_on)?;
     let width = outputs.len() / rows.max(1);
     let mut rest = outputs.as_slice();
     Ok(parts

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use engine::{Task, Truncation, Wanted};
+use engine::{Task, TextOutput, Truncation};
 use protocol::{Error, InferRequest, Input, Value};
 use tensor::{Shape, Tensor, TensorError};
 
@@ -53,8 +53,8 @@ pub async fn infer(
     } else {
         let texts = texts(model, &request.inputs)?;
         let wanted = match model.card.task {
-            Task::Embedding => Wanted::Pooled,
-            _ => Wanted::Scores,
+            Task::Embedding => TextOutput::Embedding,
+            _ => TextOutput::Logits,
         };
         let answered = model
             .texts(texts, wanted, options.truncation, urgency)

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use engine::{Card, EngineError, LoadOptions, Text, Tokenizer, Truncation, Wanted};
+use engine::{Card, EngineError, LoadOptions, Model, Text, TextOutput, Tokenizer, Truncation};
 use futures::future::try_join_all;
 use http::HeaderValue;
 use protocol::{ModelName, ModelVersion};
@@ -144,18 +144,20 @@ impl ServedModel {
     ) -> Result<Self, EngineError> {
         let mut model = engine::load(folder, options)?;
         warm_up(&mut model)?;
+        let card = model.card().clone();
+        let tokenizer = model.tokenizer().cloned();
         let digest = match limits.deterministic {
-            true => digest::of(folder, options, &model.card)?,
+            true => digest::of(folder, options, &card)?,
             false => String::new(),
         };
-        let at_once_max = match model.card.task {
-            engine::Task::Tabular => AT_ONCE_BYTES / model.card.weight_bytes.max(1),
+        let at_once_max = match card.task {
+            engine::Task::Tabular => AT_ONCE_BYTES / card.weight_bytes.max(1),
             _ => 0,
         };
         let at_once_max = usize::try_from(at_once_max).unwrap_or(usize::MAX);
         let queue = Arc::new(Queue::new(limits.queue.clone(), at_once_max));
         let metrics = metrics.model(&name, version, queue.clone());
-        let instance = Instance::new(model.network, queue.clone(), metrics.clone());
+        let instance = Instance::new(model, queue.clone(), metrics.clone());
         let instance = Arc::new(instance);
         let thread = instance
             .start(name.as_str())
@@ -164,10 +166,10 @@ impl ServedModel {
             name,
             version,
             digest,
-            card: model.card,
+            card,
             limits,
             metrics,
-            tokenizer: model.tokenizer,
+            tokenizer,
             queue,
             instance,
             thread: Mutex::new(Some(thread)),
@@ -205,7 +207,7 @@ impl ServedModel {
     pub async fn texts(
         &self,
         texts: Vec<OwnedText>,
-        wanted: Wanted,
+        wanted: TextOutput,
         truncation: Truncation,
         urgency: Urgency,
     ) -> Result<Result<(Vec<Vec<f32>>, Cost), TextError>, ModelError> {
@@ -313,9 +315,9 @@ impl Drop for ServedModel {
 fn tokenize(
     tokenizer: &Tokenizer,
     texts: &[OwnedText],
-    wanted: Wanted,
+    wanted: TextOutput,
     truncation: Truncation,
-) -> Result<Vec<(engine::TokenRow, Wanted)>, TextError> {
+) -> Result<Vec<(engine::TokenRow, TextOutput)>, TextError> {
     texts
         .iter()
         .enumerate()
@@ -329,31 +331,29 @@ fn tokenize(
 }
 
 /// The first forward pass pays for what is set up lazily.
-fn warm_up(model: &mut engine::Model) -> Result<(), EngineError> {
-    if let Some(tokenizer) = &model.tokenizer {
-        let tokens = tokenizer.encode(Text::One("warm up"), Truncation::Right)?;
-        let wanted = if model.card.task == engine::Task::Embedding {
-            Wanted::Pooled
-        } else {
-            Wanted::Scores
-        };
-        let row = engine::TextRow {
-            tokens: &tokens,
-            wanted,
-        };
-        model.network.forward_text(&[row], &|| true)?;
-    } else {
-        let width = model
-            .card
-            .inputs
-            .first()
-            .and_then(|input| input.shape.last().copied());
-        let width = width
-            .and_then(|width| usize::try_from(width).ok())
-            .unwrap_or(0);
-        model
-            .network
-            .forward_features(&vec![0.0; width], 1, &|| true)?;
+fn warm_up(model: &mut Model) -> Result<(), EngineError> {
+    match model {
+        Model::Encoder(model) => {
+            let tokens = model
+                .tokenizer()
+                .encode(Text::One("warm up"), Truncation::Right)?;
+            let output = if model.card().task == engine::Task::Embedding {
+                TextOutput::Embedding
+            } else {
+                TextOutput::Logits
+            };
+            let row = engine::TextRow {
+                tokens: &tokens,
+                output,
+            };
+            model.forward(&[row], &|| true)?;
+        }
+        Model::Tabular(model) => {
+            let input = model.card().inputs.first();
+            let width = input.and_then(|input| input.shape.last().copied());
+            let width = width.and_then(|width| usize::try_from(width).ok());
+            model.forward(&vec![0.0; width.unwrap_or(0)], 1, &|| true)?;
+        }
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use engine::{TokenRow, Wanted};
+use engine::{TextOutput, TokenRow};
 use tokio::sync::oneshot;
 
 use crate::error::ModelError;
@@ -17,7 +17,7 @@ use crate::error::ModelError;
 #[derive(Debug)]
 pub enum Rows {
     /// Tokenized texts and what is wanted of each.
-    Text(Vec<(TokenRow, Wanted)>),
+    Text(Vec<(TokenRow, TextOutput)>),
     /// Features, row-major.
     Features {
         /// The values of all rows.

@@ -1,58 +1,138 @@
 //! Multilayer perceptrons over rows of numbers, for example the demo model `digits`.
 //!
 //! `config.json`: `model_type` is `andon_tabular`; `input` has `name`, `width` and `range`;
-//! `hidden` lists the widths between; `activation`; `labels`; `outputs` names the two tensors.
-//! `model.safetensors`: `layers.<number>.weight` of `[outputs, inputs]`, and `.bias`.
+//! `hidden` lists the widths of the hidden layers; `activation`; `labels`; `outputs` names the two
+//! output tensors. `model.safetensors`: `layers.<number>.weight` of `[outputs, inputs]`, and
+//! `.bias`.
 
 use candle_core::Tensor;
 use serde::Deserialize;
 use tensor::Datatype;
 
-use crate::EngineError;
-use crate::card::TensorSpec;
+use crate::card::{Card, TensorSpec};
+use crate::error::EngineError;
+use crate::files::{ConfigFile, bad_config};
 use crate::kernels::Matrix;
-use crate::layers::{Activation, Linear, States};
-use crate::load::{Placement, Weights, bad_config};
-
-pub(crate) const MODEL_TYPE: &str = "andon_tabular";
+use crate::layers::{Activation, HiddenStates, Linear, Placement, WeightLoader};
+use crate::options::{Dtype, Task};
 
 const LAYERS_MAX: usize = 64;
 const WIDTH_MAX: usize = 65_536;
 
+/// The keys of `config.json`.
 #[derive(Deserialize)]
-pub(crate) struct TabularConfig {
-    input: Input,
+struct TabularConfig {
+    input: InputConfig,
     #[serde(default)]
     hidden: Vec<usize>,
     activation: String,
-    pub(crate) labels: Vec<String>,
-    outputs: Outputs,
+    labels: Vec<String>,
+    outputs: OutputConfig,
 }
 
 #[derive(Deserialize)]
-struct Input {
+struct InputConfig {
     name: String,
     width: usize,
     range: Option<(f32, f32)>,
 }
 
+/// The names of the output tensors.
 #[derive(Deserialize)]
-struct Outputs {
+struct OutputConfig {
     probabilities: String,
     label: String,
 }
 
-impl TabularConfig {
-    /// Smallest and largest value of a feature.
-    pub(crate) fn range(&self) -> Result<Option<(f32, f32)>, EngineError> {
-        match self.input.range {
-            Some((low, high)) if low >= high => Err(bad_config("range: the first must be less")),
-            range => Ok(range),
+/// A tabular model with a checked configuration.
+pub(crate) struct Tabular {
+    config: TabularConfig,
+    /// Widths of the layers' inputs, and of the last one's outputs.
+    widths: Vec<usize>,
+    activation: Activation,
+}
+
+impl Tabular {
+    /// Parses and checks the configuration.
+    pub(crate) fn read(file: &ConfigFile) -> Result<Self, EngineError> {
+        let config: TabularConfig = file.parse()?;
+        if let Some((low, high)) = config.input.range
+            && low >= high
+        {
+            return Err(bad_config(format!(
+                "input.range is {low} to {high}, but must go from a smaller to a larger number"
+            )));
         }
+        let mut widths = vec![config.input.width];
+        widths.extend_from_slice(&config.hidden);
+        widths.push(config.labels.len());
+        if widths.len() > LAYERS_MAX {
+            return Err(bad_config(format!(
+                "hidden has {} layers, but at most {} are allowed",
+                config.hidden.len(),
+                LAYERS_MAX - 2
+            )));
+        }
+        if let Some(width) = widths
+            .iter()
+            .find(|width| !(1..=WIDTH_MAX).contains(*width))
+        {
+            return Err(bad_config(format!(
+                "input.width, hidden and the number of labels must be from 1 to {WIDTH_MAX}, \
+                 but one is {width}"
+            )));
+        }
+        Ok(Self {
+            activation: Activation::from_config("activation", &config.activation)?,
+            config,
+            widths,
+        })
     }
 
+    /// Loads the weights.
+    pub(crate) fn load(
+        self,
+        weights: &mut WeightLoader,
+        dtype: Dtype,
+    ) -> Result<TabularModel, EngineError> {
+        let mut layers = Vec::new();
+        for (number, (inputs, outputs)) in self.widths.iter().zip(&self.widths[1..]).enumerate() {
+            let name = format!("layers.{number}");
+            layers.push(Linear::load(weights, &name, [*outputs, *inputs])?);
+        }
+        let placement = weights.placement().clone();
+        let (inputs, outputs) = self.config.tensors();
+        let card = Card {
+            family: "tabular",
+            task: Task::Tabular,
+            dtype,
+            device: placement.device_name(),
+            kernels: placement.kernels_name(),
+            width: self.config.labels.len(),
+            hidden: 0,
+            feature_range: self.config.input.range,
+            labels: self.config.labels,
+            multi_label: false,
+            tokens_max: 0,
+            weight_bytes: weights.bytes,
+            prompts: Default::default(),
+            default_prompt: None,
+            inputs,
+            outputs,
+        };
+        Ok(TabularModel {
+            card,
+            placement,
+            width: self.config.input.width,
+            layers,
+            activation: self.activation,
+        })
+    }
+}
+
+impl TabularConfig {
     /// The input and the outputs as the protocol names them.
-    pub(crate) fn tensors(&self) -> (Vec<TensorSpec>, Vec<TensorSpec>) {
+    fn tensors(&self) -> (Vec<TensorSpec>, Vec<TensorSpec>) {
         let width = |width: usize| i64::try_from(width).unwrap_or(i64::MAX);
         let features = [-1, width(self.input.width)];
         let scores = [-1, width(self.labels.len())];
@@ -66,60 +146,55 @@ impl TabularConfig {
     }
 }
 
-/// A multilayer perceptron with its weights.
-pub(crate) struct Tabular {
+/// A multilayer perceptron: rows of features to logits. One thread owns it.
+pub struct TabularModel {
+    card: Card,
+    placement: Placement,
+    /// Features of one row.
     width: usize,
     layers: Vec<Linear>,
     activation: Activation,
 }
 
-impl Tabular {
-    pub(crate) fn load(config: &TabularConfig, weights: &mut Weights) -> Result<Self, EngineError> {
-        let mut widths = vec![config.input.width];
-        widths.extend_from_slice(&config.hidden);
-        widths.push(config.labels.len());
-        if widths.len() > LAYERS_MAX || widths.iter().any(|width| !(1..=WIDTH_MAX).contains(width))
-        {
-            return Err(bad_config(format!(
-                "at most {LAYERS_MAX} layers of 1 to {WIDTH_MAX} numbers are allowed"
-            )));
-        }
-        let activation = Activation::from_config(&config.activation)
-            .ok_or_else(|| bad_config("activation is not supported"))?;
-        let layers = widths
-            .windows(2)
-            .enumerate()
-            .map(|(number, pair)| match pair {
-                [inputs, outputs] => {
-                    Linear::load(weights, &format!("layers.{number}"), [*outputs, *inputs])
-                }
-                _ => Err(bad_config("no layers")),
-            });
-        Ok(Self {
-            width: config.input.width,
-            layers: layers.collect::<Result<_, _>>()?,
-            activation,
-        })
+impl TabularModel {
+    /// The card of the model.
+    pub fn card(&self) -> &Card {
+        &self.card
     }
 
-    /// `[rows, width]` to logits of `[rows, labels]`, both row-major.
-    pub(crate) fn forward(
-        &self,
+    /// Runs `rows` rows of features, row-major, to logits of `[rows, labels]`, row-major.
+    /// `should_continue` is called before each layer.
+    ///
+    /// # Errors
+    /// [`EngineError::InvalidInput`] when the features do not fill the rows;
+    /// [`EngineError::Cancelled`] once `should_continue` returns false;
+    /// [`EngineError::OutOfMemory`] and [`EngineError::Device`].
+    pub fn forward(
+        &mut self,
         features: &[f32],
-        placement: &Placement,
-        go_on: &dyn Fn() -> bool,
-    ) -> Result<States, EngineError> {
-        let mut values = match placement {
-            Placement::Processor(_) => States::Processor(Matrix::from_floats(features, self.width)),
+        rows: usize,
+        should_continue: &dyn Fn() -> bool,
+    ) -> Result<Vec<f32>, EngineError> {
+        if rows.checked_mul(self.width) != Some(features.len()) {
+            return Err(EngineError::InvalidInput(format!(
+                "{} features do not fill {rows} rows of {}",
+                features.len(),
+                self.width
+            )));
+        }
+        if rows == 0 {
+            return Ok(Vec::new());
+        }
+        let mut values = match &self.placement {
+            Placement::Cpu(_) => HiddenStates::Cpu(Matrix::from_floats(features, self.width)),
             Placement::Device { device, dtype } => {
-                let shape = (features.len() / self.width, self.width);
-                let features = Tensor::from_slice(features, shape, device)?;
-                States::Device(features.to_dtype(*dtype)?)
+                let features = Tensor::from_slice(features, (rows, self.width), device)?;
+                HiddenStates::Device(features.to_dtype(*dtype)?)
             }
         };
         for (number, layer) in self.layers.iter().enumerate() {
-            if !go_on() {
-                return Err(EngineError::Abandoned);
+            if !should_continue() {
+                return Err(EngineError::Cancelled);
             }
             let is_last = number + 1 == self.layers.len();
             let activation = if is_last {
@@ -129,11 +204,6 @@ impl Tabular {
             };
             values = layer.forward_activated(&values, activation)?;
         }
-        Ok(values)
-    }
-
-    /// Features of one row.
-    pub(crate) fn width(&self) -> usize {
-        self.width
+        values.values()
     }
 }

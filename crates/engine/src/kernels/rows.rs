@@ -120,7 +120,7 @@ pub(crate) struct Lookup<'a> {
     /// `[entries, width]`.
     pub(crate) table: &'a [f32],
     /// `[tokens]`, each below the entries.
-    pub(crate) places: &'a [u32],
+    pub(crate) indices: &'a [u32],
 }
 
 /// The sum of what each token takes from each table, `[tokens, width]`.
@@ -129,7 +129,7 @@ pub(crate) fn embed(lookups: &[Lookup<'_>], tokens: usize, width: usize) -> Matr
     let rows = output.floats_mut().chunks_exact_mut(width.max(1));
     for (token, row) in rows.enumerate() {
         let entries = lookups.iter().map(|lookup| {
-            let place = lookup.places[token] as usize * width;
+            let place = lookup.indices[token] as usize * width;
             &lookup.table[place..place + width]
         });
         for (number, entry) in entries.enumerate() {

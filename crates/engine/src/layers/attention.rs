@@ -5,30 +5,30 @@
 
 use candle_core::{D, Tensor};
 
-use super::{Batch, Rotary, States, inner_format};
-use crate::EngineError;
+use super::batch::RowGroup;
+use super::{Batch, HiddenStates, Placement, RotaryEmbedding, inner_format};
+use crate::error::EngineError;
 use crate::kernels::{self, Format, Instructions};
-use crate::load::Placement;
 
-/// Attention of some heads.
-pub(crate) struct Attention {
+/// Multi-head self-attention.
+pub(crate) struct SelfAttention {
     heads: usize,
     /// Tokens to each side that a token sees; none where it sees its whole row.
     window: Option<usize>,
-    /// How the processor does it; none on a device.
-    on_processor: Option<(Instructions, Format)>,
+    /// The kernels and the format of their output; none on a device.
+    on_cpu: Option<(Instructions, Format)>,
 }
 
-impl Attention {
+impl SelfAttention {
     pub(crate) fn new(placement: &Placement, heads: usize, window: Option<usize>) -> Self {
-        let on_processor = match placement {
-            Placement::Processor(way) => Some((way.instructions, inner_format(way.precision))),
+        let on_cpu = match placement {
+            Placement::Cpu(cpu) => Some((cpu.instructions, inner_format(cpu.precision))),
             Placement::Device { .. } => None,
         };
         Self {
             heads,
             window,
-            on_processor,
+            on_cpu,
         }
     }
 
@@ -36,44 +36,44 @@ impl Attention {
     /// to `[tokens, hidden]`.
     pub(crate) fn forward(
         &self,
-        joined: States,
+        qkv: HiddenStates,
         batch: &Batch,
-        rotary: Option<&Rotary>,
-    ) -> Result<States, EngineError> {
-        match (joined, self.on_processor) {
-            (States::Processor(mut joined), Some((set, format))) => {
+        rotary: Option<&RotaryEmbedding>,
+    ) -> Result<HiddenStates, EngineError> {
+        match (qkv, self.on_cpu) {
+            (HiddenStates::Cpu(mut qkv), Some((set, format))) => {
                 if let Some(rotary) = rotary {
-                    joined = kernels::rotate(joined, &rotary.angles(), &batch.positions);
+                    qkv = kernels::rotate(qkv, &rotary.angles(), &batch.positions);
                 }
                 let attention = kernels::Attention {
-                    joined: &joined,
+                    joined: &qkv,
                     heads: self.heads,
                     spans: &batch.spans,
                     window: self.window,
                     format,
                 };
-                Ok(States::Processor(kernels::attend(set, &attention)))
+                Ok(HiddenStates::Cpu(kernels::attend(set, &attention)))
             }
-            (States::Device(joined), None) => {
-                let attended = self.by_group(&joined, batch, rotary)?;
-                Ok(States::Device(attended))
+            (HiddenStates::Device(qkv), None) => {
+                let attended = self.forward_on_device(&qkv, batch, rotary)?;
+                Ok(HiddenStates::Device(attended))
             }
-            _ => Err(EngineError::apart()),
+            _ => Err(EngineError::device_mismatch()),
         }
     }
 
-    /// The way of a device, which wants few large operations: rows of equal length as one dense
+    /// On a device, which is fast at few large operations: rows of equal length are one dense
     /// batch.
-    fn by_group(
+    fn forward_on_device(
         &self,
-        joined: &Tensor,
+        qkv: &Tensor,
         batch: &Batch,
-        rotary: Option<&Rotary>,
+        rotary: Option<&RotaryEmbedding>,
     ) -> Result<Tensor, EngineError> {
-        let (tokens, width) = joined.dims2()?;
+        let (tokens, width) = qkv.dims2()?;
         let (heads, head_width) = (self.heads, width / (3 * self.heads));
-        let split = joined.reshape((tokens, 3, heads, head_width))?;
-        let part = |place| split.narrow(1, place, 1)?.squeeze(1);
+        let split = qkv.reshape((tokens, 3, heads, head_width))?;
+        let part = |index| split.narrow(1, index, 1)?.squeeze(1);
         let (mut queries, mut keys, values) = (part(0)?, part(1)?, part(2)?);
         if let Some(rotary) = rotary {
             let (cosines, sines) = rotary.on_device(batch)?;
@@ -82,7 +82,12 @@ impl Attention {
         }
         let scale = 1.0 / (head_width as f64).sqrt();
         let mut attended = Vec::new();
-        for (start, rows, length) in batch.groups() {
+        for RowGroup {
+            start,
+            rows,
+            length,
+        } in batch.groups()
+        {
             let dense = |tensor: &Tensor| {
                 tensor
                     .narrow(0, start, rows * length)?
@@ -105,10 +110,8 @@ impl Attention {
 
 /// `[length, length]`: 0 where a query sees a key, and minus infinity where it does not.
 fn window_mask(length: usize, reach: usize, like: &Tensor) -> Result<Tensor, EngineError> {
-    let places = 0..length;
-    let mask: Vec<f32> = places
-        .clone()
-        .flat_map(|query| places.clone().map(move |key| query.abs_diff(key)))
+    let mask: Vec<f32> = (0..length)
+        .flat_map(|query| (0..length).map(move |key| query.abs_diff(key)))
         .map(|distance| {
             if distance <= reach {
                 0.0
@@ -121,8 +124,9 @@ fn window_mask(length: usize, reach: usize, like: &Tensor) -> Result<Tensor, Eng
     Ok(mask.to_dtype(like.dtype())?)
 }
 
-/// Rotates queries or keys by their positions, halves paired. `[tokens, heads, head width]`, with
-/// cosines and sines of `[tokens, head width / 2]`.
+/// Rotates queries or keys of `[tokens, heads, head width]` by their positions, with cosines and
+/// sines of `[tokens, head width / 2]`; element i of a head is paired with element i of its second
+/// half.
 fn rotate(heads: &Tensor, cosines: &Tensor, sines: &Tensor) -> Result<Tensor, EngineError> {
     let half = heads.dim(D::Minus1)? / 2;
     let first = heads.narrow(D::Minus1, 0, half)?;

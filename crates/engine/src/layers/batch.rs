@@ -1,31 +1,31 @@
-//! Rows packed one behind the other.
+//! Packing: the rows of a batch one behind the other, without padding.
 
 use candle_core::{Device, Tensor};
 
-use crate::EngineError;
+use crate::error::EngineError;
 
 /// A batch of rows without padding: every token of every row, and where each row begins.
 ///
-/// The rows are kept in order of length, so that equally long ones lie side by side: a device
-/// that wants few large operations takes each such group as one dense batch.
+/// The rows are sorted by length, so that rows of equal length lie side by side: a device that is
+/// fast at few large operations takes each such group as one dense batch.
 pub(crate) struct Batch {
     /// Token ids, `[tokens]`.
     pub(crate) ids: Vec<u32>,
     /// Token types, `[tokens]`.
     pub(crate) type_ids: Vec<u32>,
-    /// Rows of the position table, `[tokens]`.
+    /// Position ids, `[tokens]`.
     pub(crate) positions: Vec<u32>,
     /// First token and length of each packed row.
     pub(crate) spans: Vec<(usize, usize)>,
-    /// For each packed row, its place among the caller's rows.
+    /// For each packed row, its index among the caller's rows.
     pub(crate) order: Vec<usize>,
-    /// Where the model is.
+    /// The device of the model.
     device: Device,
 }
 
 /// How the positions of a row's tokens are counted.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Counting {
+pub(crate) enum PositionScheme {
     /// 0, 1, 2, …
     FromZero,
     /// From one past the padding id; a token that is itself the padding id has that id as its
@@ -33,9 +33,23 @@ pub(crate) enum Counting {
     PastPadding(u32),
 }
 
+/// Packed rows of equal length, one behind the other.
+pub(crate) struct RowGroup {
+    /// The first token of the first row.
+    pub(crate) start: usize,
+    /// The number of rows.
+    pub(crate) rows: usize,
+    /// Tokens of each row.
+    pub(crate) length: usize,
+}
+
 impl Batch {
     /// Packs rows of token ids and token types.
-    pub(crate) fn pack(rows: &[(&[u32], &[u32])], counting: Counting, device: &Device) -> Self {
+    pub(crate) fn pack(
+        rows: &[(&[u32], &[u32])],
+        position_scheme: PositionScheme,
+        device: &Device,
+    ) -> Self {
         let mut order: Vec<usize> = (0..rows.len()).collect();
         order.sort_by_key(|row| rows[*row].0.len());
         let tokens = rows.iter().map(|(ids, _)| ids.len()).sum();
@@ -48,7 +62,7 @@ impl Batch {
             spans.push((ids.len(), row_ids.len()));
             ids.extend_from_slice(row_ids);
             type_ids.extend_from_slice(row_types);
-            count(row_ids, counting, &mut positions);
+            push_positions(row_ids, position_scheme, &mut positions);
         }
         Self {
             ids,
@@ -60,9 +74,9 @@ impl Batch {
         }
     }
 
-    /// Numbers of each token on the model's device, `[tokens]`.
-    pub(crate) fn on(&self, places: &[u32]) -> Result<Tensor, EngineError> {
-        Ok(Tensor::from_slice(places, places.len(), &self.device)?)
+    /// Ids or positions of the tokens on the model's device, `[tokens]`.
+    pub(crate) fn on_device(&self, indices: &[u32]) -> Result<Tensor, EngineError> {
+        Ok(Tensor::from_slice(indices, indices.len(), &self.device)?)
     }
 
     /// Tokens of all rows together.
@@ -72,23 +86,29 @@ impl Batch {
             .map_or(0, |(start, length)| start + length)
     }
 
-    /// Groups of packed rows of equal length: first token, rows and length of each.
-    pub(crate) fn groups(&self) -> Vec<(usize, usize, usize)> {
-        let mut groups: Vec<(usize, usize, usize)> = Vec::new();
+    /// The rows in groups of equal length.
+    pub(crate) fn groups(&self) -> Vec<RowGroup> {
+        let mut groups: Vec<RowGroup> = Vec::new();
         for (start, length) in &self.spans {
             match groups.last_mut() {
-                Some((_, rows, group_length)) if group_length == length => *rows += 1,
-                _ => groups.push((*start, 1, *length)),
+                Some(group) if group.length == *length => group.rows += 1,
+                _ => groups.push(RowGroup {
+                    start: *start,
+                    rows: 1,
+                    length: *length,
+                }),
             }
         }
         groups
     }
 }
 
-fn count(ids: &[u32], counting: Counting, positions: &mut Vec<u32>) {
-    match counting {
-        Counting::FromZero => positions.extend(ids.iter().zip(0..).map(|(_, position)| position)),
-        Counting::PastPadding(padding) => {
+fn push_positions(ids: &[u32], scheme: PositionScheme, positions: &mut Vec<u32>) {
+    match scheme {
+        PositionScheme::FromZero => {
+            positions.extend(ids.iter().zip(0..).map(|(_, position)| position));
+        }
+        PositionScheme::PastPadding(padding) => {
             let mut last = padding;
             positions.extend(ids.iter().map(|id| {
                 if *id == padding {

@@ -1,71 +1,70 @@
-//! Token ids to vectors.
+//! The embedding layer: from token ids to vectors.
 
 use candle_core::Tensor;
 
-use super::{Batch, Norm, States};
-use crate::EngineError;
+use super::{Batch, EncoderConfig, HiddenStates, LayerNorm, Placement, WeightLoader};
+use crate::error::EngineError;
 use crate::kernels::{self, Lookup};
-use crate::load::{Config, Placement, Weights};
 
-/// What a family calls the tables, after the backbone's prefix.
+/// A family's tensor names of the embedding, after the encoder's prefix.
 pub(crate) struct EmbeddingNames {
     pub(crate) words: &'static str,
+    /// None for a family with rotary embeddings.
     pub(crate) positions: Option<&'static str>,
+    /// None for a family without token types.
     pub(crate) token_types: Option<&'static str>,
     pub(crate) norm: &'static str,
+    pub(crate) norm_bias: bool,
 }
 
-/// The sum of a token's word, position and type vectors, normalized.
+/// The sum of a token's word, position and token type embeddings, normalized.
 pub(crate) struct TokenEmbedding {
     /// `[vocabulary, hidden]`.
-    words: Table,
+    words: EmbeddingTable,
     /// `[positions, hidden]`.
-    positions: Option<Table>,
-    /// `[types, hidden]`.
-    token_types: Option<Table>,
+    positions: Option<EmbeddingTable>,
+    /// `[token types, hidden]`.
+    token_types: Option<EmbeddingTable>,
     width: usize,
-    norm: Norm,
+    norm: LayerNorm,
 }
 
-/// A table of vectors.
-enum Table {
-    Processor(Vec<f32>),
+enum EmbeddingTable {
+    Cpu(Vec<f32>),
     Device(Tensor),
 }
 
 impl TokenEmbedding {
     pub(crate) fn load(
-        weights: &mut Weights,
-        config: &Config,
+        weights: &mut WeightLoader,
+        config: &EncoderConfig,
         names: &EmbeddingNames,
     ) -> Result<Self, EngineError> {
         let mut table = |name: &str, rows| {
-            let name = weights.backbone(name);
+            let name = weights.prefixed(name);
             let values = weights.values(&name, &[rows, config.hidden])?;
             match weights.placement() {
-                Placement::Processor(_) => {
+                Placement::Cpu(_) => {
                     weights.bytes += size_of_val(&*values) as u64;
-                    Ok(Table::Processor(values))
+                    Ok(EmbeddingTable::Cpu(values))
                 }
                 Placement::Device { .. } => {
                     let table = weights.place(values, &[rows, config.hidden])?;
-                    Ok::<_, EngineError>(Table::Device(table))
+                    Ok::<_, EngineError>(EmbeddingTable::Device(table))
                 }
             }
         };
         let words = table(names.words, config.vocabulary)?;
         let positions = names.positions.map(|name| table(name, config.positions));
         let positions = positions.transpose()?;
-        let token_types = names
-            .token_types
-            .map(|name| table(name, config.token_types));
+        let token_types = names.token_types.zip(config.token_types);
+        let token_types = token_types.map(|(name, types)| table(name, types));
         let token_types = token_types.transpose()?;
-        let norm = weights.backbone(names.norm);
-        // Whether the norm has a bias is the family's choice, and ModernBERT's has none.
-        let norm = if names.positions.is_some() {
-            Norm::load(weights, &norm, config.hidden, config.epsilon)?
+        let norm = weights.prefixed(names.norm);
+        let norm = if names.norm_bias {
+            LayerNorm::load(weights, &norm, config.hidden, config.epsilon)?
         } else {
-            Norm::load_unbiased(weights, &norm, config.hidden, config.epsilon)?
+            LayerNorm::load_unbiased(weights, &norm, config.hidden, config.epsilon)?
         };
         Ok(Self {
             words,
@@ -76,8 +75,8 @@ impl TokenEmbedding {
         })
     }
 
-    /// `[tokens, hidden]`.
-    pub(crate) fn forward(&self, batch: &Batch) -> Result<States, EngineError> {
+    /// The embeddings of the batch's tokens, `[tokens, hidden]`.
+    pub(crate) fn forward(&self, batch: &Batch) -> Result<HiddenStates, EngineError> {
         let parts = [
             (Some(&self.words), &batch.ids),
             (self.positions.as_ref(), &batch.positions),
@@ -85,22 +84,22 @@ impl TokenEmbedding {
         ];
         let mut lookups = Vec::with_capacity(parts.len());
         let mut sum: Option<Tensor> = None;
-        for (table, places) in parts {
+        for (table, indices) in parts {
             match table {
-                Some(Table::Processor(table)) => lookups.push(Lookup { table, places }),
-                Some(Table::Device(table)) => {
-                    let found = table.embedding(&batch.on(places)?)?;
+                Some(EmbeddingTable::Cpu(table)) => lookups.push(Lookup { table, indices }),
+                Some(EmbeddingTable::Device(table)) => {
+                    let embeddings = table.embedding(&batch.on_device(indices)?)?;
                     sum = Some(match sum {
-                        Some(sum) => (sum + found)?,
-                        None => found,
+                        Some(sum) => (sum + embeddings)?,
+                        None => embeddings,
                     });
                 }
                 None => {}
             }
         }
         let sum = match sum {
-            Some(sum) => States::Device(sum),
-            None => States::Processor(kernels::embed(&lookups, batch.tokens(), self.width)),
+            Some(sum) => HiddenStates::Device(sum),
+            None => HiddenStates::Cpu(kernels::embed(&lookups, batch.tokens(), self.width)),
         };
         self.norm.forward(&sum)
     }

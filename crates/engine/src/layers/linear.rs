@@ -1,21 +1,20 @@
-//! The linear layer.
+//! The linear layer: a matrix multiplication (GEMM), a bias and an activation.
 
 use candle_core::Tensor;
 
-use super::{Activation, States};
-use crate::EngineError;
+use super::{Activation, HiddenStates, Placement, WeightLoader};
+use crate::error::EngineError;
 use crate::kernels::{self, Format, Packed, Precision};
-use crate::load::{Placement, Weights};
 
-/// What queries, keys and values are kept in where a model is of 8-bit integers: rounding them
-/// costs more of an embedding's cosine than rounding all other layers does.
-const ATTENTION_IN_INT8: Option<Precision> = Some(Precision::Bf16);
+/// The dtype of the weights of queries, keys and values in an int8 model: quantization of these
+/// costs more of an embedding's cosine than quantization of all other layers does.
+const QKV_IN_INT8: Option<Precision> = Some(Precision::Bf16);
 
 /// `x · weightᵀ + bias` and an activation, on packed tokens.
 pub(crate) enum Linear {
-    /// For the processor's kernels.
-    Processor(Packed),
-    /// For a device: weights of `[outputs, inputs]` and a bias of `[outputs]`.
+    /// For the kernels on the CPU.
+    Cpu(Packed),
+    /// On a device: weights of `[outputs, inputs]` and a bias of `[outputs]`.
     Device {
         weight: Tensor,
         bias: Option<Tensor>,
@@ -23,9 +22,9 @@ pub(crate) enum Linear {
 }
 
 impl Linear {
-    /// Takes `<name>.weight` of `[outputs, inputs]` and `<name>.bias`.
+    /// Loads `<name>.weight` of `[outputs, inputs]` and `<name>.bias`.
     pub(crate) fn load(
-        weights: &mut Weights,
+        weights: &mut WeightLoader,
         name: &str,
         [outputs, inputs]: [usize; 2],
     ) -> Result<Self, EngineError> {
@@ -34,21 +33,21 @@ impl Linear {
         Self::place(weights, (&values, Some(bias)), inputs, None)
     }
 
-    /// Takes queries, keys and values, layers of one shape, as one whose outputs lie side by
-    /// side: one large product is faster than three small ones.
-    pub(crate) fn load_joined(
-        weights: &mut Weights,
+    /// Loads queries, keys and values, three layers of one shape, as one layer whose outputs lie
+    /// side by side: one large multiplication is faster than three small ones.
+    pub(crate) fn load_qkv(
+        weights: &mut WeightLoader,
         names: &[&str],
         [outputs, inputs]: [usize; 2],
     ) -> Result<Self, EngineError> {
-        let bias = joined(weights, names, "bias", &[outputs])?;
-        let values = joined(weights, names, "weight", &[outputs, inputs])?;
-        Self::place(weights, (&values, Some(bias)), inputs, ATTENTION_IN_INT8)
+        let bias = concatenated(weights, names, "bias", &[outputs])?;
+        let values = concatenated(weights, names, "weight", &[outputs, inputs])?;
+        Self::place(weights, (&values, Some(bias)), inputs, QKV_IN_INT8)
     }
 
-    /// Takes the weights alone.
+    /// Loads `<name>.weight`, without a bias.
     pub(crate) fn load_unbiased(
-        weights: &mut Weights,
+        weights: &mut WeightLoader,
         name: &str,
         [outputs, inputs]: [usize; 2],
     ) -> Result<Self, EngineError> {
@@ -56,45 +55,45 @@ impl Linear {
         Self::place(weights, (&values, None), inputs, None)
     }
 
-    /// Takes queries, keys and values that the checkpoint keeps as one layer, without a bias.
-    pub(crate) fn load_joined_unbiased(
-        weights: &mut Weights,
+    /// Loads queries, keys and values that are one layer in the checkpoint, without a bias.
+    pub(crate) fn load_fused_qkv_unbiased(
+        weights: &mut WeightLoader,
         name: &str,
         [outputs, inputs]: [usize; 2],
     ) -> Result<Self, EngineError> {
         let values = weights.values(&format!("{name}.weight"), &[outputs, inputs])?;
-        Self::place(weights, (&values, None), inputs, ATTENTION_IN_INT8)
+        Self::place(weights, (&values, None), inputs, QKV_IN_INT8)
     }
 
-    /// Takes rows `first .. first + outputs` of an unbiased layer that has `of` rows.
-    pub(crate) fn load_slice(
-        weights: &mut Weights,
+    /// Loads some of the outputs of a layer of `[outputs, inputs]`, without a bias.
+    pub(crate) fn load_outputs_unbiased(
+        weights: &mut WeightLoader,
         name: &str,
-        [of, inputs]: [usize; 2],
+        [outputs, inputs]: [usize; 2],
         rows: std::ops::Range<usize>,
     ) -> Result<Self, EngineError> {
-        let values = weights.values(&format!("{name}.weight"), &[of, inputs])?;
+        let values = weights.values(&format!("{name}.weight"), &[outputs, inputs])?;
         let part = values.get(rows.start * inputs..rows.end * inputs);
         Self::place(weights, (part.unwrap_or_default(), None), inputs, None)
     }
 
     fn place(
-        weights: &mut Weights,
+        weights: &mut WeightLoader,
         (values, bias): (&[f32], Option<Vec<f32>>),
         inputs: usize,
         in_int8: Option<Precision>,
     ) -> Result<Self, EngineError> {
         let outputs = values.len().checked_div(inputs).unwrap_or(0);
         match weights.placement().clone() {
-            Placement::Processor(way) => {
-                let set = way.instructions;
-                let precision = match (way.precision, in_int8) {
+            Placement::Cpu(cpu) => {
+                let set = cpu.instructions;
+                let precision = match (cpu.precision, in_int8) {
                     (Precision::Int8, Some(higher)) => higher,
                     (precision, _) => precision,
                 };
                 let packed = Packed::new(set, precision, values, bias.as_deref(), inputs);
                 weights.bytes += packed.bytes();
-                Ok(Self::Processor(packed))
+                Ok(Self::Cpu(packed))
             }
             Placement::Device { .. } => {
                 let weight = weights.place(values.to_vec(), &[outputs, inputs])?;
@@ -108,66 +107,67 @@ impl Linear {
     }
 
     /// `[tokens, inputs]` to `[tokens, outputs]`.
-    pub(crate) fn forward(&self, input: &States) -> Result<States, EngineError> {
+    pub(crate) fn forward(&self, input: &HiddenStates) -> Result<HiddenStates, EngineError> {
         self.forward_activated(input, Activation::Identity)
     }
 
-    /// The same, and an activation after it.
+    /// The same, followed by an activation.
     pub(crate) fn forward_activated(
         &self,
-        input: &States,
+        input: &HiddenStates,
         activation: Activation,
-    ) -> Result<States, EngineError> {
-        self.product(input, activation, Format::F32)
+    ) -> Result<HiddenStates, EngineError> {
+        self.multiply(input, activation, Format::F32)
     }
 
-    /// The same, in the number format of another linear layer that alone reads it.
+    /// The same, in the dtype that the next linear layer multiplies, which alone reads it.
     pub(crate) fn forward_inner(
         &self,
-        input: &States,
+        input: &HiddenStates,
         activation: Activation,
-    ) -> Result<States, EngineError> {
+    ) -> Result<HiddenStates, EngineError> {
         let format = match self {
-            Self::Processor(packed) => inner_format(packed.precision()),
+            Self::Cpu(packed) => inner_format(packed.precision()),
             Self::Device { .. } => Format::F32,
         };
-        self.product(input, activation, format)
+        self.multiply(input, activation, format)
     }
 
-    fn product(
+    fn multiply(
         &self,
-        input: &States,
+        input: &HiddenStates,
         activation: Activation,
         format: Format,
-    ) -> Result<States, EngineError> {
+    ) -> Result<HiddenStates, EngineError> {
         match (self, input) {
-            (Self::Processor(packed), States::Processor(input)) => Ok(States::Processor(
+            (Self::Cpu(packed), HiddenStates::Cpu(input)) => Ok(HiddenStates::Cpu(
                 kernels::multiply(packed, input, activation, format),
             )),
-            (Self::Device { weight, bias }, States::Device(input)) => {
+            (Self::Device { weight, bias }, HiddenStates::Device(input)) => {
                 let product = input.matmul(&weight.t()?)?;
                 let biased = match bias {
                     Some(bias) => product.broadcast_add(bias)?,
                     None => product,
                 };
-                Ok(States::Device(activation.forward(&biased)?))
+                Ok(HiddenStates::Device(activation.forward(&biased)?))
             }
-            _ => Err(EngineError::apart()),
+            _ => Err(EngineError::device_mismatch()),
         }
     }
 }
 
-/// The number format between two linear layers of this precision.
+/// The dtype of activations between two linear layers whose weights are in this dtype.
 pub(crate) fn inner_format(precision: Precision) -> Format {
     match precision {
         Precision::F32 => Format::F32,
-        // 8-bit inputs are rounded row by row from what is there: half the memory is enough.
+        // Int8 inputs are quantized row by row when they are multiplied: until then 16 bits are
+        // enough.
         Precision::Bf16 | Precision::Int8 => Format::Bf16,
     }
 }
 
-fn joined(
-    weights: &Weights,
+fn concatenated(
+    weights: &WeightLoader,
     names: &[&str],
     part: &str,
     shape: &[usize],

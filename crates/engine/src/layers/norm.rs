@@ -2,30 +2,29 @@
 
 use candle_core::Tensor;
 
-use super::States;
-use crate::EngineError;
+use super::{HiddenStates, Placement, WeightLoader};
+use crate::error::EngineError;
 use crate::kernels::{self, Instructions, NormParameters};
-use crate::load::{Placement, Weights};
 
 /// Scales each token to mean 0 and variance 1, then by a weight and a bias of its own.
-pub(crate) struct Norm {
-    parameters: Parameters,
+pub(crate) struct LayerNorm {
+    weights: NormWeights,
     epsilon: f32,
 }
 
 /// Weight and bias, `[width]` each.
-enum Parameters {
+enum NormWeights {
     /// The bias is empty where the model has none.
-    Processor(Instructions, Vec<f32>, Vec<f32>),
+    Cpu(Instructions, Vec<f32>, Vec<f32>),
     /// The bias is zeros where the model has none.
     Device(Tensor, Tensor),
 }
 
-impl Norm {
-    /// Takes `<name>.weight` and `<name>.bias`, or `gamma` and `beta` as checkpoints that were
-    /// once TensorFlow's call them.
+impl LayerNorm {
+    /// Loads `<name>.weight` and `<name>.bias`, or `gamma` and `beta`, their names in checkpoints
+    /// that were converted from TensorFlow.
     pub(crate) fn load(
-        weights: &mut Weights,
+        weights: &mut WeightLoader,
         name: &str,
         width: usize,
         epsilon: f64,
@@ -41,9 +40,9 @@ impl Norm {
         Self::place(weights, weight, bias, epsilon)
     }
 
-    /// Takes `<name>.weight` alone.
+    /// Loads `<name>.weight`, without a bias.
     pub(crate) fn load_unbiased(
-        weights: &mut Weights,
+        weights: &mut WeightLoader,
         name: &str,
         width: usize,
         epsilon: f64,
@@ -53,16 +52,16 @@ impl Norm {
     }
 
     fn place(
-        weights: &mut Weights,
+        weights: &mut WeightLoader,
         weight: Vec<f32>,
         bias: Vec<f32>,
         epsilon: f64,
     ) -> Result<Self, EngineError> {
         let width = weight.len();
-        let parameters = match weights.placement().clone() {
-            Placement::Processor(way) => {
+        let placed = match weights.placement().clone() {
+            Placement::Cpu(cpu) => {
                 weights.bytes += size_of_val(&*weight) as u64 + size_of_val(&*bias) as u64;
-                Parameters::Processor(way.instructions, weight, bias)
+                NormWeights::Cpu(cpu.instructions, weight, bias)
             }
             Placement::Device { .. } => {
                 let weight = weights.place(weight, &[width])?;
@@ -71,61 +70,65 @@ impl Norm {
                 } else {
                     weights.place(bias, &[width])?
                 };
-                Parameters::Device(weight, bias)
+                NormWeights::Device(weight, bias)
             }
         };
         Ok(Self {
-            parameters,
+            weights: placed,
             epsilon: epsilon as f32,
         })
     }
 
-    /// `[tokens, width]` to the same shape. Mean and variance are taken in 32 bits whatever the
-    /// number format.
-    pub(crate) fn forward(&self, input: &States) -> Result<States, EngineError> {
+    /// `[tokens, width]` to the same shape. Mean and variance are computed in 32 bits whatever the
+    /// dtype.
+    pub(crate) fn forward(&self, input: &HiddenStates) -> Result<HiddenStates, EngineError> {
         self.normalize(input, None)
     }
 
     /// Normalizes `input + added`.
     pub(crate) fn forward_sum(
         &self,
-        input: &States,
-        added: &States,
-    ) -> Result<States, EngineError> {
+        input: &HiddenStates,
+        added: &HiddenStates,
+    ) -> Result<HiddenStates, EngineError> {
         self.normalize(input, Some(added))
     }
 
-    fn normalize(&self, input: &States, added: Option<&States>) -> Result<States, EngineError> {
-        match (&self.parameters, input, added) {
-            (Parameters::Processor(set, ..), States::Processor(input), None) => {
-                let output = kernels::norm(*set, self.of_processor(), input, None);
-                Ok(States::Processor(output))
+    fn normalize(
+        &self,
+        input: &HiddenStates,
+        added: Option<&HiddenStates>,
+    ) -> Result<HiddenStates, EngineError> {
+        match (&self.weights, input, added) {
+            (NormWeights::Cpu(set, ..), HiddenStates::Cpu(input), None) => {
+                let output = kernels::norm(*set, self.cpu_parameters(), input, None);
+                Ok(HiddenStates::Cpu(output))
             }
             (
-                Parameters::Processor(set, ..),
-                States::Processor(input),
-                Some(States::Processor(added)),
+                NormWeights::Cpu(set, ..),
+                HiddenStates::Cpu(input),
+                Some(HiddenStates::Cpu(added)),
             ) => {
-                let output = kernels::norm(*set, self.of_processor(), input, Some(added));
-                Ok(States::Processor(output))
+                let output = kernels::norm(*set, self.cpu_parameters(), input, Some(added));
+                Ok(HiddenStates::Cpu(output))
             }
-            (Parameters::Device(weight, bias), States::Device(input), added) => {
+            (NormWeights::Device(weight, bias), HiddenStates::Device(input), added) => {
                 let input = match added {
-                    Some(States::Device(added)) => (input + added)?,
+                    Some(HiddenStates::Device(added)) => (input + added)?,
                     None => input.contiguous()?,
-                    Some(States::Processor(_)) => return Err(EngineError::apart()),
+                    Some(HiddenStates::Cpu(_)) => return Err(EngineError::device_mismatch()),
                 };
                 let output = candle_nn::ops::layer_norm(&input, weight, bias, self.epsilon)?;
-                Ok(States::Device(output))
+                Ok(HiddenStates::Device(output))
             }
-            _ => Err(EngineError::apart()),
+            _ => Err(EngineError::device_mismatch()),
         }
     }
 
-    fn of_processor(&self) -> NormParameters<'_> {
-        let (weight, bias): (&[f32], &[f32]) = match &self.parameters {
-            Parameters::Processor(_, weight, bias) => (weight, bias),
-            Parameters::Device(..) => (&[], &[]),
+    fn cpu_parameters(&self) -> NormParameters<'_> {
+        let (weight, bias): (&[f32], &[f32]) = match &self.weights {
+            NormWeights::Cpu(_, weight, bias) => (weight, bias),
+            NormWeights::Device(..) => (&[], &[]),
         };
         NormParameters {
             weight,

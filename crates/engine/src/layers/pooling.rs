@@ -1,9 +1,9 @@
-//! One vector for a row out of one for each token.
+//! Pooling: from one vector for each token to one for each row.
 
 use candle_core::Tensor;
 
-use super::{Batch, States};
-use crate::EngineError;
+use super::{Batch, HiddenStates};
+use crate::error::EngineError;
 use crate::kernels::{self, Pool};
 
 /// How a row's hidden states become one vector (Sentence-BERT, Reimers and Gurevych 2019).
@@ -21,25 +21,29 @@ pub(crate) enum Pooling {
 
 impl Pooling {
     /// `[tokens, hidden]` to `[rows, hidden]`, in the batch's packed order.
-    pub(crate) fn forward(self, hidden: &States, batch: &Batch) -> Result<States, EngineError> {
+    pub(crate) fn forward(
+        self,
+        hidden: &HiddenStates,
+        batch: &Batch,
+    ) -> Result<HiddenStates, EngineError> {
         let hidden = match hidden {
-            States::Processor(hidden) => {
+            HiddenStates::Cpu(hidden) => {
                 let how = match self {
                     Self::Mean => Pool::Mean,
                     Self::Cls => Pool::First,
                     Self::Last => Pool::Last,
                     Self::Max => Pool::Max,
                 };
-                return Ok(States::Processor(kernels::pool(how, hidden, &batch.spans)));
+                return Ok(HiddenStates::Cpu(kernels::pool(how, hidden, &batch.spans)));
             }
-            States::Device(hidden) => hidden,
+            HiddenStates::Device(hidden) => hidden,
         };
         let each = |pool: &dyn Fn(Tensor) -> candle_core::Result<Tensor>| {
             let rows = batch.spans.iter();
             let pooled = rows.map(|(start, length)| pool(hidden.narrow(0, *start, *length)?));
             Tensor::cat(&pooled.collect::<candle_core::Result<Vec<_>>>()?, 0)
         };
-        Ok(States::Device(match self {
+        Ok(HiddenStates::Device(match self {
             Self::Mean => each(&|row| row.mean_keepdim(0))?,
             Self::Max => each(&|row| row.max_keepdim(0))?,
             Self::Cls => each(&|row| row.narrow(0, 0, 1))?,

@@ -1,38 +1,56 @@
-//! Rotary positions (RoFormer, Su and others 2021).
+//! Rotary position embeddings (RoPE; RoFormer, Su and others 2021).
 
 use candle_core::Tensor;
 
-use super::Batch;
-use crate::EngineError;
+use super::{Batch, Placement, WeightLoader};
+use crate::error::EngineError;
+use crate::files::bad_config;
 use crate::kernels::Angles;
-use crate::load::{Config, Placement, Weights, bad_config};
 
-const NUMBERS_MAX: usize = 1 << 24;
+/// Elements of a table of cosines or sines.
+const ELEMENTS_MAX: usize = 1 << 24;
 
-/// Cosines and sines of every position's angles, `[positions, head width / 2]`.
-pub(crate) struct Rotary {
+/// The sizes of a rotary embedding.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RotaryConfig {
+    pub(crate) positions: usize,
+    /// Width of an attention head, an even number.
+    pub(crate) head_width: usize,
+    /// The base of the angles' frequencies.
+    pub(crate) theta: f64,
+}
+
+/// Cosines and sines of the angles of each position, `[positions, head width / 2]`.
+pub(crate) struct RotaryEmbedding {
     cosines: Vec<f32>,
     sines: Vec<f32>,
     half: usize,
     on_device: Option<(Tensor, Tensor)>,
 }
 
-impl Rotary {
+impl RotaryEmbedding {
     pub(crate) fn new(
-        weights: &mut Weights,
-        config: &Config,
-        theta: f64,
+        weights: &mut WeightLoader,
+        config: RotaryConfig,
     ) -> Result<Self, EngineError> {
-        let half = config.hidden / config.heads / 2;
-        // No file backs this table: the configuration alone would size it.
-        if config.positions.saturating_mul(half) > NUMBERS_MAX {
-            return Err(bad_config("max_position_embeddings is too large"));
+        let RotaryConfig {
+            positions,
+            head_width,
+            theta,
+        } = config;
+        let half = head_width / 2;
+        // The table is in no file: the configuration alone would size it.
+        if positions.saturating_mul(half) > ELEMENTS_MAX {
+            return Err(bad_config(format!(
+                "max_position_embeddings is {positions}, but may be at most {} with heads of width {head_width}",
+                ELEMENTS_MAX / half
+            )));
         }
-        let frequency = |place: usize| (1.0 / theta.powf(place as f64 / half as f64)) as f32;
+        let frequency = |index: usize| (1.0 / theta.powf(index as f64 / half as f64)) as f32;
         let frequencies: Vec<f32> = (0..half).map(frequency).collect();
         let mut cosines = Vec::new();
         let mut sines = Vec::new();
-        for position in 0..config.positions {
+        for position in 0..positions {
             for frequency in &frequencies {
                 let angle = position as f32 * frequency;
                 cosines.push(angle.cos());
@@ -40,10 +58,9 @@ impl Rotary {
             }
         }
         let on_device = match weights.placement() {
-            Placement::Processor(_) => None,
+            Placement::Cpu(_) => None,
             Placement::Device { .. } => {
-                let mut place =
-                    |numbers: &[f32]| weights.place(numbers.to_vec(), &[config.positions, half]);
+                let mut place = |values: &[f32]| weights.place(values.to_vec(), &[positions, half]);
                 Some((place(&cosines)?, place(&sines)?))
             }
         };
@@ -63,12 +80,12 @@ impl Rotary {
         }
     }
 
-    /// Each token's, `[tokens, head width / 2]`.
+    /// Cosines and sines of each token of a batch, `[tokens, head width / 2]`.
     pub(super) fn on_device(&self, batch: &Batch) -> Result<(Tensor, Tensor), EngineError> {
         let Some((cosines, sines)) = &self.on_device else {
-            return Err(EngineError::apart());
+            return Err(EngineError::device_mismatch());
         };
-        let positions = batch.on(&batch.positions)?;
+        let positions = batch.on_device(&batch.positions)?;
         Ok((cosines.embedding(&positions)?, sines.embedding(&positions)?))
     }
 }

@@ -1,15 +1,16 @@
-//! The encoder that BERT, RoBERTa and DistilBERT share: blocks of attention and a feed-forward
-//! network, each followed by a norm over its sum with what came in (Vaswani and others 2017).
+//! The encoder that BERT, RoBERTa and DistilBERT share: blocks of self-attention and a
+//! feed-forward network, each with a residual connection and a norm after it (Vaswani and others
+//! 2017).
 
-use super::batch::Counting;
-use super::{Activation, Attention, Batch, EmbeddingNames, Linear, Norm, States, TokenEmbedding};
-use crate::EngineError;
-use crate::families::Encoder;
-use crate::load::{Config, Weights};
+use super::{
+    Activation, Batch, EmbeddingNames, Encoder, EncoderConfig, ForwardPass, HiddenStates,
+    LayerNorm, Linear, PositionScheme, SelfAttention, TokenEmbedding, WeightLoader,
+};
+use crate::error::EngineError;
 
-/// What a family calls the parts of a block, after the block's own prefix.
+/// A family's tensor names of a block, after the prefix of the block.
 pub(crate) struct BlockNames {
-    /// The blocks' common prefix; the block's number and a dot follow.
+    /// The prefix of all blocks; the number of the block and a dot follow.
     pub(crate) blocks: &'static str,
     pub(crate) queries: &'static str,
     pub(crate) keys: &'static str,
@@ -24,96 +25,104 @@ pub(crate) struct BlockNames {
 /// Embedding and blocks of one model.
 pub(crate) struct Transformer {
     embedding: TokenEmbedding,
-    blocks: Vec<Block>,
-    counting: Counting,
+    blocks: Vec<TransformerBlock>,
+    position_scheme: PositionScheme,
 }
 
 impl Transformer {
     pub(crate) fn load(
-        weights: &mut Weights,
-        config: &Config,
+        weights: &mut WeightLoader,
+        config: &EncoderConfig,
         embedding: &EmbeddingNames,
         block: &BlockNames,
     ) -> Result<Self, EngineError> {
         let embedding = TokenEmbedding::load(weights, config, embedding)?;
         let blocks = (0..config.layers)
-            .map(|number| Block::load(weights, config, block, number))
+            .map(|number| TransformerBlock::load(weights, config, block, number))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             embedding,
             blocks,
-            counting: Counting::FromZero,
+            position_scheme: PositionScheme::FromZero,
         })
     }
 
-    /// Counts positions another way than from zero.
-    pub(crate) fn counting(self, counting: Counting) -> Self {
-        Self { counting, ..self }
+    /// Counts positions by another scheme than from zero.
+    pub(crate) fn with_position_scheme(self, position_scheme: PositionScheme) -> Self {
+        Self {
+            position_scheme,
+            ..self
+        }
     }
 }
 
 impl Encoder for Transformer {
-    fn counting(&self) -> Counting {
-        self.counting
+    fn position_scheme(&self) -> PositionScheme {
+        self.position_scheme
     }
 
     fn depth(&self) -> usize {
         self.blocks.len()
     }
 
-    fn embed(&self, batch: &Batch) -> Result<States, EngineError> {
+    fn embed(&self, batch: &Batch) -> Result<HiddenStates, EngineError> {
         self.embedding.forward(batch)
     }
 
-    fn layer(&self, number: usize, hidden: States, batch: &Batch) -> Result<States, EngineError> {
-        match self.blocks.get(number) {
-            Some(block) => block.forward(&hidden, batch),
-            None => Ok(hidden),
+    fn layer(&self, number: usize, pass: &mut ForwardPass<'_>) -> Result<(), EngineError> {
+        if let Some(block) = self.blocks.get(number) {
+            pass.hidden = block.forward(&pass.hidden, pass.batch)?;
         }
+        Ok(())
     }
 }
 
-struct Block {
-    /// Queries, keys and values as one layer.
-    joined: Linear,
-    attention: Attention,
+struct TransformerBlock {
+    /// Queries, keys and values as one linear layer.
+    qkv: Linear,
+    attention: SelfAttention,
     attention_output: Linear,
-    attention_norm: Norm,
+    attention_norm: LayerNorm,
     up: Linear,
     activation: Activation,
     down: Linear,
-    output_norm: Norm,
+    output_norm: LayerNorm,
 }
 
-impl Block {
+impl TransformerBlock {
     fn load(
-        weights: &mut Weights,
-        config: &Config,
+        weights: &mut WeightLoader,
+        config: &EncoderConfig,
         names: &BlockNames,
         number: usize,
     ) -> Result<Self, EngineError> {
         let (hidden, inner) = (config.hidden, config.intermediate);
-        let prefix = weights.backbone(&format!("{}.{number}.", names.blocks));
+        let prefix = weights.prefixed(&format!("{}.{number}.", names.blocks));
         let full = |name: &str| format!("{prefix}{name}");
-        let joined = [full(names.queries), full(names.keys), full(names.values)];
-        let joined = joined.each_ref().map(String::as_str);
+        let qkv = [full(names.queries), full(names.keys), full(names.values)];
+        let qkv = qkv.each_ref().map(String::as_str);
         let output = full(names.attention_output);
         let norm = full(names.attention_norm);
         Ok(Self {
-            joined: Linear::load_joined(weights, &joined, [hidden, hidden])?,
-            attention: Attention::new(weights.placement(), config.heads, None),
+            qkv: Linear::load_qkv(weights, &qkv, [hidden, hidden])?,
+            attention: SelfAttention::new(weights.placement(), config.heads, None),
             attention_output: Linear::load(weights, &output, [hidden, hidden])?,
-            attention_norm: Norm::load(weights, &norm, hidden, config.epsilon)?,
+            attention_norm: LayerNorm::load(weights, &norm, hidden, config.epsilon)?,
             up: Linear::load(weights, &full(names.up), [inner, hidden])?,
             activation: config.activation,
             down: Linear::load(weights, &full(names.down), [hidden, inner])?,
-            output_norm: Norm::load(weights, &full(names.output_norm), hidden, config.epsilon)?,
+            output_norm: LayerNorm::load(
+                weights,
+                &full(names.output_norm),
+                hidden,
+                config.epsilon,
+            )?,
         })
     }
 
-    fn forward(&self, hidden: &States, batch: &Batch) -> Result<States, EngineError> {
-        let joined = self.joined.forward(hidden)?;
-        let attended = self.attention.forward(joined, batch, None)?;
+    fn forward(&self, hidden: &HiddenStates, batch: &Batch) -> Result<HiddenStates, EngineError> {
+        let qkv = self.qkv.forward(hidden)?;
+        let attended = self.attention.forward(qkv, batch, None)?;
         let output = self.attention_output.forward(&attended)?;
         let hidden = self.attention_norm.forward_sum(&output, hidden)?;
         let inner = self.up.forward_inner(&hidden, self.activation)?;

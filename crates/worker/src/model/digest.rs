@@ -55,7 +55,7 @@ fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), EngineError> {
             list(&path, files)?;
             continue;
         }
-        let refused = |reason: &str| EngineError::Unusable {
+        let refused = |reason: &str| EngineError::InvalidFile {
             file: entry.file_name().to_string_lossy().into_owned(),
             reason: reason.to_owned(),
         };
@@ -91,7 +91,7 @@ mod tests {
         std::fs::create_dir_all(folder.join("inner")).unwrap();
         let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/digits/1");
         let options = LoadOptions::default();
-        let card = engine::load(&digits, &options).unwrap().card;
+        let card = engine::load(&digits, &options).unwrap().card().clone();
         let digest = || of(&folder, &options, &card).unwrap();
         std::fs::write(folder.join("a"), "one").unwrap();
         let first = digest();
@@ -113,7 +113,7 @@ mod tests {
         std::fs::create_dir_all(folder.join("blobs")).unwrap();
         let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/digits/1");
         let options = LoadOptions::default();
-        let card = engine::load(&digits, &options).unwrap().card;
+        let card = engine::load(&digits, &options).unwrap().card().clone();
         let digest = || of(&snapshot, &options, &card);
         std::fs::write(folder.join("blobs/a"), "one").unwrap();
         std::os::unix::fs::symlink("../../blobs/a", snapshot.join("weights")).unwrap();
@@ -128,6 +128,6 @@ mod tests {
         std::fs::remove_dir_all(&folder).unwrap();
         assert_ne!(first, changed);
         assert_eq!(changed, plain);
-        assert!(matches!(circle, Err(EngineError::Unusable { .. })));
+        assert!(matches!(circle, Err(EngineError::InvalidFile { .. })));
     }
 }

@@ -20,7 +20,7 @@ fn part(tokens: &[usize], patience: Duration) -> (Part, Reply) {
             ids: vec![1; *length],
             type_ids: vec![0; *length],
         };
-        (tokens, Wanted::Pooled)
+        (tokens, TextOutput::Embedding)
     };
     let now = Instant::now();
     let part = Part {

@@ -6,7 +6,7 @@ use std::future::Future;
 use std::time::Instant;
 
 use bytes::Bytes;
-use engine::{Task, Truncation, Wanted};
+use engine::{Task, TextOutput, Truncation};
 use platform::grpc::{Call, Messages, Reply, bidirectional, decode, frame, reply};
 use protocol::Error;
 use protocol::tei::v1 as tei;
@@ -141,7 +141,7 @@ impl Service {
             texts: vec![OwnedText::One(request.inputs)],
             field: "inputs",
             prompt: request.prompt_name,
-            wanted: Wanted::Pooled,
+            wanted: TextOutput::Embedding,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
         let mut vectors = target.run(&model, "Embed", texts).await?;
@@ -163,7 +163,7 @@ impl Service {
             texts: vec![OwnedText::One(request.inputs)],
             field: "inputs",
             prompt: request.prompt_name,
-            wanted: Wanted::AllTokens,
+            wanted: TextOutput::TokenEmbeddings,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
         let mut vectors = target.run(&model, "EmbedAll", texts).await?;
@@ -218,7 +218,7 @@ impl Service {
             texts: vec![text],
             field: "inputs",
             prompt: None,
-            wanted: Wanted::Scores,
+            wanted: TextOutput::Logits,
             truncation,
         };
         let mut vectors = target.run(&model, "Predict", texts).await?;
@@ -260,7 +260,7 @@ impl Service {
                 .collect(),
             field: "texts",
             prompt: None,
-            wanted: Wanted::Scores,
+            wanted: TextOutput::Logits,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
         let mut vectors = target.run(&model, "Rerank", texts).await?;

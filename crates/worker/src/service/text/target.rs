@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use engine::{Task, Tokenizer, Truncation, Wanted};
+use engine::{Task, TextOutput, Tokenizer, Truncation};
 use http::{HeaderName, HeaderValue};
 use platform::grpc::{Call, Metadata};
 use protocol::tei::v1 as tei;
@@ -37,7 +37,7 @@ pub(super) struct Texts {
     /// The request's field that holds the texts.
     pub(super) field: &'static str,
     pub(super) prompt: Option<String>,
-    pub(super) wanted: Wanted,
+    pub(super) wanted: TextOutput,
     pub(super) truncation: Truncation,
 }
 

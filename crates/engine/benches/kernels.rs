@@ -1,7 +1,7 @@
-//! The kernels beside what the processor could do, and the whole forward pass of MiniLM.
+//! Benchmarks of the kernels against the CPU's peak, and of the whole forward pass of MiniLM.
 //!
-//! `cargo bench -p engine --bench kernels`; needs `make models`. Products print their rate and its
-//! share of the peak that the same run measures.
+//! `cargo bench -p engine --bench kernels`; needs `make models`. GEMM prints its rate and its share
+//! of the peak that the same run measures.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -9,15 +9,15 @@ use std::time::Instant;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use engine::kernels::{
-    Activation, Attention, Format, Instructions, Matrix, NormParameters, Packed, Precision, attend,
-    multiply, norm, peak,
+    Activation, AttentionInput, InstructionSet, LayerNormParameters, Matrix, MatrixDtype,
+    PackedWeights, WeightDtype, attend, layer_norm, matmul, peak,
 };
 use engine::{
     DeviceChoice, Dtype, LoadOptions, Model, Text, TextOutput, TextRow, TokenRow, Truncation, load,
 };
 
-const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Int8];
-/// Lengths of rows as they come from callers: most are a sentence, few are a page.
+const DTYPES: [WeightDtype; 3] = [WeightDtype::F32, WeightDtype::Bf16, WeightDtype::Int8];
+/// Lengths of rows as in typical requests: most are a sentence, few are a page.
 const MIX: [usize; 16] = [
     6, 9, 11, 12, 14, 15, 17, 18, 21, 24, 28, 33, 41, 60, 120, 256,
 ];
@@ -28,15 +28,15 @@ fn numbers(count: usize) -> Vec<f32> {
         .collect()
 }
 
-fn sets() -> Vec<Instructions> {
-    Instructions::ALL
+fn sets() -> Vec<InstructionSet> {
+    InstructionSet::ALL
         .into_iter()
         .filter(|set| set.supported())
         .collect()
 }
 
-/// The products of MiniLM's layers: rows by inputs by outputs.
-fn products(criterion: &mut Criterion) {
+/// GEMM in the shapes of MiniLM's layers: rows by inputs by outputs.
+fn gemm(criterion: &mut Criterion) {
     let shapes = [
         (8, 384, 1152, Activation::Identity),
         (30, 384, 1152, Activation::Identity),
@@ -46,17 +46,18 @@ fn products(criterion: &mut Criterion) {
     ];
     let mut group = criterion.benchmark_group("product");
     for set in sets() {
-        for precision in PRECISIONS {
-            let peak = peak(set, precision);
+        for dtype in DTYPES {
+            let peak = peak(set, dtype);
             for (rows, inputs, outputs, activation) in shapes {
-                let weights = Packed::new(set, precision, &numbers(inputs * outputs), None, inputs);
+                let weights =
+                    PackedWeights::new(set, dtype, &numbers(inputs * outputs), None, inputs);
                 let input = Matrix::from_floats(&numbers(rows * inputs), inputs);
                 let work = 2 * rows * inputs * outputs;
-                let name = format!("{set} {precision:?} {rows}x{inputs}x{outputs} {activation:?}");
+                let name = format!("{set} {dtype:?} {rows}x{inputs}x{outputs} {activation:?}");
                 let best = (0..20)
                     .map(|_| {
                         let start = Instant::now();
-                        black_box(multiply(&weights, &input, activation, Format::F32));
+                        black_box(matmul(&weights, &input, activation, MatrixDtype::F32));
                         start.elapsed().as_secs_f64()
                     })
                     .fold(f64::MAX, f64::min);
@@ -65,7 +66,7 @@ fn products(criterion: &mut Criterion) {
                 group.throughput(Throughput::Elements(work as u64));
                 group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
                     bencher.iter(|| {
-                        black_box(multiply(&weights, &input, activation, Format::F32));
+                        black_box(matmul(&weights, &input, activation, MatrixDtype::F32));
                     });
                 });
             }
@@ -74,7 +75,7 @@ fn products(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Attention and norms of MiniLM's size: 12 heads of 32.
+/// AttentionInput and norms of MiniLM's size: 12 heads of 32.
 fn rows(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("rows");
     for set in sets() {
@@ -88,30 +89,30 @@ fn rows(criterion: &mut Criterion) {
                     (start - length, *length)
                 })
                 .collect();
-            let joined = Matrix::from_floats(&numbers(tokens * 1152), 1152);
+            let qkv = Matrix::from_floats(&numbers(tokens * 1152), 1152);
             group.throughput(Throughput::Elements(tokens as u64));
-            for format in [Format::F32, Format::Bf16] {
-                let attention = Attention {
-                    joined: &joined,
+            for dtype in [MatrixDtype::F32, MatrixDtype::Bf16] {
+                let attention = AttentionInput {
+                    qkv: &qkv,
                     heads: 12,
                     spans: &spans,
                     window: None,
-                    format,
+                    dtype,
                 };
-                let name = format!("attention {set} {format:?} {name}");
+                let name = format!("attention {set} {dtype:?} {name}");
                 group.bench_function(name, |bencher| {
                     bencher.iter(|| black_box(attend(set, &attention)));
                 });
             }
             let hidden = Matrix::from_floats(&numbers(tokens * 384), 384);
             let parameters = numbers(384);
-            let parameters = NormParameters {
+            let parameters = LayerNormParameters {
                 weight: &parameters,
                 bias: &parameters,
                 epsilon: 1e-12,
             };
             group.bench_function(format!("norm of a sum {set} {name}"), |bencher| {
-                bencher.iter(|| black_box(norm(set, parameters, &hidden, Some(&hidden))));
+                bencher.iter(|| black_box(layer_norm(set, parameters, &hidden, Some(&hidden))));
             });
         }
     }
@@ -142,7 +143,11 @@ fn forward(criterion: &mut Criterion) {
         for (name, lengths) in &batches {
             let texts = lengths.iter().map(|length| "lantern ".repeat(length - 2));
             let tokens: Vec<TokenRow> = texts
-                .filter_map(|text| tokenizer.encode(Text::One(&text), Truncation::Right).ok())
+                .filter_map(|text| {
+                    tokenizer
+                        .encode(Text::Single(&text), Truncation::Right)
+                        .ok()
+                })
                 .collect();
             let rows: Vec<TextRow<'_>> = tokens
                 .iter()
@@ -166,6 +171,6 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(std::time::Duration::from_millis(300))
         .measurement_time(std::time::Duration::from_secs(1));
-    targets = products, rows, forward
+    targets = gemm, rows, forward
 }
 criterion_main!(benches);

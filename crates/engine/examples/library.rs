@@ -1,13 +1,13 @@
-//! What the engine computes in a second, without a server around it.
+//! The throughput of the engine without a server around it.
 //!
 //! `library MODEL DTYPE KERNELS NAME=TEXTS...` loads the folder MODEL, tokenizes each file of
-//! texts, one on a line, says `{"ready": true, "vectors": true}`, and answers each line of its
-//! input with one, so that a driver can ask it and its peers in turn (`benches/run_peers.py`):
+//! texts, one on a line, prints `{"ready": true, "vectors": true}`, and responds to each line of its
+//! input with one, so that a driver can measure it and its peers in turn (`benches/run_peers.py`):
 //!
-//! - `{"corpus": NAME, "seconds": S}`: how many texts it computes in a second, in whole passes
-//!   over the corpus, at least one. Tokenizing is not counted.
-//! - `{"corpus": NAME, "vectors": FILE}`: writes the vectors, of length one, as little-endian
-//!   floats in the order of the corpus.
+//! - `{"corpus": NAME, "seconds": S}`: measures the texts per second, in whole passes over the
+//!   corpus, at least one. Tokenization is not counted.
+//! - `{"corpus": NAME, "vectors": FILE}`: writes the normalized embeddings as little-endian floats
+//!   in the order of the corpus.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
@@ -23,7 +23,7 @@ use engine::{
 
 type Failure = Box<dyn std::error::Error>;
 
-/// Tokens that a server's batch has at most.
+/// Maximum number of tokens of a server's batch.
 const BATCH_TOKENS: usize = 8192;
 
 fn main() -> Result<(), Failure> {
@@ -38,7 +38,7 @@ fn main() -> Result<(), Failure> {
         ..LoadOptions::default()
     };
     let Model::Encoder(mut model) = load(Path::new(folder), &options)? else {
-        return Err("this is no text model".into());
+        return Err("this is not a text model".into());
     };
     let tokenizer = model.tokenizer().clone();
     let mut texts = BTreeMap::new();
@@ -46,7 +46,7 @@ fn main() -> Result<(), Failure> {
         let (name, path) = corpus.split_once('=').ok_or("NAME=TEXTS")?;
         let file = std::fs::read_to_string(path)?;
         let rows = file.lines().filter(|line| !line.is_empty());
-        let rows = rows.map(|line| tokenizer.encode(Text::One(line), Truncation::Right));
+        let rows = rows.map(|line| tokenizer.encode(Text::Single(line), Truncation::Right));
         texts.insert(name.to_owned(), rows.collect::<Result<Vec<_>, _>>()?);
     }
     println!("{}", json!({"ready": true, "vectors": true}));
@@ -54,18 +54,18 @@ fn main() -> Result<(), Failure> {
         let request: Value = serde_json::from_str(&line?)?;
         let corpus = request["corpus"].as_str().ok_or("corpus")?;
         let rows = texts.get(corpus).ok_or("no such corpus")?;
-        let answer = match (&request["vectors"], request["seconds"].as_f64()) {
+        let response = match (&request["vectors"], request["seconds"].as_f64()) {
             (Value::String(file), _) => write_vectors(&mut model, rows, file)?,
             (_, Some(seconds)) => measure(&mut model, rows, Duration::from_secs_f64(seconds))?,
-            _ => json!({"error": "ask for seconds or for vectors"}),
+            _ => json!({"error": "seconds or vectors is required"}),
         };
-        println!("{answer}");
+        println!("{response}");
         std::io::stdout().flush()?;
     }
     Ok(())
 }
 
-/// The texts as a server would compute them.
+/// The texts in batches as a server would form them.
 fn batches(texts: &[TokenRow]) -> Vec<Vec<TextRow<'_>>> {
     let (mut batches, mut batch, mut tokens) = (Vec::new(), Vec::new(), 0);
     for row in texts {

@@ -152,7 +152,7 @@ impl EncoderModel {
         }
         let outputs = Mutex::new(vec![Vec::new(); rows.len()]);
         let failure = Mutex::new(None);
-        kernels::run(chunks.len(), &|number| {
+        kernels::parallel_for(chunks.len(), &|number| {
             let indices = &chunks[number];
             let chunk: Vec<_> = indices.iter().map(|index| rows[*index]).collect();
             match self.forward_batch(&chunk, &Device::Cpu, should_continue) {
@@ -213,7 +213,7 @@ impl EncoderModel {
         batch: &Batch,
         hidden: &HiddenStates,
     ) -> Result<Vec<Vec<f32>>, EngineError> {
-        let mut outputs = OutputRows {
+        let mut outputs = BatchOutputs {
             rows,
             batch,
             outputs: vec![Vec::new(); rows.len()],
@@ -233,13 +233,13 @@ impl EncoderModel {
 }
 
 /// The outputs of a batch, in the order of the caller's rows.
-struct OutputRows<'a> {
+struct BatchOutputs<'a> {
     rows: &'a [TextRow<'a>],
     batch: &'a Batch,
     outputs: Vec<Vec<f32>>,
 }
 
-impl OutputRows<'_> {
+impl BatchOutputs<'_> {
     /// Copies states, in packed order, to the rows that requested this output.
     fn fill(&mut self, output: TextOutput, states: &HiddenStates) -> Result<(), EngineError> {
         let width = states.width()?;

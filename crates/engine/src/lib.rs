@@ -29,7 +29,7 @@ pub use card::{Card, TensorSpec};
 pub use encoder::{EncoderModel, TextOutput, TextRow};
 pub use error::EngineError;
 pub use families::tabular::TabularModel;
-pub use kernels::Instructions;
+pub use kernels::InstructionSet;
 pub use load::load;
 pub use model::Model;
 pub use options::{DeviceChoice, Dtype, Kernels, LoadOptions, Task};

@@ -101,7 +101,8 @@ fn load_tabular(
     }
     let (placement, dtype) = Placement::choose(&options)?;
     let mut weights = WeightLoader::new(Weights::open(folder)?, placement);
-    Ok(Model::Tabular(family.load(&mut weights, dtype)?))
+    let model = family.load(&mut weights, dtype)?;
+    Ok(Model::Tabular(Box::new(model)))
 }
 
 fn load_encoder(
@@ -173,6 +174,7 @@ fn task(
 
 /// `tokenizer_config.json`.
 #[derive(Deserialize, Default)]
+#[serde(expecting = "an object")]
 struct TokenizerConfig {
     /// A float in some files, where 1e30 means no limit.
     model_max_length: Option<f64>,

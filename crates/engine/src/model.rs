@@ -13,7 +13,7 @@ pub enum Model {
     /// Texts to embeddings or logits.
     Encoder(Box<EncoderModel>),
     /// Rows of features to logits.
-    Tabular(TabularModel),
+    Tabular(Box<TabularModel>),
 }
 
 impl Model {

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use candle_core::Device;
 
 use crate::error::EngineError;
-use crate::kernels::Instructions;
+use crate::kernels::InstructionSet;
 
 /// The task that a model does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -182,7 +182,7 @@ pub enum Kernels {
     #[default]
     Auto,
     /// The engine's kernels in this instruction set.
-    Only(Instructions),
+    Only(InstructionSet),
     /// candle's operations, as on a GPU: slower, and the reference for the kernels.
     Candle,
 }
@@ -201,14 +201,14 @@ impl FromStr for Kernels {
     type Err = EngineError;
 
     fn from_str(name: &str) -> Result<Self, EngineError> {
-        let mut sets = Instructions::ALL.into_iter();
+        let mut sets = InstructionSet::ALL.into_iter();
         match name {
             "auto" => Some(Self::Auto),
             "candle" => Some(Self::Candle),
             _ => sets.find(|set| set.as_str() == name).map(Self::Only),
         }
         .ok_or_else(|| {
-            let sets = Instructions::ALL.map(Instructions::as_str).join(", ");
+            let sets = InstructionSet::ALL.map(InstructionSet::as_str).join(", ");
             EngineError::Unsupported(format!(
                 "kernels '{name}' are not supported: use auto, {sets} or candle"
             ))

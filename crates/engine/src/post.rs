@@ -1,16 +1,16 @@
-//! What happens to raw vectors and logits after the forward pass, off the device thread.
+//! Post-processing of embeddings and logits after the forward pass, on the caller's thread.
 
-/// Scales a vector to Euclidean length 1. A vector of zeros stays as it is.
+/// Normalizes a vector to Euclidean length 1 (L2). A vector of zeros stays as it is.
 pub fn normalize(vector: &mut [f32]) {
     let length = vector.iter().map(|value| value * value).sum::<f32>().sqrt();
-    // The floor is that of torch.nn.functional.normalize, so that both agree on tiny vectors.
+    // The same minimum as torch.nn.functional.normalize, so that both agree on tiny vectors.
     let scale = 1.0 / length.max(1e-12);
     for value in vector {
         *value *= scale;
     }
 }
 
-/// Turns logits into probabilities that sum to 1. The largest is taken off first, so that no
+/// Turns logits into probabilities that sum to 1. The largest is subtracted first, so that no
 /// finite logit overflows.
 pub fn softmax(scores: &mut [f32]) {
     let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -24,19 +24,19 @@ pub fn softmax(scores: &mut [f32]) {
     }
 }
 
-/// Turns each logit into a probability of its own.
+/// Turns each logit into a probability independent of the others.
 pub fn sigmoid(scores: &mut [f32]) {
     for score in scores {
         *score = 1.0 / (1.0 + (-*score).exp());
     }
 }
 
-/// The place of the largest score, the first of equal ones; 0 for no scores.
+/// The index of the largest score, the first of equal ones; 0 for no scores.
 pub fn argmax(scores: &[f32]) -> usize {
     let mut best = 0;
-    for (place, score) in scores.iter().enumerate() {
+    for (index, score) in scores.iter().enumerate() {
         if scores.get(best).is_some_and(|largest| score > largest) {
-            best = place;
+            best = index;
         }
     }
     best

@@ -1,4 +1,4 @@
-//! Texts to token ids and back. Shared by any number of threads.
+//! Tokenization: from texts to token ids and back.
 
 mod template;
 mod wordpiece;
@@ -11,76 +11,77 @@ use tokenizers::utils::truncation::{
 use tokenizers::{PostProcessor, Tokenizer as Inner};
 
 use crate::error::EngineError;
-use template::{Template, cut, shares};
+use template::{Template, truncate_ids, truncated_lengths};
 use wordpiece::WordPiece;
 
-/// Probes of a new tokenizer: one that cannot take these is broken, whatever it is asked later.
+/// Texts to test a new tokenizer with: one that fails on these is refused when it is loaded.
 const PROBES: [&str; 3] = ["", "a", "one two, three"];
 
-/// The tokenizer of one model.
+/// The tokenizer of one model, which any number of threads may share.
 pub struct Tokenizer {
     inner: Inner,
-    /// A shorter way for most texts, where the tokenizer is of BERT's kind.
-    short: Option<(WordPiece, Template)>,
-    /// Ids below this have an embedding.
+    /// The fast path for most texts, where the tokenizer is BERT's.
+    fast_path: Option<(WordPiece, Template)>,
+    /// Token ids must be below this: the embedding table has no others.
     vocabulary: usize,
     tokens_max: usize,
 }
 
-/// One row of token ids: special tokens included, never padded.
+/// A tokenized row: special tokens included, never padded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRow {
-    /// Places in the vocabulary.
+    /// Token ids.
     pub ids: Vec<u32>,
-    /// 0 for the first text and, where the model tells them apart, 1 for the second.
+    /// Token types: 0 for the first text and, where the model distinguishes them, 1 for the second.
     pub type_ids: Vec<u32>,
 }
 
-/// What makes one row.
+/// The input of one row.
 #[derive(Debug, Clone, Copy)]
 pub enum Text<'a> {
     /// One text.
-    One(&'a str),
-    /// Two texts that the model sees side by side, for example a query and a passage.
+    Single(&'a str),
+    /// Two texts that the model reads together, for example a query and a passage.
     Pair(&'a str, &'a str),
 }
 
-/// What happens to a text of too many tokens.
+/// The truncation of a text with too many tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Truncation {
-    /// It is refused.
+    /// No truncation: the text is refused.
     #[default]
     Refuse,
-    /// Its end is cut off; of a pair, the longer text's.
+    /// The end is truncated; of a pair, the longer text's.
     Right,
-    /// Its beginning is cut off.
+    /// The beginning is truncated.
     Left,
 }
 
-/// One token and where it stands in its text.
+/// One token and its offsets in the text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Token {
-    /// Its place in the vocabulary.
+    /// Its id.
     pub id: u32,
-    /// The part of the text that it stands for; a special token's own name.
+    /// The part of the text that it covers; for a special token its name.
     pub text: String,
     /// Whether it is a special token.
     pub special: bool,
-    /// Its first character's place, counted in characters; none for a special token.
+    /// The offset of its first character, in characters; none for a special token.
     pub start: Option<usize>,
-    /// The place after its last character.
+    /// The offset after its last character.
     pub stop: Option<usize>,
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`. Padding and truncation that stand in it are not the model's
-    /// and are dropped. The error is the reason, in words.
+    /// Parses a `tokenizer.json`. Its padding and truncation settings are not the model's and are
+    /// dropped. The error is the reason, for a message about the file.
     pub(crate) fn from_bytes(
         bytes: &[u8],
         vocabulary: usize,
         tokens_max: usize,
     ) -> Result<Self, String> {
-        let mut inner = guarded(|| Inner::from_bytes(bytes).map_err(|error| error.to_string()))?;
+        let mut inner =
+            catch_panic(|| Inner::from_bytes(bytes).map_err(|error| error.to_string()))?;
         inner.with_padding(None);
         inner
             .with_truncation(None)
@@ -88,80 +89,81 @@ impl Tokenizer {
         let largest = inner.get_vocab(true).into_values().max().unwrap_or(0);
         if largest as usize >= vocabulary {
             return Err(format!(
-                "it has token id {largest}, but the model's vocabulary ends at {vocabulary}"
+                "has token id {largest}, but the model's vocabulary (vocab_size) has {vocabulary} tokens"
             ));
         }
         let mut tokenizer = Self {
             inner,
-            short: None,
+            fast_path: None,
             vocabulary,
             tokens_max,
         };
         for probe in PROBES {
-            for text in [Text::One(probe), Text::Pair(probe, probe)] {
+            for text in [Text::Single(probe), Text::Pair(probe, probe)] {
                 let row = tokenizer.encode(text, Truncation::Right);
-                row.map_err(|error| format!("it cannot take a simple text: {error}"))?;
+                row.map_err(|error| format!("fails on a simple text: {error}"))?;
             }
         }
         let words = WordPiece::new(&tokenizer.inner);
-        tokenizer.short = words.zip(Template::learn(&tokenizer.inner));
+        tokenizer.fast_path = words.zip(Template::learn(&tokenizer.inner));
         Ok(tokenizer)
     }
 
-    /// The row of a text or of a pair, at most the model's token limit long.
+    /// Tokenizes a text or a pair to one row, of at most the model's maximum number of tokens.
     ///
     /// # Errors
-    /// [`EngineError::TooManyTokens`] for a longer one under [`Truncation::Refuse`].
+    /// [`EngineError::TooManyTokens`] for a longer one with [`Truncation::Refuse`];
+    /// [`EngineError::InvalidInput`] for a text that the tokenizer fails on.
     pub fn encode(&self, text: Text<'_>, truncation: Truncation) -> Result<TokenRow, EngineError> {
-        let row = match self.encode_short(text, truncation) {
+        let row = match self.encode_fast_path(text, truncation) {
             Some(row) => row?,
-            None => self.encode_whole(text, truncation)?,
+            None => self.encode_with_library(text, truncation)?,
         };
-        self.known(&row.ids)?;
+        self.check_ids(&row.ids)?;
         Ok(row)
     }
 
-    /// The row by the short way. None where only the library may answer.
-    fn encode_short(
+    /// Tokenizes by the fast path; none for a text that requires the library.
+    fn encode_fast_path(
         &self,
         text: Text<'_>,
         truncation: Truncation,
     ) -> Option<Result<TokenRow, EngineError>> {
-        let (words, template) = self.short.as_ref()?;
+        let (words, template) = self.fast_path.as_ref()?;
         let plain = |text: &str| {
             // English has about five bytes per token.
             let mut ids = Vec::with_capacity(text.len() / 4 + 1);
             words.encode(text, &mut ids).then_some(ids)
         };
         let (mut first, mut second) = match text {
-            Text::One(text) => (plain(text)?, None),
+            Text::Single(text) => (plain(text)?, None),
             Text::Pair(first, second) => (plain(first)?, Some(plain(second)?)),
         };
         let own = first.len() + second.as_ref().map_or(0, Vec::len);
         let added = template.added(second.is_some());
         if own + added > self.tokens_max {
-            let params = match self.truncation(truncation, own + added, added) {
+            let params = match self.truncation_params(truncation, own + added, added) {
                 Ok(params) => params,
                 Err(error) => return Some(Err(error)),
             };
             let others = second.as_ref().map_or(0, Vec::len);
-            let (kept, others) = shares(first.len(), others, params.max_length);
-            cut(&mut first, kept, params.direction);
+            let (length, others) = truncated_lengths(first.len(), others, params.max_length);
+            truncate_ids(&mut first, length, params.direction);
             if let Some(second) = &mut second {
-                cut(second, others, params.direction);
+                truncate_ids(second, others, params.direction);
             }
         }
         Some(Ok(template.row(&first, second.as_deref())))
     }
 
-    /// The row by the library.
-    fn encode_whole(
+    /// Tokenizes with the library.
+    fn encode_with_library(
         &self,
         text: Text<'_>,
         truncation: Truncation,
     ) -> Result<TokenRow, EngineError> {
         let (first, second) = match text {
-            Text::One(text) => (text, None),
+            Text::Single(text) => (text, None),
             Text::Pair(first, second) => (first, Some(second)),
         };
         let plain = |text: &str| {
@@ -169,7 +171,7 @@ impl Tokenizer {
                 .encode_fast(text, false)
                 .map_err(|error| error.to_string())
         };
-        let encoding = guarded(|| {
+        let encoding = catch_panic(|| {
             let first = plain(first)?;
             Ok((first, second.map(plain).transpose()?))
         });
@@ -182,11 +184,11 @@ impl Tokenizer {
         let (first, second) = if own + added <= self.tokens_max {
             (first, second)
         } else {
-            let params = self.truncation(truncation, own + added, added)?;
+            let params = self.truncation_params(truncation, own + added, added)?;
             truncate_encodings(first, second, &params)
                 .map_err(|error| EngineError::InvalidInput(error.to_string()))?
         };
-        let row = guarded(|| {
+        let row = catch_panic(|| {
             self.inner
                 .post_process(first, second, true)
                 .map_err(|error| error.to_string())
@@ -198,8 +200,8 @@ impl Tokenizer {
         })
     }
 
-    /// How a text of `tokens` tokens is cut so that the `added` special ones still fit.
-    fn truncation(
+    /// The truncation of a text of `tokens` tokens, so that its `added` special tokens fit.
+    fn truncation_params(
         &self,
         truncation: Truncation,
         tokens: usize,
@@ -220,28 +222,28 @@ impl Tokenizer {
         })
     }
 
-    /// The tokens of a text of any length, with the places that they stand for.
+    /// The tokens of a text of any length, with their offsets.
     ///
     /// # Errors
-    /// [`EngineError::InvalidInput`] when the tokenizer cannot take the text.
+    /// [`EngineError::InvalidInput`] for a text that the tokenizer fails on.
     pub fn tokens(&self, text: &str, add_special_tokens: bool) -> Result<Vec<Token>, EngineError> {
-        let encoding = guarded(|| {
+        let encoding = catch_panic(|| {
             self.inner
                 .encode_char_offsets(text, add_special_tokens)
                 .map_err(|error| error.to_string())
         });
         let encoding = encoding.map_err(EngineError::InvalidInput)?;
-        // Byte places of the characters, so that a slice costs no walk from the beginning.
-        let mut places: Vec<usize> = text.char_indices().map(|(place, _)| place).collect();
-        places.push(text.len());
-        let part = |start: usize, stop: usize| text.get(*places.get(start)?..*places.get(stop)?);
+        // Byte offsets of the characters, so that a slice needs no scan from the beginning.
+        let mut bytes: Vec<usize> = text.char_indices().map(|(byte, _)| byte).collect();
+        bytes.push(text.len());
+        let part = |start: usize, stop: usize| text.get(*bytes.get(start)?..*bytes.get(stop)?);
         let tokens = encoding.get_ids().iter().zip(encoding.get_tokens());
-        let places = encoding.get_offsets().iter();
-        let marks = encoding.get_special_tokens_mask().iter();
-        let tokens = tokens.zip(places).zip(marks);
+        let offsets = encoding.get_offsets().iter();
+        let mask = encoding.get_special_tokens_mask().iter();
+        let tokens = tokens.zip(offsets).zip(mask);
         Ok(tokens
-            .map(|(((id, name), (start, stop)), mark)| {
-                let special = *mark == 1;
+            .map(|(((id, name), (start, stop)), mask)| {
+                let special = *mask == 1;
                 let text = if special { None } else { part(*start, *stop) };
                 Token {
                     id: *id,
@@ -254,7 +256,7 @@ impl Tokenizer {
             .collect())
     }
 
-    /// The text of token ids.
+    /// Detokenizes: the text of token ids.
     ///
     /// # Errors
     /// [`EngineError::UnknownTokenId`] for an id that the vocabulary does not have.
@@ -264,7 +266,7 @@ impl Tokenizer {
                 return Err(EngineError::UnknownTokenId { id: *id });
             }
         }
-        let text = guarded(|| {
+        let text = catch_panic(|| {
             self.inner
                 .decode(ids, skip_special_tokens)
                 .map_err(|error| error.to_string())
@@ -272,7 +274,7 @@ impl Tokenizer {
         text.map_err(EngineError::InvalidInput)
     }
 
-    fn known(&self, ids: &[u32]) -> Result<(), EngineError> {
+    fn check_ids(&self, ids: &[u32]) -> Result<(), EngineError> {
         match ids.iter().find(|id| **id as usize >= self.vocabulary) {
             Some(id) => Err(EngineError::UnknownTokenId { id: *id }),
             None => Ok(()),
@@ -280,9 +282,9 @@ impl Tokenizer {
     }
 }
 
-/// Turns a panic of the library into an error: a `tokenizer.json` is a program of rules, and not
-/// every combination that it can spell was foreseen there.
-fn guarded<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+/// Turns a panic of the library into an error: a `tokenizer.json` is a program of rules, and the
+/// library panics on some combinations of them.
+fn catch_panic<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(work))
-        .unwrap_or_else(|_| Err("the tokenizer's rules contradict each other".to_owned()))
+        .unwrap_or_else(|_| Err("the rules of the tokenizer are not valid together".to_owned()))
 }

@@ -1,4 +1,5 @@
-//! Outputs against the reference implementation's, which `tests/python/golden.py` wrote.
+//! Golden tests: outputs against those of the reference implementation, which
+//! `tests/python/golden.py` wrote.
 
 #![allow(
     clippy::unwrap_used,
@@ -11,12 +12,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use engine::{
-    DeviceChoice, Dtype, EncoderModel, EngineError, Instructions, Kernels, LoadOptions, Model,
+    DeviceChoice, Dtype, EncoderModel, EngineError, InstructionSet, Kernels, LoadOptions, Model,
     TabularModel, Task, Text, TextOutput, TextRow, TokenRow, Truncation, load, normalize,
 };
 use serde::Deserialize;
 
-/// One text of a tiny checkpoint, and what transformers made of it.
+/// One text and the outputs of a tiny checkpoint for it, by transformers.
 #[derive(Deserialize)]
 struct Expected {
     text: Vec<String>,
@@ -64,7 +65,7 @@ fn load_encoder(folder: impl AsRef<Path>, options: &LoadOptions) -> EncoderModel
 
 fn load_tabular(folder: impl AsRef<Path>, options: &LoadOptions) -> TabularModel {
     match load(&root().join(folder), options).unwrap() {
-        Model::Tabular(model) => model,
+        Model::Tabular(model) => *model,
         Model::Encoder(_) => panic!("a tabular model is expected"),
     }
 }
@@ -77,33 +78,35 @@ fn options() -> LoadOptions {
     }
 }
 
-/// Every instruction set that this processor has in every number format, candle's operations,
-/// and where the build has it a CUDA device.
-fn ways() -> Vec<LoadOptions> {
-    let sets = Instructions::ALL.into_iter().filter(|set| set.supported());
+/// Every instruction set that this CPU supports in every dtype, candle's operations, and a CUDA
+/// device where the build has CUDA.
+fn all_options() -> Vec<LoadOptions> {
+    let sets = InstructionSet::ALL
+        .into_iter()
+        .filter(|set| set.supported());
     let kernels: Vec<Kernels> = sets.map(Kernels::Only).collect();
-    assert!(kernels.contains(&Kernels::Only(Instructions::Portable)));
-    let way = |dtype, kernels| LoadOptions {
+    assert!(kernels.contains(&Kernels::Only(InstructionSet::Portable)));
+    let with = |dtype, kernels| LoadOptions {
         dtype,
         kernels,
         ..options()
     };
-    let mut ways = vec![way(Dtype::F32, Kernels::Candle)];
+    let mut all = vec![with(Dtype::F32, Kernels::Candle)];
     for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8] {
-        ways.extend(kernels.iter().map(|kernels| way(dtype, *kernels)));
+        all.extend(kernels.iter().map(|kernels| with(dtype, *kernels)));
     }
     #[cfg(feature = "cuda")]
     for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
-        ways.push(LoadOptions {
+        all.push(LoadOptions {
             device: DeviceChoice::Cuda(0),
-            ..way(dtype, Kernels::Auto)
+            ..with(dtype, Kernels::Auto)
         });
     }
-    ways
+    all
 }
 
-/// How far a tiny checkpoint of random weights may be off: largest difference and least cosine.
-/// Its numbers are as large as a trained model's, but nothing averages the rounding out.
+/// The tolerance for a tiny checkpoint of random weights: largest difference and least cosine. Its
+/// values are as large as a trained model's, but few, so that rounding errors do not average out.
 fn tolerance(dtype: Dtype) -> (f32, f64) {
     match dtype {
         Dtype::Auto | Dtype::F32 => (2e-5, 0.999_999),
@@ -124,11 +127,11 @@ fn forward<'a>(model: &mut EncoderModel, rows: &[(&'a TokenRow, TextOutput)]) ->
 
 fn assert_close(actual: &[f32], expected: &[f32], tolerance: f32, what: &str) {
     assert_eq!(actual.len(), expected.len(), "{what}: length");
-    for (place, (actual, expected)) in actual.iter().zip(expected).enumerate() {
+    for (index, (actual, expected)) in actual.iter().zip(expected).enumerate() {
         let difference = (actual - expected).abs();
         assert!(
             difference <= tolerance,
-            "{what}[{place}]: {actual} instead of {expected}, {difference:e} apart"
+            "{what}[{index}]: {actual} instead of {expected}, {difference:e} apart"
         );
     }
 }
@@ -145,7 +148,7 @@ fn cosine(first: &[f32], second: &[f32]) -> f64 {
 
 fn text(parts: &[String]) -> Text<'_> {
     match parts {
-        [one] => Text::One(one),
+        [one] => Text::Single(one),
         [first, second] => Text::Pair(first, second),
         _ => panic!("one or two texts"),
     }
@@ -153,16 +156,16 @@ fn text(parts: &[String]) -> Text<'_> {
 
 /// Compares every output of a tiny checkpoint, in one batch and one by one.
 fn compare(name: &str, family: &str, task: Task) {
-    for way in ways() {
-        compare_way(name, family, task, &way);
+    for options in all_options() {
+        compare_with(name, family, task, &options);
     }
 }
 
-fn compare_way(name: &str, family: &str, task: Task, way: &LoadOptions) {
+fn compare_with(name: &str, family: &str, task: Task, options: &LoadOptions) {
     let expected: Vec<Expected> = golden(&format!("{name}/expected.json"));
-    let mut model = load_encoder(Path::new("target/golden").join(name), way);
-    let (largest, least) = tolerance(way.dtype);
-    let name = format!("{name} {} {}", way.dtype, way.kernels);
+    let mut model = load_encoder(Path::new("target/golden").join(name), options);
+    let (largest, least) = tolerance(options.dtype);
+    let name = format!("{name} {} {}", options.dtype, options.kernels);
     assert_eq!((model.card().family, model.card().task), (family, task));
     let tokenizer = model.tokenizer().clone();
     let rows: Vec<TokenRow> = expected
@@ -196,13 +199,13 @@ fn compare_way(name: &str, family: &str, task: Task, way: &LoadOptions) {
             };
             let reference = reference.as_ref().unwrap();
             assert_close(output, reference, largest, &what);
-            // The cosine of a few numbers near zero says nothing.
+            // The cosine of a few values near zero is meaningless.
             let near = cosine(output, reference) >= least;
             assert!(near || output.len() < 8, "{what}: cosine");
             let alone = forward(&mut model, &[*row]);
             assert_close(&alone[0], output, largest / 2.0, &format!("{what}, alone"));
         }
-        // A model that gives every text the same answer would agree with itself in any order.
+        // A model with the same output for every text would agree with itself in any order.
         if *requested == TextOutput::Embedding {
             assert!(
                 cosine(&together[0], &together[4]) < 0.995,
@@ -252,27 +255,27 @@ fn modernbert() {
 #[test]
 fn minilm() {
     let expected: Vec<Sentence> = golden("minilm.json");
-    for way in ways() {
-        // Where bfloat16 and bytes are widened by plain loops, half of the sentences will do.
-        let is_slow = way.kernels == Kernels::Only(Instructions::Portable);
-        let count = if is_slow && way.dtype != Dtype::F32 {
+    for options in all_options() {
+        // Where bf16 and int8 are widened by plain loops, half of the sentences is enough.
+        let is_slow = options.kernels == Kernels::Only(InstructionSet::Portable);
+        let count = if is_slow && options.dtype != Dtype::F32 {
             expected.len() / 2
         } else {
             expected.len()
         };
-        minilm_way(&expected[..count], &way);
+        minilm_with(&expected[..count], &options);
     }
 }
 
-fn minilm_way(expected: &[Sentence], way: &LoadOptions) {
-    let mut model = load_encoder("models/minilm/1", way);
+fn minilm_with(expected: &[Sentence], options: &LoadOptions) {
+    let mut model = load_encoder("models/minilm/1", options);
     assert_eq!((model.card().tokens_max, model.card().width), (256, 384));
     let tokenizer = model.tokenizer().clone();
     let rows: Vec<TokenRow> = expected
         .iter()
         .map(|sentence| {
             let row = tokenizer
-                .encode(Text::One(&sentence.text), Truncation::Right)
+                .encode(Text::Single(&sentence.text), Truncation::Right)
                 .unwrap();
             assert_eq!(row.ids, sentence.ids, "ids of {:?}", sentence.text);
             row
@@ -307,12 +310,12 @@ fn minilm_way(expected: &[Sentence], way: &LoadOptions) {
     let ranking = rankings_kept(&references, &vectors);
     let least = cosines.iter().copied().fold(1.0, f64::min);
     let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
-    let name = format!("{} {}", way.dtype, way.kernels);
+    let name = format!("{} {}", options.dtype, options.kernels);
     println!(
         "{name}: cosine at least {least:.7}, mean {mean:.7}, error {worst_error:.1e}, \
          ranking {ranking:.5}, batched to single {worst_batch:.1e}"
     );
-    let (least_due, mean_due, error_due, batch_due) = match way.dtype {
+    let (least_due, mean_due, error_due, batch_due) = match options.dtype {
         Dtype::Auto | Dtype::F32 => (0.999_99, 0.999_999, 1e-4, 1e-5),
         Dtype::F16 | Dtype::Bf16 => (0.999_9, 0.999_9, 5e-3, 1e-2),
         Dtype::Int8 => (0.98, 0.998, 5e-2, 1e-5),
@@ -368,11 +371,11 @@ fn digits() {
 }
 
 #[test]
-fn nobody_waits_so_nothing_is_computed() {
+fn a_cancelled_forward_pass_stops_between_layers() {
     let mut model = load_encoder("target/golden/bert-embedding", &options());
     let tokenizer = model.tokenizer().clone();
     let tokens = tokenizer
-        .encode(Text::One("red"), Truncation::Refuse)
+        .encode(Text::Single("red"), Truncation::Refuse)
         .unwrap();
     let row = TextRow {
         tokens: &tokens,
@@ -386,7 +389,7 @@ fn nobody_waits_so_nothing_is_computed() {
 }
 
 #[test]
-fn what_the_model_cannot_take_is_the_callers_error() {
+fn input_that_the_model_does_not_support_is_the_callers_error() {
     let mut model = load_encoder("target/golden/bert-embedding", &options());
     let mut refused = |ids: Vec<u32>, output| {
         let type_ids = vec![0; ids.len()];
@@ -421,7 +424,7 @@ fn truncation_refuses_or_cuts_and_keeps_special_tokens() {
     let model = load_encoder("models/minilm/1", &options());
     let tokenizer = model.tokenizer();
     let long = format!("first {}last", "word ".repeat(400));
-    let refused = tokenizer.encode(Text::One(&long), Truncation::Refuse);
+    let refused = tokenizer.encode(Text::Single(&long), Truncation::Refuse);
     assert_eq!(
         refused,
         Err(EngineError::TooManyTokens {
@@ -429,10 +432,15 @@ fn truncation_refuses_or_cuts_and_keeps_special_tokens() {
             tokens_max: 256
         })
     );
-    let ids = |truncation| tokenizer.encode(Text::One(&long), truncation).unwrap().ids;
+    let ids = |truncation| {
+        tokenizer
+            .encode(Text::Single(&long), truncation)
+            .unwrap()
+            .ids
+    };
     let word = |text| {
         tokenizer
-            .encode(Text::One(text), Truncation::Refuse)
+            .encode(Text::Single(text), Truncation::Refuse)
             .unwrap()
             .ids[1]
     };
@@ -450,7 +458,7 @@ fn truncation_refuses_or_cuts_and_keeps_special_tokens() {
 }
 
 #[test]
-fn tokens_know_their_places_and_decode_back() {
+fn tokens_have_offsets_and_decode_back() {
     let model = load_encoder("models/minilm/1", &options());
     let tokenizer = model.tokenizer();
     let text = "Paper 日本 lanterns";

@@ -1,5 +1,5 @@
-//! Files that lie: each is refused by a sentence with its name and without its path, and none
-//! makes the engine panic or allocate what it claims.
+//! Malformed and hostile model files: each is refused with a message that has its name and not its
+//! path, and none makes the engine panic or allocate the sizes that it declares.
 
 #![allow(
     clippy::unwrap_used,
@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 const HIDDEN: usize = 4;
 const WORDS: usize = 8;
 
-/// A folder of a test's own, gone when the test is.
+/// A model folder of one test, removed when the test ends.
 struct Folder(PathBuf);
 
 impl Drop for Folder {
@@ -61,7 +61,7 @@ impl Folder {
         load(&self.0, &options)
     }
 
-    /// Asserts that loading fails because of this file, and gives the sentence.
+    /// Asserts that loading fails because of this file, and returns the error message.
     fn refused(&self, file: &str) -> String {
         let error = self.load().err().expect("the folder should be refused");
         let sentence = error.to_string();
@@ -147,7 +147,7 @@ fn header(tensors: &[(String, Vec<usize>)]) -> (Value, usize) {
 fn safetensors(header: &str, data_bytes: usize) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend_from_slice(header.as_bytes());
-    bytes.extend((0..data_bytes / 4).flat_map(|place| ((place % 7) as f32 * 0.1).to_le_bytes()));
+    bytes.extend((0..data_bytes / 4).flat_map(|index| ((index % 7) as f32 * 0.1).to_le_bytes()));
     bytes
 }
 
@@ -157,13 +157,13 @@ fn checkpoint(tensors: &[(String, Vec<usize>)]) -> Vec<u8> {
 }
 
 #[test]
-fn the_valid_folder_loads_and_answers() {
+fn a_valid_folder_loads_and_computes() {
     let Model::Encoder(mut model) = Folder::valid().load().unwrap() else {
         panic!("an encoder is expected");
     };
     let tokens = model
         .tokenizer()
-        .encode(Text::One("one a two"), Truncation::Refuse)
+        .encode(Text::Single("one a two"), Truncation::Refuse)
         .unwrap();
     assert_eq!(tokens.ids, [2, 6, 4, 7, 3]);
     let row = TextRow {
@@ -205,7 +205,7 @@ fn missing_files_are_named() {
 }
 
 #[test]
-fn headers_that_lie_are_refused() {
+fn malformed_headers_are_refused() {
     let valid = tensors();
     let (whole, data_bytes) = header(&valid);
     let word = "embeddings.word_embeddings.weight";
@@ -259,15 +259,15 @@ fn headers_that_lie_are_refused() {
 
 #[test]
 fn tensors_that_are_missing_or_of_another_shape_are_named() {
-    for place in 0..tensors().len() {
+    for index in 0..tensors().len() {
         let mut fewer = tensors();
-        let (name, _) = fewer.remove(place);
+        let (name, _) = fewer.remove(index);
         let folder = Folder::valid();
         folder.write("model.safetensors", checkpoint(&fewer));
         assert!(folder.refused("model.safetensors").contains(&name));
 
         let mut other = tensors();
-        other[place].1[0] += 1;
+        other[index].1[0] += 1;
         folder.write("model.safetensors", checkpoint(&other));
         assert!(folder.refused("model.safetensors").contains(&name));
     }
@@ -397,10 +397,10 @@ fn shards_are_plain_names_of_the_same_folder() {
         let map: serde_json::Map<String, Value> = all
             .iter()
             .enumerate()
-            .map(|(place, (tensor, _))| {
+            .map(|(index, (tensor, _))| {
                 (
                     tensor.clone(),
-                    json!(if place < 9 { name } else { names[1] }),
+                    json!(if index < 9 { name } else { names[1] }),
                 )
             })
             .collect();
@@ -447,7 +447,7 @@ fn sentence_files_are_checked_too() {
 }
 
 #[test]
-fn tasks_that_the_model_cannot_do_are_refused() {
+fn tasks_that_the_model_does_not_support_are_refused() {
     let folder = Folder::valid();
     for (task, file) in [
         (Task::Rerank, "config.json"),
@@ -465,8 +465,9 @@ fn tasks_that_the_model_cannot_do_are_refused() {
     }
 }
 
-/// Loads what may be broken; when it loads all the same, it must answer or refuse.
-fn load_and_ask(folder: &Folder) {
+/// Loads a folder that may be malformed; if it loads, a forward pass must succeed or fail with an
+/// error.
+fn load_and_run(folder: &Folder) {
     let Ok(Model::Encoder(mut model)) = folder.load() else {
         return;
     };
@@ -483,11 +484,11 @@ fn load_and_ask(folder: &Folder) {
     }
 }
 
-fn mutate(path: &Path, places: &[(prop::sample::Index, u8)], cut: Option<prop::sample::Index>) {
+fn mutate(path: &Path, edits: &[(prop::sample::Index, u8)], cut: Option<prop::sample::Index>) {
     let mut bytes = fs::read(path).unwrap();
-    for (place, value) in places {
-        let place = place.index(bytes.len());
-        bytes[place] = *value;
+    for (index, value) in edits {
+        let index = index.index(bytes.len());
+        bytes[index] = *value;
     }
     if let Some(cut) = cut {
         bytes.truncate(cut.index(bytes.len()));
@@ -501,12 +502,12 @@ proptest! {
     #[test]
     fn no_mutation_makes_a_panic(
         file in prop::sample::select(vec!["config.json", "tokenizer.json", "model.safetensors"]),
-        places in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
         cut in prop::option::weighted(0.3, any::<prop::sample::Index>()),
     ) {
         let folder = Folder::valid();
-        mutate(&folder.0.join(file), &places, cut);
-        load_and_ask(&folder);
+        mutate(&folder.0.join(file), &edits, cut);
+        load_and_run(&folder);
     }
 
     #[test]
@@ -528,6 +529,6 @@ proptest! {
         let key = if family == "distilbert" && key == "intermediate_size" { "hidden_dim" } else { key };
         config[key] = json!(value);
         folder.write("config.json", config.to_string());
-        load_and_ask(&folder);
+        load_and_run(&folder);
     }
 }

@@ -80,7 +80,7 @@ pub enum OwnedText {
 impl OwnedText {
     fn as_text(&self) -> Text<'_> {
         match self {
-            Self::One(text) => Text::One(text),
+            Self::One(text) => Text::Single(text),
             Self::Pair(first, second) => Text::Pair(first, second),
         }
     }
@@ -336,7 +336,7 @@ fn warm_up(model: &mut Model) -> Result<(), EngineError> {
         Model::Encoder(model) => {
             let tokens = model
                 .tokenizer()
-                .encode(Text::One("warm up"), Truncation::Right)?;
+                .encode(Text::Single("warm up"), Truncation::Right)?;
             let output = if model.card().task == engine::Task::Embedding {
                 TextOutput::Embedding
             } else {

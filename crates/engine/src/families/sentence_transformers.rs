@@ -38,6 +38,7 @@ struct DenseModule {
 
 /// One entry of `modules.json`.
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct Module {
     path: String,
     #[serde(rename = "type")]
@@ -46,12 +47,14 @@ struct Module {
 
 /// `sentence_bert_config.json`.
 #[derive(Deserialize, Default)]
+#[serde(expecting = "an object")]
 struct TokenLimit {
     max_seq_length: Option<usize>,
 }
 
 /// `config_sentence_transformers.json`.
 #[derive(Deserialize, Default)]
+#[serde(expecting = "an object")]
 struct Prompts {
     #[serde(default)]
     prompts: BTreeMap<String, String>,
@@ -60,6 +63,7 @@ struct Prompts {
 
 /// `config.json` of a dense module.
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct DenseConfig {
     in_features: usize,
     out_features: Width,

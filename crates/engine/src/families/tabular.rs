@@ -31,6 +31,7 @@ struct TabularConfig {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct InputConfig {
     name: String,
     width: usize,
@@ -39,6 +40,7 @@ struct InputConfig {
 
 /// The names of the output tensors.
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct OutputConfig {
     probabilities: String,
     label: String,

@@ -1,4 +1,4 @@
-//! `config.json`: read once and parsed by whoever needs some of its keys.
+//! `config.json`: read once, and parsed by each module that needs some of its keys.
 //!
 //! `model_type` is parsed first and alone, so that an unsupported model is refused as such
 //! whatever its other keys hold. Then each family parses its own keys.
@@ -35,6 +35,7 @@ pub(crate) struct ConfigFile {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct ModelType {
     #[serde(default)]
     model_type: String,
@@ -96,6 +97,7 @@ impl<'de> Deserialize<'de> for Epsilon {
 
 /// The keys that a Hugging Face text model of any family has: what it was trained to do.
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "an object")]
 pub(crate) struct TextTaskConfig {
     #[serde(default)]
     architectures: Vec<String>,

@@ -128,12 +128,13 @@ pub(super) fn parse_json<T: DeserializeOwned>(name: &str, bytes: &[u8]) -> Resul
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
         match path.as_str() {
-            "." => invalid(format!("is not valid: {}", error.inner())),
+            // The whole document, for example one with a missing key, which the error names.
+            "." | "?" => invalid(error.inner().to_string()),
             key => invalid(format!("{key}: {}", error.inner())),
         }
     })?;
     let end = deserializer.end();
-    end.map_err(|error| invalid(format!("is not valid: {error}")))?;
+    end.map_err(|error| invalid(error.to_string()))?;
     Ok(value)
 }
 

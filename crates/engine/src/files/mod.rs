@@ -10,7 +10,7 @@ mod shard_index;
 mod weights;
 
 pub(crate) use config::{
-    ConfigFile, Epsilon, Labels, Layers, Positions, TextTaskConfig, TokenTypes, Vocabulary, Width,
+    ConfigFile, Epsilon, Layers, Positions, TextTaskConfig, TokenTypes, Vocabulary, Width,
     bad_config, check_heads,
 };
 pub(crate) use folder::Folder;

@@ -1,6 +1,6 @@
 //! A safetensors file, whose header is checked before anything in it is believed.
 //!
-//! Format: <https://huggingface.co/docs/safetensors>. Eight bytes of little-endian header
+//! MatrixDtype: <https://huggingface.co/docs/safetensors>. Eight bytes of little-endian header
 //! length, the header as JSON, and the bytes of the tensors without gaps.
 
 use std::collections::BTreeMap;
@@ -45,6 +45,7 @@ pub(super) struct SafetensorsFile {
 
 /// The header of one tensor.
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct TensorHeader {
     dtype: String,
     shape: Vec<u64>,

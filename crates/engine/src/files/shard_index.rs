@@ -13,6 +13,7 @@ pub(super) const INDEX: &str = "model.safetensors.index.json";
 const SHARDS_MAX: usize = 1_024;
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct ShardIndex {
     /// From the name of a tensor to the name of its file.
     weight_map: BTreeMap<String, String>,

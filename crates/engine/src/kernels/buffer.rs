@@ -1,49 +1,50 @@
-//! Memory of 64-byte lines: an arena for what a forward pass needs, and zeros for weights.
+//! Memory aligned to cache lines: an arena for the matrices of a forward pass, and zeroed lines
+//! for weights.
 
 use std::cell::RefCell;
 
-/// Words of 32 bits in a line.
+/// Words of 32 bits in a cache line.
 const WORDS: usize = 16;
-/// What a thread keeps for its next matrices; more is given back.
-const KEPT_BYTES_MAX: usize = 64 << 20;
+/// Bytes that the arena of a thread holds for its next matrices; more is freed.
+const ARENA_BYTES_MAX: usize = 64 << 20;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([u32; WORDS]);
+struct CacheLine([u32; WORDS]);
 
-const EMPTY: Line = Line([0; WORDS]);
+const ZEROS: CacheLine = CacheLine([0; WORDS]);
 
 thread_local! {
-    /// Memory that was used and is free, smallest first.
-    static FREE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+    /// The arena: buffers that are free, smallest first.
+    static FREE: RefCell<Vec<Vec<CacheLine>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Words of 32 bits, aligned to 64 bytes. Always initialized, though with anything.
+/// Words of 32 bits, aligned to 64 bytes. Always initialized, though with arbitrary values.
 pub(super) struct Buffer {
-    lines: Vec<Line>,
+    lines: Vec<CacheLine>,
 }
 
 impl Buffer {
-    /// At least this many words from the arena, with what was in them before.
-    pub(super) fn take(words: usize) -> Self {
+    /// At least this many words from the arena, with the values of their last use.
+    pub(super) fn from_arena(words: usize) -> Self {
         let needed = words.div_ceil(WORDS);
         if cfg!(debug_assertions) {
-            // Its own and no longer than asked for, so that a sanitizer sees a step beyond it.
-            let lines = vec![EMPTY; needed];
+            // A new allocation of the exact size, so that a sanitizer sees an access beyond it.
+            let lines = vec![ZEROS; needed];
             return Self { lines };
         }
-        let kept = FREE.with_borrow_mut(|free| {
-            let place = free.partition_point(|lines| lines.len() < needed);
-            (place < free.len()).then(|| free.remove(place))
+        let reused = FREE.with_borrow_mut(|free| {
+            let index = free.partition_point(|lines| lines.len() < needed);
+            (index < free.len()).then(|| free.remove(index))
         });
-        // A power of two, so that nearly equal matrices share memory.
-        let lines = kept.unwrap_or_else(|| vec![EMPTY; needed.next_power_of_two()]);
+        // A power of two, so that matrices of nearly equal size reuse the same memory.
+        let lines = reused.unwrap_or_else(|| vec![ZEROS; needed.next_power_of_two()]);
         Self { lines }
     }
 
-    /// Exactly enough zeros for this many words, not of the arena.
-    pub(super) fn zeros(words: usize) -> Vec<Zeroed> {
-        vec![Zeroed(EMPTY); words.div_ceil(WORDS)]
+    /// Zeroed lines for this many words, not from the arena.
+    pub(super) fn zeros(words: usize) -> Vec<ZeroedLine> {
+        vec![ZeroedLine(ZEROS); words.div_ceil(WORDS)]
     }
 
     pub(super) fn words(&self) -> usize {
@@ -65,30 +66,30 @@ impl Drop for Buffer {
             return;
         }
         let lines = std::mem::take(&mut self.lines);
-        // A thread that ends has no arena any more: then the memory is simply freed.
+        // A thread that is ending has no arena any more: then the memory is freed.
         let _ = FREE.try_with(|free| {
             let mut free = free.borrow_mut();
-            let kept: usize = free
+            let held: usize = free
                 .iter()
-                .map(|lines| lines.len() * size_of::<Line>())
+                .map(|lines| lines.len() * size_of::<CacheLine>())
                 .sum();
-            if kept + lines.len() * size_of::<Line>() <= KEPT_BYTES_MAX {
-                let place = free.partition_point(|other| other.len() < lines.len());
-                free.insert(place, lines);
+            if held + lines.len() * size_of::<CacheLine>() <= ARENA_BYTES_MAX {
+                let index = free.partition_point(|other| other.len() < lines.len());
+                free.insert(index, lines);
             }
         });
     }
 }
 
-/// A line of memory that lives as long as a model.
+/// A line of a model's weights.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(super) struct Zeroed(Line);
+pub(super) struct ZeroedLine(CacheLine);
 
-impl Zeroed {
+impl ZeroedLine {
     pub(super) const WORDS: usize = WORDS;
 
-    pub(super) fn set(&mut self, place: usize, word: u32) {
-        self.0.0[place] = word;
+    pub(super) fn set(&mut self, index: usize, word: u32) {
+        self.0.0[index] = word;
     }
 }

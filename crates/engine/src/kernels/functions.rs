@@ -1,8 +1,8 @@
-//! Functions of each number in a register.
+//! Elementwise functions over a SIMD register: exponentials and activation functions.
 
-use super::instructions::Isa;
+use super::simd::Simd;
 
-/// A function of one number, applied to each.
+/// An activation function, applied to each element.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// No change.
@@ -19,16 +19,16 @@ pub enum Activation {
     Tanh,
 }
 
-/// e^x to within 2 units in the last place for x from -87 to 88, and the ends beyond: e^x =
+/// e^x to within 2 units in the last place for x from -87 to 88, clamped beyond: e^x =
 /// 2^n · e^r with |r| at most half the logarithm of 2, and e^r by its Taylor series.
 ///
 /// # Safety
-/// The processor has the set.
+/// The CPU supports the instruction set.
 #[inline(always)]
-pub(super) unsafe fn exp<I: Isa>(value: I::F) -> I::F {
+pub(super) unsafe fn exp<I: Simd>(value: I::F) -> I::F {
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
-    // SAFETY: arithmetic of a set that the caller has.
+    // SAFETY: arithmetic of a set that the CPU supports, by the caller's guarantee.
     unsafe {
         let value = I::min(I::max(value, I::splat(-87.0)), I::splat(88.0));
         let power = I::round(I::mul(value, I::splat(std::f32::consts::LOG2_E)));
@@ -42,15 +42,15 @@ pub(super) unsafe fn exp<I: Isa>(value: I::F) -> I::F {
     }
 }
 
-/// 2^x to within 1 unit in the last place for x up to 0, down to 2^-126 where it ends.
+/// 2^x to within 1 unit in the last place for x up to 0; no less than 2^-126.
 ///
 /// # Safety
-/// The processor has the set.
+/// The CPU supports the instruction set.
 #[inline(always)]
-pub(super) unsafe fn power_of_two<I: Isa>(value: I::F) -> I::F {
+pub(super) unsafe fn power_of_two<I: Simd>(value: I::F) -> I::F {
     // Fitted to 2^r for |r| at most a half, for the least largest relative error.
     const SERIES: [f32; 5] = [0.009_675_542, 0.055_507_133, 0.240_221_2, 0.693_146_97, 1.0];
-    // SAFETY: arithmetic of a set that the caller has.
+    // SAFETY: arithmetic of a set that the CPU supports, by the caller's guarantee.
     unsafe {
         let value = I::max(value, I::splat(-126.0));
         let power = I::round(value);
@@ -68,14 +68,14 @@ pub(super) unsafe fn power_of_two<I: Isa>(value: I::F) -> I::F {
 /// x · Φ(x) is x · (½ + x · q(x²)), and q is smooth: here a polynomial in 2x²/end² - 1, fitted on
 /// -end to end for the least largest error of the whole (Lawson's iteration). Beyond the end the
 /// function is x or 0.
-struct Gelu<const TERMS: usize> {
+struct GeluPolynomial<const TERMS: usize> {
     end: f32,
     first: f32,
     terms: [f32; TERMS],
 }
 
 /// Within 1.5e-6 everywhere.
-const GELU: Gelu<12> = Gelu {
+const GELU: GeluPolynomial<12> = GeluPolynomial {
     end: 5.0,
     first: 0.000_492_969,
     terms: [
@@ -95,7 +95,7 @@ const GELU: Gelu<12> = Gelu {
 };
 
 /// Within 3.4e-5 everywhere: enough where the result is rounded to bfloat16.
-const GELU_ROUNDED: Gelu<8> = Gelu {
+const GELU_ROUNDED: GeluPolynomial<8> = GeluPolynomial {
     end: 4.5,
     first: 0.003_353_687_5,
     terms: [
@@ -113,33 +113,36 @@ const GELU_ROUNDED: Gelu<8> = Gelu {
 /// x · Φ(x), the Gaussian error linear unit by the error function.
 ///
 /// # Safety
-/// The processor has the set.
+/// The CPU supports the instruction set.
 #[inline(always)]
-pub(super) unsafe fn gelu<I: Isa>(value: I::F) -> I::F {
-    // SAFETY: the caller's.
-    unsafe { gelu_by::<I, 12>(value, &GELU) }
+pub(super) unsafe fn gelu<I: Simd>(value: I::F) -> I::F {
+    // SAFETY: passed on to the caller.
+    unsafe { gelu_polynomial::<I, 12>(value, &GELU) }
 }
 
 /// The same, to be rounded to bfloat16.
 ///
 /// # Safety
-/// The processor has the set.
+/// The CPU supports the instruction set.
 #[inline(always)]
-pub(super) unsafe fn gelu_rounded<I: Isa>(value: I::F) -> I::F {
-    // SAFETY: the caller's.
-    unsafe { gelu_by::<I, 8>(value, &GELU_ROUNDED) }
+pub(super) unsafe fn gelu_rounded<I: Simd>(value: I::F) -> I::F {
+    // SAFETY: passed on to the caller.
+    unsafe { gelu_polynomial::<I, 8>(value, &GELU_ROUNDED) }
 }
 
 #[inline(always)]
-unsafe fn gelu_by<I: Isa, const TERMS: usize>(value: I::F, gelu: &Gelu<TERMS>) -> I::F {
-    // SAFETY: arithmetic of a set that the caller has.
+unsafe fn gelu_polynomial<I: Simd, const TERMS: usize>(
+    value: I::F,
+    polynomial: &GeluPolynomial<TERMS>,
+) -> I::F {
+    // SAFETY: arithmetic of a set that the CPU supports, by the caller's guarantee.
     unsafe {
         let square = I::mul(value, value);
-        let scale = I::splat(2.0 / (gelu.end * gelu.end));
-        let place = I::min(I::fma(square, scale, I::splat(-1.0)), I::splat(1.0));
-        let mut series = I::splat(gelu.first);
-        for term in gelu.terms {
-            series = I::fma(series, place, I::splat(term));
+        let scale = I::splat(2.0 / (polynomial.end * polynomial.end));
+        let argument = I::min(I::fma(square, scale, I::splat(-1.0)), I::splat(1.0));
+        let mut series = I::splat(polynomial.first);
+        for term in polynomial.terms {
+            series = I::fma(series, argument, I::splat(term));
         }
         let share = I::mul(series, value);
         let share = I::min(I::max(share, I::splat(-0.5)), I::splat(0.5));
@@ -150,10 +153,10 @@ unsafe fn gelu_by<I: Isa, const TERMS: usize>(value: I::F, gelu: &Gelu<TERMS>) -
 /// The same by its tanh approximation: 0.5 · (1 + tanh(y)) is the sigmoid of 2y.
 ///
 /// # Safety
-/// The processor has the set.
+/// The CPU supports the instruction set.
 #[inline(always)]
-pub(super) unsafe fn gelu_tanh<I: Isa>(value: I::F) -> I::F {
-    // SAFETY: arithmetic of a set that the caller has.
+pub(super) unsafe fn gelu_tanh<I: Simd>(value: I::F) -> I::F {
+    // SAFETY: arithmetic of a set that the CPU supports, by the caller's guarantee.
     unsafe {
         let square = I::mul(value, value);
         let slope = I::fma(square, I::splat(0.044_715 * 1.595_769), I::splat(1.595_769));
@@ -164,20 +167,20 @@ pub(super) unsafe fn gelu_tanh<I: Isa>(value: I::F) -> I::F {
 /// x times its sigmoid.
 ///
 /// # Safety
-/// The processor has the set.
+/// The CPU supports the instruction set.
 #[inline(always)]
-pub(super) unsafe fn silu<I: Isa>(value: I::F) -> I::F {
-    // SAFETY: arithmetic of a set that the caller has.
+pub(super) unsafe fn silu<I: Simd>(value: I::F) -> I::F {
+    // SAFETY: arithmetic of a set that the CPU supports, by the caller's guarantee.
     unsafe { I::mul(value, sigmoid::<I>(value)) }
 }
 
 /// The hyperbolic tangent: 2 · sigmoid(2x) - 1, which keeps six digits after the point.
 ///
 /// # Safety
-/// The processor has the set.
+/// The CPU supports the instruction set.
 #[inline(always)]
-pub(super) unsafe fn tanh<I: Isa>(value: I::F) -> I::F {
-    // SAFETY: arithmetic of a set that the caller has.
+pub(super) unsafe fn tanh<I: Simd>(value: I::F) -> I::F {
+    // SAFETY: arithmetic of a set that the CPU supports, by the caller's guarantee.
     unsafe {
         let sigmoid = sigmoid::<I>(I::add(value, value));
         I::sub(I::add(sigmoid, sigmoid), I::splat(1.0))
@@ -187,16 +190,16 @@ pub(super) unsafe fn tanh<I: Isa>(value: I::F) -> I::F {
 /// max(x, 0).
 ///
 /// # Safety
-/// The processor has the set.
+/// The CPU supports the instruction set.
 #[inline(always)]
-pub(super) unsafe fn relu<I: Isa>(value: I::F) -> I::F {
-    // SAFETY: arithmetic of a set that the caller has.
+pub(super) unsafe fn relu<I: Simd>(value: I::F) -> I::F {
+    // SAFETY: arithmetic of a set that the CPU supports, by the caller's guarantee.
     unsafe { I::max(value, I::splat(0.0)) }
 }
 
 #[inline(always)]
-unsafe fn sigmoid<I: Isa>(value: I::F) -> I::F {
-    // SAFETY: arithmetic of a set that the caller has.
+unsafe fn sigmoid<I: Simd>(value: I::F) -> I::F {
+    // SAFETY: arithmetic of a set that the CPU supports, by the caller's guarantee.
     unsafe {
         let inverse = exp::<I>(I::sub(I::splat(0.0), value));
         I::div(I::splat(1.0), I::add(I::splat(1.0), inverse))

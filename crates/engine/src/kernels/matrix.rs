@@ -2,44 +2,44 @@
 
 use super::buffer::Buffer;
 
-/// The number format of a matrix.
+/// The dtype of a matrix of activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
+pub enum MatrixDtype {
     /// 32-bit floats.
     F32,
-    /// bfloat16, two to a word.
+    /// bfloat16, two in a word.
     Bf16,
 }
 
-/// `[rows, width]` in memory of the arena, row after row.
+/// `[rows, width]`, row-major, in memory of the arena.
 pub struct Matrix {
     buffer: Buffer,
     rows: usize,
     width: usize,
-    format: Format,
+    dtype: MatrixDtype,
 }
 
 impl Matrix {
-    /// A matrix with anything in it.
-    pub(super) fn take(rows: usize, width: usize, format: Format) -> Self {
-        let words = match format {
-            Format::F32 => width,
-            Format::Bf16 => width.div_ceil(2),
+    /// A matrix from the arena, with arbitrary values.
+    pub(super) fn from_arena(rows: usize, width: usize, dtype: MatrixDtype) -> Self {
+        let words = match dtype {
+            MatrixDtype::F32 => width,
+            MatrixDtype::Bf16 => width.div_ceil(2),
         };
         let mut matrix = Self {
-            buffer: Buffer::take(rows * words),
+            buffer: Buffer::from_arena(rows * words),
             rows,
             width,
-            format,
+            dtype,
         };
-        if format == Format::Bf16 && width % 2 == 1 {
+        if dtype == MatrixDtype::Bf16 && width % 2 == 1 {
             matrix.clear_odd_ends();
         }
         matrix
     }
 
     /// The half word after a row of odd width is multiplied too, with a weight of zero: it must
-    /// not be infinite.
+    /// not be infinite or NaN.
     fn clear_odd_ends(&mut self) {
         let (rows, words) = (self.rows, self.words_per_row());
         let start = self.buffer.pointer_mut();
@@ -52,7 +52,7 @@ impl Matrix {
     /// Copies rows of floats.
     pub fn from_floats(values: &[f32], width: usize) -> Self {
         let rows = values.len().checked_div(width).unwrap_or(0);
-        let mut matrix = Self::take(rows, width, Format::F32);
+        let mut matrix = Self::from_arena(rows, width, MatrixDtype::F32);
         matrix.floats_mut().copy_from_slice(&values[..rows * width]);
         matrix
     }
@@ -62,20 +62,20 @@ impl Matrix {
         self.rows
     }
 
-    /// Numbers in a row.
+    /// Elements of a row.
     pub fn width(&self) -> usize {
         self.width
     }
 
-    pub(super) fn format(&self) -> Format {
-        self.format
+    pub(super) fn dtype(&self) -> MatrixDtype {
+        self.dtype
     }
 
     /// Words from one row to the next.
     pub(super) fn words_per_row(&self) -> usize {
-        match self.format {
-            Format::F32 => self.width,
-            Format::Bf16 => self.width.div_ceil(2),
+        match self.dtype {
+            MatrixDtype::F32 => self.width,
+            MatrixDtype::Bf16 => self.width.div_ceil(2),
         }
     }
 
@@ -87,23 +87,23 @@ impl Matrix {
         self.buffer.pointer_mut()
     }
 
-    /// The numbers of a matrix of floats, row-major; nothing of any other.
+    /// The elements of a matrix of floats, row-major; empty for any other dtype.
     pub fn floats(&self) -> &[f32] {
         let count = self.float_count();
-        // SAFETY: the buffer has at least `count` initialized words, and any bits are a float.
+        // SAFETY: the buffer has at least `count` initialized words, and any bits are a valid float.
         unsafe { std::slice::from_raw_parts(self.buffer.pointer().cast(), count) }
     }
 
     pub(super) fn floats_mut(&mut self) -> &mut [f32] {
         let count = self.float_count();
-        // SAFETY: as above, and the buffer is borrowed alone.
+        // SAFETY: as above, and the buffer is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.buffer.pointer_mut().cast(), count) }
     }
 
     fn float_count(&self) -> usize {
-        match self.format {
-            Format::F32 => (self.rows * self.width).min(self.buffer.words()),
-            Format::Bf16 => 0,
+        match self.dtype {
+            MatrixDtype::F32 => (self.rows * self.width).min(self.buffer.words()),
+            MatrixDtype::Bf16 => 0,
         }
     }
 }

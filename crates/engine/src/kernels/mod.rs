@@ -1,55 +1,61 @@
-//! The forward pass on a processor: products with packed weights, attention, and the steps
-//! between them.
+//! The kernels of the forward pass on a CPU: matrix multiplication (GEMM) with packed and, for
+//! int8, quantized weights, attention, and the row-wise operations between them.
 //!
-//! Everything is written once over [`instructions::Isa`] and translated for each instruction set;
-//! which one runs is chosen when a model is loaded. Matrices come from an arena, so that a
-//! forward pass allocates nothing once it has run. This is the only part of the crate with
-//! `unsafe` in it: its public functions check every bound before they hand out a pointer.
+//! Each kernel is written once over [`simd::Simd`] and compiled for each instruction set; the set
+//! that runs is chosen when a model is loaded. Matrices come from an arena, so that a forward pass
+//! allocates nothing once it has run. This is the only part of the crate with `unsafe` in it: its
+//! public functions check every bound before they pass on a pointer.
 
-#![allow(unsafe_code, reason = "the one place for it")]
+#![allow(
+    unsafe_code,
+    reason = "SIMD on raw pointers into matrices: the only part of the crate with unsafe code"
+)]
 
 mod attention;
 mod buffer;
 mod convert;
 mod functions;
-mod instructions;
+mod gemm;
 mod matrix;
-mod pack;
+mod packing;
 mod peak;
-mod products;
 mod rows;
-mod team;
+mod simd;
 #[cfg(test)]
 mod tests;
+mod thread_pool;
 
-pub use attention::{Attention, attend};
+pub use attention::{AttentionInput, attend};
 pub use functions::Activation;
-pub use instructions::Instructions;
-pub use matrix::{Format, Matrix};
-pub use pack::{Packed, Precision};
+pub use gemm::matmul;
+pub use matrix::{Matrix, MatrixDtype};
+pub use packing::{PackedWeights, WeightDtype};
 pub use peak::peak;
-pub use products::multiply;
-pub(crate) use rows::{Angles, Lookup, Pool, add, embed, multiply_each, pool, rotate};
-pub use rows::{NormParameters, norm};
-pub use team::set_threads;
-pub(crate) use team::{run, threads};
+pub(crate) use rows::{
+    EmbeddingLookup, Pooling, RotaryAngles, add, embed, multiply_elementwise, pool, rotate,
+};
+pub use rows::{LayerNormParameters, layer_norm};
+pub use simd::InstructionSet;
+pub use thread_pool::set_threads;
+pub(crate) use thread_pool::{parallel_for, threads};
 
-/// Translates a generic function for each instruction set and calls the one that is asked for.
+/// Compiles a generic function for each instruction set, and dispatches to the requested one.
 ///
-/// The body is generic over the set, over how many registers side by side make a panel, and over
-/// how many rows a product takes at a time; those fill the set's registers with sums.
+/// The body is generic over the instruction set, the number of registers side by side in a panel,
+/// and the number of rows that the micro-kernel multiplies at a time; together these fill the
+/// registers of the set with sums.
 ///
-/// The function it makes is `unsafe`: the processor must have the set, and the body's own
-/// conditions hold.
+/// The generated function is `unsafe`: the CPU must support the set, and the body's own conditions
+/// must hold.
 macro_rules! kernel {
     ($(#[$doc:meta])* fn $name:ident($($argument:ident: $kind:ty),* $(,)?) = $body:ident) => {
         $(#[$doc])*
         unsafe fn $name(
-            instructions: $crate::kernels::Instructions,
+            instructions: $crate::kernels::InstructionSet,
             $($argument: $kind),*
         ) {
-            use $crate::kernels::instructions as sets;
-            // SAFETY (all): the caller says that the processor has the set.
+            use $crate::kernels::simd as sets;
+            // SAFETY (all): the caller guarantees that the CPU supports the set.
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(
@@ -73,21 +79,21 @@ macro_rules! kernel {
                     unsafe { $body::<sets::Avx2, 2, 6>($($argument),*) }
                 }
                 match instructions {
-                    // Tiles are for products with narrow weights alone, which go their own way.
-                    $crate::kernels::Instructions::Amx
-                    | $crate::kernels::Instructions::Avx512Bf16 => {
+                    // AMX tiles are for GEMM with bf16 and int8 weights, which has its own kernel.
+                    $crate::kernels::InstructionSet::Amx
+                    | $crate::kernels::InstructionSet::Avx512Bf16 => {
                         return unsafe { avx512bf16($($argument),*) };
                     }
-                    $crate::kernels::Instructions::Avx512Vnni => {
+                    $crate::kernels::InstructionSet::Avx512Vnni => {
                         return unsafe { avx512vnni($($argument),*) };
                     }
-                    $crate::kernels::Instructions::Avx512 => {
+                    $crate::kernels::InstructionSet::Avx512 => {
                         return unsafe { avx512($($argument),*) };
                     }
-                    $crate::kernels::Instructions::Avx2 => {
+                    $crate::kernels::InstructionSet::Avx2 => {
                         return unsafe { avx2($($argument),*) };
                     }
-                    $crate::kernels::Instructions::Portable => {}
+                    $crate::kernels::InstructionSet::Portable => {}
                 }
             }
             let _ = instructions;

@@ -1,100 +1,102 @@
-//! What the processor could do if memory cost nothing: the measure for the products.
+//! The peak throughput of the CPU if memory accesses were free: the reference for the GEMM
+//! benchmarks.
 
 use std::time::Instant;
 
-use super::Instructions;
-use super::instructions::Isa;
-use super::kernel;
-use super::pack::Precision;
+use super::InstructionSet;
 #[cfg(target_arch = "x86_64")]
-use super::products::amx;
-use super::products::{Bf16, Dot, F32, Int8, TILES_ROWS, Words, tile};
-use super::team;
+use super::gemm::amx;
+use super::gemm::{AMX_BLOCK_ROWS, Bf16, DotProduct, F32, Int8, WordRows, micro_kernel};
+use super::kernel;
+use super::packing::WeightDtype;
+use super::simd::Simd;
+use super::thread_pool;
 
-/// Steps of one measurement, on numbers that stay in the first-level cache.
+/// Steps of one measurement, on words that stay in the first-level cache.
 const STEPS: usize = 64;
 const ROUNDS: usize = 4_000;
 
-/// Billions of multiplications and additions in a second, on all cores together, by the products'
-/// own inner kernel on numbers that never leave the first-level cache. Zero where the processor
-/// does not have the set.
-pub fn peak(instructions: Instructions, precision: Precision) -> f64 {
+/// GFLOP/s (billions of multiplications and additions per second) of all cores together, by the
+/// GEMM micro-kernel on words that never leave the first-level cache. Zero where the CPU does not
+/// support the instruction set.
+pub fn peak(instructions: InstructionSet, dtype: WeightDtype) -> f64 {
     if !instructions.supported() {
         return 0.0;
     }
-    let threads = team::threads();
-    let in_tiles = precision.in_tiles(instructions);
+    let threads = thread_pool::threads();
+    let uses_tiles = dtype.uses_tiles(instructions);
     let run = || {
         let start = Instant::now();
-        team::run(threads, &|_| {
+        thread_pool::parallel_for(threads, &|_| {
             let words = [0u32; STEPS * 64];
-            let job = Job {
+            let job = PeakJob {
                 words: &words,
-                precision,
+                dtype,
                 rounds: ROUNDS,
             };
-            // SAFETY: the set is there; the words are a tile's rows, and a panel of any set.
+            // SAFETY: the CPU supports the set; the words are a tile's rows and a panel of any
+            // set.
             unsafe {
                 #[cfg(target_arch = "x86_64")]
-                if in_tiles {
-                    return amx::repeat(precision, std::hint::black_box(&words), ROUNDS);
+                if uses_tiles {
+                    return amx::repeat(dtype, std::hint::black_box(&words), ROUNDS);
                 }
-                run_job(instructions, &job);
+                run_peak(instructions, &job);
             }
         });
         start.elapsed().as_secs_f64()
     };
     let best = (0..5).map(|_| run()).fold(f64::MAX, f64::min);
-    let (columns, rows) = instructions.tile();
-    let rows = if in_tiles { TILES_ROWS } else { rows };
-    let products = columns * rows * STEPS * precision.per_word() * ROUNDS * threads;
+    let (columns, rows) = instructions.gemm_tile();
+    let rows = if uses_tiles { AMX_BLOCK_ROWS } else { rows };
+    let products = columns * rows * STEPS * dtype.elements_per_word() * ROUNDS * threads;
     2.0 * products as f64 / best / 1e9
 }
 
-struct Job<'a> {
+struct PeakJob<'a> {
     words: &'a [u32; STEPS * 64],
-    precision: Precision,
+    dtype: WeightDtype,
     rounds: usize,
 }
 
 kernel! {
     /// Runs a measurement.
-    fn run_job(job: &Job<'_>) = rounds
+    fn run_peak(job: &PeakJob<'_>) = rounds
 }
 
 /// # Safety
-/// The processor has the set.
+/// The CPU supports the set.
 #[inline(always)]
-unsafe fn rounds<I: Isa, const V: usize, const R: usize>(job: &Job<'_>) {
+unsafe fn rounds<I: Simd, const V: usize, const R: usize>(job: &PeakJob<'_>) {
     for _ in 0..job.rounds {
-        // SAFETY: passed on.
+        // SAFETY: passed on to the caller.
         unsafe {
-            match job.precision {
-                Precision::F32 => round::<I, F32, V, R>(job),
-                Precision::Bf16 => round::<I, Bf16, V, R>(job),
-                Precision::Int8 => round::<I, Int8, V, R>(job),
+            match job.dtype {
+                WeightDtype::F32 => round::<I, F32, V, R>(job),
+                WeightDtype::Bf16 => round::<I, Bf16, V, R>(job),
+                WeightDtype::Int8 => round::<I, Int8, V, R>(job),
             }
         }
     }
 }
 
 /// # Safety
-/// The processor has the set.
+/// The CPU supports the set.
 #[inline(always)]
-unsafe fn round<I: Isa, D: Dot<I>, const V: usize, const R: usize>(job: &Job<'_>) {
+unsafe fn round<I: Simd, D: DotProduct<I>, const V: usize, const R: usize>(job: &PeakJob<'_>) {
     let start = std::hint::black_box(job.words.as_ptr());
     let width = V * I::LANES;
     // SAFETY: `STEPS` rows of at most 64 words are there, and `R` rows of `STEPS` words.
     let sums = unsafe {
-        let input = Words {
+        let input = WordRows {
             start,
             stride: STEPS,
         };
-        let weights = Words {
+        let weights = WordRows {
             start,
             stride: width,
         };
-        tile::<I, D, V, R>(input, weights, STEPS, [D::zero(); V])
+        micro_kernel::<I, D, V, R>(input, weights, STEPS, [D::zero(); V])
     };
     std::hint::black_box(&sums);
 }

@@ -1,44 +1,51 @@
-//! What happens to each row between products: embedding, norms, sums, gates, rotations, pooling.
+//! Row-wise and elementwise operations between matrix multiplications: embedding lookup, layer
+//! normalization, sums, gates, rotary embeddings, pooling.
 
-use super::Instructions;
-use super::convert::Row;
-use super::instructions::Isa;
+use super::InstructionSet;
+use super::convert::MatrixRow;
 use super::kernel;
-use super::matrix::{Format, Matrix};
+use super::matrix::{Matrix, MatrixDtype};
+use super::simd::Simd;
 
 /// The parameters of a layer normalization: `[width]` each.
 #[derive(Clone, Copy)]
-pub struct NormParameters<'a> {
-    /// What a normalized number is multiplied by.
+pub struct LayerNormParameters<'a> {
+    /// The scale (gamma).
     pub weight: &'a [f32],
-    /// What is added then; empty: nothing.
+    /// The bias (beta); empty for a norm without one.
     pub bias: &'a [f32],
-    /// What is added to the variance.
+    /// The number that is added to the variance.
     pub epsilon: f32,
 }
 
 /// Layer normalization of `input`, or of `input + added`, as a new matrix of floats.
-pub fn norm(
-    instructions: Instructions,
-    parameters: NormParameters<'_>,
+pub fn layer_norm(
+    instructions: InstructionSet,
+    parameters: LayerNormParameters<'_>,
     input: &Matrix,
     added: Option<&Matrix>,
 ) -> Matrix {
     let width = input.width();
     let same_shape = |other: &Matrix| other.rows() == input.rows() && other.width() == width;
-    assert!(added.is_none_or(same_shape), "the shapes of a sum");
+    assert!(
+        added.is_none_or(same_shape),
+        "the shapes of a residual connection"
+    );
     assert_eq!(parameters.weight.len(), width, "the norm's width");
     let bias = parameters.bias.len();
     assert!(bias == 0 || bias == width, "the norm's bias");
-    let mut output = Matrix::take(input.rows(), width, Format::F32);
+    let mut output = Matrix::from_arena(input.rows(), width, MatrixDtype::F32);
     let job = NormJob {
         input,
         added,
         parameters,
         output: output.pointer_mut().cast(),
     };
-    assert!(instructions.supported(), "{instructions} is not here");
-    // SAFETY: the set is there and the shapes were compared; the output has the input's shape.
+    assert!(
+        instructions.supported(),
+        "{instructions} is not supported by this CPU"
+    );
+    // SAFETY: the CPU supports the set and the shapes match; the output has the input's shape.
     unsafe {
         run_norm(instructions, &job);
     }
@@ -48,7 +55,7 @@ pub fn norm(
 struct NormJob<'a> {
     input: &'a Matrix,
     added: Option<&'a Matrix>,
-    parameters: NormParameters<'a>,
+    parameters: LayerNormParameters<'a>,
     output: *mut f32,
 }
 
@@ -58,21 +65,21 @@ kernel! {
 }
 
 /// # Safety
-/// The processor has the set, and the job's matrices one shape.
+/// The CPU supports the set, and the job's matrices have one shape.
 #[inline(always)]
-unsafe fn norm_rows<I: Isa, const V: usize, const R: usize>(job: &NormJob<'_>) {
+unsafe fn norm_rows<I: Simd, const V: usize, const R: usize>(job: &NormJob<'_>) {
     let width = job.input.width();
     for row in 0..job.input.rows() {
         // SAFETY: the row is there in each matrix.
         unsafe {
             let output = job.output.add(row * width);
-            let input = Row::<I>::new(job.input, row);
+            let input = MatrixRow::<I>::new(job.input, row);
             let mut sum = I::splat(0.0);
             for at in (0..width).step_by(I::LANES) {
                 let count = (width - at).min(I::LANES);
                 let mut values = input.load(at, count);
                 if let Some(added) = job.added {
-                    values = I::add(values, Row::<I>::new(added, row).load(at, count));
+                    values = I::add(values, MatrixRow::<I>::new(added, row).load(at, count));
                 }
                 sum = I::add(sum, values);
                 I::store_first(output.add(at), count, values);
@@ -82,10 +89,16 @@ unsafe fn norm_rows<I: Isa, const V: usize, const R: usize>(job: &NormJob<'_>) {
     }
 }
 
-/// Normalizes a row in place, whose sum is known.
+/// Normalizes a row in place, given its sum.
 #[inline(always)]
-unsafe fn norm_row<I: Isa>(row: *mut f32, width: usize, sum: f32, parameters: NormParameters<'_>) {
-    // SAFETY: the caller has the set and `width` numbers in the row and in each parameter.
+unsafe fn norm_row<I: Simd>(
+    row: *mut f32,
+    width: usize,
+    sum: f32,
+    parameters: LayerNormParameters<'_>,
+) {
+    // SAFETY: the CPU supports the set, and the row and each parameter have `width` elements, by
+    // the caller's guarantee.
     unsafe {
         let mean = I::splat(sum / width as f32);
         let mut squares = I::splat(0.0);
@@ -115,22 +128,22 @@ unsafe fn norm_row<I: Isa>(row: *mut f32, width: usize, sum: f32, parameters: No
     }
 }
 
-/// A table of vectors and, for each token, which of them it takes.
-pub(crate) struct Lookup<'a> {
+/// An embedding table, and the index of each token's entry in it.
+pub(crate) struct EmbeddingLookup<'a> {
     /// `[entries, width]`.
     pub(crate) table: &'a [f32],
-    /// `[tokens]`, each below the entries.
+    /// `[tokens]`, each below the number of entries.
     pub(crate) indices: &'a [u32],
 }
 
-/// The sum of what each token takes from each table, `[tokens, width]`.
-pub(crate) fn embed(lookups: &[Lookup<'_>], tokens: usize, width: usize) -> Matrix {
-    let mut output = Matrix::take(tokens, width, Format::F32);
+/// The sum of each token's entries in the tables, `[tokens, width]`.
+pub(crate) fn embed(lookups: &[EmbeddingLookup<'_>], tokens: usize, width: usize) -> Matrix {
+    let mut output = Matrix::from_arena(tokens, width, MatrixDtype::F32);
     let rows = output.floats_mut().chunks_exact_mut(width.max(1));
     for (token, row) in rows.enumerate() {
         let entries = lookups.iter().map(|lookup| {
-            let place = lookup.indices[token] as usize * width;
-            &lookup.table[place..place + width]
+            let start = lookup.indices[token] as usize * width;
+            &lookup.table[start..start + width]
         });
         for (number, entry) in entries.enumerate() {
             if number == 0 {
@@ -145,7 +158,7 @@ pub(crate) fn embed(lookups: &[Lookup<'_>], tokens: usize, width: usize) -> Matr
     output
 }
 
-/// `a + b`, both of floats.
+/// `a + b`, both matrices of floats.
 pub(crate) fn add(mut a: Matrix, b: &Matrix) -> Matrix {
     assert_eq!((a.rows(), a.width()), (b.rows(), b.width()), "a sum");
     for (a, b) in a.floats_mut().iter_mut().zip(b.floats()) {
@@ -154,8 +167,8 @@ pub(crate) fn add(mut a: Matrix, b: &Matrix) -> Matrix {
     a
 }
 
-/// `a · b`, number by number, both of floats.
-pub(crate) fn multiply_each(mut a: Matrix, b: &Matrix) -> Matrix {
+/// The elementwise product of `a` and `b`, both matrices of floats.
+pub(crate) fn multiply_elementwise(mut a: Matrix, b: &Matrix) -> Matrix {
     assert_eq!((a.rows(), a.width()), (b.rows(), b.width()), "a product");
     for (a, b) in a.floats_mut().iter_mut().zip(b.floats()) {
         *a *= b;
@@ -163,24 +176,24 @@ pub(crate) fn multiply_each(mut a: Matrix, b: &Matrix) -> Matrix {
     a
 }
 
-/// Cosines and sines of each position's angles, `[positions, half]` each.
-pub(crate) struct Angles<'a> {
+/// Cosines and sines of the angles of each position, `[positions, half]` each.
+pub(crate) struct RotaryAngles<'a> {
     pub(crate) cosines: &'a [f32],
     pub(crate) sines: &'a [f32],
     pub(crate) half: usize,
 }
 
-/// Rotates queries and keys in `[tokens, 3 · heads · 2 · half]` by their positions, halves
-/// paired (RoFormer, Su and others 2021).
-pub(crate) fn rotate(mut joined: Matrix, angles: &Angles<'_>, positions: &[u32]) -> Matrix {
-    let (half, width) = (angles.half, joined.width());
-    let tokens = joined.floats_mut().chunks_exact_mut(width.max(1));
+/// Rotary embedding of queries and keys in `[tokens, 3 · heads · 2 · half]` by their positions;
+/// element i of a head is paired with element i of its second half (RoFormer, Su and others 2021).
+pub(crate) fn rotate(mut qkv: Matrix, angles: &RotaryAngles<'_>, positions: &[u32]) -> Matrix {
+    let (half, width) = (angles.half, qkv.width());
+    let tokens = qkv.floats_mut().chunks_exact_mut(width.max(1));
     for (token, position) in tokens.zip(positions) {
-        let place = *position as usize * half;
-        let cosines = &angles.cosines[place..place + half];
-        let sines = &angles.sines[place..place + half];
-        let (turned, _values) = token.split_at_mut(width / 3 * 2);
-        for head in turned.chunks_exact_mut(2 * half) {
+        let start = *position as usize * half;
+        let cosines = &angles.cosines[start..start + half];
+        let sines = &angles.sines[start..start + half];
+        let (queries_and_keys, _values) = token.split_at_mut(width / 3 * 2);
+        for head in queries_and_keys.chunks_exact_mut(2 * half) {
             let (first, second) = head.split_at_mut(half);
             let pairs = first.iter_mut().zip(second);
             for ((first, second), (cosine, sine)) in pairs.zip(cosines.iter().zip(sines)) {
@@ -190,44 +203,44 @@ pub(crate) fn rotate(mut joined: Matrix, angles: &Angles<'_>, positions: &[u32])
             }
         }
     }
-    joined
+    qkv
 }
 
-/// How rows become one.
+/// How the hidden states of a row become one vector (Sentence-BERT, Reimers and Gurevych 2019).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pool {
-    /// The mean of all.
+pub(crate) enum Pooling {
+    /// The mean over all tokens, special tokens included.
     Mean,
-    /// The first.
-    First,
-    /// The last.
+    /// The first token's, which is the classification token.
+    Cls,
+    /// The last token's.
     Last,
-    /// The largest of each column.
+    /// The maximum of each dimension.
     Max,
 }
 
-/// One row out of each span of rows, given by first row and count.
-pub(crate) fn pool(how: Pool, input: &Matrix, spans: &[(usize, usize)]) -> Matrix {
+/// One vector for each span of tokens, given by its first token and length: `[spans, width]`.
+pub(crate) fn pool(pooling: Pooling, input: &Matrix, spans: &[(usize, usize)]) -> Matrix {
     let width = input.width();
-    let mut output = Matrix::take(spans.len(), width, Format::F32);
+    let mut output = Matrix::from_arena(spans.len(), width, MatrixDtype::F32);
     let values = input.floats();
     let rows = output.floats_mut().chunks_exact_mut(width.max(1));
     for (pooled, (start, count)) in rows.zip(spans) {
-        let (first, end) = match how {
-            Pool::First => (*start, start + 1),
-            Pool::Last => (start + count - 1, start + count),
-            Pool::Mean | Pool::Max => (*start, start + count),
+        let (first, end) = match pooling {
+            Pooling::Cls => (*start, start + 1),
+            Pooling::Last => (start + count - 1, start + count),
+            Pooling::Mean | Pooling::Max => (*start, start + count),
         };
         pooled.copy_from_slice(&values[first * width..(first + 1) * width]);
         for row in values[(first + 1) * width..end * width].chunks_exact(width) {
             for (sum, value) in pooled.iter_mut().zip(row) {
-                *sum = match how {
-                    Pool::Max => sum.max(*value),
+                *sum = match pooling {
+                    Pooling::Max => sum.max(*value),
                     _ => *sum + value,
                 };
             }
         }
-        if how == Pool::Mean {
+        if pooling == Pooling::Mean {
             let share = 1.0 / (end - first) as f32;
             pooled.iter_mut().for_each(|value| *value *= share);
         }

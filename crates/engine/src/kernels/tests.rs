@@ -1,4 +1,4 @@
-//! Every kernel, in every instruction set that this processor has, against 64-bit arithmetic.
+//! Every kernel, in every instruction set that this CPU supports, against 64-bit arithmetic.
 
 use half::bf16;
 use proptest::prelude::*;
@@ -6,12 +6,12 @@ use proptest::test_runner::{Config, TestRunner};
 
 use super::*;
 
-fn sets() -> Vec<Instructions> {
+fn sets() -> Vec<InstructionSet> {
     #[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-    products::amx::emulated::where_missing();
-    let sets = Instructions::ALL.into_iter();
+    gemm::amx::emulated::install_where_missing();
+    let sets = InstructionSet::ALL.into_iter();
     let sets: Vec<_> = sets.filter(|set| set.supported()).collect();
-    assert!(sets.contains(&Instructions::Portable));
+    assert!(sets.contains(&InstructionSet::Portable));
     sets
 }
 
@@ -65,20 +65,23 @@ const ACTIVATIONS: [Activation; 6] = [
     Activation::Tanh,
 ];
 
-/// What a product is to give, from numbers rounded as the precision rounds them.
-fn exact_product(
-    precision: Precision,
-    (input, weights): (&[f32], &[f32]),
-    (bias, function): (&[f32], Activation),
+/// A linear layer, with weights of `[outputs, inputs]`.
+struct Layer {
     inputs: usize,
-) -> Vec<f64> {
+    weights: Vec<f32>,
+    bias: Vec<f32>,
+    function: Activation,
+}
+
+/// The exact result of a GEMM, with operands rounded or quantized to the dtype.
+fn exact_gemm(dtype: WeightDtype, input: &[f32], layer: &Layer) -> Vec<f64> {
     let float = |row: &[f32]| -> Vec<f64> { row.iter().map(|value| f64::from(*value)).collect() };
     let narrow = |row: &[f32]| -> Vec<f64> {
         row.iter()
             .map(|value| bf16::from_f32(*value).to_f64())
             .collect()
     };
-    // Weights are rounded on both sides of zero alike, inputs from their least to their largest.
+    // Quantization is symmetric for weights, and asymmetric for inputs.
     let weight = |row: &[f32]| -> Vec<f64> {
         let most = row.iter().fold(0f32, |most, value| most.max(value.abs()));
         let scale = f64::from(most / 127.0);
@@ -99,71 +102,82 @@ fn exact_product(
             .collect()
     };
     let rounded = |numbers: &[f32], int8: &dyn Fn(&[f32]) -> Vec<f64>| -> Vec<Vec<f64>> {
-        let rows = numbers.chunks(inputs);
-        match precision {
-            Precision::F32 => rows.map(float).collect(),
-            Precision::Bf16 => rows.map(narrow).collect(),
-            Precision::Int8 => rows.map(int8).collect(),
+        let rows = numbers.chunks(layer.inputs);
+        match dtype {
+            WeightDtype::F32 => rows.map(float).collect(),
+            WeightDtype::Bf16 => rows.map(narrow).collect(),
+            WeightDtype::Int8 => rows.map(int8).collect(),
         }
     };
-    let (rows, outputs) = (rounded(input, &byte), rounded(weights, &weight));
+    let (rows, outputs) = (rounded(input, &byte), rounded(&layer.weights, &weight));
     let mut results = Vec::new();
     for row in &rows {
-        for (output, bias) in outputs.iter().zip(bias) {
+        for (output, bias) in outputs.iter().zip(&layer.bias) {
             let sum: f64 = row.iter().zip(output).map(|(a, b)| a * b).sum();
-            results.push(activation(sum + f64::from(*bias), function));
+            results.push(activation(sum + f64::from(*bias), layer.function));
         }
     }
     results
 }
 
-/// Leaves numbers that are none in the memory that the next matrices get, on this thread.
-fn spoil_memory() {
+/// Leaves NaN in the arena of this thread, for the next matrices.
+fn fill_arena_with_nan() {
     let none = vec![f32::from_bits(u32::MAX); 1 << 18];
     let sizes = (4..=18).map(|power| Matrix::from_floats(&none[..1 << power], 1 << power));
     drop(sizes.collect::<Vec<_>>());
 }
 
-fn check_product(
-    (rows, inputs, outputs): (usize, usize, usize),
-    seed: u64,
-    set: Instructions,
-    precision: Precision,
-) {
+#[derive(Clone, Copy)]
+struct GemmShape {
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
+fn check_gemm(shape: GemmShape, seed: u64, set: InstructionSet, dtype: WeightDtype) {
+    let GemmShape {
+        rows,
+        inputs,
+        outputs,
+    } = shape;
     let input = numbers(rows * inputs, seed);
-    let weights = numbers(outputs * inputs, seed + 1);
-    let bias = numbers(outputs, seed + 2);
     let function = ACTIVATIONS[seed as usize % ACTIVATIONS.len()];
-    let exact = exact_product(precision, (&input, &weights), (&bias, function), inputs);
-    let packed = Packed::new(set, precision, &weights, Some(&bias), inputs);
-    let matrix = Matrix::from_floats(&input, inputs);
-    spoil_memory();
-    let result = multiply(&packed, &matrix, function, Format::F32);
-    // Sums of `inputs` products of numbers below 3; an 8-bit input may fall on the other side of
-    // a half, which costs one step of its scale times a weight.
-    let tolerance = match precision {
-        Precision::F32 => 1e-5 * (inputs as f64).sqrt() + 2e-6,
-        Precision::Bf16 => 2e-5 * (inputs as f64).sqrt() + 2e-5,
-        Precision::Int8 => 0.08,
+    let layer = Layer {
+        inputs,
+        weights: numbers(outputs * inputs, seed + 1),
+        bias: numbers(outputs, seed + 2),
+        function,
     };
-    for (place, (value, exact)) in result.floats().iter().zip(&exact).enumerate() {
+    let exact = exact_gemm(dtype, &input, &layer);
+    let packed = PackedWeights::new(set, dtype, &layer.weights, Some(&layer.bias), inputs);
+    let matrix = Matrix::from_floats(&input, inputs);
+    fill_arena_with_nan();
+    let result = matmul(&packed, &matrix, function, MatrixDtype::F32);
+    // Sums of `inputs` products of numbers below 3; a quantized input may be rounded to the other
+    // side of a half, which costs one step of its scale times a weight.
+    let tolerance = match dtype {
+        WeightDtype::F32 => 1e-5 * (inputs as f64).sqrt() + 2e-6,
+        WeightDtype::Bf16 => 2e-5 * (inputs as f64).sqrt() + 2e-5,
+        WeightDtype::Int8 => 0.08,
+    };
+    for (index, (value, exact)) in result.floats().iter().zip(&exact).enumerate() {
         let difference = (f64::from(*value) - exact).abs();
         assert!(
             difference <= tolerance * (1.0 + exact.abs()),
-            "{set} {precision:?} {rows}x{inputs}x{outputs} {function:?} at {place}: \
+            "{set} {dtype:?} {rows}x{inputs}x{outputs} {function:?} at {index}: \
              {value} is not {exact}"
         );
     }
-    let narrow = multiply(&packed, &matrix, function, Format::Bf16);
+    let narrow = matmul(&packed, &matrix, function, MatrixDtype::Bf16);
     assert_eq!((narrow.rows(), narrow.width()), (rows, outputs));
-    let again = Packed::new(set, Precision::Bf16, &identity(outputs), None, outputs);
-    let wide = multiply(&again, &narrow, Activation::Identity, Format::F32);
+    let again = PackedWeights::new(set, WeightDtype::Bf16, &identity(outputs), None, outputs);
+    let wide = matmul(&again, &narrow, Activation::Identity, MatrixDtype::F32);
     for (wide, value) in wide.floats().iter().zip(result.floats()) {
-        // Half a step of bfloat16, and what the function may be off where it is to be rounded.
+        // Half a step of bfloat16, and the error of the activation function where it is rounded.
         let due = value.abs() / 256.0 + 4e-5;
         assert!(
             (wide - value).abs() <= due,
-            "{set} {precision:?}: {wide} is not near {value}"
+            "{set} {dtype:?}: {wide} is not near {value}"
         );
     }
 }
@@ -178,40 +192,52 @@ fn identity(size: usize) -> Vec<f32> {
 }
 
 #[test]
-fn products_of_any_shape() {
+fn gemm_of_any_shape() {
     let shape = (1usize..40, 1usize..200, 1usize..150, any::<u32>());
     let mut runner = TestRunner::new(Config::with_cases(60));
     runner
         .run(&shape, |(rows, inputs, outputs, seed)| {
             for set in sets() {
-                for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
-                    check_product((rows, inputs, outputs), seed.into(), set, precision);
+                for dtype in [WeightDtype::F32, WeightDtype::Bf16, WeightDtype::Int8] {
+                    let shape = GemmShape {
+                        rows,
+                        inputs,
+                        outputs,
+                    };
+                    check_gemm(shape, seed.into(), set, dtype);
                 }
             }
             Ok(())
         })
         .unwrap();
     for set in sets() {
-        for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
-            check_product((512, 384, 130), 1, set, precision);
-            check_product((75, 100, 200), 3, set, precision);
-            check_product((1, 1, 1), 2, set, precision);
+        for dtype in [WeightDtype::F32, WeightDtype::Bf16, WeightDtype::Int8] {
+            for (seed, [rows, inputs, outputs]) in
+                [(1, [512, 384, 130]), (3, [75, 100, 200]), (2, [1, 1, 1])]
+            {
+                let shape = GemmShape {
+                    rows,
+                    inputs,
+                    outputs,
+                };
+                check_gemm(shape, seed, set, dtype);
+            }
         }
     }
 }
 
-/// What attention is to give.
+/// The exact result of attention.
 fn exact_attention(
-    joined: &[f32],
-    (heads, width): (usize, usize),
+    qkv: &[f32],
+    [heads, width]: [usize; 2],
     spans: &[(usize, usize)],
     window: Option<usize>,
 ) -> Vec<f64> {
     let hidden = heads * width;
     let at = |token: usize, part: usize, column: usize| {
-        f64::from(joined[token * 3 * hidden + part * hidden + column])
+        f64::from(qkv[token * 3 * hidden + part * hidden + column])
     };
-    let mut output = vec![0.0; joined.len() / 3];
+    let mut output = vec![0.0; qkv.len() / 3];
     for (start, length) in spans {
         for (query, head) in
             (0..*length).flat_map(|query| (0..heads).map(move |head| (query, head)))
@@ -237,7 +263,7 @@ fn exact_attention(
     output
 }
 
-fn check_attention(lengths: &[usize], (heads, width): (usize, usize), window: Option<usize>) {
+fn check_attention(lengths: &[usize], [heads, width]: [usize; 2], window: Option<usize>) {
     let mut start = 0;
     let spans: Vec<(usize, usize)> = lengths
         .iter()
@@ -246,34 +272,36 @@ fn check_attention(lengths: &[usize], (heads, width): (usize, usize), window: Op
             (start - length, *length)
         })
         .collect();
-    let joined = numbers(start * 3 * heads * width, lengths.len() as u64 + 7);
-    let exact = exact_attention(&joined, (heads, width), &spans, window);
-    let joined = Matrix::from_floats(&joined, 3 * heads * width);
+    let qkv = numbers(start * 3 * heads * width, lengths.len() as u64 + 7);
+    let exact = exact_attention(&qkv, [heads, width], &spans, window);
+    let qkv = Matrix::from_floats(&qkv, 3 * heads * width);
     for set in sets() {
-        for (format, tolerance) in [(Format::F32, 2e-6), (Format::Bf16, 2e-2)] {
-            let attention = Attention {
-                joined: &joined,
+        for (dtype, tolerance) in [(MatrixDtype::F32, 2e-6), (MatrixDtype::Bf16, 2e-2)] {
+            let attention = AttentionInput {
+                qkv: &qkv,
                 heads,
                 spans: &spans,
                 window,
-                format,
+                dtype,
             };
             let output = attend(set, &attention);
-            let widen = Packed::new(
+            let widen = PackedWeights::new(
                 set,
-                Precision::Bf16,
+                WeightDtype::Bf16,
                 &identity(heads * width),
                 None,
                 heads * width,
             );
-            let output = match format {
-                Format::F32 => output,
-                Format::Bf16 => multiply(&widen, &output, Activation::Identity, Format::F32),
+            let output = match dtype {
+                MatrixDtype::F32 => output,
+                MatrixDtype::Bf16 => {
+                    matmul(&widen, &output, Activation::Identity, MatrixDtype::F32)
+                }
             };
-            for (place, (value, exact)) in output.floats().iter().zip(&exact).enumerate() {
+            for (index, (value, exact)) in output.floats().iter().zip(&exact).enumerate() {
                 assert!(
                     (f64::from(*value) - exact).abs() < tolerance,
-                    "{set} {format:?} {lengths:?} {heads}x{width} {window:?} at {place}: \
+                    "{set} {dtype:?} {lengths:?} {heads}x{width} {window:?} at {index}: \
                      {value} is not {exact}"
                 );
             }
@@ -289,12 +317,12 @@ fn attention_over_any_rows() {
     let mut runner = TestRunner::new(Config::with_cases(40));
     runner
         .run(&shape, |(rows, heads, width, window)| {
-            check_attention(&rows, (heads, width), window);
+            check_attention(&rows, [heads, width], window);
             Ok(())
         })
         .unwrap();
-    check_attention(&[512, 1], (2, 32), None);
-    check_attention(&[300], (1, 64), Some(64));
+    check_attention(&[512, 1], [2, 32], None);
+    check_attention(&[300], [1, 64], Some(64));
 }
 
 #[test]
@@ -311,14 +339,14 @@ fn norms_of_any_width() {
             } else {
                 Vec::new()
             };
-            let parameters = NormParameters {
+            let parameters = LayerNormParameters {
                 weight: &weight,
                 bias: &bias,
                 epsilon: 1e-5,
             };
             let matrices = [&input, &added].map(|values| Matrix::from_floats(values, width));
             for set in sets() {
-                let output = norm(
+                let output = layer_norm(
                     set,
                     parameters,
                     &matrices[0],
@@ -349,7 +377,7 @@ fn norms_of_any_width() {
 }
 
 #[test]
-fn a_plainer_set_is_always_there() {
-    assert!(Instructions::best().supported());
-    assert!(Instructions::Portable.supported());
+fn a_portable_set_is_always_supported() {
+    assert!(InstructionSet::best().supported());
+    assert!(InstructionSet::Portable.supported());
 }

@@ -6,23 +6,23 @@
 use candle_core::{D, Tensor};
 
 use super::batch::RowGroup;
-use super::{Batch, HiddenStates, Placement, RotaryEmbedding, inner_format};
+use super::{Batch, HiddenStates, Placement, RotaryEmbedding, inner_dtype};
 use crate::error::EngineError;
-use crate::kernels::{self, Format, Instructions};
+use crate::kernels::{self, InstructionSet, MatrixDtype};
 
 /// Multi-head self-attention.
 pub(crate) struct SelfAttention {
     heads: usize,
     /// Tokens to each side that a token sees; none where it sees its whole row.
     window: Option<usize>,
-    /// The kernels and the format of their output; none on a device.
-    on_cpu: Option<(Instructions, Format)>,
+    /// The kernels and the dtype of their output; none on a device.
+    on_cpu: Option<(InstructionSet, MatrixDtype)>,
 }
 
 impl SelfAttention {
     pub(crate) fn new(placement: &Placement, heads: usize, window: Option<usize>) -> Self {
         let on_cpu = match placement {
-            Placement::Cpu(cpu) => Some((cpu.instructions, inner_format(cpu.precision))),
+            Placement::Cpu(cpu) => Some((cpu.instructions, inner_dtype(cpu.dtype))),
             Placement::Device { .. } => None,
         };
         Self {
@@ -41,16 +41,16 @@ impl SelfAttention {
         rotary: Option<&RotaryEmbedding>,
     ) -> Result<HiddenStates, EngineError> {
         match (qkv, self.on_cpu) {
-            (HiddenStates::Cpu(mut qkv), Some((set, format))) => {
+            (HiddenStates::Cpu(mut qkv), Some((set, dtype))) => {
                 if let Some(rotary) = rotary {
                     qkv = kernels::rotate(qkv, &rotary.angles(), &batch.positions);
                 }
-                let attention = kernels::Attention {
-                    joined: &qkv,
+                let attention = kernels::AttentionInput {
+                    qkv: &qkv,
                     heads: self.heads,
                     spans: &batch.spans,
                     window: self.window,
-                    format,
+                    dtype,
                 };
                 Ok(HiddenStates::Cpu(kernels::attend(set, &attention)))
             }

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::{Batch, EncoderConfig, HiddenStates, LayerNorm, Placement, WeightLoader};
 use crate::error::EngineError;
-use crate::kernels::{self, Lookup};
+use crate::kernels::{self, EmbeddingLookup};
 
 /// A family's tensor names of the embedding, after the encoder's prefix.
 pub(crate) struct EmbeddingNames {
@@ -86,7 +86,9 @@ impl TokenEmbedding {
         let mut sum: Option<Tensor> = None;
         for (table, indices) in parts {
             match table {
-                Some(EmbeddingTable::Cpu(table)) => lookups.push(Lookup { table, indices }),
+                Some(EmbeddingTable::Cpu(table)) => {
+                    lookups.push(EmbeddingLookup { table, indices })
+                }
                 Some(EmbeddingTable::Device(table)) => {
                     let embeddings = table.embedding(&batch.on_device(indices)?)?;
                     sum = Some(match sum {

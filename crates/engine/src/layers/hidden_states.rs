@@ -45,7 +45,7 @@ impl HiddenStates {
     /// The element-wise product of two of the same shape.
     pub(crate) fn multiply(self, other: &Self) -> Result<Self, EngineError> {
         match (self, other) {
-            (Self::Cpu(a), Self::Cpu(b)) => Ok(Self::Cpu(kernels::multiply_each(a, b))),
+            (Self::Cpu(a), Self::Cpu(b)) => Ok(Self::Cpu(kernels::multiply_elementwise(a, b))),
             (Self::Device(a), Self::Device(b)) => Ok(Self::Device((a * b)?)),
             _ => Err(EngineError::device_mismatch()),
         }

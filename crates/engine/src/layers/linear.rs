@@ -4,16 +4,16 @@ use candle_core::Tensor;
 
 use super::{Activation, HiddenStates, Placement, WeightLoader};
 use crate::error::EngineError;
-use crate::kernels::{self, Format, Packed, Precision};
+use crate::kernels::{self, MatrixDtype, PackedWeights, WeightDtype};
 
 /// The dtype of the weights of queries, keys and values in an int8 model: quantization of these
 /// costs more of an embedding's cosine than quantization of all other layers does.
-const QKV_IN_INT8: Option<Precision> = Some(Precision::Bf16);
+const QKV_IN_INT8: Option<WeightDtype> = Some(WeightDtype::Bf16);
 
 /// `x · weightᵀ + bias` and an activation, on packed tokens.
 pub(crate) enum Linear {
     /// For the kernels on the CPU.
-    Cpu(Packed),
+    Cpu(PackedWeights),
     /// On a device: weights of `[outputs, inputs]` and a bias of `[outputs]`.
     Device {
         weight: Tensor,
@@ -30,7 +30,7 @@ impl Linear {
     ) -> Result<Self, EngineError> {
         let bias = weights.values(&format!("{name}.bias"), &[outputs])?;
         let values = weights.values(&format!("{name}.weight"), &[outputs, inputs])?;
-        Self::place(weights, (&values, Some(bias)), inputs, None)
+        Self::place(weights, &values, Some(bias), inputs, None)
     }
 
     /// Loads queries, keys and values, three layers of one shape, as one layer whose outputs lie
@@ -42,7 +42,7 @@ impl Linear {
     ) -> Result<Self, EngineError> {
         let bias = concatenated(weights, names, "bias", &[outputs])?;
         let values = concatenated(weights, names, "weight", &[outputs, inputs])?;
-        Self::place(weights, (&values, Some(bias)), inputs, QKV_IN_INT8)
+        Self::place(weights, &values, Some(bias), inputs, QKV_IN_INT8)
     }
 
     /// Loads `<name>.weight`, without a bias.
@@ -52,7 +52,7 @@ impl Linear {
         [outputs, inputs]: [usize; 2],
     ) -> Result<Self, EngineError> {
         let values = weights.values(&format!("{name}.weight"), &[outputs, inputs])?;
-        Self::place(weights, (&values, None), inputs, None)
+        Self::place(weights, &values, None, inputs, None)
     }
 
     /// Loads queries, keys and values that are one layer in the checkpoint, without a bias.
@@ -62,7 +62,7 @@ impl Linear {
         [outputs, inputs]: [usize; 2],
     ) -> Result<Self, EngineError> {
         let values = weights.values(&format!("{name}.weight"), &[outputs, inputs])?;
-        Self::place(weights, (&values, None), inputs, QKV_IN_INT8)
+        Self::place(weights, &values, None, inputs, QKV_IN_INT8)
     }
 
     /// Loads some of the outputs of a layer of `[outputs, inputs]`, without a bias.
@@ -74,24 +74,25 @@ impl Linear {
     ) -> Result<Self, EngineError> {
         let values = weights.values(&format!("{name}.weight"), &[outputs, inputs])?;
         let part = values.get(rows.start * inputs..rows.end * inputs);
-        Self::place(weights, (part.unwrap_or_default(), None), inputs, None)
+        Self::place(weights, part.unwrap_or_default(), None, inputs, None)
     }
 
     fn place(
         weights: &mut WeightLoader,
-        (values, bias): (&[f32], Option<Vec<f32>>),
+        values: &[f32],
+        bias: Option<Vec<f32>>,
         inputs: usize,
-        in_int8: Option<Precision>,
+        in_int8: Option<WeightDtype>,
     ) -> Result<Self, EngineError> {
         let outputs = values.len().checked_div(inputs).unwrap_or(0);
         match weights.placement().clone() {
             Placement::Cpu(cpu) => {
                 let set = cpu.instructions;
-                let precision = match (cpu.precision, in_int8) {
-                    (Precision::Int8, Some(higher)) => higher,
-                    (precision, _) => precision,
+                let dtype = match (cpu.dtype, in_int8) {
+                    (WeightDtype::Int8, Some(higher)) => higher,
+                    (dtype, _) => dtype,
                 };
-                let packed = Packed::new(set, precision, values, bias.as_deref(), inputs);
+                let packed = PackedWeights::new(set, dtype, values, bias.as_deref(), inputs);
                 weights.bytes += packed.bytes();
                 Ok(Self::Cpu(packed))
             }
@@ -117,7 +118,7 @@ impl Linear {
         input: &HiddenStates,
         activation: Activation,
     ) -> Result<HiddenStates, EngineError> {
-        self.multiply(input, activation, Format::F32)
+        self.multiply(input, activation, MatrixDtype::F32)
     }
 
     /// The same, in the dtype that the next linear layer multiplies, which alone reads it.
@@ -126,22 +127,22 @@ impl Linear {
         input: &HiddenStates,
         activation: Activation,
     ) -> Result<HiddenStates, EngineError> {
-        let format = match self {
-            Self::Cpu(packed) => inner_format(packed.precision()),
-            Self::Device { .. } => Format::F32,
+        let dtype = match self {
+            Self::Cpu(packed) => inner_dtype(packed.dtype()),
+            Self::Device { .. } => MatrixDtype::F32,
         };
-        self.multiply(input, activation, format)
+        self.multiply(input, activation, dtype)
     }
 
     fn multiply(
         &self,
         input: &HiddenStates,
         activation: Activation,
-        format: Format,
+        dtype: MatrixDtype,
     ) -> Result<HiddenStates, EngineError> {
         match (self, input) {
             (Self::Cpu(packed), HiddenStates::Cpu(input)) => Ok(HiddenStates::Cpu(
-                kernels::multiply(packed, input, activation, format),
+                kernels::matmul(packed, input, activation, dtype),
             )),
             (Self::Device { weight, bias }, HiddenStates::Device(input)) => {
                 let product = input.matmul(&weight.t()?)?;
@@ -157,12 +158,12 @@ impl Linear {
 }
 
 /// The dtype of activations between two linear layers whose weights are in this dtype.
-pub(crate) fn inner_format(precision: Precision) -> Format {
-    match precision {
-        Precision::F32 => Format::F32,
+pub(crate) fn inner_dtype(dtype: WeightDtype) -> MatrixDtype {
+    match dtype {
+        WeightDtype::F32 => MatrixDtype::F32,
         // Int8 inputs are quantized row by row when they are multiplied: until then 16 bits are
         // enough.
-        Precision::Bf16 | Precision::Int8 => Format::Bf16,
+        WeightDtype::Bf16 | WeightDtype::Int8 => MatrixDtype::Bf16,
     }
 }
 

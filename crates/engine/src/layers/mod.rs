@@ -26,7 +26,7 @@ pub(crate) use classification_head::{ClassificationHead, HeadConfig};
 pub(crate) use embedding::{EmbeddingNames, TokenEmbedding};
 pub(crate) use encoder::{Encoder, EncoderConfig, ForwardPass};
 pub(crate) use hidden_states::HiddenStates;
-pub(crate) use linear::{Linear, inner_format};
+pub(crate) use linear::{Linear, inner_dtype};
 pub(crate) use norm::LayerNorm;
 pub(crate) use placement::Placement;
 pub(crate) use pooling::Pooling;

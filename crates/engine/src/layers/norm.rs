@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::{HiddenStates, Placement, WeightLoader};
 use crate::error::EngineError;
-use crate::kernels::{self, Instructions, NormParameters};
+use crate::kernels::{self, InstructionSet, LayerNormParameters};
 
 /// Scales each token to mean 0 and variance 1, then by a weight and a bias of its own.
 pub(crate) struct LayerNorm {
@@ -15,7 +15,7 @@ pub(crate) struct LayerNorm {
 /// Weight and bias, `[width]` each.
 enum NormWeights {
     /// The bias is empty where the model has none.
-    Cpu(Instructions, Vec<f32>, Vec<f32>),
+    Cpu(InstructionSet, Vec<f32>, Vec<f32>),
     /// The bias is zeros where the model has none.
     Device(Tensor, Tensor),
 }
@@ -101,7 +101,7 @@ impl LayerNorm {
     ) -> Result<HiddenStates, EngineError> {
         match (&self.weights, input, added) {
             (NormWeights::Cpu(set, ..), HiddenStates::Cpu(input), None) => {
-                let output = kernels::norm(*set, self.cpu_parameters(), input, None);
+                let output = kernels::layer_norm(*set, self.cpu_parameters(), input, None);
                 Ok(HiddenStates::Cpu(output))
             }
             (
@@ -109,7 +109,7 @@ impl LayerNorm {
                 HiddenStates::Cpu(input),
                 Some(HiddenStates::Cpu(added)),
             ) => {
-                let output = kernels::norm(*set, self.cpu_parameters(), input, Some(added));
+                let output = kernels::layer_norm(*set, self.cpu_parameters(), input, Some(added));
                 Ok(HiddenStates::Cpu(output))
             }
             (NormWeights::Device(weight, bias), HiddenStates::Device(input), added) => {
@@ -125,12 +125,12 @@ impl LayerNorm {
         }
     }
 
-    fn cpu_parameters(&self) -> NormParameters<'_> {
+    fn cpu_parameters(&self) -> LayerNormParameters<'_> {
         let (weight, bias): (&[f32], &[f32]) = match &self.weights {
             NormWeights::Cpu(_, weight, bias) => (weight, bias),
             NormWeights::Device(..) => (&[], &[]),
         };
-        NormParameters {
+        LayerNormParameters {
             weight,
             bias,
             epsilon: self.epsilon,

@@ -4,10 +4,10 @@
 use candle_core::{DType, Device, DeviceLocation};
 
 use crate::error::EngineError;
-use crate::kernels::{Instructions, Precision};
+use crate::kernels::{InstructionSet, WeightDtype};
 use crate::options::{Dtype, Kernels, LoadOptions};
 
-/// The place of weights and of the hidden states that meet them.
+/// The location and dtype of weights, and of the hidden states that are multiplied with them.
 #[derive(Clone)]
 pub(crate) enum Placement {
     /// In CPU memory, packed for the kernels.
@@ -19,12 +19,12 @@ pub(crate) enum Placement {
 /// The kernels that multiply the weights, and the dtype that they are packed in.
 #[derive(Clone, Copy)]
 pub(crate) struct CpuPlacement {
-    pub(crate) instructions: Instructions,
-    pub(crate) precision: Precision,
+    pub(crate) instructions: InstructionSet,
+    pub(crate) dtype: WeightDtype,
 }
 
 impl Placement {
-    /// The placement that the options ask for, and the dtype, with `auto` decided in both.
+    /// The placement and the dtype for the options, with `auto` resolved.
     ///
     /// # Errors
     /// [`EngineError::Unsupported`] for a device, a dtype or kernels that this build or this
@@ -64,13 +64,13 @@ impl Placement {
                 )));
             }
             Kernels::Only(set) => set,
-            Kernels::Auto | Kernels::Candle => Instructions::best(),
+            Kernels::Auto | Kernels::Candle => InstructionSet::best(),
         };
-        let (precision, dtype) = match options.dtype {
-            Dtype::Auto if instructions.multiplies_bf16() => (Precision::Bf16, Dtype::Bf16),
-            Dtype::Auto | Dtype::F32 => (Precision::F32, Dtype::F32),
-            Dtype::Bf16 => (Precision::Bf16, Dtype::Bf16),
-            Dtype::Int8 => (Precision::Int8, Dtype::Int8),
+        let (weight_dtype, dtype) = match options.dtype {
+            Dtype::Auto if instructions.multiplies_bf16() => (WeightDtype::Bf16, Dtype::Bf16),
+            Dtype::Auto | Dtype::F32 => (WeightDtype::F32, Dtype::F32),
+            Dtype::Bf16 => (WeightDtype::Bf16, Dtype::Bf16),
+            Dtype::Int8 => (WeightDtype::Int8, Dtype::Int8),
             Dtype::F16 => {
                 return Err(EngineError::Unsupported(
                     "dtype f16 requires a CUDA device: use bf16 on the CPU".to_owned(),
@@ -79,7 +79,7 @@ impl Placement {
         };
         let placement = CpuPlacement {
             instructions,
-            precision,
+            dtype: weight_dtype,
         };
         Ok((Self::Cpu(placement), dtype))
     }

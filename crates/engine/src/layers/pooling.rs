@@ -2,22 +2,11 @@
 
 use candle_core::Tensor;
 
+pub(crate) use crate::kernels::Pooling;
+
 use super::{Batch, HiddenStates};
 use crate::error::EngineError;
-use crate::kernels::{self, Pool};
-
-/// How a row's hidden states become one vector (Sentence-BERT, Reimers and Gurevych 2019).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pooling {
-    /// The mean over all tokens, special ones included.
-    Mean,
-    /// The first token's.
-    Cls,
-    /// The last token's.
-    Last,
-    /// The largest of each dimension.
-    Max,
-}
+use crate::kernels;
 
 impl Pooling {
     /// `[tokens, hidden]` to `[rows, hidden]`, in the batch's packed order.
@@ -28,13 +17,8 @@ impl Pooling {
     ) -> Result<HiddenStates, EngineError> {
         let hidden = match hidden {
             HiddenStates::Cpu(hidden) => {
-                let how = match self {
-                    Self::Mean => Pool::Mean,
-                    Self::Cls => Pool::First,
-                    Self::Last => Pool::Last,
-                    Self::Max => Pool::Max,
-                };
-                return Ok(HiddenStates::Cpu(kernels::pool(how, hidden, &batch.spans)));
+                let pooled = kernels::pool(self, hidden, &batch.spans);
+                return Ok(HiddenStates::Cpu(pooled));
             }
             HiddenStates::Device(hidden) => hidden,
         };

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::{Batch, Placement, WeightLoader};
 use crate::error::EngineError;
 use crate::files::bad_config;
-use crate::kernels::Angles;
+use crate::kernels::RotaryAngles;
 
 /// Elements of a table of cosines or sines.
 const ELEMENTS_MAX: usize = 1 << 24;
@@ -72,8 +72,8 @@ impl RotaryEmbedding {
         })
     }
 
-    pub(super) fn angles(&self) -> Angles<'_> {
-        Angles {
+    pub(super) fn angles(&self) -> RotaryAngles<'_> {
+        RotaryAngles {
             cosines: &self.cosines,
             sines: &self.sines,
             half: self.half,

@@ -1,32 +1,33 @@
-//! Special tokens and token types around the ids of a text, without the library.
+//! The post-processing of a tokenizer without the library: special tokens and token types around
+//! the ids of a text.
 
 use tokenizers::utils::truncation::TruncationDirection;
 use tokenizers::{Encoding, PostProcessor, PostProcessorWrapper, Token, Tokenizer};
 
 use super::TokenRow;
 
-/// Ids that stand for the tokens of the first and of the second text while a template is learnt.
-const TEXTS: [u32; 2] = [u32::MAX, u32::MAX - 1];
-/// Lengths of the texts by which a learnt template is compared with the library.
+/// Ids in place of the tokens of the first and of the second text while a template is learned.
+const PLACEHOLDERS: [u32; 2] = [u32::MAX, u32::MAX - 1];
+/// Lengths of the texts with which a learned template is compared with the library.
 const PROBES: [(usize, usize); 5] = [(0, 0), (1, 0), (0, 2), (2, 3), (5, 1)];
 
-/// What the post-processor makes of one text and of a pair.
+/// The post-processor's template of a single text and of a pair.
 pub(crate) struct Template {
-    single: Vec<Part>,
-    pair: Vec<Part>,
+    single: Vec<TemplatePart>,
+    pair: Vec<TemplatePart>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
-    /// A token that is there for every text.
+enum TemplatePart {
+    /// A special token.
     Special { id: u32, type_id: u32 },
     /// All tokens of a text, the first or the second, with this type.
     Text { second: bool, type_id: u32 },
 }
 
 impl Template {
-    /// None for a post-processor of another kind than the usual two, or one that says a text twice
-    /// or not at all.
+    /// None for a post-processor of another kind than the usual two, or one that repeats or omits a
+    /// text.
     pub(crate) fn learn(tokenizer: &Tokenizer) -> Option<Self> {
         match tokenizer.get_post_processor() {
             None | Some(PostProcessorWrapper::Bert(_) | PostProcessorWrapper::Template(_)) => {}
@@ -44,9 +45,9 @@ impl Template {
             return None;
         }
         for (first, second) in PROBES {
-            let (first, second) = (vec![TEXTS[0]; first], vec![TEXTS[1]; second]);
+            let (first, second) = (vec![PLACEHOLDERS[0]; first], vec![PLACEHOLDERS[1]; second]);
             for second in [None, Some(&second[..])] {
-                if template.row(&first, second) != processed(tokenizer, &first, second)? {
+                if template.row(&first, second) != post_processed(tokenizer, &first, second)? {
                     return None;
                 }
             }
@@ -54,9 +55,9 @@ impl Template {
         Some(template)
     }
 
-    /// How many tokens are added to those of the texts.
+    /// The number of special tokens.
     pub(crate) fn added(&self, pair: bool) -> usize {
-        let is_special = |part: &&Part| matches!(part, Part::Special { .. });
+        let is_special = |part: &&TemplatePart| matches!(part, TemplatePart::Special { .. });
         self.parts(pair).iter().filter(is_special).count()
     }
 
@@ -70,18 +71,18 @@ impl Template {
         };
         for part in parts {
             let type_id = match *part {
-                Part::Special { id, type_id } => {
+                TemplatePart::Special { id, type_id } => {
                     row.ids.push(id);
                     type_id
                 }
-                Part::Text {
+                TemplatePart::Text {
                     second: false,
                     type_id,
                 } => {
                     row.ids.extend_from_slice(first);
                     type_id
                 }
-                Part::Text {
+                TemplatePart::Text {
                     second: true,
                     type_id,
                 } => {
@@ -94,27 +95,24 @@ impl Template {
         row
     }
 
-    fn parts(&self, pair: bool) -> &[Part] {
-        match pair {
-            false => &self.single,
-            true => &self.pair,
-        }
+    fn parts(&self, pair: bool) -> &[TemplatePart] {
+        if pair { &self.pair } else { &self.single }
     }
 }
 
-/// What the library's post-processor does to one token of each text.
-fn parts(tokenizer: &Tokenizer, pair: bool) -> Option<Vec<Part>> {
-    let [first, second] = TEXTS;
-    let row = processed(tokenizer, &[first], pair.then_some(&[second]))?;
+/// The template by which the library's post-processor surrounds one token of each text.
+fn parts(tokenizer: &Tokenizer, pair: bool) -> Option<Vec<TemplatePart>> {
+    let [first, second] = PLACEHOLDERS;
+    let row = post_processed(tokenizer, &[first], pair.then_some(&[second]))?;
     let tokens = row.ids.iter().zip(&row.type_ids);
-    let parts: Vec<Part> = tokens
+    let parts: Vec<TemplatePart> = tokens
         .map(
-            |(id, type_id)| match TEXTS.iter().position(|text| text == id) {
-                None => Part::Special {
+            |(id, type_id)| match PLACEHOLDERS.iter().position(|text| text == id) {
+                None => TemplatePart::Special {
                     id: *id,
                     type_id: *type_id,
                 },
-                Some(text) => Part::Text {
+                Some(text) => TemplatePart::Text {
                     second: text == 1,
                     type_id: *type_id,
                 },
@@ -122,11 +120,15 @@ fn parts(tokenizer: &Tokenizer, pair: bool) -> Option<Vec<Part>> {
         )
         .collect();
     let times = |text: &u32| row.ids.iter().filter(|id| *id == text).count();
-    (TEXTS.iter().map(times).eq([1, usize::from(pair)])).then_some(parts)
+    (PLACEHOLDERS.iter().map(times).eq([1, usize::from(pair)])).then_some(parts)
 }
 
-/// The library's row of texts that are given by their ids, on the way that texts take.
-fn processed(tokenizer: &Tokenizer, first: &[u32], second: Option<&[u32]>) -> Option<TokenRow> {
+/// The library's row of texts that are given by their ids.
+fn post_processed(
+    tokenizer: &Tokenizer,
+    first: &[u32],
+    second: Option<&[u32]>,
+) -> Option<TokenRow> {
     let plain = |ids: &[u32]| {
         let token = |id: &u32| Token::new(*id, String::new(), (0, 0));
         let encoding = Encoding::from_tokens(ids.iter().map(token).collect(), 0);
@@ -143,9 +145,10 @@ fn processed(tokenizer: &Tokenizer, first: &[u32], second: Option<&[u32]>) -> Op
     })
 }
 
-/// How many tokens of each text are kept where both together may have `tokens_max`: the longer one
-/// gives first, then both have half, and of an odd number the longer one has one more.
-pub(crate) fn shares(first: usize, second: usize, tokens_max: usize) -> (usize, usize) {
+/// The lengths of two texts after truncation to `tokens_max` tokens together, longest first: the
+/// longer one is truncated down to the shorter one, then both to half, and of an odd number the
+/// longer one has one more.
+pub(crate) fn truncated_lengths(first: usize, second: usize, tokens_max: usize) -> (usize, usize) {
     if first + second <= tokens_max {
         return (first, second);
     }
@@ -158,12 +161,12 @@ pub(crate) fn shares(first: usize, second: usize, tokens_max: usize) -> (usize, 
     }
 }
 
-/// Keeps this many ids, of the beginning or of the end.
-pub(crate) fn cut(ids: &mut Vec<u32>, kept: usize, direction: TruncationDirection) {
+/// Truncates ids to this length, on the right or on the left.
+pub(crate) fn truncate_ids(ids: &mut Vec<u32>, length: usize, direction: TruncationDirection) {
     match direction {
-        TruncationDirection::Right => ids.truncate(kept),
+        TruncationDirection::Right => ids.truncate(length),
         TruncationDirection::Left => {
-            ids.drain(..ids.len().saturating_sub(kept));
+            ids.drain(..ids.len().saturating_sub(length));
         }
     }
 }

@@ -1,10 +1,10 @@
-//! The token ids of a text for models of BERT's kind, as the tokenizers library finds them, at a
-//! fraction of its cost: no copies of the text, no places, no names of tokens.
+//! WordPiece tokenization for BERT-like models: the same token ids as the tokenizers library at a
+//! fraction of its cost, without copies of the text, offsets and names of tokens.
 //!
-//! WordPiece (Wu and others 2016) cuts a word into the longest pieces that the vocabulary has,
-//! from left to right. What is a word is BERT's (Devlin and others 2019): without control
-//! characters, accents and capitals where the model wants that, ended by spaces, with every
-//! punctuation mark and every ideograph by itself.
+//! WordPiece (Wu and others 2016) splits a word into the longest pieces that the vocabulary has,
+//! from left to right. Words are BERT's (Devlin and others 2019): without control characters,
+//! accents and capitals where the model is configured so, separated by spaces, with every
+//! punctuation mark and every ideograph isolated.
 
 mod characters;
 #[cfg(test)]
@@ -16,44 +16,44 @@ use tokenizers::{
     AddedToken, NormalizedString, Normalizer, NormalizerWrapper, PreTokenizerWrapper, Tokenizer,
 };
 
-use characters::{Characters, Kind};
+use characters::{CharacterClass, Characters};
 use trie::{ROOT, Trie};
 
-/// A tokenizer whose every part is BERT's.
+/// A tokenizer whose normalizer, pre-tokenizer and model are all BERT's.
 pub(crate) struct WordPiece {
-    /// What the bytes of an ASCII text are.
-    steps: [Step; 256],
+    /// The class of each byte of an ASCII text.
+    classes: [ByteClass; 256],
     characters: Characters,
     pieces: Trie,
-    /// Where the pieces begin that continue a word: behind `##`.
+    /// The trie node after `##`, from which the pieces go that continue a word.
     continued: u32,
-    /// The id of a word that has no pieces.
+    /// The id of a word that cannot be split into pieces.
     unknown: u32,
-    /// A longer word, in characters, has no pieces.
+    /// Maximum length of a word in characters; a longer one is unknown.
     word_max: usize,
-    added: Vec<Added>,
+    added: Vec<AddedTokens>,
 }
 
-/// What a byte is, and what it becomes if it is a character.
+/// The class of a byte, with its normalized form if it is a character.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Step {
-    /// This byte in a word.
+enum ByteClass {
+    /// A part of a word, as this byte.
     Word(u8),
     Space,
-    /// A word of this byte.
-    Alone(u8),
-    /// To be looked up: a removed character, or a part of one that is not ASCII.
-    Look,
+    /// A word of its own, of this byte.
+    Isolated(u8),
+    /// The character is to be looked up: it is removed, or not ASCII.
+    Lookup,
 }
 
-/// Tokens that are looked for in texts before normalization and begin with the same byte.
-struct Added {
+/// Added tokens that are matched before normalization and begin with the same byte.
+struct AddedTokens {
     first: u8,
     contents: Vec<String>,
 }
 
 impl WordPiece {
-    /// None where the tokenizer has a part that this does not reproduce.
+    /// None where the tokenizer has a part that this implementation does not support.
     pub(crate) fn new(tokenizer: &Tokenizer) -> Option<Self> {
         let ModelWrapper::WordPiece(model) = tokenizer.get_model() else {
             return None;
@@ -76,16 +76,16 @@ impl WordPiece {
         let (mut added, mut guards) = (Vec::new(), Vec::new());
         for token in tokenizer.get_added_tokens_decoder().values() {
             if token.normalized {
-                guards.push(guard(token, normalizer)?);
+                guards.push(guard_character(token, normalizer)?);
             } else {
-                note(&mut added, &token.content)?;
+                add_token(&mut added, &token.content)?;
             }
         }
         let characters = Characters::new(*normalizer, guards);
         Some(Self {
-            steps: std::array::from_fn(|byte| step(&characters, byte)),
+            classes: std::array::from_fn(|byte| byte_class(&characters, byte)),
             characters,
-            continued: pieces.place(model.continuing_subword_prefix.as_bytes()),
+            continued: pieces.node(model.continuing_subword_prefix.as_bytes()),
             pieces,
             unknown: *vocabulary.get(&model.unk_token)?,
             word_max: model.max_input_chars_per_word,
@@ -93,77 +93,78 @@ impl WordPiece {
         })
     }
 
-    /// Appends the ids of a text, without special tokens, to `ids`. False, and `ids` as they were,
-    /// where only the library may answer: for example where the text names a special token.
+    /// Appends the ids of a text, without special tokens, to `ids`. Returns false, with `ids`
+    /// unchanged, for a text that requires the fallback to the library, for example one with a
+    /// special token in it.
     pub(crate) fn encode(&self, text: &str, ids: &mut Vec<u32>) -> bool {
-        if self.added.iter().any(|added| added.may_stand_in(text)) {
+        if self.added.iter().any(|added| added.may_be_in(text)) {
             return false;
         }
         let before = ids.len();
-        let done = self.words(text, ids).is_some();
+        let done = self.push_words(text, ids).is_some();
         if !done {
             ids.truncate(before);
         }
         done
     }
 
-    /// The ids of all words, or none where only the library may answer.
-    fn words(&self, text: &str, ids: &mut Vec<u32>) -> Option<()> {
-        let mut place = 0;
+    /// Appends the ids of all words; none where the text requires the fallback to the library.
+    fn push_words(&self, text: &str, ids: &mut Vec<u32>) -> Option<()> {
+        let mut position = 0;
         let mut gathered = Vec::new();
-        while let Some(rest) = text.as_bytes().get(place..) {
+        while let Some(rest) = text.as_bytes().get(position..) {
             let plain = rest
                 .iter()
-                .position(|byte| !matches!(self.step(*byte), Step::Word(_)));
+                .position(|byte| !matches!(self.class(*byte), ByteClass::Word(_)));
             let word = rest.get(..plain.unwrap_or(rest.len()))?;
-            let next = rest.get(word.len()).map(|byte| self.step(*byte));
-            if next == Some(Step::Look) {
+            let next = rest.get(word.len()).map(|byte| self.class(*byte));
+            if next == Some(ByteClass::Lookup) {
                 gathered.clear();
                 gathered.extend(word.iter().map(|byte| self.folded(*byte)));
-                let from = place + word.len();
-                place = from + self.gathered(text.get(from..)?, &mut gathered, ids)?;
+                let from = position + word.len();
+                position = from + self.push_gathered(text.get(from..)?, &mut gathered, ids)?;
                 continue;
             }
-            self.word(word, |byte| self.folded(byte), ids);
+            self.push_word(word, |byte| self.folded(byte), ids);
             match next {
-                Some(Step::Alone(byte)) => self.word(&[byte], |byte| byte, ids),
+                Some(ByteClass::Isolated(byte)) => self.push_word(&[byte], |byte| byte, ids),
                 Some(_) => {}
                 None => break,
             }
-            place += word.len() + 1;
+            position += word.len() + 1;
         }
         Some(())
     }
 
-    /// Goes on with a word of which `word` is known, through characters of any kind, up to the
-    /// word's end. Returns how many bytes of the text that took.
-    fn gathered(&self, text: &str, word: &mut Vec<u8>, ids: &mut Vec<u32>) -> Option<usize> {
-        let mut places = text.char_indices();
-        while let Some((_, original)) = places.next() {
+    /// Continues a word that begins with `word`, with characters of any class, up to its end, and
+    /// appends its ids. Returns the number of bytes of the text that were read.
+    fn push_gathered(&self, text: &str, word: &mut Vec<u8>, ids: &mut Vec<u32>) -> Option<usize> {
+        let mut characters = text.char_indices();
+        while let Some((_, original)) = characters.next() {
             let character = self.characters.get(original);
-            match character.kind {
-                Kind::Word => {
+            match character.class {
+                CharacterClass::Word => {
                     word.extend_from_slice(character.bytes());
                     continue;
                 }
-                Kind::Space => self.word(word, |byte| byte, ids),
-                Kind::Alone => {
-                    self.word(word, |byte| byte, ids);
-                    self.word(character.bytes(), |byte| byte, ids);
+                CharacterClass::Space => self.push_word(word, |byte| byte, ids),
+                CharacterClass::Isolated => {
+                    self.push_word(word, |byte| byte, ids);
+                    self.push_word(character.bytes(), |byte| byte, ids);
                 }
-                Kind::Library => return None,
+                CharacterClass::Fallback => return None,
             }
-            return Some(places.offset());
+            return Some(characters.offset());
         }
-        self.word(word, |byte| byte, ids);
+        self.push_word(word, |byte| byte, ids);
         Some(text.len())
     }
 
-    /// The ids of a word, whose bytes `folded` completes.
+    /// Appends the ids of a word, whose bytes `folded` normalizes.
     #[inline]
-    fn word(&self, word: &[u8], folded: impl Fn(u8) -> u8, ids: &mut Vec<u32>) {
-        // A character has at least one byte, so that most words need no count.
-        if word.len() > self.word_max && characters_of(word) > self.word_max {
+    fn push_word(&self, word: &[u8], folded: impl Fn(u8) -> u8, ids: &mut Vec<u32>) {
+        // A character has at least one byte, so that most words need not be counted.
+        if word.len() > self.word_max && count_characters(word) > self.word_max {
             return ids.push(self.unknown);
         }
         let (before, mut from) = (ids.len(), ROOT);
@@ -183,35 +184,35 @@ impl WordPiece {
     }
 
     #[inline]
-    fn step(&self, byte: u8) -> Step {
-        self.steps[usize::from(byte)]
+    fn class(&self, byte: u8) -> ByteClass {
+        self.classes[usize::from(byte)]
     }
 
-    /// A byte of a word in its normalized form.
+    /// The normalized form of a byte of a word.
     #[inline]
     fn folded(&self, byte: u8) -> u8 {
-        match self.step(byte) {
-            Step::Word(folded) => folded,
+        match self.class(byte) {
+            ByteClass::Word(folded) => folded,
             _ => byte,
         }
     }
 }
 
-impl Added {
-    /// Whether one of the tokens is in a text. Whether the library takes it as a token there
-    /// depends on more.
-    fn may_stand_in(&self, text: &str) -> bool {
+impl AddedTokens {
+    /// Whether the characters of one of the tokens are in a text. Whether the library matches it as
+    /// a token there depends on more.
+    fn may_be_in(&self, text: &str) -> bool {
         text.as_bytes().contains(&self.first)
             && self.contents.iter().any(|content| text.contains(content))
     }
 }
 
-/// Adds a token to those that begin with the same byte. None if it is empty.
-fn note(added: &mut Vec<Added>, content: &str) -> Option<()> {
+/// Adds a token to those that begin with the same byte; none if it is empty.
+fn add_token(added: &mut Vec<AddedTokens>, content: &str) -> Option<()> {
     let first = *content.as_bytes().first()?;
     match added.iter_mut().find(|added| added.first == first) {
         Some(same) => same.contents.push(content.to_owned()),
-        None => added.push(Added {
+        None => added.push(AddedTokens {
             first,
             contents: vec![content.to_owned()],
         }),
@@ -219,8 +220,8 @@ fn note(added: &mut Vec<Added>, content: &str) -> Option<()> {
     Some(())
 }
 
-/// A character without which a token is not in a normalized text. None if all would do.
-fn guard(token: &AddedToken, normalizer: &impl Normalizer) -> Option<char> {
+/// A character that every normalized text with this token has; none if the token is empty.
+fn guard_character(token: &AddedToken, normalizer: &impl Normalizer) -> Option<char> {
     let mut content = NormalizedString::from(token.content.as_str());
     normalizer.normalize(&mut content).ok()?;
     let seen = || content.get().chars().filter(|it| !it.is_whitespace());
@@ -228,20 +229,20 @@ fn guard(token: &AddedToken, normalizer: &impl Normalizer) -> Option<char> {
     seen().find(|it| !it.is_alphanumeric()).or(seen().next())
 }
 
-fn step(characters: &Characters, byte: usize) -> Step {
+fn byte_class(characters: &Characters, byte: usize) -> ByteClass {
     let Some(byte) = u8::try_from(byte).ok().filter(u8::is_ascii) else {
-        return Step::Look;
+        return ByteClass::Lookup;
     };
     let character = characters.get(char::from(byte));
-    match (character.kind, character.bytes()) {
-        (Kind::Word, [byte]) => Step::Word(*byte),
-        (Kind::Alone, [byte]) => Step::Alone(*byte),
-        (Kind::Space, _) => Step::Space,
-        _ => Step::Look,
+    match (character.class, character.bytes()) {
+        (CharacterClass::Word, [byte]) => ByteClass::Word(*byte),
+        (CharacterClass::Isolated, [byte]) => ByteClass::Isolated(*byte),
+        (CharacterClass::Space, _) => ByteClass::Space,
+        _ => ByteClass::Lookup,
     }
 }
 
-/// How many characters valid UTF-8 has: the bytes that do not continue one.
-fn characters_of(word: &[u8]) -> usize {
+/// The number of characters of valid UTF-8: of bytes that do not continue one.
+fn count_characters(word: &[u8]) -> usize {
     word.iter().filter(|byte| **byte & 0xc0 != 0x80).count()
 }

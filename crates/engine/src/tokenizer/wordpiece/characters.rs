@@ -1,8 +1,8 @@
-//! What BERT's normalizer and pre-tokenizer make of a character, by itself.
+//! BERT's normalizer and pre-tokenizer, character by character.
 //!
-//! Both look at one character after the other, but for the canonical ordering of combining marks:
-//! it moves marks past each other. As long as accents are stripped, those marks are gone in the
-//! end; a mark that stays sends its text to the library.
+//! Both process each character independently, except for the canonical ordering of combining marks,
+//! which reorders adjacent marks. Where accents are stripped, those marks are removed in the end; a
+//! text with a mark that is not removed falls back to the library.
 
 use std::sync::OnceLock;
 
@@ -11,43 +11,43 @@ use unicode_categories::UnicodeCategories;
 use unicode_normalization_alignments::UnicodeNormalization;
 use unicode_normalization_alignments::char::canonical_combining_class;
 
-/// Characters per page, and the greatest number of pages that Unicode needs.
+/// Characters per page, and the number of pages of all of Unicode.
 const PAGE: usize = 256;
 const PAGES: usize = (char::MAX as usize + 1) / PAGE;
-/// Enough for the three parts of a Hangul syllable.
+/// Bytes of a normalized character: enough for the three parts of a Hangul syllable.
 const BYTES_MAX: usize = 10;
 
-/// What a character becomes.
+/// The class of a character.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// A part of a word, or nothing.
+pub(super) enum CharacterClass {
+    /// A part of a word, or removed.
     Word,
     /// The end of a word.
     Space,
     /// A word of its own.
-    Alone,
-    /// Something that only the library may answer.
-    Library,
+    Isolated,
+    /// Not supported: the text falls back to the library.
+    Fallback,
 }
 
-/// A character after normalization.
+/// A normalized character.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Character {
-    pub(super) kind: Kind,
+    pub(super) class: CharacterClass,
     length: u8,
     bytes: [u8; BYTES_MAX],
 }
 
 impl Character {
-    fn of(kind: Kind) -> Self {
+    fn of(class: CharacterClass) -> Self {
         Self {
-            kind,
+            class,
             length: 0,
             bytes: [0; BYTES_MAX],
         }
     }
 
-    /// Its text in UTF-8.
+    /// Its normalized form in UTF-8.
     #[inline]
     pub(super) fn bytes(&self) -> &[u8] {
         self.bytes.get(..self.length.into()).unwrap_or_default()
@@ -56,10 +56,11 @@ impl Character {
 
 type Page = Box<[Character; PAGE]>;
 
-/// All characters. A page of them is computed when a text first needs it.
+/// The table of all characters. A page is computed when a text first has one of its characters.
 pub(super) struct Characters {
     normalizer: BertNormalizer,
-    /// Whoever becomes one of these is for the library.
+    /// Characters of added tokens that are matched after normalization: a text with one of these
+    /// falls back to the library.
     guards: Vec<char>,
     pages: Box<[OnceLock<Page>]>,
 }
@@ -73,50 +74,54 @@ impl Characters {
         }
     }
 
-    /// What becomes of a character.
+    /// The normalized form and the class of a character.
     #[inline]
     pub(super) fn get(&self, character: char) -> Character {
         let code = character as usize;
         match self.pages.get(code / PAGE) {
             Some(page) => page.get_or_init(|| self.page(code / PAGE))[code % PAGE],
-            None => Character::of(Kind::Library),
+            None => Character::of(CharacterClass::Fallback),
         }
     }
 
     fn page(&self, number: usize) -> Page {
-        Box::new(std::array::from_fn(|place| {
-            let code = u32::try_from(number * PAGE + place).ok();
+        Box::new(std::array::from_fn(|index| {
+            let code = u32::try_from(number * PAGE + index).ok();
             let character = code.and_then(char::from_u32);
-            character.map_or(Character::of(Kind::Library), |it| self.compute(it))
+            character.map_or(Character::of(CharacterClass::Fallback), |it| {
+                self.compute(it)
+            })
         }))
     }
 
     fn compute(&self, original: char) -> Character {
         let Some(cleaned) = self.cleaned(original) else {
-            return Character::of(Kind::Word);
+            return Character::of(CharacterClass::Word);
         };
         let Some(text) = self.folded(cleaned) else {
-            return Character::of(Kind::Library);
+            return Character::of(CharacterClass::Fallback);
         };
-        let mut kinds = text.chars().map(kind);
-        let kind = match (kinds.next(), kinds.next()) {
-            (None, _) => Kind::Word,
+        let mut classes = text.chars().map(class);
+        let class = match (classes.next(), classes.next()) {
+            (None, _) => CharacterClass::Word,
             (Some(only), None) => only,
-            (Some(Kind::Word), Some(Kind::Word)) if kinds.all(|kind| kind == Kind::Word) => {
-                Kind::Word
+            (Some(CharacterClass::Word), Some(CharacterClass::Word))
+                if classes.all(|class| class == CharacterClass::Word) =>
+            {
+                CharacterClass::Word
             }
-            _ => return Character::of(Kind::Library),
+            _ => return Character::of(CharacterClass::Fallback),
         };
-        // An ideograph has spaces around it, and they stay where it is removed.
+        // The spaces around an ideograph remain where the ideograph itself is removed.
         let ideograph = self.normalizer.handle_chinese_chars && is_chinese(cleaned);
-        let kind = match kind {
-            Kind::Word if ideograph && text.is_empty() => Kind::Space,
-            Kind::Word if ideograph => Kind::Alone,
+        let class = match class {
+            CharacterClass::Word if ideograph && text.is_empty() => CharacterClass::Space,
+            CharacterClass::Word if ideograph => CharacterClass::Isolated,
             other => other,
         };
-        let mut character = Character::of(kind);
+        let mut character = Character::of(class);
         let Some(room) = character.bytes.get_mut(..text.len()) else {
-            return Character::of(Kind::Library);
+            return Character::of(CharacterClass::Fallback);
         };
         room.copy_from_slice(text.as_bytes());
         // At most `BYTES_MAX`.
@@ -124,7 +129,7 @@ impl Characters {
         character
     }
 
-    /// The first step: control characters go, and all spaces are one.
+    /// The first step: control characters are removed, and every white space is a space.
     fn cleaned(&self, original: char) -> Option<char> {
         if !self.normalizer.clean_text || matches!(original, '\t' | '\n' | '\r') {
             return Some(original);
@@ -139,7 +144,8 @@ impl Characters {
         })
     }
 
-    /// The last steps: without accents, in lower case. None where only the library may answer.
+    /// The last steps: accents are stripped and letters lowercased. None where the character is not
+    /// supported.
     fn folded(&self, cleaned: char) -> Option<String> {
         let BertNormalizer {
             strip_accents,
@@ -167,18 +173,18 @@ impl Characters {
     }
 }
 
-/// What the pre-tokenizer makes of a normalized character.
-fn kind(character: char) -> Kind {
+/// The pre-tokenizer's class of a normalized character.
+fn class(character: char) -> CharacterClass {
     if character.is_whitespace() {
-        Kind::Space
+        CharacterClass::Space
     } else if character.is_ascii_punctuation() || character.is_punctuation() {
-        Kind::Alone
+        CharacterClass::Isolated
     } else {
-        Kind::Word
+        CharacterClass::Word
     }
 }
 
-/// The blocks of CJK ideographs that BERT separates, as the library lists them.
+/// Whether a character is in the blocks of CJK ideographs that BERT isolates, as in the library.
 fn is_chinese(character: char) -> bool {
     matches!(
         u32::from(character),

@@ -1,4 +1,4 @@
-//! The library is the reference: the same ids, for all texts that are not left to it.
+//! The tokenizers library is the reference: the same ids for all texts without a fallback to it.
 
 use std::path::Path;
 use std::sync::LazyLock;
@@ -10,7 +10,7 @@ use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer
 use super::*;
 use crate::tokenizer::{self, Text, Truncation};
 
-/// Texts of many scripts and of what is none.
+/// Texts of many scripts, and of characters of no script.
 const TEXTS: &[&str] = &[
     "",
     " ",
@@ -126,13 +126,13 @@ fn small(changes: &[(&str, Value)]) -> Vec<u8> {
         "model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": vocabulary,
             "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
     });
-    for (place, value) in changes {
-        *tokenizer.pointer_mut(place).unwrap() = value.clone();
+    for (path, value) in changes {
+        *tokenizer.pointer_mut(path).unwrap() = value.clone();
     }
     serde_json::to_vec(&tokenizer).unwrap()
 }
 
-/// Every combination of what the normalizer can be told.
+/// Every combination of the normalizer's settings.
 fn normalizers() -> Vec<Value> {
     let mut all = Vec::new();
     for strip in [json!(null), json!(true), json!(false)] {
@@ -151,7 +151,7 @@ fn reference(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
     tokenizer.encode_fast(text, false).unwrap().get_ids().into()
 }
 
-/// Whether the text was not left to the library.
+/// Whether the text needed no fallback to the library; then the ids must be the library's.
 fn agrees(words: &WordPiece, tokenizer: &Tokenizer, text: &str) -> bool {
     let mut ids = vec![7];
     let done = words.encode(text, &mut ids);
@@ -186,7 +186,7 @@ fn texts_of_all_scripts_have_the_librarys_ids() {
     }
 }
 
-/// What the library makes of a text before the model sees it.
+/// The words that the library's normalizer and pre-tokenizer split a text into.
 fn library_words(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
     let mut normalized = NormalizedString::from(text);
     let normalizer = tokenizer.get_normalizer().unwrap();
@@ -202,7 +202,7 @@ fn library_words(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
 }
 
 #[test]
-fn every_character_is_what_the_library_makes_of_it() {
+fn every_character_has_the_class_that_the_library_gives_it() {
     for (number, normalizer) in normalizers().into_iter().enumerate() {
         let tokenizer = Tokenizer::from_bytes(small(&[("/normalizer", normalizer)])).unwrap();
         let words = WordPiece::new(&tokenizer).unwrap();
@@ -215,11 +215,11 @@ fn every_character_is_what_the_library_makes_of_it() {
         for character in (0..=last).step_by(step).filter_map(char::from_u32) {
             let known = words.characters.get(character);
             let text = std::str::from_utf8(known.bytes()).unwrap();
-            let expected = match known.kind {
-                Kind::Word => vec![format!("a{text}b")],
-                Kind::Space => vec!["a".to_owned(), "b".to_owned()],
-                Kind::Alone => vec!["a".to_owned(), text.to_owned(), "b".to_owned()],
-                Kind::Library => {
+            let expected = match known.class {
+                CharacterClass::Word => vec![format!("a{text}b")],
+                CharacterClass::Space => vec!["a".to_owned(), "b".to_owned()],
+                CharacterClass::Isolated => vec!["a".to_owned(), text.to_owned(), "b".to_owned()],
+                CharacterClass::Fallback => {
                     left += 1;
                     continue;
                 }
@@ -227,12 +227,12 @@ fn every_character_is_what_the_library_makes_of_it() {
             let found = library_words(&tokenizer, &format!("a{character}b"));
             assert_eq!(found, expected, "{character:?}");
         }
-        assert!(left <= 300, "{left} characters are left to the library");
+        assert!(left <= 300, "{left} characters fall back to the library");
     }
 }
 
 #[test]
-fn texts_that_may_have_an_added_token_are_left_to_the_library() {
+fn texts_that_may_have_an_added_token_fall_back_to_the_library() {
     let token = |id, content, normalized| {
         json!({"id": id, "content": content, "special": false, "normalized": normalized,
             "single_word": true, "lstrip": true, "rstrip": false})
@@ -261,7 +261,7 @@ fn texts_that_may_have_an_added_token_are_left_to_the_library() {
 }
 
 #[test]
-fn a_tokenizer_of_other_parts_is_not_taken() {
+fn a_tokenizer_of_other_parts_is_not_supported() {
     let lowercase = json!({"type": "Lowercase"});
     let no_normalizer = json!(null);
     let whitespace = json!({"type": "WhitespaceSplit"});
@@ -269,7 +269,7 @@ fn a_tokenizer_of_other_parts_is_not_taken() {
     let word_level = json!({"type": "WordLevel", "unk_token": "[UNK]", "vocab": {"[UNK]": 0}});
     let blank = json!([{"id": 0, "content": " ", "special": false, "normalized": true,
         "single_word": false, "lstrip": false, "rstrip": false}]);
-    for (place, value) in [
+    for (path, value) in [
         ("/normalizer", lowercase),
         ("/normalizer", no_normalizer),
         ("/pre_tokenizer", whitespace),
@@ -277,8 +277,8 @@ fn a_tokenizer_of_other_parts_is_not_taken() {
         ("/model/unk_token", json!("no such")),
         ("/added_tokens", blank),
     ] {
-        let tokenizer = Tokenizer::from_bytes(small(&[(place, value)])).unwrap();
-        assert!(WordPiece::new(&tokenizer).is_none(), "{place}");
+        let tokenizer = Tokenizer::from_bytes(small(&[(path, value)])).unwrap();
+        assert!(WordPiece::new(&tokenizer).is_none(), "{path}");
     }
     let mut tokenizer = Tokenizer::from_bytes(small(&[])).unwrap();
     tokenizer
@@ -287,21 +287,21 @@ fn a_tokenizer_of_other_parts_is_not_taken() {
     assert!(WordPiece::new(&tokenizer).is_none());
 }
 
-/// Rows of texts and of pairs of them, cut and not, against the library's.
+/// Rows of texts and pairs, truncated and not, against the library's.
 fn rows_agree(bytes: &[u8], texts: &[&str]) {
     let mut tokenizer = tokenizer::Tokenizer::from_bytes(bytes, 40_000, 512).unwrap();
     for tokens_max in [0, 2, 3, 4, 5, 8, 13, 512] {
         tokenizer.tokens_max = tokens_max;
         let agree = |text| {
             for truncation in [Truncation::Refuse, Truncation::Right, Truncation::Left] {
-                let short = tokenizer.encode_short(text, truncation).unwrap();
-                let whole = tokenizer.encode_whole(text, truncation);
+                let fast = tokenizer.encode_fast_path(text, truncation).unwrap();
+                let library = tokenizer.encode_with_library(text, truncation);
                 let what = format!("{text:?} {truncation:?} {tokens_max}");
-                assert_eq!(format!("{short:?}"), format!("{whole:?}"), "{what}");
+                assert_eq!(format!("{fast:?}"), format!("{library:?}"), "{what}");
             }
         };
         for first in texts {
-            agree(Text::One(first));
+            agree(Text::Single(first));
             for second in texts {
                 agree(Text::Pair(first, second));
             }
@@ -332,7 +332,7 @@ fn rows_of_texts_and_pairs_are_the_librarys() {
 }
 
 #[test]
-fn a_template_that_repeats_a_text_is_not_taken() {
+fn a_template_that_repeats_a_text_is_not_supported() {
     let text = json!({"Sequence": {"id": "A", "type_id": 0}});
     let second = json!({"Sequence": {"id": "B", "type_id": 0}});
     let template = json!({"type": "TemplateProcessing", "single": [text, text],
@@ -346,7 +346,7 @@ fn a_template_that_repeats_a_text_is_not_taken() {
     }
 }
 
-/// Built once: that takes longer than many texts.
+/// Built once: that takes longer than the tokenization of many texts.
 static BOTH: LazyLock<Vec<(Tokenizer, WordPiece)>> = LazyLock::new(|| {
     let small = Tokenizer::from_bytes(small(&[])).unwrap();
     let both = [minilm(), small].into_iter();

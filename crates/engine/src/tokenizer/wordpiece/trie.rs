@@ -1,27 +1,27 @@
-//! A set of byte strings with an id each, in which the longest beginning of a word is found by
-//! one array access per byte: a double array (Aoe 1989), its places by exclusive or.
+//! A trie of byte strings with an id each, in which the longest prefix of a word is found with one
+//! array access per byte: a double array (Aoe 1989), indexed by exclusive or.
 
-/// The place of the empty string.
+/// The node of the empty string.
 pub(super) const ROOT: u32 = 0;
-/// A place from which nothing can be reached.
-const NOWHERE: u32 = u32::MAX;
+/// A node that does not exist.
+const NO_NODE: u32 = u32::MAX;
 
-/// The parent of a place that nothing took yet.
+/// The parent of an unused slot.
 const FREE: u32 = u32::MAX;
 /// The parent of the root.
-const NONE: u32 = u32::MAX - 1;
-/// The id where no string ends; a vocabulary that has it is not taken.
+const NO_PARENT: u32 = u32::MAX - 1;
+/// The id of a node where no string ends; a vocabulary with this id is not supported.
 const NO_ID: u32 = u32::MAX;
-/// The children of a node lie in one block of this many places: their bytes change the low eight
+/// The children of a node are in one block of this many slots: their bytes change the low eight
 /// bits of its base.
 const BLOCK: usize = 256;
-/// How many of the last places are looked through for room before the array grows. More would
-/// save little memory and make the loading of a large vocabulary slow.
+/// How many of the last slots are searched for free ones before the array grows. More would save
+/// little memory and make the loading of a large vocabulary slow.
 const SEARCHED: usize = 4 * BLOCK;
 
 #[derive(Clone, Copy)]
 struct Node {
-    /// The child by a byte is at `base ^ byte`, if that has this node as its parent.
+    /// The child by a byte is at `base ^ byte`, if the parent of that slot is this node.
     base: u32,
     parent: u32,
     id: u32,
@@ -37,15 +37,15 @@ pub(super) struct Trie {
     nodes: Vec<Node>,
 }
 
-/// Strings that share their first `depth` bytes, which lead to `place`.
+/// Strings that share their first `depth` bytes, which lead to `node`.
 struct Branch<'a> {
-    place: u32,
+    node: u32,
     depth: usize,
     strings: &'a [(&'a [u8], u32)],
 }
 
 impl Trie {
-    /// None where there are too many strings, or the id that means none.
+    /// None where there are too many strings, or one has the reserved id.
     pub(super) fn new(vocabulary: &[(&[u8], u32)]) -> Option<Self> {
         if vocabulary.iter().any(|(_, id)| *id == NO_ID) {
             return None;
@@ -55,27 +55,27 @@ impl Trie {
         let mut trie = Self {
             nodes: vec![EMPTY; BLOCK],
         };
-        trie.nodes.first_mut()?.parent = NONE;
+        trie.nodes.first_mut()?.parent = NO_PARENT;
         let mut free = 0;
         let mut branches = vec![Branch {
-            place: ROOT,
+            node: ROOT,
             depth: 0,
             strings: &strings,
         }];
         while let Some(branch) = branches.pop() {
-            let longer = trie.end(&branch)?;
+            let longer = trie.set_id(&branch)?;
             let children: Vec<_> = longer
                 .chunk_by(|one, two| one.0.get(branch.depth) == two.0.get(branch.depth))
                 .filter_map(|same| Some((*same.first()?.0.get(branch.depth)?, same)))
                 .collect();
             let bytes: Vec<u8> = children.iter().map(|(byte, _)| *byte).collect();
-            let base = trie.room(&bytes, &mut free)?;
-            trie.nodes.get_mut(branch.place as usize)?.base = base;
+            let base = trie.find_base(&bytes, &mut free)?;
+            trie.nodes.get_mut(branch.node as usize)?.base = base;
             for (byte, strings) in children {
-                let place = base ^ u32::from(byte);
-                trie.nodes.get_mut(place as usize)?.parent = branch.place;
+                let node = base ^ u32::from(byte);
+                trie.nodes.get_mut(node as usize)?.parent = branch.node;
                 branches.push(Branch {
-                    place,
+                    node,
                     depth: branch.depth + 1,
                     strings,
                 });
@@ -84,21 +84,20 @@ impl Trie {
         Some(trie)
     }
 
-    /// Notes the id of the string that ends where this branch begins, and returns the others.
-    /// Sorted, it is the first.
-    fn end<'a>(&mut self, branch: &Branch<'a>) -> Option<&'a [(&'a [u8], u32)]> {
+    /// Sets the id of the string that ends at the branch's node, which is the first in order, and
+    /// returns the others.
+    fn set_id<'a>(&mut self, branch: &Branch<'a>) -> Option<&'a [(&'a [u8], u32)]> {
         match branch.strings.split_first() {
             Some(((string, id), longer)) if string.len() == branch.depth => {
-                self.nodes.get_mut(branch.place as usize)?.id = *id;
+                self.nodes.get_mut(branch.node as usize)?.id = *id;
                 Some(longer)
             }
             _ => Some(branch.strings),
         }
     }
 
-    /// A base that has a free place for each of these bytes. `free` is a place below which there
-    /// is none.
-    fn room(&mut self, bytes: &[u8], free: &mut usize) -> Option<u32> {
+    /// A base with a free slot for each of these bytes. No slot below `free` is free.
+    fn find_base(&mut self, bytes: &[u8], free: &mut usize) -> Option<u32> {
         let Some((first, others)) = bytes.split_first() else {
             return Some(0);
         };
@@ -110,10 +109,10 @@ impl Trie {
         } else {
             (*free).max(self.nodes.len().saturating_sub(SEARCHED))
         };
-        for place in from..self.nodes.len() {
-            let base = place ^ usize::from(*first);
+        for slot in from..self.nodes.len() {
+            let base = slot ^ usize::from(*first);
             let fits = |byte: &u8| self.is_free(base ^ usize::from(*byte));
-            if self.is_free(place) && others.iter().all(fits) {
+            if self.is_free(slot) && others.iter().all(fits) {
                 return u32::try_from(base).ok();
             }
         }
@@ -121,55 +120,53 @@ impl Trie {
         self.nodes.resize(base + BLOCK, EMPTY);
         u32::try_from(base)
             .ok()
-            .filter(|base| *base < NONE - BLOCK as u32)
+            .filter(|base| *base < NO_PARENT - BLOCK as u32)
     }
 
-    fn is_free(&self, place: usize) -> bool {
-        let node = self.nodes.get(place);
+    fn is_free(&self, slot: usize) -> bool {
+        let node = self.nodes.get(slot);
         node.is_some_and(|node| node.parent == FREE)
     }
 
-    /// The place that these bytes lead to from the root, or [`NOWHERE`].
-    pub(super) fn place(&self, bytes: &[u8]) -> u32 {
-        let mut place = ROOT;
+    /// The node that these bytes lead to from the root, or [`NO_NODE`].
+    pub(super) fn node(&self, bytes: &[u8]) -> u32 {
+        let mut node = ROOT;
         for byte in bytes {
-            let Some((next, _)) = self.step(place, *byte) else {
-                return NOWHERE;
+            let Some(child) = self.child(node, *byte) else {
+                return NO_NODE;
             };
-            place = next;
+            node = child;
         }
-        place
+        node
     }
 
-    /// The longest string that `bytes` begin with, counted from `place`: its id, and how many of
-    /// the bytes it takes.
+    /// The longest string that is a prefix of `bytes`, from `node` on: its id and its length.
     #[inline]
     pub(super) fn longest(
         &self,
-        mut place: u32,
+        mut node: u32,
         bytes: impl Iterator<Item = u8>,
     ) -> Option<(u32, usize)> {
-        let mut base = self.nodes.get(place as usize)?.base;
-        let mut found = None;
+        let mut base = self.nodes.get(node as usize)?.base;
+        let mut longest = None;
         for (passed, byte) in bytes.enumerate() {
             let next = base ^ u32::from(byte);
             match self.nodes.get(next as usize) {
-                Some(node) if node.parent == place => {
-                    place = next;
-                    base = node.base;
-                    if node.id != NO_ID {
-                        found = Some((node.id, passed + 1));
+                Some(child) if child.parent == node => {
+                    node = next;
+                    base = child.base;
+                    if child.id != NO_ID {
+                        longest = Some((child.id, passed + 1));
                     }
                 }
                 _ => break,
             }
         }
-        found
+        longest
     }
 
-    fn step(&self, place: u32, byte: u8) -> Option<(u32, Node)> {
-        let next = self.nodes.get(place as usize)?.base ^ u32::from(byte);
-        let node = self.nodes.get(next as usize)?;
-        (node.parent == place).then_some((next, *node))
+    fn child(&self, node: u32, byte: u8) -> Option<u32> {
+        let child = self.nodes.get(node as usize)?.base ^ u32::from(byte);
+        (self.nodes.get(child as usize)?.parent == node).then_some(child)
     }
 }

@@ -1,14 +1,14 @@
-//! AVX2 and AVX-512, by the compiler's intrinsics.
+//! AVX2 and AVX-512, with intrinsics.
 
 use std::arch::x86_64::*;
 
-use super::Isa;
+use super::Simd;
 
 /// AVX2 with FMA: 16 registers of 8 floats.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Avx2;
 
-/// AVX-512 without products of narrow numbers: 32 registers of 16 floats.
+/// AVX-512 without instructions for bf16 and int8: 32 registers of 16 floats.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Avx512;
 
@@ -23,16 +23,16 @@ pub(in super::super) struct Avx512Bf16;
 /// All ones in the first `count` lanes of eight.
 #[inline(always)]
 unsafe fn first_of_8(count: usize) -> __m256i {
-    // SAFETY: the caller has AVX2.
+    // SAFETY: the CPU supports AVX2, by the caller's guarantee.
     unsafe {
         let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         _mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), lanes)
     }
 }
 
-// SAFETY (whole block): the caller has AVX2 and FMA. Whole loads and stores touch 8 numbers; the
-// masked ones, and the ones by way of an array, only the first `count`.
-impl Isa for Avx2 {
+// SAFETY (whole block): the CPU supports AVX2 and FMA, by the caller's guarantee. Whole loads and
+// stores access 8 lanes; the masked ones, and those through an array, only the first `count`.
+impl Simd for Avx2 {
     const LANES: usize = 8;
     type F = __m256;
     type W = __m256i;
@@ -189,7 +189,7 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     unsafe fn add_byte_products(sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        // Widened to 16 bits first: adding products of bytes in 16 bits would saturate.
+        // Widened to 16 bits first: sums of products of bytes would saturate in 16 bits.
         unsafe {
             let even = _mm256_set1_epi16(0xff);
             let a_even = _mm256_and_si256(a, even);
@@ -202,10 +202,10 @@ impl Isa for Avx2 {
     }
 }
 
-/// Eight floats as bfloat16, to the nearest and of two to the even one. A NaN stays one.
+/// Rounds eight floats to bfloat16, to the nearest and ties to even. A NaN stays a NaN.
 #[inline(always)]
 unsafe fn bf16_of_8(values: __m256) -> __m128i {
-    // SAFETY: the caller has AVX2.
+    // SAFETY: the CPU supports AVX2, by the caller's guarantee.
     unsafe {
         let bits = _mm256_castps_si256(values);
         let is_even = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
@@ -218,10 +218,10 @@ unsafe fn bf16_of_8(values: __m256) -> __m128i {
     }
 }
 
-/// Sixteen floats as bfloat16, for sets that cannot do it in one instruction.
+/// Rounds sixteen floats to bfloat16, for sets without an instruction for it.
 #[inline(always)]
 unsafe fn bf16_of_16(values: __m512) -> __m256i {
-    // SAFETY: the caller has AVX-512 F, BW, DQ and VL.
+    // SAFETY: the CPU supports AVX-512 F, BW, DQ and VL, by the caller's guarantee.
     unsafe {
         let low = bf16_of_8(_mm512_castps512_ps256(values));
         let high = bf16_of_8(_mm512_extractf32x8_ps::<1>(values));
@@ -235,12 +235,12 @@ fn first_of_16(count: usize) -> __mmask16 {
     ((1u32 << count.min(16)) - 1) as __mmask16
 }
 
-/// The set that AVX-512 shares with its extensions, and what each does with narrow numbers.
+/// Implements [`Simd`] for AVX-512 and its extensions, which differ in bf16 and int8.
 macro_rules! avx512 {
     ($set:ty, $to_bf16:expr, $bf16_products:expr, $byte_products:expr) => {
-        // SAFETY (whole block): the caller has the set. Whole loads and stores touch 16 numbers;
-        // the masked ones only the first `count`.
-        impl Isa for $set {
+        // SAFETY (whole block): the CPU supports the set, by the caller's guarantee. Whole loads
+        // and stores access 16 lanes; the masked ones only the first `count`.
+        impl Simd for $set {
             const LANES: usize = 16;
             type F = __m512;
             type W = __m512i;
@@ -381,7 +381,7 @@ macro_rules! avx512 {
 
 #[inline(always)]
 unsafe fn widened_bf16_products(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
-    // SAFETY: the caller has AVX-512 F.
+    // SAFETY: the CPU supports AVX-512 F, by the caller's guarantee.
     unsafe {
         let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
         let a_low = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(a));
@@ -394,8 +394,8 @@ unsafe fn widened_bf16_products(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
 
 #[inline(always)]
 unsafe fn widened_byte_products(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
-    // SAFETY: the caller has AVX-512 BW. Widened to 16 bits, since products of bytes added in 16
-    // bits would saturate.
+    // SAFETY: the CPU supports AVX-512 BW, by the caller's guarantee. Widened to 16 bits, since sums
+    // of products of bytes would saturate in 16 bits.
     unsafe {
         let a_even = _mm512_and_si512(a, _mm512_set1_epi16(0xff));
         let a_odd = _mm512_srli_epi16::<8>(a);
@@ -408,13 +408,13 @@ unsafe fn widened_byte_products(sum: __m512i, a: __m512i, b: __m512i) -> __m512i
 
 #[inline(always)]
 unsafe fn native_bf16(values: __m512) -> __m256i {
-    // SAFETY: the caller has AVX-512 BF16; the two types have the same 256 bits.
+    // SAFETY: the CPU supports AVX-512 BF16; both types are 256 bits.
     unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(values)) }
 }
 
 #[inline(always)]
 unsafe fn native_bf16_products(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
-    // SAFETY: the caller has AVX-512 BF16; the types have the same 512 bits.
+    // SAFETY: the CPU supports AVX-512 BF16; both types are 512 bits.
     unsafe {
         let a = std::mem::transmute::<__m512i, __m512bh>(a);
         let b = std::mem::transmute::<__m512i, __m512bh>(b);

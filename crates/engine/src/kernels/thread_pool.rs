@@ -1,9 +1,9 @@
-//! The processor's other cores, lent to whoever has work that can be cut into tasks.
+//! The thread pool of the kernels: one thread for each further core, whatever the number of
+//! models.
 //!
-//! There is one helper for each core but one, whatever runs on them. A caller does its own tasks
-//! itself and takes help where a helper is free: it never waits for one that is busy elsewhere.
-//! For some microseconds after a task a helper looks for the next without sleeping, because
-//! waking takes longer than many tasks do.
+//! A caller runs its tasks itself and gets help from pool threads that are free: it never waits
+//! for one that is busy with another caller's work. For some microseconds after a task a pool
+//! thread spins for the next one before it sleeps, because waking takes longer than many tasks do.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,52 +11,53 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a helper looks for work before it sleeps.
-const LOOKING: Duration = Duration::from_micros(40);
+/// How long a pool thread spins before it sleeps.
+const SPIN_TIME: Duration = Duration::from_micros(40);
 
-/// How often a caller looks whether its helpers are done before it lets others run.
-const LOOKS_BEFORE_YIELD: u32 = 4_096;
+/// How often a caller checks whether the pool threads are done before it yields its core.
+const SPINS_BEFORE_YIELD: u32 = 4_096;
 
 thread_local! {
-    /// Whether this thread is inside of a task: then its own tasks are not shared again.
-    static INSIDE: Cell<bool> = const { Cell::new(false) };
+    /// Whether this thread is running a task: then its own tasks are not shared again.
+    static IN_TASK: Cell<bool> = const { Cell::new(false) };
 }
 
 static THREADS: OnceLock<usize> = OnceLock::new();
 
-/// Sets how many threads work on a batch, before the first batch: not less than one, and all
-/// cores that the process may use if this is never called.
+/// Sets how many threads compute a batch, at least one, before the first batch. The default is all
+/// cores that the process may use.
 pub fn set_threads(threads: usize) {
     let _ = THREADS.set(threads.max(1));
 }
 
-/// Threads that work on a batch, helpers and caller together.
+/// Threads that compute a batch, pool threads and caller together.
 pub(crate) fn threads() -> usize {
     *THREADS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
-/// Into how many parts work of this size is worth cutting here and now.
-pub(super) fn shares(work: usize, least: usize) -> usize {
-    if INSIDE.get() {
+/// How many shares work of this size is worth dividing into here and now, where a share should have
+/// at least `share_min`.
+pub(super) fn shares(work: usize, share_min: usize) -> usize {
+    if IN_TASK.get() {
         return 1;
     }
-    (work / least).clamp(1, threads())
+    (work / share_min).clamp(1, threads())
 }
 
-/// Runs `task(0)` to `task(tasks - 1)`, on this thread and on helpers that are free, and returns
-/// when all are done.
-pub(crate) fn run(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-    if tasks <= 1 || INSIDE.get() || threads() == 1 {
-        let was_inside = INSIDE.get();
+/// Runs `task(0)` to `task(tasks - 1)`, on this thread and on pool threads that are free, and
+/// returns when all are done.
+pub(crate) fn parallel_for(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+    if tasks <= 1 || IN_TASK.get() || threads() == 1 {
+        let was_in_task = IN_TASK.get();
         for number in 0..tasks {
             task(number);
         }
-        INSIDE.set(was_inside);
+        IN_TASK.set(was_in_task);
         return;
     }
-    let work = Arc::new(Work {
-        // SAFETY: `run` returns, or goes on to unwind, only once no helper is inside of the
-        // work and none can enter it any more; until then the borrow lives.
+    let work = Arc::new(ParallelWork {
+        // SAFETY: `parallel_for` returns, or goes on to unwind, only once no pool thread is in
+        // the work and none can enter it any more; until then the borrow lives.
         task: unsafe {
             std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(task)
         },
@@ -65,17 +66,17 @@ pub(crate) fn run(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         helpers: AtomicUsize::new(0),
         failed: AtomicBool::new(false),
     });
-    let team = team();
-    team.offer(&work);
-    work.take_tasks();
-    team.withdraw(&work);
-    let mut looks = 0u32;
+    let pool = pool();
+    pool.publish(&work);
+    work.run_tasks();
+    pool.retract(&work);
+    let mut spins = 0u32;
     while work.helpers.load(Ordering::Acquire) > 0 {
-        looks += 1;
-        if looks < LOOKS_BEFORE_YIELD {
+        spins += 1;
+        if spins < SPINS_BEFORE_YIELD {
             std::hint::spin_loop();
         } else {
-            // The helper may be waiting for this very core.
+            // The pool thread may be waiting for this very core.
             std::thread::yield_now();
         }
     }
@@ -84,20 +85,20 @@ pub(crate) fn run(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     }
 }
 
-/// Tasks that somebody waits for.
-struct Work {
+/// The tasks of one call of [`parallel_for`].
+struct ParallelWork {
     task: &'static (dyn Fn(usize) + Sync),
     next: AtomicUsize,
     tasks: usize,
-    /// Helpers inside of it.
+    /// Pool threads that are running its tasks.
     helpers: AtomicUsize,
     failed: AtomicBool,
 }
 
-impl Work {
-    /// Does tasks until none is left. A task that fails is told to the caller.
-    fn take_tasks(&self) {
-        INSIDE.set(true);
+impl ParallelWork {
+    /// Runs tasks until none is left. A task that panics fails the work, not the pool thread.
+    fn run_tasks(&self) {
+        IN_TASK.set(true);
         loop {
             let number = self.next.fetch_add(1, Ordering::Relaxed);
             if number >= self.tasks {
@@ -107,7 +108,7 @@ impl Work {
                 self.failed.store(true, Ordering::Relaxed);
             }
         }
-        INSIDE.set(false);
+        IN_TASK.set(false);
     }
 
     fn has_tasks(&self) -> bool {
@@ -115,44 +116,46 @@ impl Work {
     }
 }
 
-struct Team {
-    offers: Mutex<Vec<Arc<Work>>>,
-    /// Offers so far: what a helper that does not sleep yet looks at.
+struct ThreadPool {
+    published: Mutex<Vec<Arc<ParallelWork>>>,
+    /// Work published so far: what a spinning thread watches.
     count: AtomicUsize,
     sleepers: AtomicUsize,
     wake: Condvar,
 }
 
-fn team() -> &'static Team {
-    static TEAM: OnceLock<&'static Team> = OnceLock::new();
-    TEAM.get_or_init(|| {
-        let team: &'static Team = Box::leak(Box::new(Team {
-            offers: Mutex::new(Vec::new()),
+fn pool() -> &'static ThreadPool {
+    static POOL: OnceLock<&'static ThreadPool> = OnceLock::new();
+    POOL.get_or_init(|| {
+        let pool: &'static ThreadPool = Box::leak(Box::new(ThreadPool {
+            published: Mutex::new(Vec::new()),
             count: AtomicUsize::new(0),
             sleepers: AtomicUsize::new(0),
             wake: Condvar::new(),
         }));
         for number in 1..threads() {
-            // Without a helper the callers do all of the work themselves.
+            // Without a pool thread the callers run all tasks themselves.
             let _ = std::thread::Builder::new()
                 .name(format!("kernel-{number}"))
-                .spawn(|| team.help());
+                .spawn(|| pool.run_thread());
         }
-        team
+        pool
     })
 }
 
-impl Team {
-    fn offers(&self) -> MutexGuard<'_, Vec<Arc<Work>>> {
-        self.offers.lock().unwrap_or_else(PoisonError::into_inner)
+impl ThreadPool {
+    fn published(&self) -> MutexGuard<'_, Vec<Arc<ParallelWork>>> {
+        self.published
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn offer(&self, work: &Arc<Work>) {
-        let mut offers = self.offers();
-        offers.push(Arc::clone(work));
-        // Under the lock: a helper that is about to sleep holds it from its last look on.
+    fn publish(&self, work: &Arc<ParallelWork>) {
+        let mut published = self.published();
+        published.push(Arc::clone(work));
+        // Under the lock: a thread that is about to sleep holds it from its last check on.
         self.count.fetch_add(1, Ordering::SeqCst);
-        drop(offers);
+        drop(published);
         // As many as there are tasks for: on a large machine most may sleep on.
         let sleepers = self.sleepers.load(Ordering::SeqCst);
         for _ in 0..sleepers.min(work.tasks - 1) {
@@ -160,34 +163,34 @@ impl Team {
         }
     }
 
-    fn withdraw(&self, work: &Arc<Work>) {
-        self.offers().retain(|other| !Arc::ptr_eq(other, work));
+    fn retract(&self, work: &Arc<ParallelWork>) {
+        self.published().retain(|other| !Arc::ptr_eq(other, work));
     }
 
     /// Work that has tasks left, entered.
-    fn enter(&self) -> Option<Arc<Work>> {
-        let offers = self.offers();
-        let work = offers.iter().find(|work| work.has_tasks())?;
-        // Under the lock, so that the caller's withdrawal cannot fall between.
+    fn enter(&self) -> Option<Arc<ParallelWork>> {
+        let published = self.published();
+        let work = published.iter().find(|work| work.has_tasks())?;
+        // Under the lock, so that the caller cannot retract the work in between.
         work.helpers.fetch_add(1, Ordering::AcqRel);
         Some(Arc::clone(work))
     }
 
-    fn help(&self) {
+    fn run_thread(&self) {
         loop {
             let seen = self.count.load(Ordering::SeqCst);
             while let Some(work) = self.enter() {
-                work.take_tasks();
+                work.run_tasks();
                 work.helpers.fetch_sub(1, Ordering::AcqRel);
             }
-            if !self.looked_up(seen) {
+            if !self.spin(seen) {
                 self.sleep(seen);
             }
         }
     }
 
-    /// Whether there was a new offer within a short time.
-    fn looked_up(&self, seen: usize) -> bool {
+    /// Whether new work was published within [`SPIN_TIME`].
+    fn spin(&self, seen: usize) -> bool {
         let start = Instant::now();
         loop {
             for _ in 0..64 {
@@ -196,18 +199,18 @@ impl Team {
                 }
                 std::hint::spin_loop();
             }
-            if start.elapsed() > LOOKING {
+            if start.elapsed() > SPIN_TIME {
                 return false;
             }
         }
     }
 
     fn sleep(&self, seen: usize) {
-        let offers = self.offers();
+        let published = self.published();
         self.sleepers.fetch_add(1, Ordering::SeqCst);
         let woken = self
             .wake
-            .wait_while(offers, |_| self.count.load(Ordering::SeqCst) == seen);
+            .wait_while(published, |_| self.count.load(Ordering::SeqCst) == seen);
         drop(woken);
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
@@ -220,16 +223,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_task_runs_once_whoever_asks() {
+    fn every_task_runs_once_whoever_calls() {
         let rounds: Vec<_> = (0..4)
             .map(|_| {
                 std::thread::spawn(|| {
                     for tasks in 0..200 {
                         let counts: Vec<AtomicU64> =
                             (0..tasks).map(|_| AtomicU64::new(0)).collect();
-                        run(tasks, &|number| {
+                        parallel_for(tasks, &|number| {
                             counts[number].fetch_add(1, Ordering::Relaxed);
-                            run(3, &|_| {});
+                            parallel_for(3, &|_| {});
                         });
                         assert!(
                             counts
@@ -248,9 +251,9 @@ mod tests {
     #[test]
     fn a_failed_task_is_the_callers() {
         let outcome = catch_unwind(|| {
-            run(8, &|number| assert_ne!(number, 5));
+            parallel_for(8, &|number| assert_ne!(number, 5));
         });
         assert!(outcome.is_err());
-        run(8, &|_| {});
+        parallel_for(8, &|_| {});
     }
 }

@@ -1,10 +1,10 @@
-//! What an instruction of the tiles' says.
+//! The decoder of AMX instructions.
 
-/// The registers of an interrupted thread, in the system's order.
+/// The registers of an interrupted thread, in the order of the operating system.
 pub(in super::super) type Registers = [i64; 23];
 
-/// Their places, by the processor's numbers.
-const PLACES: [i32; 16] = [
+/// Their indices, by the register numbers of the instruction encoding.
+const REGISTER_INDICES: [i32; 16] = [
     libc::REG_RAX,
     libc::REG_RCX,
     libc::REG_RDX,
@@ -24,43 +24,42 @@ const PLACES: [i32; 16] = [
 ];
 
 fn register(registers: &Registers, number: u8) -> usize {
-    registers[PLACES[usize::from(number)] as usize] as usize
+    registers[REGISTER_INDICES[usize::from(number)] as usize] as usize
 }
 
-/// Rows in memory.
+/// The address of a tile's rows in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in super::super) struct Place {
+pub(in super::super) struct TileAddress {
     pub(in super::super) start: usize,
     pub(in super::super) stride: usize,
 }
 
-impl Place {
+impl TileAddress {
     pub(super) fn row(self, number: usize) -> usize {
         self.start.wrapping_add(self.stride.wrapping_mul(number))
     }
 }
 
-/// Tiles are numbers, places addresses. Products name the sums, then the first and the second
-/// source.
+/// A decoded instruction. Multiplications have the sums, then the first and the second operand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Operation {
-    Shape(usize),
+    Configure(usize),
     Release,
     Zero(usize),
-    Load(usize, Place),
-    Store(usize, Place),
+    Load(usize, TileAddress),
+    Store(usize, TileAddress),
     AddBf16(usize, usize, usize),
     AddBytes(usize, usize, usize),
 }
 
-/// Bytes of code, one after the other.
-struct Code(*const u8);
+/// A reader of machine code.
+struct CodeReader(*const u8);
 
-impl Code {
+impl CodeReader {
     /// # Safety
-    /// The instruction goes on.
+    /// The instruction has another byte.
     unsafe fn next(&mut self) -> u8 {
-        // SAFETY: the caller's.
+        // SAFETY: passed on to the caller.
         unsafe {
             let byte = *self.0;
             self.0 = self.0.add(1);
@@ -68,14 +67,14 @@ impl Code {
         }
     }
 
-    /// A signed number of so many bytes, which are up to four.
+    /// A signed number of this many bytes, up to four.
     ///
     /// # Safety
     /// As above.
     unsafe fn number(&mut self, bytes: usize) -> i64 {
         let mut all = [0; 4];
         for byte in &mut all[..bytes] {
-            // SAFETY: the caller's.
+            // SAFETY: passed on to the caller.
             *byte = unsafe { self.next() };
         }
         let unused = 8 * (4 - bytes) as u32;
@@ -83,9 +82,9 @@ impl Code {
     }
 }
 
-/// The fields of a prefix of three bytes (VEX) and of what follows it.
-struct Fields {
-    /// What makes the register, the index and the base ones of 8 to 15.
+/// The fields of a VEX prefix of three bytes, and of the opcode and ModRM byte after it.
+struct VexFields {
+    /// The high bit of the register, the index and the base: 8 or 0.
     register: u8,
     index: u8,
     base: u8,
@@ -93,22 +92,22 @@ struct Fields {
     third: u8,
     prefix: u8,
     opcode: u8,
-    /// How the operand in memory is given: 3 is a register.
+    /// The ModRM mode of the operand: 3 is a register, others are in memory.
     mode: u8,
     middle: u8,
     low: u8,
 }
 
-/// The operation at an address and the address behind it; nothing where it is none of the tiles'.
+/// The operation at an address and the address behind it; none where it is not an AMX instruction.
 ///
 /// # Safety
-/// An instruction stands at the address.
+/// An instruction is at the address.
 pub(in super::super) unsafe fn decode(
     start: *const u8,
     registers: &Registers,
 ) -> Option<(Operation, usize)> {
-    let mut code = Code(start);
-    // SAFETY: a byte is read only where those before it say that there is one more.
+    let mut code = CodeReader(start);
+    // SAFETY: a byte is read only where the bytes before it imply that there is another.
     unsafe {
         let fields = fields(&mut code)?;
         let sums = usize::from(fields.middle | fields.register);
@@ -118,16 +117,16 @@ pub(in super::super) unsafe fn decode(
         let operation = match (fields.opcode, fields.prefix, fields.mode) {
             (0x49, 0, 3) if alone && sums == 0 && first == 0 => Operation::Release,
             (0x49, 0, 0..3) if alone && sums == 0 => {
-                // Here the index is a part of the address, as everywhere but in tiles' rows.
-                Operation::Shape(place(&mut code, &fields, registers).row(1))
+                // Here the index is part of the address; only for the rows of tiles it is the stride.
+                Operation::Configure(address(&mut code, &fields, registers).row(1))
             }
             (0x49, 3, 3) if alone && first == 0 => Operation::Zero(sums),
-            // With and without the hint that it will not be needed again.
+            // With and without the non-temporal hint.
             (0x4b, 1 | 3, 0..3) if alone && fields.low == 4 => {
-                Operation::Load(sums, place(&mut code, &fields, registers))
+                Operation::Load(sums, address(&mut code, &fields, registers))
             }
             (0x4b, 2, 0..3) if alone && fields.low == 4 => {
-                Operation::Store(sums, place(&mut code, &fields, registers))
+                Operation::Store(sums, address(&mut code, &fields, registers))
             }
             (0x5c, 2, 3) => Operation::AddBf16(sums, first, third),
             (0x5e, 1, 3) => Operation::AddBytes(sums, first, third),
@@ -138,9 +137,9 @@ pub(in super::super) unsafe fn decode(
 }
 
 /// # Safety
-/// As of `decode`.
-unsafe fn fields(code: &mut Code) -> Option<Fields> {
-    // SAFETY: the caller's; no instruction that begins like this is shorter.
+/// As for `decode`.
+unsafe fn fields(code: &mut CodeReader) -> Option<VexFields> {
+    // SAFETY: passed on to the caller; no instruction with this prefix is shorter.
     unsafe {
         if code.next() != 0xc4 {
             return None;
@@ -151,9 +150,9 @@ unsafe fn fields(code: &mut Code) -> Option<Fields> {
             return None;
         }
         let (opcode, operands) = (code.next(), code.next());
-        // These bits are written inverted.
+        // These bits are encoded inverted.
         let high = |bit: u8| if first >> bit & 1 == 0 { 8 } else { 0 };
-        Some(Fields {
+        Some(VexFields {
             register: high(7),
             index: high(6),
             base: high(5),
@@ -167,12 +166,12 @@ unsafe fn fields(code: &mut Code) -> Option<Fields> {
     }
 }
 
-/// The operand in memory; without an index its stride is zero.
+/// The address of the operand in memory; without an index its stride is zero.
 ///
 /// # Safety
-/// As of `decode`.
-unsafe fn place(code: &mut Code, fields: &Fields, registers: &Registers) -> Place {
-    // SAFETY: the caller's.
+/// As for `decode`.
+unsafe fn address(code: &mut CodeReader, fields: &VexFields, registers: &Registers) -> TileAddress {
+    // SAFETY: passed on to the caller.
     unsafe {
         let mut base = fields.low;
         let mut stride = 0;
@@ -184,8 +183,8 @@ unsafe fn place(code: &mut Code, fields: &Fields, registers: &Registers) -> Plac
                 stride = register(registers, index) << (scaled >> 6);
             }
         }
-        // In the first mode the place of this register means that there is none: a number of four
-        // bytes alone, or what is that far behind the instruction.
+        // In the first mode this register number means that there is no base: only an offset of
+        // four bytes, or an offset from the end of the instruction.
         let no_base = base == 5 && fields.mode == 0;
         let offset = match fields.mode {
             0 if !no_base => 0,
@@ -199,7 +198,7 @@ unsafe fn place(code: &mut Code, fields: &Fields, registers: &Registers) -> Plac
         } else {
             code.0 as usize
         };
-        Place {
+        TileAddress {
             start: start.wrapping_add_signed(offset as isize),
             stride,
         }

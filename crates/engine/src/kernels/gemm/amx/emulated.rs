@@ -1,28 +1,28 @@
-//! Tiles for the tests of a processor that does not have them.
+//! Emulation of AMX for tests on a CPU without it.
 //!
-//! Such a processor raises a signal at each of their instructions. The handler here does what the
+//! Such a CPU raises SIGILL at each AMX instruction. The signal handler here does what the
 //! instruction would have done (Intel 64 and IA-32 Architectures Software Developer's Manual,
-//! volume 2) and goes on behind it. What the manual forbids ends the process.
+//! volume 2) and continues behind it. An operation that the manual forbids aborts the process.
 
 mod decoded;
 
 use std::cell::UnsafeCell;
 use std::sync::Once;
 
-use super::super::super::Instructions;
-use super::super::super::instructions::amx::{EMULATED, here};
-use decoded::{Operation, Place, decode};
+use super::super::super::InstructionSet;
+use super::super::super::simd::amx::{EMULATED, is_native};
+use decoded::{Operation, TileAddress, decode};
 
-/// Makes the tiles' set one that this thread may test, where the rest of the set is here.
-pub(in super::super::super) fn where_missing() {
+/// Makes AMX available to the tests of this thread, where the CPU supports AVX-512 but not AMX.
+pub(in super::super::super) fn install_where_missing() {
     static INSTALLED: Once = Once::new();
-    if !Instructions::Avx512Bf16.supported() || here() {
+    if !InstructionSet::Avx512Bf16.supported() || is_native() {
         return;
     }
     INSTALLED.call_once(|| {
         let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = handle;
-        // SAFETY: all zeros are an action, and the handler has the form that the flag says. It
-        // allocates nothing and takes no lock.
+        // SAFETY: all zeros are a valid action, and the handler has the signature that the flag
+        // requires. It allocates nothing and takes no lock.
         let status = unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = handler as usize;
@@ -38,45 +38,45 @@ const ROWS: usize = 16;
 const WORDS: usize = 16;
 const TILES: usize = 8;
 
-/// A tile, of which as many rows and bytes are in use as its shape says. The rest is zeros.
+/// A tile, of which the configured rows and bytes are in use. The rest is zeros.
 #[derive(Clone, Copy)]
-pub(super) struct Tile {
+pub(super) struct EmulatedTile {
     rows: usize,
     bytes: usize,
     words: [[u32; WORDS]; ROWS],
 }
 
-const EMPTY: Tile = Tile {
+const EMPTY: EmulatedTile = EmulatedTile {
     rows: 0,
     bytes: 0,
     words: [[0; WORDS]; ROWS],
 };
 
-/// What a thread has of them.
-pub(super) struct Tiles {
-    shaped: bool,
-    tiles: [Tile; TILES],
+/// The tiles of a thread.
+pub(super) struct EmulatedTiles {
+    configured: bool,
+    tiles: [EmulatedTile; TILES],
 }
 
 thread_local! {
-    static STATE: UnsafeCell<Tiles> = const { UnsafeCell::new(Tiles::new()) };
+    static STATE: UnsafeCell<EmulatedTiles> = const { UnsafeCell::new(EmulatedTiles::new()) };
 }
 
 extern "C" fn handle(_signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the system gives the handler the state of the thread that it has interrupted, whose
-    // instruction pointer stands at an instruction that the processor has refused. No code of the
-    // thread is inside of the state: only this handler uses it, with the signal blocked.
+    // SAFETY: the operating system passes the state of the interrupted thread, whose instruction
+    // pointer is at an instruction that the CPU has refused. Nothing else borrows `STATE`: only
+    // this handler uses it, with the signal blocked.
     unsafe {
         let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
         let start = registers[libc::REG_RIP as usize] as usize;
         let Some((operation, end)) = decode(start as *const u8, registers) else {
-            // Not one of the tiles': it comes again, and then it ends the process.
+            // Not an AMX instruction: it is raised again, and then it ends the process.
             libc::signal(libc::SIGILL, libc::SIG_DFL);
             return;
         };
         let done = STATE.with(|state| (*state.get()).run(operation));
         if done.is_none() {
-            let message = b"a tile instruction that no processor would do\n";
+            let message = b"an AMX instruction that a CPU would refuse\n";
             libc::write(2, message.as_ptr().cast(), message.len());
             libc::abort();
         }
@@ -84,23 +84,23 @@ extern "C" fn handle(_signal: i32, _info: *mut libc::siginfo_t, context: *mut li
     }
 }
 
-impl Tiles {
+impl EmulatedTiles {
     pub(super) const fn new() -> Self {
         Self {
-            shaped: false,
+            configured: false,
             tiles: [EMPTY; TILES],
         }
     }
 
-    /// Nothing where the processor would raise an exception.
+    /// None where the CPU would raise an exception.
     ///
     /// # Safety
-    /// The memory that the operation names is there.
+    /// The memory at the operation's address is there.
     unsafe fn run(&mut self, operation: Operation) -> Option<()> {
-        // SAFETY: the caller's.
+        // SAFETY: passed on to the caller.
         unsafe {
             match operation {
-                Operation::Shape(address) => self.shape(&*(address as *const [u8; 64])),
+                Operation::Configure(address) => self.configure(&*(address as *const [u8; 64])),
                 Operation::Release => {
                     *self = Self::new();
                     Some(())
@@ -109,11 +109,11 @@ impl Tiles {
                     self.tile(tile)?.words = EMPTY.words;
                     Some(())
                 }
-                Operation::Load(tile, place) => self.load(tile, place),
-                Operation::Store(tile, place) => self.store(tile, place),
+                Operation::Load(tile, address) => self.load(tile, address),
+                Operation::Store(tile, address) => self.store(tile, address),
                 Operation::AddBf16(sums, a, b) => {
                     let (a, b) = self.factors(sums, a, b)?;
-                    // The handler is installed where there is AVX-512 alone, which has these too.
+                    // The handler is installed only with AVX-512, which includes AVX2 and FMA.
                     add_bf16_products(self.tile(sums)?, &a, &b);
                     Some(())
                 }
@@ -126,25 +126,25 @@ impl Tiles {
         }
     }
 
-    /// A tile that has a shape.
-    fn tile(&mut self, number: usize) -> Option<&mut Tile> {
+    /// A configured tile.
+    fn tile(&mut self, number: usize) -> Option<&mut EmulatedTile> {
         let tile = self.tiles.get_mut(number)?;
-        (self.shaped && tile.rows > 0).then_some(tile)
+        (self.configured && tile.rows > 0).then_some(tile)
     }
 
     /// `ldtilecfg`.
-    pub(super) fn shape(&mut self, shapes: &[u8; 64]) -> Option<()> {
+    pub(super) fn configure(&mut self, config: &[u8; 64]) -> Option<()> {
         *self = Self::new();
-        if shapes[0] == 0 {
+        if config[0] == 0 {
             return Some(());
         }
-        let rows = &shapes[48..];
+        let rows = &config[48..];
         let bytes = |tile: usize| {
-            let place = 16 + 2 * tile;
-            usize::from(u16::from_le_bytes([shapes[place], shapes[place + 1]]))
+            let index = 16 + 2 * tile;
+            usize::from(u16::from_le_bytes([config[index], config[index + 1]]))
         };
-        let reserved = shapes[1..16].iter().all(|byte| *byte == 0);
-        if shapes[0] != 1 || !reserved {
+        let reserved = config[1..16].iter().all(|byte| *byte == 0);
+        if config[0] != 1 || !reserved {
             return None;
         }
         for number in 0..16 {
@@ -159,20 +159,20 @@ impl Tiles {
                 None => {}
             }
         }
-        self.shaped = true;
+        self.configured = true;
         Some(())
     }
 
     /// # Safety
     /// The memory of the tile's rows is there.
-    unsafe fn load(&mut self, number: usize, place: Place) -> Option<()> {
+    unsafe fn load(&mut self, number: usize, address: TileAddress) -> Option<()> {
         let tile = self.tile(number)?;
         tile.words = EMPTY.words;
         for (row, words) in tile.words.iter_mut().take(tile.rows).enumerate() {
             // SAFETY: a row has at most 64 bytes, and in memory there are as many.
             unsafe {
                 let to = words.as_mut_ptr().cast::<u8>();
-                to.copy_from_nonoverlapping(place.row(row) as *const u8, tile.bytes);
+                to.copy_from_nonoverlapping(address.row(row) as *const u8, tile.bytes);
             }
         }
         Some(())
@@ -180,20 +180,25 @@ impl Tiles {
 
     /// # Safety
     /// As above.
-    unsafe fn store(&mut self, number: usize, place: Place) -> Option<()> {
+    unsafe fn store(&mut self, number: usize, address: TileAddress) -> Option<()> {
         let tile = self.tile(number)?;
         for (row, words) in tile.words.iter().take(tile.rows).enumerate() {
             // SAFETY: as above.
             unsafe {
                 let from = words.as_ptr().cast::<u8>();
-                from.copy_to_nonoverlapping(place.row(row) as *mut u8, tile.bytes);
+                from.copy_to_nonoverlapping(address.row(row) as *mut u8, tile.bytes);
             }
         }
         Some(())
     }
 
-    /// The two sides of a product whose shapes fit each other and the sums.
-    pub(super) fn factors(&mut self, sums: usize, a: usize, b: usize) -> Option<(Tile, Tile)> {
+    /// The two operands of a multiplication, if their shapes fit each other and the sums.
+    pub(super) fn factors(
+        &mut self,
+        sums: usize,
+        a: usize,
+        b: usize,
+    ) -> Option<(EmulatedTile, EmulatedTile)> {
         let (left, right, sums_tile) = (*self.tile(a)?, *self.tile(b)?, *self.tile(sums)?);
         let fit = sums != a
             && sums != b
@@ -207,11 +212,10 @@ impl Tiles {
     }
 }
 
-/// `tdpbf16ps`: the even and the odd numbers are added up for themselves, then to each other and
-/// then to the sum. Each step rounds to the nearest float; what is smaller than a normal number is
-/// zero.
+/// `tdpbf16ps`: the even and the odd elements are accumulated separately, then added to each other
+/// and then to the sum. Each step rounds to the nearest float; subnormal numbers are zero.
 #[target_feature(enable = "avx2,fma")]
-fn add_bf16_products(sums: &mut Tile, a: &Tile, b: &Tile) {
+fn add_bf16_products(sums: &mut EmulatedTile, a: &EmulatedTile, b: &EmulatedTile) {
     let halves =
         |word: u32| [word << 16, word & 0xffff_0000].map(|bits| flush(f32::from_bits(bits)));
     for (sums, a) in sums.words.iter_mut().zip(&a.words).take(sums.rows) {
@@ -232,7 +236,7 @@ fn add_bf16_products(sums: &mut Tile, a: &Tile, b: &Tile) {
     }
 }
 
-/// Zero instead of what is too small for a normal number.
+/// Zero instead of a subnormal number.
 fn flush(value: f32) -> f32 {
     if value.is_subnormal() {
         0f32.copysign(value)
@@ -242,7 +246,7 @@ fn flush(value: f32) -> f32 {
 }
 
 /// `tdpbusd`: bytes of `a` are unsigned, those of `b` signed.
-fn add_byte_products(sums: &mut Tile, a: &Tile, b: &Tile) {
+fn add_byte_products(sums: &mut EmulatedTile, a: &EmulatedTile, b: &EmulatedTile) {
     for (sums, a) in sums.words.iter_mut().zip(&a.words).take(sums.rows) {
         for (a, b) in a.iter().zip(&b.words).take(b.rows) {
             let a = a.to_le_bytes();

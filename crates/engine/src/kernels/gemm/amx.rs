@@ -1,17 +1,17 @@
-//! Products in tiles: what Intel's Advanced Matrix Extensions add to AVX-512.
+//! GEMM with bf16 and int8 in tiles: Intel's Advanced Matrix Extensions (AMX) to AVX-512.
 //!
-//! There are eight registers of 16 rows of 64 bytes. One instruction multiplies the words of a
-//! tile of inputs (16 rows, 16 words of each) by those of a tile of weights (16 steps, 16 outputs)
-//! and adds to a tile of sums (16 rows, 16 outputs); a panel of packed weights holds its tiles as
-//! they are wanted (Intel 64 and IA-32 Architectures Optimization Reference Manual, the chapter
+//! There are eight tile registers of 16 rows of 64 bytes. One instruction multiplies the words of
+//! a tile of inputs (16 rows, 16 words of each) by those of a tile of weights (16 steps, 16
+//! outputs) and adds to a tile of sums (16 rows, 16 outputs); a panel of packed weights is laid
+//! out in these tiles (Intel 64 and IA-32 Architectures Optimization Reference Manual, the chapter
 //! on AMX).
 //!
-//! Two by two tiles of sums need two tiles of each side at a step: twice the work of one load,
-//! which is what the multiplier needs to be busy. Few rows are one tile high and go along all
-//! four tiles of the panel, so that it is walked once.
+//! Two by two tiles of sums load two tiles of each operand at a step: two multiplications for each
+//! load, which is what keeps the multiplier busy. Few rows are one tile high and go along all four
+//! tiles of the panel, so that the panel is read once.
 //!
-//! The compiler knows nothing of tiles. Everything that one holds is made and stored in one block
-//! of assembly; only their shapes, which compiled code does not change, outlive a block.
+//! The compiler does not know tiles. Their contents are made and stored in one block of assembly;
+//! only their configuration, which compiled code does not change, outlives a block.
 
 #[cfg(all(test, target_os = "linux", target_env = "gnu"))]
 pub(in super::super) mod emulated;
@@ -20,27 +20,27 @@ mod tests;
 
 use std::arch::asm;
 
-use super::super::instructions::{Avx512Bf16, Isa};
-use super::super::pack::{Precision, TILE_WORDS};
-use super::{Bf16, Dot, Int8, Job, LINE_WORDS, TILES_ROWS, finish};
+use super::super::packing::{TILE_WORDS, WeightDtype};
+use super::super::simd::{Avx512Bf16, Simd};
+use super::{AMX_BLOCK_ROWS, Bf16, DotProduct, GemmJob, Int8, LINE_WORDS, epilogue};
 
-/// The set for what comes after the sums.
+/// The instruction set of the epilogue.
 type I = Avx512Bf16;
 
 /// Rows of a tile.
-const TILE_ROWS: usize = TILES_ROWS / 2;
-/// Tiles of sums side by side in a panel, which are as many registers of floats.
+const AMX_TILE_ROWS: usize = AMX_BLOCK_ROWS / 2;
+/// Tiles of sums side by side in a panel, as many as registers of floats.
 const TILES: usize = 4;
 /// Columns of a panel.
 const COLUMNS: usize = TILES * TILE_WORDS;
 /// Rows of a block, which are two tiles.
-const BLOCK_ROWS: usize = TILES_ROWS;
+const BLOCK_ROWS: usize = AMX_BLOCK_ROWS;
 /// Bytes from one row of a panel to the next, and from one row of a block's sums.
 const LINE: usize = COLUMNS * size_of::<u32>();
 
-/// What the tiles are, as `ldtilecfg` reads it.
+/// The configuration of the tiles, as `ldtilecfg` reads it.
 #[repr(C, align(64))]
-struct Shapes {
+struct TileConfig {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
@@ -49,36 +49,36 @@ struct Shapes {
     rows: [u8; 16],
 }
 
-/// Gives the tiles the shapes for a block of so many rows. All of their contents are lost.
+/// Configures the tiles for a block of this many rows. All of their contents are lost.
 ///
 /// # Safety
-/// The processor has the set; there is a row, and no more than a block's.
-unsafe fn shape(rows: usize) {
-    let mut shapes = Shapes {
+/// The CPU supports AMX; there is at least one row, and at most a block's.
+unsafe fn configure(rows: usize) {
+    let mut config = TileConfig {
         palette: 1,
         start_row: 0,
         reserved: [0; 14],
         bytes: [0; 16],
         rows: [0; 16],
     };
-    let upper = rows.min(TILE_ROWS) as u8;
-    let all = TILE_ROWS as u8;
+    let upper = rows.min(AMX_TILE_ROWS) as u8;
+    let all = AMX_TILE_ROWS as u8;
     // As `two_by_two` and `one_by_four` use them.
-    let heights = if rows > TILE_ROWS {
-        let lower = (rows - TILE_ROWS) as u8;
+    let heights = if rows > AMX_TILE_ROWS {
+        let lower = (rows - AMX_TILE_ROWS) as u8;
         [upper, upper, lower, lower, upper, lower, all, all]
     } else {
         [upper, upper, upper, upper, upper, all, all, all]
     };
-    shapes.bytes[..8].fill((TILE_WORDS * size_of::<u32>()) as u16);
-    shapes.rows[..8].copy_from_slice(&heights);
-    // SAFETY: 64 bytes are read at the address, and they are there: a block of assembly may read
-    // any memory unless it says otherwise, so that none of the stores above can be left out. The
-    // shapes are those that the processor allows.
+    config.bytes[..8].fill((TILE_WORDS * size_of::<u32>()) as u16);
+    config.rows[..8].copy_from_slice(&heights);
+    // SAFETY: 64 bytes are read at the address, and they are there: the compiler assumes that a
+    // block of assembly reads any memory, so that it keeps the stores above. The configuration is
+    // one that the CPU allows.
     unsafe {
         asm!(
-            "ldtilecfg [{shapes}]",
-            shapes = in(reg) &raw const shapes,
+            "ldtilecfg [{config}]",
+            config = in(reg) &raw const config,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack, preserves_flags),
@@ -86,10 +86,10 @@ unsafe fn shape(rows: usize) {
     }
 }
 
-/// Tells the processor that the tiles hold nothing, so that the system need not keep them.
+/// Releases the tiles, so that the operating system need not save them.
 ///
 /// # Safety
-/// The processor has the set.
+/// The CPU supports AMX.
 unsafe fn release() {
     // SAFETY: no tile is in use outside of a block of assembly.
     unsafe {
@@ -102,59 +102,60 @@ unsafe fn release() {
     }
 }
 
-/// Sums on their way from the tiles: words of `[rows, columns]`.
+/// The sums of a block, stored from the tiles: words of `[rows, columns]`.
 #[repr(C, align(64))]
-struct Sums([u32; BLOCK_ROWS * COLUMNS]);
+struct BlockSums([u32; BLOCK_ROWS * COLUMNS]);
 
-/// Some rows by one panel.
-struct Block {
+/// A block: some rows by one panel.
+struct RowBlock {
     /// The first row's words.
     input: *const u32,
     /// Bytes from one row to the next.
     stride: usize,
-    /// From one to a block's rows.
+    /// From 1 to [`BLOCK_ROWS`].
     rows: usize,
-    /// The panel, and what its sums start from.
+    /// The panel.
     weights: *const u32,
-    starts: *const u32,
-    /// Tiles that each row is long; at least one.
+    /// The initial values of its sums.
+    initial_sums: *const u32,
+    /// Tiles of a row; at least one.
     steps: usize,
 }
 
-/// The two ways to a block's sums, for one kind of words.
-trait InTiles {
+/// The multiplication of a block in tiles of one dtype.
+trait TileMultiply {
     /// More rows than a tile's, and half of a panel: `pair` is 0 or 1.
     ///
     /// # Safety
-    /// The processor has the set, and tiles have the shapes for the block's rows; the block's
-    /// pointers have what it says.
-    unsafe fn two_by_two(block: &Block, pair: usize, sums: &mut Sums);
+    /// The CPU supports AMX, and the tiles are configured for the block's rows; the block's pointers
+    /// have what it declares.
+    unsafe fn two_by_two(block: &RowBlock, pair: usize, sums: &mut BlockSums);
 
     /// At most a tile's rows, and a whole panel.
     ///
     /// # Safety
     /// As above.
-    unsafe fn one_by_four(block: &Block, sums: &mut Sums);
+    unsafe fn one_by_four(block: &RowBlock, sums: &mut BlockSums);
 }
 
-/// Both ways, with the instruction that multiplies.
+/// Implements both multiplications with the instruction of a dtype.
 ///
 /// The sums of each row start from the same words: their tiles are loaded with a stride of zero.
-macro_rules! in_tiles {
+macro_rules! tile_multiply {
     ($words:ty, $multiply:literal) => {
-        impl InTiles for $words {
+        impl TileMultiply for $words {
             #[inline(always)]
-            unsafe fn two_by_two(block: &Block, pair: usize, sums: &mut Sums) {
+            unsafe fn two_by_two(block: &RowBlock, pair: usize, sums: &mut BlockSums) {
                 let columns = pair * 2 * TILE_WORDS;
                 // SAFETY: `steps` tiles of each row are read, from the lower ones as many rows as
                 // the tiles' shape has; `steps` tiles of two columns of tiles of the panel, and
-                // two of starts. The sums of both are written, and lie within the block's.
+                // two of initial sums. The sums of both are written, and lie within the block's.
                 unsafe {
                     asm!(
-                        "tileloadd tmm0, [{starts} + {zero}]",
-                        "tileloadd tmm1, [{starts} + {zero} + 64]",
-                        "tileloadd tmm2, [{starts} + {zero}]",
-                        "tileloadd tmm3, [{starts} + {zero} + 64]",
+                        "tileloadd tmm0, [{initial_sums} + {zero}]",
+                        "tileloadd tmm1, [{initial_sums} + {zero} + 64]",
+                        "tileloadd tmm2, [{initial_sums} + {zero}]",
+                        "tileloadd tmm3, [{initial_sums} + {zero} + 64]",
                         "2:",
                         "tileloadd tmm4, [{upper} + {stride}]",
                         "tileloadd tmm6, [{weights} + {line}]",
@@ -173,10 +174,10 @@ macro_rules! in_tiles {
                         "tilestored [{sums} + {line} + 64], tmm1",
                         "tilestored [{sums} + {line} + 4096], tmm2",
                         "tilestored [{sums} + {line} + 4160], tmm3",
-                        starts = in(reg) block.starts.add(columns),
+                        initial_sums = in(reg) block.initial_sums.add(columns),
                         zero = in(reg) 0usize,
                         upper = inout(reg) block.input => _,
-                        lower = inout(reg) block.input.byte_add(TILE_ROWS * block.stride) => _,
+                        lower = inout(reg) block.input.byte_add(AMX_TILE_ROWS * block.stride) => _,
                         stride = in(reg) block.stride,
                         weights = inout(reg) block.weights.add(columns) => _,
                         line = in(reg) LINE,
@@ -190,14 +191,14 @@ macro_rules! in_tiles {
             }
 
             #[inline(always)]
-            unsafe fn one_by_four(block: &Block, sums: &mut Sums) {
+            unsafe fn one_by_four(block: &RowBlock, sums: &mut BlockSums) {
                 // SAFETY: as above, with as many rows as the tiles' shape has and the whole panel.
                 unsafe {
                     asm!(
-                        "tileloadd tmm0, [{starts} + {zero}]",
-                        "tileloadd tmm1, [{starts} + {zero} + 64]",
-                        "tileloadd tmm2, [{starts} + {zero} + 128]",
-                        "tileloadd tmm3, [{starts} + {zero} + 192]",
+                        "tileloadd tmm0, [{initial_sums} + {zero}]",
+                        "tileloadd tmm1, [{initial_sums} + {zero} + 64]",
+                        "tileloadd tmm2, [{initial_sums} + {zero} + 128]",
+                        "tileloadd tmm3, [{initial_sums} + {zero} + 192]",
                         "2:",
                         "tileloadd tmm4, [{input} + {stride}]",
                         "tileloadd tmm5, [{weights} + {line}]",
@@ -216,7 +217,7 @@ macro_rules! in_tiles {
                         "tilestored [{sums} + {line} + 64], tmm1",
                         "tilestored [{sums} + {line} + 128], tmm2",
                         "tilestored [{sums} + {line} + 192], tmm3",
-                        starts = in(reg) block.starts,
+                        initial_sums = in(reg) block.initial_sums,
                         zero = in(reg) 0usize,
                         input = inout(reg) block.input => _,
                         stride = in(reg) block.stride,
@@ -233,19 +234,19 @@ macro_rules! in_tiles {
         }
     };
 }
-in_tiles!(Bf16, "tdpbf16ps");
+tile_multiply!(Bf16, "tdpbf16ps");
 // The first source is unsigned, the second signed.
-in_tiles!(Int8, "tdpbusd");
+tile_multiply!(Int8, "tdpbusd");
 
 /// The sums of a block.
 ///
 /// # Safety
-/// As of [`InTiles::two_by_two`].
+/// As for [`TileMultiply::two_by_two`].
 #[inline(always)]
-unsafe fn add_up<D: InTiles>(block: &Block, sums: &mut Sums) {
-    // SAFETY: passed on.
+unsafe fn accumulate<D: TileMultiply>(block: &RowBlock, sums: &mut BlockSums) {
+    // SAFETY: passed on to the caller.
     unsafe {
-        if block.rows > TILE_ROWS {
+        if block.rows > AMX_TILE_ROWS {
             D::two_by_two(block, 0, sums);
             D::two_by_two(block, 1, sums);
         } else {
@@ -254,37 +255,37 @@ unsafe fn add_up<D: InTiles>(block: &Block, sums: &mut Sums) {
     }
 }
 
-/// Runs a product with bfloat16 or 8-bit integers, of however few rows: those wait for the panels
-/// to come from memory, with tiles or without.
+/// Runs a GEMM with bf16 or int8 weights, of however few rows: with few, memory is the limit, with
+/// tiles or without.
 ///
 /// # Safety
-/// The processor has AMX; the job's pointers have the rows that it says.
+/// The CPU supports AMX; the job's pointers have as many rows as it declares.
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
-pub(super) unsafe fn run_job(job: &Job<'_>) {
-    // SAFETY: passed on.
+pub(super) unsafe fn run_gemm(job: &GemmJob<'_>) {
+    // SAFETY: passed on to the caller.
     unsafe {
-        match job.weights.precision {
-            Precision::Bf16 => panels::<Bf16>(job),
-            Precision::Int8 => panels::<Int8>(job),
-            // Never in tiles.
-            Precision::F32 => {}
+        match job.weights.dtype {
+            WeightDtype::Bf16 => panels::<Bf16>(job),
+            WeightDtype::Int8 => panels::<Int8>(job),
+            // Never multiplied in tiles.
+            WeightDtype::F32 => {}
         }
     }
 }
 
 #[inline(always)]
-unsafe fn panels<D: Dot<I> + InTiles>(job: &Job<'_>) {
+unsafe fn panels<D: DotProduct<I> + TileMultiply>(job: &GemmJob<'_>) {
     let panel_words = COLUMNS * job.weights.words;
-    // Lines of the next panel that each block brings nearer.
+    // Each block prefetches some lines of the next panel.
     let blocks = job.rows.div_ceil(BLOCK_ROWS);
     let words_per_block = panel_words.div_ceil(blocks.max(1));
-    let mut sums = Sums([0; BLOCK_ROWS * COLUMNS]);
-    let mut shaped_for = 0;
+    let mut sums = BlockSums([0; BLOCK_ROWS * COLUMNS]);
+    let mut configured_for = 0;
     for panel in job.panels.clone() {
         let next = job.weights.values().wrapping_add((panel + 1) * panel_words);
         for turn in 0..blocks {
-            // Every other panel begins where the one before it ended, because to change the shapes
-            // for the last rows and back takes as long as a few tiles.
+            // Every other panel begins where the one before it ended, because changing the
+            // configuration for the last rows and back takes as long as a few tiles.
             let block = if panel % 2 == 0 {
                 turn
             } else {
@@ -296,87 +297,88 @@ unsafe fn panels<D: Dot<I> + InTiles>(job: &Job<'_>) {
             for word in (first..(first + words_per_block).min(panel_words)).step_by(LINE_WORDS) {
                 I::prefetch(next.wrapping_add(word));
             }
-            // SAFETY: these rows and this panel are there, and the tiles have the rows' shapes.
+            // SAFETY: these rows and this panel are there, and the tiles are configured for the
+            // rows.
             unsafe {
-                if rows != shaped_for {
-                    shape(rows);
-                    shaped_for = rows;
+                if rows != configured_for {
+                    configure(rows);
+                    configured_for = rows;
                 }
-                part::<D>(job, panel, row..row + rows, &mut sums);
+                run_block::<D>(job, panel, row..row + rows, &mut sums);
             }
         }
     }
-    // SAFETY: the caller has the set.
+    // SAFETY: the CPU supports AMX, by the caller's guarantee.
     unsafe {
         release();
     }
 }
 
-/// One block: its sums, then what comes after them.
+/// One block: its sums, then the epilogue.
 ///
 /// # Safety
-/// The processor has the set, and tiles have the shapes for the rows; the rows and the panel are
-/// the job's.
+/// The CPU supports AMX, and the tiles are configured for the rows; the rows and the panel are the
+/// job's.
 #[inline(always)]
-unsafe fn part<D: Dot<I> + InTiles>(
-    job: &Job<'_>,
+unsafe fn run_block<D: DotProduct<I> + TileMultiply>(
+    job: &GemmJob<'_>,
     panel: usize,
     rows: std::ops::Range<usize>,
-    sums: &mut Sums,
+    sums: &mut BlockSums,
 ) {
     let weights = job.weights;
     let first = panel * COLUMNS;
-    // SAFETY: packing made whole panels of values and starts, with whole tiles of each output's
-    // words, and `Prepared` rows of as many; with no word there is no output and no panel.
+    // SAFETY: packing made whole panels of values and initial sums, with whole tiles of each output's
+    // words, and `GemmInput` rows of as many; with no word there is no output and no panel.
     unsafe {
-        let block = Block {
+        let block = RowBlock {
             input: job.input.start.add(rows.start * job.input.stride),
             stride: job.input.stride * size_of::<u32>(),
             rows: rows.len(),
             weights: weights.values().add(first * weights.words),
-            starts: weights.starts().add(first),
+            initial_sums: weights.initial_sums().add(first),
             steps: weights.words / TILE_WORDS,
         };
-        add_up::<D>(&block, sums);
+        accumulate::<D>(&block, sums);
         for (row, sums) in rows.zip(sums.0.chunks_exact(COLUMNS)) {
             let mut results = [I::splat(0.0); TILES];
             for (result, sums) in results.iter_mut().zip(sums.chunks_exact(I::LANES)) {
                 *result = D::floats(D::load(sums.as_ptr()));
             }
-            finish::<I, D, TILES>(job, (row, first), &mut results);
+            epilogue::<I, D, TILES>(job, row, first, &mut results);
         }
     }
 }
 
-/// The sums of a whole block, `rounds` times, of a row for each of 64 words that is as long as the
-/// words allow: what products could do if memory cost nothing.
+/// Multiplies a whole block, `rounds` times, on words that stay in the cache: the peak of GEMM if
+/// memory accesses were free.
 ///
 /// # Safety
-/// The processor has AMX.
+/// The CPU supports AMX.
 pub(in super::super) unsafe fn repeat<const WORDS: usize>(
-    precision: Precision,
+    dtype: WeightDtype,
     words: &[u32; WORDS],
     rounds: usize,
 ) {
     const { assert!(WORDS >= COLUMNS * TILE_WORDS) };
-    let mut sums = Sums([0; BLOCK_ROWS * COLUMNS]);
+    let mut sums = BlockSums([0; BLOCK_ROWS * COLUMNS]);
     let words_per_row = WORDS / COLUMNS / TILE_WORDS * TILE_WORDS;
-    let block = Block {
+    let block = RowBlock {
         input: words.as_ptr(),
         stride: words_per_row * size_of::<u32>(),
         rows: BLOCK_ROWS,
         weights: words.as_ptr(),
-        starts: words.as_ptr(),
+        initial_sums: words.as_ptr(),
         steps: words_per_row / TILE_WORDS,
     };
     // SAFETY: the words are 64 columns of as many steps, and so of more rows than a block has.
     unsafe {
-        shape(BLOCK_ROWS);
+        configure(BLOCK_ROWS);
         for _ in 0..rounds {
-            match precision {
-                Precision::Bf16 => add_up::<Bf16>(&block, &mut sums),
-                Precision::Int8 => add_up::<Int8>(&block, &mut sums),
-                Precision::F32 => {}
+            match dtype {
+                WeightDtype::Bf16 => accumulate::<Bf16>(&block, &mut sums),
+                WeightDtype::Int8 => accumulate::<Int8>(&block, &mut sums),
+                WeightDtype::F32 => {}
             }
         }
         release();

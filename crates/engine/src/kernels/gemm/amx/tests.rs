@@ -1,23 +1,25 @@
-//! Every form of the instructions, on tiles of many shapes; on a processor without tiles these
-//! test the emulation. The products themselves are tested beside those of the other sets.
+//! Every form of the AMX instructions, on tiles of many shapes; on a CPU without AMX these test the
+//! emulation. GEMM itself is tested with that of the other instruction sets.
 
 use std::arch::asm;
 
 use half::bf16;
 
-use super::super::super::{Activation, Format, Instructions, Matrix, Packed, Precision, multiply};
-use super::super::{Job, Output, Words};
-use super::emulated::{self, Tiles};
-use super::{Shapes, repeat, run_job};
+use super::super::super::{
+    Activation, InstructionSet, Matrix, MatrixDtype, PackedWeights, WeightDtype, matmul,
+};
+use super::super::{GemmJob, GemmOutput, WordRows};
+use super::emulated::{self, EmulatedTiles};
+use super::{TileConfig, repeat, run_gemm};
 
-/// Whether there is AVX-512, of which AMX is an extension.
-fn here() -> bool {
-    emulated::where_missing();
-    Instructions::Amx.supported()
+/// Whether AMX is supported or emulated; emulation requires AVX-512.
+fn is_supported() -> bool {
+    emulated::install_where_missing();
+    InstructionSet::Amx.supported()
 }
 
-fn shapes(of: impl Fn(usize) -> (usize, usize)) -> Shapes {
-    let mut shapes = Shapes {
+fn tile_config(of: impl Fn(usize) -> (usize, usize)) -> TileConfig {
+    let mut config = TileConfig {
         palette: 1,
         start_row: 0,
         reserved: [0; 14],
@@ -26,15 +28,15 @@ fn shapes(of: impl Fn(usize) -> (usize, usize)) -> Shapes {
     };
     for tile in 0..8 {
         let (rows, bytes) = of(tile);
-        shapes.rows[tile] = rows as u8;
-        shapes.bytes[tile] = bytes as u16;
+        config.rows[tile] = rows as u8;
+        config.bytes[tile] = bytes as u16;
     }
-    shapes
+    config
 }
 
-fn load_shapes(shapes: &Shapes) {
-    // SAFETY: 64 bytes are there; the caller has asked for the set.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) shapes, options(nostack)) }
+fn load_config(config: &TileConfig) {
+    // SAFETY: 64 bytes are there; the caller has checked that AMX is supported.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) config, options(nostack)) }
 }
 
 fn release() {
@@ -42,7 +44,7 @@ fn release() {
     unsafe { super::release() }
 }
 
-/// Bytes from one row of memory to the next, where an instruction does not say otherwise.
+/// Bytes from one row of memory to the next, where an instruction has no other stride.
 const LINE: usize = 256;
 
 #[repr(C, align(64))]
@@ -51,23 +53,23 @@ struct Memory([u8; 16 * LINE]);
 impl Memory {
     fn counted() -> Self {
         let mut memory = Self([0; 16 * LINE]);
-        for (place, byte) in memory.0.iter_mut().enumerate() {
-            *byte = (place * 7 + place / LINE * 3 + 1) as u8;
+        for (index, byte) in memory.0.iter_mut().enumerate() {
+            *byte = (index * 7 + index / LINE * 3 + 1) as u8;
         }
         memory
     }
 }
 
-/// A shape that no other tile has: rows, and bytes of each.
+/// A shape for each tile, different from all others: rows, and bytes of each.
 fn shape_of(tile: usize) -> (usize, usize) {
     (2 * tile + 2, 64 - 4 * tile)
 }
 
-/// What a tile was loaded with must be in `to`, and all else as it was.
+/// Checks that the loaded tile is in `to`, and that nothing else changed.
 fn check_copy(tile: usize, from: &Memory, stride: usize, to: &Memory) {
     let (rows, bytes) = shape_of(tile);
-    for (place, byte) in to.0.iter().enumerate() {
-        let (row, column) = (place / LINE, place % LINE);
+    for (index, byte) in to.0.iter().enumerate() {
+        let (row, column) = (index / LINE, index % LINE);
         let inside = row < rows && column < bytes;
         let due = if inside {
             from.0[row * stride + column]
@@ -78,9 +80,8 @@ fn check_copy(tile: usize, from: &Memory, stride: usize, to: &Memory) {
     }
 }
 
-/// Loads a tile from one address and stores it to another. An address is what the instruction
-/// says, the register of its base and what is added to it, the register of its index and the
-/// index.
+/// Loads a tile from one address and stores it to another. An address is the operand of the
+/// instruction, the register of its base and the offset, the register of its index and the index.
 macro_rules! copy {
     ($tile:literal, $load:literal,
      [$from:literal, $base:tt $offset:literal, $index:tt $count:literal], $stride:literal,
@@ -104,10 +105,10 @@ macro_rules! copy {
 
 #[test]
 fn tiles_are_copied_by_any_address() {
-    if !here() {
+    if !is_supported() {
         return;
     }
-    load_shapes(&shapes(shape_of));
+    load_config(&tile_config(shape_of));
     copy!(0, "tileloadd", ["rax + rcx", "rax" 0, "rcx" 256u64], 256,
         ["rdx + rsi", "rdx" 0, "rsi" 256u64]);
     copy!(1, "tileloaddt1", ["r8 + 2*r9 + 64", "r8" 64, "r9" 32u64], 64,
@@ -127,8 +128,8 @@ fn tiles_are_copied_by_any_address() {
     release();
 }
 
-/// Shapes that have an address of their own.
-static FIXED: Shapes = Shapes {
+/// A configuration at a fixed address.
+static FIXED: TileConfig = TileConfig {
     palette: 1,
     start_row: 0,
     reserved: [0; 14],
@@ -136,13 +137,13 @@ static FIXED: Shapes = Shapes {
     rows: [3, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
-/// Loads the shapes from an address and stores one tile as it is then and as it is when it was
+/// Loads the configuration from an address and stores one tile right after that, and after it was
 /// filled and cleared: both times three rows of zeros.
 macro_rules! zeros {
     ($address:literal, $($operand:tt)*) => {{
         let from = Memory::counted();
         let (mut fresh, mut cleared) = (Memory([0xee; 16 * LINE]), Memory([0xee; 16 * LINE]));
-        // SAFETY: shapes are at the address, and three rows in each memory.
+        // SAFETY: a configuration is at the address, and three rows are in each memory.
         unsafe {
             asm!(
                 concat!("ldtilecfg [", $address, "]"),
@@ -160,9 +161,9 @@ macro_rules! zeros {
             );
         }
         for memory in [&fresh, &cleared] {
-            for (place, byte) in memory.0.iter().enumerate() {
-                let inside = place / LINE < 3 && place % LINE < 64;
-                assert_eq!(*byte, if inside { 0 } else { 0xee }, "{} at {place}", $address);
+            for (index, byte) in memory.0.iter().enumerate() {
+                let inside = index / LINE < 3 && index % LINE < 64;
+                assert_eq!(*byte, if inside { 0 } else { 0xee }, "{} at {index}", $address);
             }
         }
     }};
@@ -170,18 +171,18 @@ macro_rules! zeros {
 
 #[test]
 fn new_and_cleared_tiles_are_zeros() {
-    if !here() {
+    if !is_supported() {
         return;
     }
     let fixed = &raw const FIXED;
-    zeros!("rip + {shapes}", shapes = sym FIXED);
+    zeros!("rip + {config}", config = sym FIXED);
     zeros!("rax", in("rax") fixed);
     zeros!("r12 - 64", in("r12") fixed.wrapping_byte_add(64));
     zeros!("r13", in("r13") fixed);
     zeros!("rsi + 4*rdi + 256", in("rsi") fixed.wrapping_byte_sub(356), in("rdi") 25u64);
 }
 
-/// Sums, inputs and weights: 16 rows of 16 words each.
+/// BlockSums, inputs and weights: 16 rows of 16 words each.
 #[derive(Clone)]
 struct Factors {
     sums: [[u32; 16]; 16],
@@ -211,8 +212,8 @@ macro_rules! multiply {
     }};
 }
 
-/// Both products of tiles of this shape: rows, columns and steps. The numbers are few enough that
-/// every order of adding them up gives the same.
+/// Both multiplications of tiles of this shape: rows, columns and steps. The numbers have so few
+/// bits that every order of addition has the same result.
 macro_rules! check_products {
     ($sums:literal, $a:literal, $b:literal, $rows:literal, $columns:literal, $steps:literal) => {{
         let mut number = 0u32;
@@ -235,7 +236,7 @@ macro_rules! check_products {
             a: words(&mut |bits| bits.rotate_left(bits % 32)),
             b: words(&mut |bits| bits.rotate_left(bits % 31)),
         };
-        load_shapes(&shapes(|tile| match tile {
+        load_config(&tile_config(|tile| match tile {
             $sums => ($rows, 4 * $columns),
             $a => ($rows, 4 * $steps),
             $b => ($steps, 4 * $columns),
@@ -248,7 +249,7 @@ macro_rules! check_products {
         for (row, column) in (0..16).flat_map(|row| (0..16).map(move |column| (row, column))) {
             let (mut number, mut byte) = (numbers.sums[row][column], bytes.sums[row][column]);
             if row < $rows && column < $columns {
-                let steps = (0..$steps).map(|step| (step, row, column));
+                let steps = (0..$steps).map(|step| [step, row, column]);
                 let added: f32 = steps.clone().map(|at| number_products(&numbers, at)).sum();
                 number = (f32::from_bits(number) + added).to_bits();
                 let added: i32 = steps.map(|at| byte_products(&bytes, at)).sum();
@@ -266,7 +267,7 @@ macro_rules! check_products {
     }};
 }
 
-fn number_products(factors: &Factors, (step, row, column): (usize, usize, usize)) -> f32 {
+fn number_products(factors: &Factors, [step, row, column]: [usize; 3]) -> f32 {
     let halves = |word: u32| [word << 16, word & 0xffff_0000].map(f32::from_bits);
     let (a, b) = (
         halves(factors.a[row][step]),
@@ -275,7 +276,7 @@ fn number_products(factors: &Factors, (step, row, column): (usize, usize, usize)
     a[0] * b[0] + a[1] * b[1]
 }
 
-fn byte_products(factors: &Factors, (step, row, column): (usize, usize, usize)) -> i32 {
+fn byte_products(factors: &Factors, [step, row, column]: [usize; 3]) -> i32 {
     let a = factors.a[row][step].to_le_bytes();
     let b = factors.b[step][column].to_le_bytes();
     let products = a.into_iter().zip(b);
@@ -285,8 +286,8 @@ fn byte_products(factors: &Factors, (step, row, column): (usize, usize, usize)) 
 }
 
 #[test]
-fn products_of_tiles_add_to_the_sums() {
-    if !here() {
+fn tile_multiplications_add_to_the_sums() {
+    if !is_supported() {
         return;
     }
     check_products!(0, 4, 6, 16, 16, 16);
@@ -298,8 +299,8 @@ fn products_of_tiles_add_to_the_sums() {
 }
 
 #[test]
-fn bfloat16_is_added_up_in_the_order_of_the_manual() {
-    if !here() {
+fn bfloat16_is_accumulated_in_the_order_of_the_manual() {
+    if !is_supported() {
         return;
     }
     let zeros = [[0; 16]; 16];
@@ -317,12 +318,12 @@ fn bfloat16_is_added_up_in_the_order_of_the_manual() {
     // Each half alone would be lost in one; their sum is not.
     factors.sums[0][0] = 1f32.to_bits();
     factors.a[0][0] = both(least, least);
-    // The smallest number is below the normal ones: nothing.
+    // The smallest number is subnormal: zero.
     factors.a[1][0] = 1;
-    // One that would be below the normal ones after the product: nothing.
+    // One whose product would be subnormal: zero.
     factors.a[2][0] = both(2f32.powi(-126), 0.0);
     factors.b[0][2] = both(0.5, 0.5);
-    load_shapes(&shapes(|_| (16, 64)));
+    load_config(&tile_config(|_| (16, 64)));
     multiply!("tdpbf16ps", 0, 1, 2, &mut factors);
     release();
     assert_eq!(f32::from_bits(factors.sums[0][0]), 1.0 + 2.0 * least);
@@ -331,7 +332,7 @@ fn bfloat16_is_added_up_in_the_order_of_the_manual() {
     assert_eq!(factors.sums[2][2], 0);
 }
 
-/// Words in front of a page that nobody may read.
+/// Words in front of a page without access.
 struct Guarded {
     start: *mut libc::c_void,
     end: *mut u32,
@@ -341,7 +342,7 @@ const PAGES: usize = 1 << 16;
 
 impl Guarded {
     fn new() -> Self {
-        // SAFETY: new memory, of which the last pages are closed.
+        // SAFETY: new memory, of which the last pages have no access.
         unsafe {
             let (protection, kind) = (
                 libc::PROT_READ | libc::PROT_WRITE,
@@ -361,24 +362,24 @@ impl Guarded {
 
 impl Drop for Guarded {
     fn drop(&mut self) {
-        // SAFETY: what was mapped, and nobody uses it any more.
+        // SAFETY: the mapping of `new`, which is not used any more.
         unsafe { libc::munmap(self.start, 2 * PAGES) };
     }
 }
 
-/// A share of three panels, of rows of 64 numbers that end where nobody may read.
+/// A share of three panels, with rows of 64 elements that end at a page without access.
 fn check_share(rows: usize, panels: std::ops::Range<usize>) {
     let (inputs, outputs) = (64, 192);
     let whole = |count: usize, of: usize| -> Vec<f32> {
         (0..count).map(|at| (at * 7 % of) as f32 - 3.0).collect()
     };
     let (input, weights) = (whole(rows * inputs, 11), whole(outputs * inputs, 13));
-    let pack = |set| Packed::new(set, Precision::Bf16, &weights, None, inputs);
-    let due = multiply(
-        &pack(Instructions::Avx512Bf16),
+    let pack = |set| PackedWeights::new(set, WeightDtype::Bf16, &weights, None, inputs);
+    let due = matmul(
+        &pack(InstructionSet::Avx512Bf16),
         &Matrix::from_floats(&input, inputs),
         Activation::Identity,
-        Format::F32,
+        MatrixDtype::F32,
     );
     let guarded = Guarded::new();
     let mut output = Matrix::from_floats(&vec![0.0; rows * outputs], outputs);
@@ -388,20 +389,20 @@ fn check_share(rows: usize, panels: std::ops::Range<usize>) {
         for (at, value) in input.iter().enumerate() {
             *start.cast::<u16>().add(at) = bf16::from_f32(*value).to_bits();
         }
-        run_job(&Job {
-            weights: &pack(Instructions::Amx),
+        run_gemm(&GemmJob {
+            weights: &pack(InstructionSet::Amx),
             panels: panels.clone(),
-            input: Words {
+            input: WordRows {
                 start,
                 stride: inputs / 2,
             },
             rows,
             row_scales: std::ptr::null(),
-            output: Output {
+            output: GemmOutput {
                 start: output.pointer_mut(),
                 width: outputs,
                 stride: outputs,
-                format: Format::F32,
+                dtype: MatrixDtype::F32,
             },
             activation: Activation::Identity,
         });
@@ -418,7 +419,7 @@ fn check_share(rows: usize, panels: std::ops::Range<usize>) {
 
 #[test]
 fn no_row_beyond_the_last_is_read() {
-    if !here() {
+    if !is_supported() {
         return;
     }
     for rows in [1, 15, 16, 17, 31, 32, 33, 48, 60, 64, 65, 95] {
@@ -428,19 +429,19 @@ fn no_row_beyond_the_last_is_read() {
 }
 
 #[test]
-fn the_measure_of_the_peak_runs() {
-    if !here() {
+fn the_peak_benchmark_runs() {
+    if !is_supported() {
         return;
     }
-    for precision in [Precision::Bf16, Precision::Int8] {
-        // SAFETY: the set is there.
-        unsafe { repeat(precision, &[0; 4096], 2) };
+    for dtype in [WeightDtype::Bf16, WeightDtype::Int8] {
+        // SAFETY: AMX is supported.
+        unsafe { repeat(dtype, &[0; 4096], 2) };
     }
 }
 
 #[test]
-fn the_emulation_refuses_what_a_processor_would() {
-    let refuses = |shapes: &[u8; 64]| Tiles::new().shape(shapes).is_none();
+fn the_emulation_refuses_invalid_configurations() {
+    let refuses = |config: &[u8; 64]| EmulatedTiles::new().configure(config).is_none();
     let mut good = [0; 64];
     good[0] = 1;
     for tile in 0..8 {
@@ -448,19 +449,22 @@ fn the_emulation_refuses_what_a_processor_would() {
         good[48 + tile] = 16;
     }
     assert!(!refuses(&good));
-    // Another palette, a reserved byte, a ninth tile, 17 rows, 65 bytes, and rows of nothing.
-    for (place, byte) in [(0, 2), (5, 1), (32, 4), (50, 17), (20, 65), (20, 0)] {
+    // Another palette, a reserved byte, a ninth tile, 17 rows, 65 bytes, and rows of no bytes.
+    for (index, byte) in [(0, 2), (5, 1), (32, 4), (50, 17), (20, 65), (20, 0)] {
         let mut bad = good;
-        bad[place] = byte;
-        assert!(refuses(&bad), "byte {place} is {byte}");
+        bad[index] = byte;
+        assert!(refuses(&bad), "byte {index} is {byte}");
     }
-    let mut tiles = Tiles::new();
-    assert!(tiles.factors(0, 1, 2).is_none(), "there are no shapes");
+    let mut tiles = EmulatedTiles::new();
+    assert!(tiles.factors(0, 1, 2).is_none(), "no configuration");
     good[48] = 3;
     good[49] = 3;
-    tiles.shape(&good);
+    tiles.configure(&good);
     assert!(tiles.factors(0, 1, 2).is_some());
-    assert!(tiles.factors(0, 1, 1).is_none(), "a tile by itself");
+    assert!(
+        tiles.factors(0, 1, 1).is_none(),
+        "a tile multiplied by itself"
+    );
     assert!(tiles.factors(3, 1, 2).is_none(), "more sums than rows");
     assert!(tiles.factors(8, 1, 2).is_none(), "there are eight tiles");
 }

@@ -1,12 +1,12 @@
-//! Plain loops, which a compiler turns into what every processor of the kind has.
+//! Plain loops, which the compiler vectorizes for the baseline of the target.
 
 use half::bf16;
 
-use super::Isa;
+use super::Simd;
 
 const LANES: usize = 8;
 
-/// No instruction set beyond the target's own.
+/// No instruction set beyond the baseline.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Portable;
 
@@ -23,9 +23,9 @@ fn pair(word: u32) -> [f32; 2] {
     ]
 }
 
-// SAFETY (whole block): the arithmetic needs nothing of the processor. The loads and stores touch
-// exactly the numbers that the trait names, and the caller says that those are there.
-impl Isa for Portable {
+// SAFETY (whole block): the arithmetic requires no CPU feature. The loads and stores access exactly
+// the elements that the trait documents, which exist by the caller's guarantee.
+impl Simd for Portable {
     const LANES: usize = LANES;
     type F = [f32; LANES];
     type W = [u32; LANES];
@@ -84,14 +84,14 @@ impl Isa for Portable {
     }
     #[inline(always)]
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        // A fused one would be a call of the mathematical library here.
+        // A fused one would be a call of the math library here.
         each(|lane| a[lane] * b[lane] + c[lane])
     }
     #[inline(always)]
     unsafe fn round(a: Self::F) -> Self::F {
         // Added to a float, it leaves the nearest whole number in the lowest bits.
-        const WHOLE: f32 = 12_582_912.0;
-        each(|lane| (a[lane] + WHOLE) - WHOLE)
+        const MAGIC: f32 = 12_582_912.0;
+        each(|lane| (a[lane] + MAGIC) - MAGIC)
     }
     #[inline(always)]
     unsafe fn scale_by_power(a: Self::F, n: Self::F) -> Self::F {
@@ -168,7 +168,7 @@ impl Isa for Portable {
     }
     #[inline(always)]
     unsafe fn add_byte_products(sum: Self::W, a: Self::W, b: Self::W) -> Self::W {
-        // Byte by byte over all lanes, which a compiler can do side by side.
+        // Byte by byte over all lanes, which the compiler can vectorize.
         let mut sum = sum.map(|sum| sum as i32);
         for shift in [0, 8, 16, 24] {
             for lane in 0..LANES {

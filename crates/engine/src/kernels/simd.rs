@@ -1,8 +1,8 @@
-//! What processors can do with many numbers at once, behind one interface.
+//! SIMD: the instruction sets of CPUs behind one trait.
 //!
-//! The kernels are written once, over [`Isa`], and translated once for each instruction set by
-//! [`kernel!`](super::kernel). Nothing here may be called before [`Instructions::supported`] has
-//! said that the processor has it.
+//! The kernels are written once, over [`Simd`], and compiled once for each instruction set by
+//! [`kernel!`](super::kernel). Nothing here may be called before [`InstructionSet::supported`] has
+//! returned true.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) mod amx;
@@ -16,25 +16,25 @@ pub(super) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{Avx2, Avx512, Avx512Bf16, Avx512Vnni};
 
-/// An instruction set that the kernels are translated for, from the widest to the plainest.
+/// An instruction set that the kernels are compiled for, from the widest to the most portable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Instructions {
-    /// The next, with tiles of bfloat16 and of 8-bit integers (Intel AMX) for the products.
+pub enum InstructionSet {
+    /// The next, with tiles of bfloat16 and int8 (Intel AMX) for GEMM.
     Amx,
-    /// AVX-512 with products of bfloat16 and of 8-bit integers.
+    /// AVX-512 with dot products of bfloat16 (BF16) and of int8 (VNNI).
     Avx512Bf16,
-    /// AVX-512 with products of 8-bit integers.
+    /// AVX-512 with dot products of int8 (VNNI).
     Avx512Vnni,
     /// AVX-512 (F, BW, DQ, VL).
     Avx512,
     /// AVX2 with FMA.
     Avx2,
-    /// What every processor has.
+    /// The baseline of the compilation target, which every CPU of it supports.
     Portable,
 }
 
-impl Instructions {
-    /// All of them, from the widest to the plainest.
+impl InstructionSet {
+    /// All of them, from the widest to the most portable.
     pub const ALL: [Self; 6] = [
         Self::Amx,
         Self::Avx512Bf16,
@@ -44,13 +44,13 @@ impl Instructions {
         Self::Portable,
     ];
 
-    /// The widest that this processor has.
+    /// The widest that this CPU supports.
     pub fn best() -> Self {
         let best = Self::ALL.into_iter().find(|set| set.supported());
         best.unwrap_or(Self::Portable)
     }
 
-    /// Whether this processor, and the system that runs on it, have the set.
+    /// Whether this CPU and its operating system support the set.
     pub fn supported(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         {
@@ -81,12 +81,12 @@ impl Instructions {
         }
     }
 
-    /// Whether it multiplies bfloat16 itself; the others widen it to 32 bits first.
+    /// Whether it has instructions for bfloat16; the others widen it to 32 bits first.
     pub fn multiplies_bf16(self) -> bool {
         matches!(self, Self::Amx | Self::Avx512Bf16)
     }
 
-    /// Its name in flags and in the log.
+    /// Its name in flags, configuration files and logs.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Amx => "amx",
@@ -98,9 +98,9 @@ impl Instructions {
         }
     }
 
-    /// Output columns that the products take at a time, which is the width of a panel of packed
-    /// weights, and input rows; of AMX, what its products of floats take.
-    pub(super) fn tile(self) -> (usize, usize) {
+    /// Columns and rows that the micro-kernel multiplies at a time; the columns are the width of a
+    /// panel of packed weights. For AMX, those of its micro-kernel for f32.
+    pub(super) fn gemm_tile(self) -> (usize, usize) {
         match self {
             Self::Amx | Self::Avx512Bf16 | Self::Avx512Vnni | Self::Avx512 => (64, 6),
             Self::Avx2 => (16, 6),
@@ -109,23 +109,23 @@ impl Instructions {
     }
 }
 
-impl fmt::Display for Instructions {
+impl fmt::Display for InstructionSet {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(self.as_str())
     }
 }
 
-/// One instruction set's registers and what it does with them.
+/// The registers of one instruction set and their operations.
 ///
-/// A register of floats and one of words hold [`LANES`](Isa::LANES) numbers of 32 bits each. A
-/// word is what one step of a product takes from each side: one float, two bfloat16 or four
+/// A register of floats and one of words have [`LANES`](Simd::LANES) lanes of 32 bits each. A word
+/// is what one step of a dot product takes from each operand: one float, two bfloat16 or four
 /// 8-bit integers.
 ///
 /// # Safety
-/// Every function may be called only on a processor that has the set; the loads and stores read
-/// and write as many numbers at the pointer as they say.
-pub(super) trait Isa: Copy + 'static {
-    /// Numbers in a register.
+/// Every function may be called only on a CPU that supports the set; the loads and stores read and
+/// write as many elements at the pointer as they document.
+pub(super) trait Simd: Copy + 'static {
+    /// Lanes of a register.
     const LANES: usize;
     /// A register of floats.
     type F: Copy;
@@ -135,7 +135,7 @@ pub(super) trait Isa: Copy + 'static {
     unsafe fn splat(value: f32) -> Self::F;
     unsafe fn load(from: *const f32) -> Self::F;
     unsafe fn store(to: *mut f32, values: Self::F);
-    /// The first `count` lanes, and zeros.
+    /// Loads the first `count` lanes; the others are zeros.
     unsafe fn load_first(from: *const f32, count: usize) -> Self::F;
     unsafe fn store_first(to: *mut f32, count: usize, values: Self::F);
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
@@ -146,13 +146,15 @@ pub(super) trait Isa: Copy + 'static {
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
     /// `a · b + c`.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// The nearest whole numbers.
+    /// Rounds to the nearest whole number.
     unsafe fn round(a: Self::F) -> Self::F;
     /// `a · 2^n`, for whole numbers `n` from -126 to 127.
     unsafe fn scale_by_power(a: Self::F, n: Self::F) -> Self::F;
+    /// The sum of all lanes.
     unsafe fn sum(a: Self::F) -> f32;
+    /// The largest lane.
     unsafe fn largest(a: Self::F) -> f32;
-    /// Rounds to bfloat16, to the nearest and of two to the even one.
+    /// Rounds to bfloat16, to the nearest and ties to even.
     unsafe fn store_bf16(to: *mut u16, values: Self::F);
     unsafe fn store_bf16_first(to: *mut u16, count: usize, values: Self::F);
     unsafe fn load_bf16(from: *const u16) -> Self::F;
@@ -160,18 +162,18 @@ pub(super) trait Isa: Copy + 'static {
     /// Stores whole numbers from 0 to 255 as bytes.
     unsafe fn store_bytes_first(to: *mut u8, count: usize, values: Self::F);
 
-    /// Asks for a line of memory to be brought to the second-level cache. Any address will do.
+    /// Prefetches a cache line to the second-level cache. Any address is allowed.
     fn prefetch(from: *const u32);
 
     unsafe fn zero_words() -> Self::W;
     unsafe fn load_words(from: *const u32) -> Self::W;
     unsafe fn splat_word(from: *const u32) -> Self::W;
-    /// Words that are floats.
+    /// Reinterprets words as floats.
     unsafe fn as_floats(words: Self::W) -> Self::F;
-    /// Words that are whole numbers, as floats.
+    /// Converts words from signed integers to floats.
     unsafe fn to_floats(words: Self::W) -> Self::F;
-    /// To each lane the products of two pairs of bfloat16.
+    /// Adds to each lane the dot product of two pairs of bfloat16.
     unsafe fn add_bf16_products(sum: Self::F, a: Self::W, b: Self::W) -> Self::F;
-    /// To each lane the products of four bytes of `a` with four signed bytes of `b`.
+    /// Adds to each lane the dot product of four unsigned bytes of `a` with four signed bytes of `b`.
     unsafe fn add_byte_products(sum: Self::W, a: Self::W, b: Self::W) -> Self::W;
 }

@@ -54,7 +54,7 @@ pub fn router(stack: Stack, settings: &HttpSettings) -> Router {
         .merge(openapi::routes(&stack))
         .merge(docs::routes(&stack))
         .method_not_allowed_fallback(wrong_method)
-        .fallback(unknown_path)
+        .fallback(async || unknown_path())
         .with_state(stack);
     let worthwhile = SizeAbove::new(COMPRESSED_BYTES_MIN.into())
         .and(NotForContentType::const_new("text/event-stream"));
@@ -107,7 +107,7 @@ fn cross_origin(origins: &[String]) -> CorsLayer {
         ))
 }
 
-async fn unknown_path() -> Refused {
+fn unknown_path() -> Refused {
     Error::new(Kind::NotFound, "there is nothing at this path").into()
 }
 

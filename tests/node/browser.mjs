@@ -1,11 +1,13 @@
-// The page /docs in Debian's Chromium: it loads, shows, sends, and asks nobody
-// else.
+// Swagger UI at /docs/ in Debian's Chromium: it loads, shows, sends, and asks
+// nobody else.
 //
-//     node browser.mjs --http 127.0.0.1:8000 --screenshots target/browser
+//     node browser.mjs --http 127.0.0.1:8000 --guarded 127.0.0.1:8010 \
+//         --key-file target/key --screenshots target/browser
 //
-// The server must serve `minilm`, and ask nobody for a key.
+// Both servers must serve `minilm`: the first asks nobody for a key, the second
+// takes that of the file.
 
-import { existsSync, mkdirSync, mkdtempSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 
@@ -14,10 +16,14 @@ import { Checks, CALL_MS_MAX, expect, expectEqual, flags, need } from "./checks.
 const { chromium } = need("playwright-core");
 const options = flags({
   http: undefined,
+  guarded: undefined,
+  "key-file": undefined,
   screenshots: "target/browser",
   chromium: "/usr/bin/chromium",
 });
 const origin = `http://${options.http}`;
+const guarded = `http://${options.guarded}`;
+const key = readFileSync(options["key-file"], "utf8").trim();
 const checks = new Checks();
 const folder = resolve(options.screenshots);
 mkdirSync(folder, { recursive: true });
@@ -56,7 +62,7 @@ context.on("console", (message) => {
 });
 
 const page = await context.newPage();
-const result = page.locator(".result");
+const result = page.locator(".opblock.is-open .live-responses-table");
 
 async function screenshot(name) {
   const path = join(folder, `${name}.png`);
@@ -64,34 +70,76 @@ async function screenshot(name) {
   console.log(`screenshot ${path}`);
 }
 
-async function open(words) {
-  await page.locator("#filter").fill(words);
-  const link = page.locator("#groups a").first();
-  await link.click();
-  await page.locator("form .send, .send").first().waitFor();
+// Opens the page of a server anew, with all operations listed and closed.
+async function load(from) {
+  const response = await page.goto(`${from}/docs`, { waitUntil: "networkidle" });
+  await page.locator(".opblock").first().waitFor();
+  return response;
+}
+
+async function open(method, path) {
+  const operation = page.locator(`.opblock-${method}`).filter({ has: page.locator(`[data-path="${path}"]`) });
+  await operation.locator(".opblock-summary-control").click();
+  await operation.locator("button.execute").waitFor();
+  return operation;
 }
 
 async function send(body) {
+  const operation = page.locator(".opblock.is-open");
   if (body !== undefined) {
-    await page.locator("#body").fill(body);
+    await operation.locator("textarea.body-param__text").fill(body);
   }
-  const answered = page.waitForResponse((response) => response.request().method() === "POST");
-  await page.locator(".send").click();
-  await answered;
-  // The line with the status, then the whole body.
-  await result.locator("strong").waitFor();
-  await page.waitForFunction(() => /bytes/.test(document.querySelector(".result .line")?.textContent ?? ""));
+  const clear = operation.locator("button.btn-clear");
+  if ((await clear.count()) > 0) {
+    await clear.click();
+  }
+  const responded = page.waitForResponse((response) => /\/v[12]\//.test(response.url()));
+  await operation.locator("button.execute").click();
+  await responded;
+  await result.locator(".response-col_status").last().waitFor();
   return {
-    status: Number((await result.locator("strong").textContent()).slice(0, 3)),
-    body: await result.locator("pre").textContent(),
+    status: Number((await result.locator("tbody .response-col_status").first().textContent()).slice(0, 3)),
+    body: await result.locator(".highlight-code pre, pre.microlight").first().textContent(),
   };
 }
 
+async function authorize(value) {
+  await page.locator("button.authorize.unlocked, button.authorize.locked").first().click();
+  const dialog = page.locator(".dialog-ux");
+  const bearer = dialog.locator(".auth-container").filter({ hasText: "bearer" }).first();
+  const logout = bearer.locator("button", { hasText: "Logout" });
+  if ((await logout.count()) > 0) {
+    await logout.click();
+  }
+  await bearer.locator("input").fill(value);
+  await bearer.locator("button.authorize").click();
+  await dialog.locator("button.btn-done").click();
+}
+
+// How bright a color is, from 0 to 255.
+function brightness(color) {
+  const [red, green, blue] = color.match(/\d+/g).map(Number);
+  return (red + green + blue) / 3;
+}
+
+const colors = () =>
+  page.evaluate(() => {
+    const style = (selector) => getComputedStyle(document.querySelector(selector));
+    return {
+      background: style("body").backgroundColor,
+      text: style(".swagger-ui .opblock-tag").color,
+      color: style(".swagger-ui .info .title").color,
+    };
+  });
+
 await checks.check("the_page_loads", async () => {
-  const answer = await page.goto(`${origin}/docs`, { waitUntil: "networkidle" });
-  expectEqual(answer.status(), 200, "the status");
-  await page.locator("#groups a").first().waitFor();
-  expect((await page.locator("h1").first().textContent()).length > 0, "there is no heading");
+  const response = await load(origin);
+  expectEqual(response.status(), 200, "the status");
+  const heading = await page.locator(".info .title").first().textContent();
+  expect(heading.startsWith("Andon"), `the heading is ${heading}`);
+  const { background, text, color } = await colors();
+  expect(brightness(background) > 200, `the background is ${background}`);
+  expect(brightness(text) < 100 && brightness(color) < 100, `the texts are ${text} and ${color}`);
   await screenshot("overview");
 });
 
@@ -101,28 +149,29 @@ await checks.check("it_lists_every_operation", async () => {
   const operations = Object.values(document.paths).flatMap((item) =>
     Object.keys(item).filter((key) => methods.includes(key)),
   );
-  const listed = await page.locator("#groups a").count();
+  const listed = await page.locator(".opblock").count();
   expect(listed > 10, `${listed} operations are listed`);
   expectEqual(listed, operations.length, "the number of operations");
 });
 
 await checks.check("every_operation_opens", async () => {
-  const links = page.locator("#groups a");
-  expect((await links.count()) > 10, "no operations are listed");
-  for (let place = 0; place < (await links.count()); place += 1) {
-    await links.nth(place).click();
-    await page.locator(".address").waitFor();
-    const text = await page.locator("#operation").innerText();
-    expect(!/\[object |undefined|\bNaN\b/.test(text), `it shows no text but ${text.slice(0, 1500)}`);
-    expect(
-      (await page.locator(".answers tr").count()) > 1,
-      `${await page.locator(".address").textContent()} shows no errors`,
-    );
+  const operations = page.locator(".opblock");
+  expect((await operations.count()) > 10, "no operations are listed");
+  for (let place = 0; place < (await operations.count()); place += 1) {
+    const operation = operations.nth(place);
+    const path = await operation.locator("[data-path]").getAttribute("data-path");
+    await operation.locator(".opblock-summary-control").click();
+    await operation.locator(".opblock-body .responses-table").waitFor();
+    const text = await operation.innerText();
+    expect(!/\[object |undefined|\bNaN\b/.test(text), `${path} shows no text but ${text.slice(0, 1500)}`);
+    const responses = await operation.locator(".responses-table tr.response").count();
+    expect(responses > 1, `${path} shows no errors`);
+    await operation.locator(".opblock-summary-control").click();
   }
 });
 
 await checks.check("the_embeddings_example_is_answered", async () => {
-  await open("/v1/embeddings");
+  await open("post", "/v1/embeddings");
   const { status, body } = await send();
   expectEqual(status, 200, `the status (${body.slice(0, 200)})`);
   const answer = JSON.parse(body);
@@ -132,8 +181,12 @@ await checks.check("the_embeddings_example_is_answered", async () => {
 });
 
 await checks.check("the_fields_of_a_body_are_shown", async () => {
-  const names = await page.locator("#operation .field .name").allTextContents();
+  const body = page.locator(".opblock.is-open .opblock-section-request-body");
+  await body.locator("button[data-name=model]").click();
+  const names = await body.locator(".json-schema-2020-12__title").allTextContents();
   expect(names.includes("encoding_format"), `the fields are ${names}`);
+  await screenshot("schema");
+  await body.locator("button[data-name=example]").click();
 });
 
 await checks.check("a_bad_request_shows_its_problem", async () => {
@@ -143,11 +196,8 @@ await checks.check("a_bad_request_shows_its_problem", async () => {
   await screenshot("bad_request");
 });
 
-await checks.check("json_that_is_none_is_warned_of_and_refused", async () => {
-  const text = '{"model": "minilm",';
-  await page.locator("#body").fill(text);
-  expect((await page.locator("#warn").textContent()).length > 0, "there is no warning");
-  const { status, body } = await send(text);
+await checks.check("json_that_is_none_is_refused", async () => {
+  const { status, body } = await send('{"model": "minilm",');
   expectEqual(status, 400, "the status");
   expect(/line 1/.test(body), `it does not say where: ${body}`);
 });
@@ -158,15 +208,54 @@ await checks.check("texts_are_not_read_as_html", async () => {
   expect(body.length > 0, "there is no answer");
 });
 
+await checks.check("a_key_is_asked_for_sent_and_judged", async () => {
+  await load(guarded);
+  await open("get", "/v1/models");
+  expectEqual((await send()).status, 401, "the status without a key");
+  await authorize("andon_wrong");
+  const wrong = await send();
+  expectEqual(wrong.status, 401, "the status with a wrong key");
+  expectEqual(JSON.parse(wrong.body).error.code, "invalid_api_key", "the code");
+  await screenshot("wrong_key");
+  await authorize(key);
+  const { status, body } = await send();
+  expectEqual(status, 200, "the status with the key");
+  expectEqual(JSON.parse(body).data.map((model) => model.id), ["minilm"], "the models");
+});
+
+await checks.check("the_dark_is_dark", async () => {
+  await page.emulateMedia({ colorScheme: "dark" });
+  await load(origin);
+  await open("post", "/v1/embeddings");
+  const { background, text, color } = await colors();
+  await screenshot("dark");
+  expect(brightness(background) < 60, `the background is ${background}`);
+  expect(brightness(text) > 150 && brightness(color) > 150, `the texts are ${text} and ${color}`);
+});
+
 await checks.check("a_small_window_is_usable", async () => {
   await page.setViewportSize({ width: 390, height: 844 });
-  const wide = await page.evaluate(() => document.documentElement.scrollWidth);
-  await screenshot("phone");
-  expect(wide <= 390, `the page is ${wide} pixels wide`);
+  for (const scheme of ["dark", "light"]) {
+    await page.emulateMedia({ colorScheme: scheme });
+    await load(origin);
+    const closed = await page.evaluate(() => document.documentElement.scrollWidth);
+    await screenshot(`phone_${scheme}`);
+    expect(closed <= 390, `the page is ${closed} pixels wide`);
+    await open("post", "/v1/embeddings");
+    const { status } = await send();
+    expectEqual(status, 200, "the status");
+    await page.locator(".opblock.is-open").scrollIntoViewIfNeeded();
+    await screenshot(`phone_${scheme}_operation`);
+    const opened = await page.evaluate(() => document.documentElement.scrollWidth);
+    expect(opened <= 390, `with an operation it is ${opened} pixels wide`);
+  }
 });
 
 await checks.check("nobody_else_is_asked", async () => {
-  const foreign = asked.filter((url) => !url.startsWith(`${origin}/`) && !/^(data|blob|about):/.test(url));
+  const own = [`${origin}/`, `${guarded}/`];
+  const foreign = asked.filter(
+    (url) => !own.some((known) => url.startsWith(known)) && !/^(data|blob|about):/.test(url),
+  );
   expectEqual(foreign, [], "requests elsewhere");
   expect(asked.length >= 4, `only ${asked.length} requests were seen`);
 });

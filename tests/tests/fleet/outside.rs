@@ -178,14 +178,26 @@ async fn grpc_js_over_tls_with_a_key() -> Result<()> {
 
 #[tokio::test]
 async fn the_page_works_in_a_browser() -> Result<()> {
+    let policy = "
+        [tenants.team]
+        models = [\"minilm\"]
+    ";
     let serve = serve().await?;
-    let http = serve.http.to_string();
+    let guarded = Guarded::start(policy, &["team"], None).await?;
+    let (http, keyed) = (serve.http.to_string(), guarded.serve.http.to_string());
+    let key = guarded.path("team");
     let screenshots = root().join("target/browser").display().to_string();
-    let said = node(
-        "browser.mjs",
-        &["--http", &http, "--screenshots", &screenshots],
-    )
-    .await?;
+    let flags = [
+        "--http",
+        &http,
+        "--guarded",
+        &keyed,
+        "--key-file",
+        &key,
+        "--screenshots",
+        &screenshots,
+    ];
+    let said = node("browser.mjs", &flags).await?;
     print!("{said}");
     Ok(())
 }

@@ -13,13 +13,15 @@ BYTES_MAX = 4 << 20
 # here speaks the wire too: gateways listen to reports, translate HTTP, and cut and join the rows of
 # cached responses; workers write reports and statistics.
 MESSAGES = {
-    "gateway": ("request", "http", "cache", "upstream", "discover", "fleet", "grpc"),
+    "gateway": ("request", "cache", "upstream", "discover", "fleet", "grpc"),
+    "web": ("context", "texts", "rest", "infer", "openai", "rerank", "classify"),
     "worker": ("service", "report", "metrics"),
     "cli": ("client",),
 }
 # Where tonic's Status and Code may be named besides: the layers that pass a status on.
 STATUSES = {
     "gateway": (*MESSAGES["gateway"], "stack", "balance"),
+    "web": ("error",),
     "worker": MESSAGES["worker"],
     "cli": MESSAGES["cli"],
 }

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use gateway::{FleetSettings, GatewaySettings};
 use platform::server::ServerSettings;
 use platform::telemetry::TelemetrySettings;
+use web::HttpSettings;
 use worker::RepositorySettings;
 
 use crate::client::{Bench, Infer, Models};
@@ -90,6 +91,8 @@ pub struct Serve {
     pub models: RepositorySettings,
     #[command(flatten, next_help_heading = "Gateway")]
     pub gateway: GatewaySettings,
+    #[command(flatten, next_help_heading = "Gateway")]
+    pub http: HttpSettings,
 }
 
 #[derive(Debug, Args)]
@@ -100,6 +103,8 @@ pub struct Gateway {
     pub fleet: FleetSettings,
     #[command(flatten, next_help_heading = "Gateway")]
     pub gateway: GatewaySettings,
+    #[command(flatten, next_help_heading = "Gateway")]
+    pub http: HttpSettings,
 }
 
 #[derive(Debug, Args)]

@@ -11,7 +11,7 @@ use platform::channel::Target;
 use platform::drain::{self, Trigger};
 use platform::health::Health;
 use platform::metrics::Metrics;
-use platform::server::{ConnectionMetrics, Listener, ServerSettings, bind};
+use platform::server::{ConnectionMetrics, Http, Listener, ServerSettings, bind};
 use platform::shards::Shards;
 use platform::tasks::{OwnedTask, spawn_owned};
 use platform::telemetry::{self, Telemetry};
@@ -31,6 +31,7 @@ const CRATES: &[&str] = &[
     "protocol",
     "providers",
     "tensor",
+    "web",
     "worker",
 ];
 
@@ -132,6 +133,7 @@ pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
         inside,
     )?;
     let http = role.bind_http(&gateway, &arguments.gateway)?;
+    let routes = Http(web::router(gateway.stack().clone(), &arguments.http));
     let (admin, grpc) = role.bind()?;
     let addresses = Addresses {
         grpc: grpc.local_addr()?,
@@ -143,7 +145,8 @@ pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
     let _examples = spawn_owned(print_examples(addresses, worker.health.clone()));
     let serving = async {
         let gateway = async {
-            gateway.run(Listener::Tcp(grpc), Listener::Tcp(http)).await;
+            let (grpc, http) = (Listener::Tcp(grpc), Listener::Tcp(http));
+            gateway.run(grpc, http, routes).await;
             worker_trigger.drain(Duration::ZERO).await;
         };
         tokio::join!(worker.run(Listener::Memory(acceptor)), gateway);
@@ -163,10 +166,11 @@ pub async fn gateway(arguments: arguments::Gateway) -> anyhow::Result<()> {
         Vec::new(),
     )?;
     let http = role.bind_http(&gateway, &arguments.gateway)?;
+    let routes = Http(web::router(gateway.stack().clone(), &arguments.http));
     let (admin, grpc) = role.bind()?;
     tracing::info!(grpc = %grpc.local_addr()?, http = %http.local_addr()?, admin = %admin.local_addr()?, "gateway");
     let _admin = role.admin(admin, vec![gateway.health.clone()]);
-    let serving = gateway.run(Listener::Tcp(grpc), Listener::Tcp(http));
+    let serving = gateway.run(Listener::Tcp(grpc), Listener::Tcp(http), routes);
     role.run(serving).await
 }
 

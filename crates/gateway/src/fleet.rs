@@ -54,6 +54,29 @@ impl Stack {
         }
     }
 
+    /// An error unless the model or chain can respond to the caller.
+    pub fn check_ready(&self, name: &str, version: &str, caller: &Caller) -> Result<(), Error> {
+        caller.must_be_allowed(name)?;
+        self.0.routes.ready(name, version)
+    }
+
+    /// The names of the models and chains that can respond and that the caller
+    /// may call, sorted.
+    pub fn ready_models(&self, caller: &Caller) -> Vec<String> {
+        let routes = &self.0.routes;
+        let table = routes.table();
+        let mut names: Vec<String> = table
+            .ready()
+            .map(|route| route.name().to_owned())
+            .chain(routes.catalogue.providers.keys().cloned())
+            .chain(routes.catalogue.chains.keys().cloned())
+            .filter(|name| caller.tenant.may_call(name))
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
     fn reachable(&self) -> Result<Vec<Arc<Upstream>>, Status> {
         let table = self.0.routes.table();
         let mut upstreams = table.upstreams.clone();

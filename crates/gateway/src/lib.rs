@@ -7,16 +7,17 @@ mod cache;
 mod discover;
 mod fleet;
 mod grpc;
-mod http;
 mod limit;
 pub mod policy;
 mod readings;
 mod redis;
-mod request;
+pub mod request;
 mod route;
 mod shed;
 pub mod stack;
 mod upstream;
+
+pub use route::{Plan, Table};
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -34,7 +35,6 @@ use prometheus_client::registry::Registry;
 use protocol::{DESCRIPTORS, SERVICES};
 use providers::{Catalogue, CatalogueError, ProviderSettings};
 
-use crate::http::HttpSettings;
 use auth::{Auth, AuthSettings};
 use balance::{Balance, BalanceMetrics};
 use cache::{Cache, CacheError, CacheSettings};
@@ -72,9 +72,6 @@ pub struct GatewaySettings {
     pub http_addr: SocketAddr,
     #[command(flatten)]
     #[allow(missing_docs, reason = "their fields are documented")]
-    pub http: HttpSettings,
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "their fields are documented")]
     pub tls: TlsSettings,
     #[command(flatten)]
     #[allow(missing_docs, reason = "their fields are documented")]
@@ -107,7 +104,7 @@ fn host_and_port(text: &str) -> Result<String, String> {
     let valid = text
         .rsplit_once(':')
         .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
-    let parses = text.parse::<::http::uri::Authority>().is_ok();
+    let parses = text.parse::<http::uri::Authority>().is_ok();
     if valid && parses {
         return Ok(text.to_owned());
     }
@@ -154,7 +151,6 @@ pub struct Gateway {
     common: CommonServices,
     upstream_metrics: UpstreamMetrics,
     server: Server,
-    http: HttpSettings,
     discover: DiscoverSettings,
     redis: Option<Arc<Redis>>,
     process: Process,
@@ -226,7 +222,6 @@ impl Gateway {
             stack,
             common,
             upstream_metrics: UpstreamMetrics::register(&process.metrics),
-            http: settings.http.clone(),
             discover: DiscoverSettings {
                 targets,
                 names: fleet.worker_dns,
@@ -255,9 +250,14 @@ impl Gateway {
         Err(GatewayError::Open(address))
     }
 
-    /// Finds workers and answers calls at both doors until the process has
-    /// drained.
-    pub async fn run(self, grpc: Listener, http: Listener) {
+    /// The layers that calls of both doors pass.
+    pub fn stack(&self) -> &Stack {
+        &self.stack
+    }
+
+    /// Finds workers and serves both doors until the process has drained: gRPC,
+    /// and the HTTP door's routes.
+    pub async fn run(self, grpc: Listener, http: Listener, routes: Http) {
         let layers = &self.stack.0;
         let _health = self.follow_health();
         let _discovery = discover::start(
@@ -275,7 +275,6 @@ impl Gateway {
             name: "http",
             ..self.server.clone()
         };
-        let router = http::router(self.stack.clone(), &self.http);
         let drain = self.process.drain.clone();
         let door = GrpcDoor {
             stack: self.stack.clone(),
@@ -283,7 +282,7 @@ impl Gateway {
         };
         tokio::join!(
             self.server.run(grpc, Grpc(door), drain.clone()),
-            web.run(http, Http(router), drain),
+            web.run(http, routes, drain),
         );
     }
 

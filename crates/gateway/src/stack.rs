@@ -10,6 +10,9 @@ mod metrics;
 
 pub use chat::{Chat, ChatStreaming, Generated};
 pub use metrics::{CallMetrics, CallRecord};
+pub use providers::{
+    ChatDelta, ChatMessage, ChatRequest, ChatResponse, ChatStream, FinishReason, Role, TokenUsage,
+};
 
 use std::future::Future;
 use std::sync::Arc;
@@ -31,7 +34,7 @@ use crate::cache::Cache;
 use crate::limit::{Limit, QuotaRequest, Reservation, TenantSlot, TurnRequest};
 use crate::policy::Caller;
 use crate::request::{ModelSelector, QuotaUnit, Request};
-use crate::route::{Plan, Route, Routes};
+use crate::route::{Plan, Route, Routes, Table};
 use crate::shed::{Shed, TenantPermit};
 use crate::upstream::{Response, provider};
 use charge::PendingCharge;
@@ -214,6 +217,31 @@ impl Stack {
             caller.must_administrate()?;
         }
         Ok(caller)
+    }
+
+    /// Begins the record of a call, by the name of its method or path in metrics.
+    pub fn record(&self, method: &'static str, arrived: Instant) -> CallRecord {
+        self.0.metrics.begin(method, arrived)
+    }
+
+    /// Makes the spans of calls.
+    pub fn telemetry(&self) -> &TelemetryControl {
+        &self.0.telemetry
+    }
+
+    /// The limits of messages, in bytes, and of all bytes in flight.
+    pub fn limits(&self) -> &MessageLimits {
+        &self.0.limits
+    }
+
+    /// The longest deadline of a request at the HTTP door.
+    pub fn deadline_max(&self) -> Duration {
+        self.0.deadline_max
+    }
+
+    /// The current routing table: another one after each change.
+    pub fn routing_table(&self) -> Arc<Table> {
+        self.0.routes.table()
     }
 
     /// route: the model version that responds, decided once for a request. The

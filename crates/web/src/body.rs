@@ -1,0 +1,484 @@
+//! Reads the body of a request within limits, and its JSON with errors that name
+//! the field.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{FromRequest, Request};
+use bytes::{Bytes, BytesMut};
+use http::HeaderMap;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use http_body_util::BodyExt;
+use platform::body::discard;
+use platform::grpc::{BytesHeld, MessageLimits};
+use protocol::{Error, Kind};
+use serde::de::{self, DeserializeOwned, IgnoredAny, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::error::Category;
+
+use super::error::{ApiError, request_aborted};
+use super::texts::TEXTS_MAX;
+use gateway::stack::Stack;
+
+/// How long a body may pause.
+const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
+/// JSON that is parsed as a whole: what is parsed takes several times its bytes,
+/// and counts as nothing.
+const JSON_BYTES_MAX: usize = 16 << 20;
+/// Shorter chunks are joined, since each has an overhead of some bytes.
+const SMALL_BYTES: usize = 4 << 10;
+/// The length of joined chunks.
+const JOINED_BYTES: usize = 64 << 10;
+/// The length of a field's path, which has names that the caller chose.
+const FIELD_CHARACTERS_MAX: usize = 128;
+
+/// A body in the chunks that it came in; small ones are joined.
+#[derive(Debug, Default)]
+pub struct Received {
+    /// The chunks.
+    pub chunks: Vec<Bytes>,
+    /// The sum of their lengths.
+    pub length: usize,
+    /// The bytes of the body count as in flight until this is dropped.
+    pub held: Option<BytesHeld>,
+}
+
+impl Received {
+    fn push(&mut self, chunk: Bytes, small: &mut BytesMut) {
+        self.length += chunk.len();
+        if chunk.len() >= SMALL_BYTES {
+            self.push_joined(small);
+            self.chunks.push(chunk);
+            return;
+        }
+        small.extend_from_slice(&chunk);
+        if small.len() >= JOINED_BYTES {
+            self.push_joined(small);
+        }
+    }
+
+    /// Ends a chunk of joined ones.
+    fn push_joined(&mut self, small: &mut BytesMut) {
+        if !small.is_empty() {
+            self.chunks.push(small.split().freeze());
+        }
+    }
+
+    /// The body as one chunk: a copy if it came in several.
+    pub fn joined(&self) -> Bytes {
+        match self.chunks.as_slice() {
+            [] => Bytes::new(),
+            [one] => one.clone(),
+            several => several.concat().into(),
+        }
+    }
+}
+
+/// The limits of a JSON body.
+pub fn json_limits(limits: &MessageLimits) -> MessageLimits {
+    at_most(limits, JSON_BYTES_MAX)
+}
+
+/// The same limits with a lower maximum of bytes.
+pub fn at_most(limits: &MessageLimits, bytes_max: usize) -> MessageLimits {
+    MessageLimits {
+        message_bytes_max: limits.message_bytes_max.min(bytes_max),
+        ..limits.clone()
+    }
+}
+
+/// Reads a body to its end. Bytes are counted as they arrive, decompressed: a
+/// large `content-length` alone reserves nothing.
+pub async fn read(request: Request, limits: &MessageLimits) -> Result<Received, Error> {
+    let (head, mut body) = request.into_parts();
+    let received = gather(&head.headers, &mut body, limits).await;
+    if let Err(error) = &received {
+        if matches!(error.kind(), Kind::TooLarge | Kind::Overloaded) {
+            limits.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        discard(body).await;
+    }
+    received
+}
+
+async fn gather(
+    headers: &HeaderMap,
+    body: &mut Body,
+    limits: &MessageLimits,
+) -> Result<Received, Error> {
+    let bytes_max = limits.message_bytes_max;
+    let announced = headers.get(CONTENT_LENGTH);
+    let announced = announced.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    if let Some(length) = announced.filter(|length| *length > bytes_max) {
+        return Err(Error::too_large(length, bytes_max));
+    }
+    let (mut received, mut small) = (Received::default(), BytesMut::new());
+    loop {
+        let frame = tokio::time::timeout(CHUNK_TIMEOUT, body.frame())
+            .await
+            .map_err(|_| {
+                Error::new(
+                    Kind::DeadlinePassed,
+                    "the request body was not received in time",
+                )
+            })?;
+        let Some(frame) = frame else {
+            received.push_joined(&mut small);
+            return Ok(received);
+        };
+        let Ok(chunk) = frame.map_err(|error| read_error(&error))?.into_data() else {
+            continue;
+        };
+        let length = received.length + chunk.len();
+        if length > bytes_max {
+            return Err(Error::too_large(length, bytes_max));
+        }
+        let more = limits.budget.take(chunk.len());
+        let more = more.map_err(|status| Error::from_status(&status))?;
+        match (&mut received.held, more) {
+            (Some(held), Some(more)) => held.merge(more),
+            (held, more) => *held = held.take().or(more),
+        }
+        received.push(chunk, &mut small);
+    }
+}
+
+/// A body that cannot be decompressed is the caller's fault; a broken connection
+/// is an aborted request.
+fn read_error(error: &axum::Error) -> Error {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(cause) = source {
+        if cause.is::<hyper::Error>() {
+            return request_aborted();
+        }
+        source = cause.source();
+    }
+    Error::invalid("body", "cannot be decompressed")
+}
+
+/// An error if the request has a content type other than JSON.
+pub fn must_be_json(headers: &HeaderMap) -> Result<(), Error> {
+    let Some(kind) = headers.get(CONTENT_TYPE) else {
+        return Ok(());
+    };
+    let kind = kind.to_str().unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim();
+    let json = kind.eq_ignore_ascii_case("application/json")
+        || kind.to_ascii_lowercase().ends_with("+json");
+    if json {
+        return Ok(());
+    }
+    Err(Error::invalid("content-type", "must be application/json"))
+}
+
+/// Parses JSON. An error names the path of the field if a value is wrong, else
+/// the line and the column.
+pub fn json<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, Error> {
+    // Paths are tracked only if there is an error to report.
+    serde_json::from_slice(bytes).or_else(|_| {
+        let mut reader = serde_json::Deserializer::from_slice(bytes);
+        let value = serde_path_to_error::deserialize(&mut reader)
+            .map_err(|error| json_error(&error.path().to_string(), error.inner()))?;
+        reader.end().map_err(|error| json_error("", &error))?;
+        Ok(value)
+    })
+}
+
+/// Deserializes a list of texts, or of objects with a text.
+pub fn texts<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
+    deserializer.deserialize_seq(Texts(PhantomData))
+}
+
+struct Texts<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Texts<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a sequence")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+        let mut texts = Vec::new();
+        while texts.len() < TEXTS_MAX {
+            match list.next_element()? {
+                Some(text) => texts.push(text),
+                None => return Ok(texts),
+            }
+        }
+        reject_rest(&mut list, texts.len(), |count| {
+            format!("has {count} texts, but the maximum is {TEXTS_MAX}")
+        })?;
+        Ok(texts)
+    }
+}
+
+/// An error, with the whole count, if a list has more elements than `kept`.
+pub fn reject_rest<'de, A: SeqAccess<'de>>(
+    list: &mut A,
+    kept: usize,
+    reason: impl FnOnce(usize) -> String,
+) -> Result<(), A::Error> {
+    let mut count = kept;
+    while list.next_element::<IgnoredAny>()?.is_some() {
+        count += 1;
+    }
+    if count > kept {
+        return Err(de::Error::custom(reason(count)));
+    }
+    Ok(())
+}
+
+/// The error for wrong JSON, without any value of the caller's.
+fn json_error(path: &str, error: &serde_json::Error) -> Error {
+    let place = format!("line {}, column {}", error.line(), error.column());
+    let field = match path {
+        "" | "." | "?" => "body".to_owned(),
+        path => path.chars().take(FIELD_CHARACTERS_MAX).collect(),
+    };
+    let text = error.to_string();
+    let text = text
+        .rsplit_once(" at line ")
+        .map_or(&*text, |(text, _)| text);
+    if error.classify() != Category::Data {
+        let field = match error.classify() {
+            Category::Eof => "body".to_owned(),
+            _ => field,
+        };
+        return Error::invalid(field, format!("invalid JSON at {place}: {text}"));
+    }
+    let below = |name: &str| match field.as_str() {
+        "body" => name.to_owned(),
+        field => format!("{field}.{name}"),
+    };
+    let quoted = || text.split('`').nth(1).unwrap_or_default();
+    if text.starts_with("missing field") {
+        return Error::invalid(below(quoted()), format!("is required (at {place})"));
+    }
+    if text.starts_with("duplicate field") {
+        let field = if path.ends_with(quoted()) {
+            field
+        } else {
+            below(quoted())
+        };
+        return Error::invalid(field, format!("is given twice (at {place})"));
+    }
+    // The known names come last: the caller's own name before them may have any
+    // text.
+    let known = text.rsplit_once("`, expected ").map(|(_, known)| known);
+    if text.starts_with("unknown field") {
+        let known = known.map_or_else(String::new, |known| format!(": expected {known}"));
+        return Error::invalid(field, format!("is an unknown field (at {place}){known}"));
+    }
+    if text.starts_with("unknown variant") {
+        let known = known.unwrap_or("another");
+        return Error::invalid(field, format!("must be {known} (at {place})"));
+    }
+    let description = match text
+        .strip_prefix("invalid ")
+        .and_then(|text| text.split_once(": "))
+        .and_then(|(_, text)| text.rsplit_once(", expected "))
+    {
+        Some((found, expected)) => {
+            let found = found.split(['"', '`']).next().unwrap_or_default().trim();
+            format!("must be {expected}, not {found} (at {place})")
+        }
+        None => format!("is invalid (at {place}): {text}"),
+    };
+    Error::invalid(field, description)
+}
+
+/// A JSON body. An extractor.
+#[derive(Debug)]
+pub struct Json<T> {
+    /// The parsed value.
+    pub value: T,
+    /// Never read: the body's bytes count as in flight until it is dropped.
+    _held: Option<BytesHeld>,
+}
+
+impl<T: DeserializeOwned> FromRequest<Stack> for Json<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, stack: &Stack) -> Result<Self, ApiError> {
+        let content_type = must_be_json(request.headers());
+        let received = read(request, &json_limits(stack.limits())).await?;
+        content_type?;
+        let value = json(&received.joined())?;
+        Ok(Self {
+            value,
+            _held: received.held,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Outer {
+        #[allow(dead_code, reason = "only read")]
+        inputs: Vec<Inner>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[allow(dead_code, reason = "only read")]
+    struct Inner {
+        shape: Vec<i64>,
+        name: String,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum Form {
+        Float,
+        Base64,
+    }
+
+    #[test]
+    fn an_unknown_word_is_not_repeated() {
+        for wrong in ["secret", "secret`, expected `x", "secret: x, expected"] {
+            let error = json::<Form>(json_text(wrong).as_bytes()).unwrap_err();
+            let message = error.to_string();
+            assert!(
+                message.contains("must be `float` or `base64` (at line 1"),
+                "{message}"
+            );
+            assert!(!message.contains("secret"), "{message}");
+        }
+        let named = r#"{"inputs": [], "secret`, expected `x": 1}"#;
+        let reason = json::<Outer>(named.as_bytes()).unwrap_err();
+        let reason = &reason.violation().unwrap().description;
+        assert!(!reason.contains("secret"), "{reason}");
+        assert!(reason.ends_with(": expected `inputs`"), "{reason}");
+    }
+
+    fn json_text(text: &str) -> String {
+        serde_json::to_string(text).unwrap()
+    }
+
+    fn refused(text: &str) -> (String, String) {
+        let error = json::<Outer>(text.as_bytes()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Invalid);
+        (error.violation().unwrap().field.clone(), error.to_string())
+    }
+
+    #[test]
+    fn a_wrong_value_is_named_by_its_path() {
+        let (field, message) = refused(r#"{"inputs": [{"name": "a", "shape": [1, "secret"]}]}"#);
+        assert_eq!(field, "inputs[0].shape[1]");
+        assert!(
+            message.contains("must be i64, not string (at line 1"),
+            "{message}"
+        );
+        assert!(!message.contains("secret"), "{message}");
+        let (field, message) = refused(r#"{"inputs": [{"name": "a"}]}"#);
+        assert_eq!(field, "inputs[0].shape", "{message}");
+        let (field, message) = refused(r#"{"inputs": [{"nam": "a"}]}"#);
+        assert_eq!(field, "inputs[0].nam", "{message}");
+        assert!(
+            message.contains("`shape`") && message.contains("`name`"),
+            "{message}"
+        );
+        let (field, message) = refused(r#"{"inputs": [], "inputs": []}"#);
+        assert_eq!(field, "inputs", "{message}");
+        assert!(message.contains("twice"), "{message}");
+        assert_eq!(refused(r"{}").0, "inputs");
+        assert_eq!(refused(r"[]").0, "body");
+    }
+
+    #[test]
+    fn invalid_json_is_named_by_line_and_column() {
+        let (field, message) = refused("{\"inputs\":\n  [}");
+        assert_eq!(field, "inputs[0]");
+        assert!(message.contains("line 2, column 4"), "{message}");
+        let (field, message) = refused("{\"inputs\": []} {}");
+        assert_eq!(field, "body");
+        assert!(message.contains("column 16"), "{message}");
+        assert_eq!(refused("").0, "body");
+        assert_eq!(refused("{\"inputs\": [").0, "body");
+        let deep = format!("{{\"inputs\": {}", "[".repeat(1000));
+        refused(&deep);
+    }
+
+    #[test]
+    fn other_content_types_are_refused() {
+        let with = |kind: &'static str| {
+            let kind = HeaderValue::from_static(kind);
+            must_be_json(&HeaderMap::from_iter([(CONTENT_TYPE, kind)]))
+        };
+        assert!(must_be_json(&HeaderMap::new()).is_ok());
+        assert!(with("application/json; charset=utf-8").is_ok());
+        assert!(with("application/problem+json").is_ok());
+        let error = with("text/plain").unwrap_err();
+        assert_eq!(error.violation().unwrap().field, "content-type");
+    }
+
+    #[tokio::test]
+    async fn a_body_stops_at_the_limit_and_gives_its_bytes_back() {
+        let limits = MessageLimits::new(10, 15);
+        let request = |text: &'static str| Request::new(Body::from(text));
+        let first = read(request("0123456789"), &limits).await.unwrap();
+        assert_eq!((first.length, limits.budget.used()), (10, 10));
+        let error = read(request("01234567890"), &limits).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::TooLarge);
+        let error = read(request("0123456"), &limits).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Overloaded);
+        drop(first);
+        assert_eq!(limits.budget.used(), 0);
+        assert_eq!(limits.refused.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn small_chunks_are_joined() {
+        let limits = MessageLimits::new(1 << 20, 1 << 20);
+        let large = Bytes::from(vec![b'x'; SMALL_BYTES]);
+        let small = || std::iter::repeat_n(Bytes::from_static(b"ab"), 50_000);
+        let chunks: Vec<Bytes> = small().chain([large]).chain(small()).collect();
+        let whole = chunks.concat();
+        let chunks = chunks.into_iter().map(Ok::<_, std::convert::Infallible>);
+        let body = Body::from_stream(futures::stream::iter(chunks));
+        let received = read(Request::new(body), &limits).await.unwrap();
+        assert!(received.chunks.len() <= 5, "{}", received.chunks.len());
+        assert_eq!(received.length, whole.len());
+        assert_eq!(received.joined(), whole);
+    }
+
+    #[test]
+    fn long_lists_are_counted_and_not_kept() {
+        #[derive(Debug, Deserialize)]
+        struct Listed {
+            #[serde(deserialize_with = "texts")]
+            texts: Vec<String>,
+        }
+        let read = |count: usize| {
+            let list = vec!["a"; count];
+            let text = serde_json::json!({ "texts": list }).to_string();
+            json::<Listed>(text.as_bytes()).map(|read| read.texts.len())
+        };
+        assert_eq!(read(0), Ok(0));
+        assert_eq!(read(TEXTS_MAX), Ok(TEXTS_MAX));
+        let error = read(TEXTS_MAX + 7).unwrap_err();
+        assert_eq!(error.violation().unwrap().field, "texts");
+        let expected = "has 2055 texts, but the maximum is 2048";
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = json::<Outer>(&bytes);
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! What a handler knows of its request besides the body, and the calls that it
+//! makes down the stack.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+
+use axum::body::Body;
+use axum::extract::FromRequestParts;
+use axum::response::Response;
+use bytes::Bytes;
+use gateway::stack::{ChatRequest, ChatResponse, ChatStream};
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, HeaderValue};
+use http_body::{Frame, SizeHint};
+use platform::grpc::{BytesHeld, Message};
+use protocol::{CACHE_KEY, DIGEST_KEY, Error, FALLBACK_KEY, Kind, Method, TOKENS_KEY};
+use tokio::time::Instant;
+
+use super::error::ApiError;
+use gateway::Plan;
+use gateway::policy::Caller;
+use gateway::request::{ModelSelector, QuotaUnit, Request, default_headers};
+use gateway::stack::{Chat, ChatStreaming, Stack};
+
+/// The header that holds a request's id: the caller's, or one made here.
+pub const REQUEST_ID: &str = "x-request-id";
+/// The metadata of a response that becomes headers of the HTTP response.
+pub const RESPONSE_HEADERS: [&str; 5] =
+    [REQUEST_ID, CACHE_KEY, FALLBACK_KEY, DIGEST_KEY, TOKENS_KEY];
+/// A caller's id that is longer is replaced.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// The id of a request, in its response and in the trace.
+#[derive(Debug, Clone)]
+pub struct RequestId(pub HeaderValue);
+
+impl RequestId {
+    /// The caller's id if it is short and printable, else a new one.
+    pub fn of(headers: &HeaderMap) -> Self {
+        let given = headers.get(REQUEST_ID).filter(|id| {
+            let bytes = id.as_bytes();
+            !bytes.is_empty()
+                && bytes.len() <= REQUEST_ID_BYTES_MAX
+                && bytes.iter().all(u8::is_ascii_graphic)
+        });
+        let made = || {
+            let text = format!("{:032x}", rand::random::<u128>());
+            HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("none"))
+        };
+        Self(given.cloned().unwrap_or_else(made))
+    }
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        self.0.to_str().unwrap_or_default()
+    }
+}
+
+/// What a handler knows of its request besides the body. An extractor.
+#[derive(Debug, Clone)]
+pub struct RequestContext {
+    /// Takes the calls of this request.
+    pub stack: Stack,
+    /// The authenticated caller.
+    pub caller: Caller,
+    /// The deadline of the response, or of the first event of a stream.
+    pub deadline: Instant,
+    /// The deadline of the last event of a stream.
+    pub stream_deadline: Instant,
+    /// The request's id.
+    pub id: RequestId,
+    /// The metadata of calls that are made for this request.
+    pub headers: HeaderMap,
+    /// The label of the request in metrics, once the model is known to exist.
+    pub(super) model: Arc<OnceLock<String>>,
+    /// Whether a call has been made for this request.
+    pub(super) called: Arc<AtomicBool>,
+}
+
+/// A decoded response of a worker or a provider.
+#[derive(Debug)]
+pub struct CallResponse<M> {
+    /// The message.
+    pub message: M,
+    /// Those of [`RESPONSE_HEADERS`] that the response has.
+    pub headers: HeaderMap,
+    /// The bytes of the message count as in flight until this is dropped.
+    pub held: Vec<BytesHeld>,
+}
+
+impl RequestContext {
+    /// Sets the label of the request in metrics.
+    fn record_model(&self, model: &str) {
+        // A request that calls several models counts for the first.
+        let _ = self.model.set(model.to_owned());
+    }
+
+    /// Several calls for one request count as one request of a quota.
+    fn unit(&self) -> QuotaUnit {
+        if self.called.swap(true, Ordering::Relaxed) {
+            QuotaUnit::Part
+        } else {
+            QuotaUnit::Request
+        }
+    }
+
+    /// Decides which model responds: once for a request.
+    pub fn route(&self, selector: &ModelSelector) -> Result<Plan, Error> {
+        let plan = self.stack.route(selector, &self.caller)?;
+        self.record_model(plan.name());
+        Ok(plan)
+    }
+
+    /// Sends a message to the model of a plan and decodes the response.
+    pub async fn call<M: prost::Message + Default>(
+        &self,
+        method: Method,
+        message: Message,
+        plan: &Plan,
+    ) -> Result<CallResponse<M>, Error> {
+        let request = Request {
+            method,
+            headers: self.headers.clone(),
+            message,
+            deadline: self.deadline,
+            caller: self.caller.clone(),
+            unit: self.unit(),
+        };
+        let response = self.stack.run(plan, &request).await;
+        let mut response = response.map_err(|status| Error::from_status(&status))?;
+        let mut headers = HeaderMap::new();
+        for name in RESPONSE_HEADERS {
+            if let Some(value) = response.metadata().get(name) {
+                headers.insert(HeaderName::from_static(name), value.clone());
+            }
+        }
+        let held = response.take_held();
+        let bytes = response.into_message();
+        let bytes = bytes.map_err(|status| Error::from_status(&status))?;
+        let message = M::decode(bytes).map_err(|_| {
+            Error::new(
+                Kind::Internal,
+                "the upstream's response message cannot be decoded",
+            )
+        })?;
+        Ok(CallResponse {
+            message,
+            headers,
+            held,
+        })
+    }
+
+    /// Calls a model of generation; the response with its headers.
+    pub async fn chat(
+        &self,
+        selector: &ModelSelector,
+        request: &ChatRequest,
+    ) -> Result<(HeaderMap, ChatResponse), Error> {
+        let plan = self.stack.route(selector, &self.caller)?;
+        let chat = Chat {
+            caller: &self.caller,
+            request,
+            deadline: self.deadline,
+        };
+        let generated = self.stack.run(&plan, &chat).await;
+        let generated = generated.map_err(|status| Error::from_status(&status))?;
+        self.record_model(&generated.model);
+        Ok((fallback_header(generated.fallback), generated.content))
+    }
+
+    /// Calls a model of generation; the parts of the response with its headers.
+    pub async fn chat_stream(
+        &self,
+        selector: &ModelSelector,
+        request: &ChatRequest,
+    ) -> Result<(HeaderMap, ChatStream), Error> {
+        let plan = self.stack.route(selector, &self.caller)?;
+        let chat = ChatStreaming(Chat {
+            caller: &self.caller,
+            request,
+            deadline: self.stream_deadline,
+        });
+        let generated = self.stack.run(&plan, &chat).await;
+        let generated = generated.map_err(|status| Error::from_status(&status))?;
+        self.record_model(&generated.model);
+        Ok((fallback_header(generated.fallback), generated.content))
+    }
+}
+
+fn fallback_header(fallback: Option<HeaderValue>) -> HeaderMap {
+    let header = fallback.map(|value| (HeaderName::from_static(FALLBACK_KEY), value));
+    header.into_iter().collect()
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for RequestContext {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let context = parts.extensions.get::<Self>().cloned();
+        context.ok_or_else(|| Error::new(Kind::Internal, "the route is no endpoint").into())
+    }
+}
+
+/// The metadata of calls made for a request: the trace, and what the caller
+/// asks of the cache.
+pub fn call_headers(headers: &HeaderMap) -> HeaderMap {
+    let mut kept = default_headers();
+    if let Some(value) = headers.get(http::header::CACHE_CONTROL) {
+        kept.insert(http::header::CACHE_CONTROL, value.clone());
+    }
+    platform::telemetry::forward_trace(&tracing::Span::current(), headers, &mut kept);
+    kept
+}
+
+/// Keeps `guard` until the response has been sent, or its connection is gone.
+pub fn hold_until_sent(response: Response, guard: impl Send + Sync + 'static) -> Response {
+    response.map(|body| {
+        Body::new(HoldingBody {
+            body,
+            _guard: Box::new(guard),
+        })
+    })
+}
+
+struct HoldingBody {
+    body: Body,
+    _guard: Box<dyn Send + Sync>,
+}
+
+impl http_body::Body for HoldingBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.get_mut().body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(name: &'static str, value: &str) -> HeaderMap {
+        HeaderMap::from_iter([(
+            HeaderName::from_static(name),
+            HeaderValue::from_bytes(value.as_bytes()).unwrap(),
+        )])
+    }
+
+    #[test]
+    fn a_callers_id_is_kept_if_it_is_short_and_printable() {
+        let kept = RequestId::of(&with(REQUEST_ID, "abc-1"));
+        assert_eq!(kept.as_str(), "abc-1");
+        for wrong in ["", "a b", "ä", &"x".repeat(129)] {
+            let made = RequestId::of(&with(REQUEST_ID, wrong));
+            assert_eq!(made.as_str().len(), 32, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! `infer` of REST v2: converts tensors in JSON and in the binary extension to
+//! the message of a gRPC call, and its response back.
+//!
+//! A binary tensor of a request is copied once, from the chunks that the
+//! connection read into the message; one of a response is not copied at all.
+
+mod json_data;
+pub mod request;
+mod response;
+
+use axum::extract::{Request, State};
+use axum::response::Response;
+use http::HeaderMap;
+use platform::grpc::Message;
+use protocol::inference::ModelInferResponse;
+use protocol::{Error, Kind, Method};
+
+use super::body;
+use super::context::{RequestContext, hold_until_sent};
+use super::error::ApiError;
+use super::openapi::ModelPath;
+use super::openapi::schemas::InferResponse;
+use super::rest::{PathModel, check_content_type};
+use gateway::stack::Stack;
+
+/// The header with the length of the JSON before the binary tensors.
+pub const HEADER_LENGTH: &str = "inference-header-content-length";
+
+/// Model inference
+///
+/// The data of a tensor is a list in the JSON, flat or nested, or bytes behind
+/// the JSON. With bytes the body is application/octet-stream, the header
+/// Inference-Header-Content-Length has the length of the JSON, and the parameter
+/// binary_data_size of the tensor the number of its bytes. Outputs are bytes
+/// behind the JSON if binary_data or binary_data_output says so.
+#[utoipa::path(
+    post, path = "/v2/models/{model}/infer", tag = "Inference", operation_id = "infer",
+    params(ModelPath),
+    request_body(content(
+        (request::InferRequest = "application/json"),
+        (String = "application/octet-stream"),
+    )),
+    responses((status = 200, description = "The outputs", content(
+        (InferResponse = "application/json"), (String = "application/octet-stream"),
+    )))
+)]
+pub async fn infer(
+    State(stack): State<Stack>,
+    context: RequestContext,
+    model: PathModel,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let limits = stack.limits();
+    let content_type = check_content_type(request.headers());
+    let json_bytes = header_length(request.headers());
+    let mut received = body::read(request, limits).await?;
+    content_type?;
+    let length = received.length;
+    let held = received.held.take();
+    let parsed = request::parse(received, json_bytes?, &model)?;
+    let framed = parsed.framed();
+    if framed.len() > limits.message_bytes_max {
+        return Err(Error::too_large(framed.len(), limits.message_bytes_max).into());
+    }
+    // The JSON of a tensor may be shorter than its bytes.
+    let more = limits.budget.take(framed.len().saturating_sub(length))?;
+    let held = match (held, more) {
+        (Some(mut held), Some(more)) => {
+            held.merge(more);
+            Some(held)
+        }
+        (held, more) => held.or(more),
+    };
+    let message = Message::from_framed(framed).with_held(held);
+    let plan = context
+        .route(&model.selector())
+        .map_err(|error| error.renamed(as_json_field))?;
+    let response = context
+        .call::<ModelInferResponse>(Method::ModelInfer, message, &plan)
+        .await
+        .map_err(|error| error.renamed(as_json_field))?;
+    let mut reply = response::write(response.message, &parsed.formats)?;
+    reply.headers_mut().extend(response.headers);
+    Ok(hold_until_sent(reply, response.held))
+}
+
+fn header_length(headers: &HeaderMap) -> Result<Option<usize>, Error> {
+    let Some(value) = headers.get(HEADER_LENGTH) else {
+        return Ok(None);
+    };
+    let text = value.to_str().ok();
+    let digits = text.filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let length = digits.and_then(|digits| digits.parse().ok());
+    length
+        .map(Some)
+        .ok_or_else(|| Error::invalid(HEADER_LENGTH, "must be the length of the JSON in bytes"))
+}
+
+/// The field of the JSON for one of the gRPC message: the contents of a tensor
+/// are the data of its input, whether they came in the JSON or behind it.
+fn as_json_field(field: &str, description: &str) -> Option<(String, String)> {
+    let data = |index: &str| format!("inputs[{index}].data");
+    let field = match field {
+        "raw_input_contents" => "inputs".to_owned(),
+        field => {
+            let raw = field
+                .strip_prefix("raw_input_contents[")
+                .and_then(|rest| rest.strip_suffix(']'));
+            let typed = field
+                .strip_prefix("inputs[")
+                .and_then(|rest| rest.strip_suffix("].contents"));
+            data(raw.or(typed)?)
+        }
+    };
+    Some((field, description.to_owned()))
+}
+
+/// An output that JSON cannot represent.
+fn not_json(name: &str, why: &str) -> Error {
+    let message = format!("output '{name}' {why}: request it with the parameter 'binary_data'");
+    Error::new(Kind::Unsupported, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_of_tensors_are_those_of_the_json() {
+        let renamed = |field: &str| {
+            let error = Error::invalid(field, "is wrong").renamed(as_json_field);
+            assert_eq!(
+                error.to_string(),
+                format!("{}: is wrong", error.violation().unwrap().field)
+            );
+            error.violation().unwrap().field.clone()
+        };
+        assert_eq!(renamed("raw_input_contents[3]"), "inputs[3].data");
+        assert_eq!(renamed("inputs[0].contents"), "inputs[0].data");
+        assert_eq!(renamed("raw_input_contents"), "inputs");
+        assert_eq!(renamed("inputs[0].shape"), "inputs[0].shape");
+        assert_eq!(renamed("parameters[contents]"), "parameters[contents]");
+    }
+
+    #[test]
+    fn the_length_of_the_json_is_a_number() {
+        let with = |value: &str| {
+            let value = http::HeaderValue::try_from(value).unwrap();
+            header_length(&HeaderMap::from_iter([(
+                http::HeaderName::from_static(HEADER_LENGTH),
+                value,
+            )]))
+        };
+        assert_eq!(with("12"), Ok(Some(12)));
+        for wrong in ["", "-1", "+1", "x", "99999999999999999999999"] {
+            assert_eq!(
+                with(wrong).unwrap_err().violation().unwrap().field,
+                HEADER_LENGTH
+            );
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! The HTTP door: the same requests as at the gRPC door, in the JSON of several
+//! APIs. Each route is an endpoint, which takes its requests through the order of
+//! [`gateway::stack`].
+
+mod body;
+mod chat;
+mod classify;
+mod context;
+mod docs;
+mod endpoint;
+mod error;
+mod generate;
+mod infer;
+mod openai;
+mod openapi;
+mod rerank;
+mod rest;
+mod sse;
+mod strict;
+mod texts;
+mod timeouts;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::middleware::{Next, from_fn};
+use axum::response::{IntoResponse, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use protocol::{Error, Kind};
+use tower_http::CompressionLevel;
+use tower_http::compression::CompressionLayer;
+use tower_http::compression::predicate::{NotForContentType, Predicate, SizeAbove};
+use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer, ExposeHeaders};
+use tower_http::decompression::RequestDecompressionLayer;
+
+use context::RequestId;
+use error::{ApiError, ErrorFormat};
+use gateway::stack::Stack;
+
+/// Settings of the HTTP port.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct HttpSettings {
+    /// Web pages of this origin may call; repeat for several, or * for all
+    #[arg(long, value_name = "ORIGIN")]
+    pub cors_origin: Vec<String>,
+}
+
+/// Shorter responses are not worth compressing.
+const COMPRESSED_BYTES_MIN: u16 = 1024;
+
+/// Every route of the HTTP door. A request passes the layers from the last to
+/// the first.
+pub fn router(stack: Stack, settings: &HttpSettings) -> Router {
+    let routes = Router::new()
+        .merge(rest::routes(&stack))
+        .merge(openai::routes(&stack))
+        .merge(chat::routes(&stack))
+        .merge(generate::routes(&stack))
+        .merge(rerank::routes(&stack))
+        .merge(classify::routes(&stack))
+        .merge(openapi::routes(&stack))
+        .merge(docs::routes(&stack))
+        .method_not_allowed_fallback(method_not_allowed)
+        .fallback(unknown_path)
+        .with_state(stack);
+    let worthwhile = SizeAbove::new(COMPRESSED_BYTES_MIN.into())
+        .and(NotForContentType::const_new("text/event-stream"));
+    let routes = routes.layer(RequestDecompressionLayer::new()).layer(
+        CompressionLayer::new()
+            .quality(CompressionLevel::Fastest)
+            .compress_when(worthwhile),
+    );
+    let routes = if settings.cors_origin.is_empty() {
+        routes.layer(from_fn(same_origin))
+    } else {
+        routes.layer(cross_origin(&settings.cors_origin))
+    };
+    routes.layer(from_fn(outermost))
+}
+
+/// Refuses requests of web pages of other sites that change something: a page
+/// need not read the response to unload a model of a gateway in its reader's
+/// network.
+async fn same_origin(request: Request, next: Next) -> Response {
+    if !changes_from_elsewhere(request.method(), request.headers()) {
+        return next.run(request).await;
+    }
+    platform::body::discard(request.into_body()).await;
+    let message = "web pages of other origins may not call: see --cors-origin";
+    ApiError::from(Error::new(Kind::Forbidden, message)).into_response()
+}
+
+/// Whether a browser sends a request of another site that is more than a read.
+fn changes_from_elsewhere(method: &Method, headers: &HeaderMap) -> bool {
+    let site = headers.get("sec-fetch-site");
+    let elsewhere = site.is_some_and(|site| site == "cross-site" || site == "same-site");
+    elsewhere && !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS)
+}
+
+/// Web pages of these origins may do what other callers may.
+fn cross_origin(origins: &[String]) -> CorsLayer {
+    let origins = if origins.iter().any(|origin| origin == "*") {
+        AllowOrigin::any()
+    } else {
+        AllowOrigin::list(origins.iter().filter_map(|o| HeaderValue::try_from(o).ok()))
+    };
+    CorsLayer::new()
+        .allow_origin(origins)
+        .allow_methods(AllowMethods::mirror_request())
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers(ExposeHeaders::list(
+            context::RESPONSE_HEADERS
+                .map(HeaderName::from_static)
+                .into_iter()
+                .chain([http::header::RETRY_AFTER, error::RETRY_AFTER_MS])
+                .chain([HeaderName::from_static(infer::HEADER_LENGTH)]),
+        ))
+}
+
+async fn unknown_path() -> ApiError {
+    path_not_found()
+}
+
+fn path_not_found() -> ApiError {
+    Error::new(Kind::NotFound, "the path does not exist").into()
+}
+
+async fn method_not_allowed() -> ApiError {
+    ApiError {
+        status: Some(StatusCode::METHOD_NOT_ALLOWED),
+        ..error::method_not_allowed().into()
+    }
+}
+
+/// Gives each request its id, and each error the format of its path, whichever
+/// layer made it.
+async fn outermost(mut request: Request, next: Next) -> Response {
+    let id = RequestId::of(request.headers());
+    let format = ErrorFormat::of_path(request.uri().path());
+    request.extensions_mut().insert(id.clone());
+    let mut response = next.run(request).await;
+    if let Some(error) = error::from_middleware(&response) {
+        response = error.into_response();
+    }
+    let mut response = error::render(response, format, &id);
+    response.headers_mut().insert(context::REQUEST_ID, id.0);
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_of_other_sites_may_only_read() {
+        let changes = |method: Method, site: Option<&'static str>| {
+            let site = site.map(HeaderValue::from_static);
+            let headers = site.map(|site| (HeaderName::from_static("sec-fetch-site"), site));
+            changes_from_elsewhere(&method, &headers.into_iter().collect())
+        };
+        for site in ["cross-site", "same-site"] {
+            assert!(changes(Method::POST, Some(site)));
+            assert!(changes(Method::DELETE, Some(site)));
+            assert!(!changes(Method::GET, Some(site)));
+            assert!(!changes(Method::OPTIONS, Some(site)));
+        }
+        for site in [Some("same-origin"), Some("none"), None] {
+            assert!(!changes(Method::POST, site));
+        }
+    }
+}

@@ -1,0 +1,450 @@
+//! The OpenAPI document, generated from the types of the handlers. What all
+//! operations share, such as their error responses, is added here once.
+
+mod errors;
+pub mod schemas;
+
+use std::sync::LazyLock;
+
+use axum::Router;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use bytes::Bytes;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use serde_json::{Value, json};
+use utoipa::OpenApi as _;
+use utoipa::openapi::path::{Operation, Parameter, ParameterBuilder, ParameterIn};
+use utoipa::openapi::schema::{ObjectBuilder, Type};
+use utoipa::openapi::security::{
+    ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme,
+};
+use utoipa::openapi::{
+    Header, HeaderBuilder, OpenApi, PathItem, RefOr, Required, Response as ResponseSpec,
+};
+
+use super::endpoint::Endpoints;
+use super::error::{ErrorFormat, OpenAiError, Problem};
+use super::{chat, classify, generate, infer, openai, rerank, rest};
+use gateway::stack::Stack;
+
+#[derive(utoipa::OpenApi)]
+#[openapi(
+    info(
+        title = "Andon",
+        description = "The models of this fleet, through the APIs that clients already use: the Open Inference Protocol v2 in JSON and with binary tensors, and the formats of OpenAI, Cohere, Jina and Text Embeddings Inference.\n\nA model gives the same results through every API, and through gRPC. Send the key in the header Authorization as Bearer, or in x-api-key; a gateway without authentication needs none."
+    ),
+    servers((url = "/", description = "This server")),
+    paths(
+        openai::list_models,
+        openai::show_model,
+        openai::embed,
+        chat::complete,
+        generate::generate,
+        generate::generate_stream,
+        rerank::rerank_either,
+        rerank::rerank_v1,
+        rerank::rerank_v2,
+        classify::classify,
+        rest::live,
+        rest::ready,
+        rest::server,
+        rest::metadata,
+        rest::model_ready,
+        rest::config,
+        rest::statistics,
+        rest::index,
+        rest::load,
+        rest::unload,
+        infer::infer,
+        rest::log,
+        rest::change_log,
+        rest::trace,
+        rest::change_trace,
+        document_as_json,
+    ),
+    components(schemas(Problem, OpenAiError)),
+    tags(
+        (name = "OpenAI", description = "Models, embeddings and chat completions, in the format of OpenAI's API"),
+        (name = "Rerank", description = "Documents ranked by their relevance to a query"),
+        (name = "Classify", description = "Classification of texts"),
+        (name = "Inference", description = "The Open Inference Protocol v2: inference with tensors, and model metadata"),
+        (name = "Repository", description = "Listing, loading and unloading models"),
+        (name = "Settings", description = "Log and trace settings, for administrators"),
+        (name = "Health", description = "Liveness and readiness of the server and its models"),
+        (name = "Document", description = "The OpenAPI document"),
+    )
+)]
+struct Document;
+
+/// The document as JSON.
+static JSON: LazyLock<Bytes> = LazyLock::new(|| {
+    // No map here has keys that are no strings, which is all that could fail.
+    let mut document = serde_json::to_value(document()).unwrap_or_default();
+    widen_unsigned(&mut document);
+    document.to_string().into()
+});
+
+/// The endpoint.
+pub fn routes(stack: &Stack) -> Router<Stack> {
+    Endpoints::new(stack, ErrorFormat::Problem)
+        .public("/openapi.json", get(document_as_json))
+        .into_router()
+}
+
+/// OpenAPI document
+#[utoipa::path(
+    get, path = "/openapi.json", tag = "Document", operation_id = "openapi",
+    responses((status = 200, description = "This document, OpenAPI 3.1", body = Value, content_type = "application/json"))
+)]
+async fn document_as_json() -> Response {
+    let headers = [
+        (CONTENT_TYPE, "application/json"),
+        (CACHE_CONTROL, "no-cache"),
+    ];
+    (headers, JSON.clone()).into_response()
+}
+
+/// The model of a path.
+#[derive(Debug, utoipa::IntoParams)]
+#[into_params(parameter_in = Path)]
+#[allow(dead_code, reason = "it is a description: `rest::PathModel` reads it")]
+pub struct ModelPath {
+    /// The model's name.
+    #[param(
+        min_length = 1,
+        max_length = 128,
+        pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        example = "minilm"
+    )]
+    pub model: String,
+}
+
+/// What the error responses and headers of an operation depend on.
+#[derive(Debug, Clone, Copy)]
+struct Traits<'p> {
+    path: &'p str,
+    format: ErrorFormat,
+    /// Whether it needs no key.
+    public: bool,
+    /// Whether it is for one model, named in its path or in its body.
+    model: bool,
+    /// Whether it has a body.
+    body: bool,
+}
+
+/// Operations without authentication.
+const PUBLIC: [&str; 3] = ["/v2/health/live", "/v2/health/ready", "/openapi.json"];
+
+/// The whole document.
+pub fn document() -> OpenApi {
+    let mut document = Document::openapi();
+    platform::VERSION.clone_into(&mut document.info.version);
+    let components = document.components.get_or_insert_default();
+    let bearer = HttpBuilder::new()
+        .scheme(HttpAuthScheme::Bearer)
+        .description(Some("An API key of Andon, or a JWT"))
+        .build();
+    components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
+    let key = ApiKeyValue::with_description("x-api-key", "An API key of Andon");
+    components.add_security_scheme("key", SecurityScheme::ApiKey(ApiKey::Header(key)));
+    add_versions(&mut document);
+    for (path, item) in &mut document.paths.paths {
+        for operation in operations(item) {
+            let traits = Traits {
+                path,
+                format: ErrorFormat::of_path(path),
+                public: PUBLIC.contains(&path.as_str()),
+                model: path.contains("{model}") || operation.request_body.is_some(),
+                body: operation.request_body.is_some(),
+            };
+            complete(operation, traits);
+        }
+    }
+    document
+}
+
+fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
+    [&mut item.get, &mut item.post].into_iter().flatten()
+}
+
+/// Adds the paths with a version of the model.
+fn add_versions(document: &mut OpenApi) {
+    const MODEL: &str = "/v2/models/{model}";
+    let version = ObjectBuilder::new()
+        .schema_type(Type::String)
+        .pattern(Some("^[1-9][0-9]{0,17}$"));
+    let version = ParameterBuilder::new()
+        .name("version")
+        .parameter_in(ParameterIn::Path)
+        .required(Required::True)
+        .description(Some("The version of the model"))
+        .schema(Some(version))
+        .example(Some(json!("1")))
+        .build();
+    let paths = &mut document.paths.paths;
+    let versioned: Vec<(String, PathItem)> = paths
+        .iter()
+        .filter_map(|(path, item)| {
+            let rest = path.strip_prefix(MODEL)?;
+            if rest.starts_with("/trace") {
+                return None;
+            }
+            let mut item = item.clone();
+            for operation in operations(&mut item) {
+                let id = operation.operation_id.take().unwrap_or_default();
+                operation.operation_id = Some(format!("{id}_version"));
+                let parameters = operation.parameters.get_or_insert_default();
+                parameters.push(RefOr::T(version.clone()));
+            }
+            Some((format!("{MODEL}/versions/{{version}}{rest}"), item))
+        })
+        .collect();
+    paths.extend(versioned);
+    // Statistics of all models, at a path that no model can have.
+    if let Some(mut item) = paths.get("/v2/models/{model}/stats").cloned() {
+        for operation in operations(&mut item) {
+            operation.operation_id = Some("all_statistics".to_owned());
+            operation.summary = Some("Statistics of all models".to_owned());
+            operation.parameters = None;
+        }
+        paths.insert("/v2/models/stats".to_owned(), item);
+    }
+}
+
+/// Adds what all operations with these traits have.
+fn complete(operation: &mut Operation, traits: Traits<'_>) {
+    let parameters = operation.parameters.get_or_insert_default();
+    parameters.extend(request_headers(traits).map(RefOr::T));
+    if !traits.public {
+        let anonymous = SecurityRequirement::default();
+        let schemes = ["bearer", "key"];
+        let requirement = |scheme| SecurityRequirement::new::<&str, [&str; 0], &str>(scheme, []);
+        let mut all: Vec<SecurityRequirement> = schemes.map(requirement).into();
+        all.push(anonymous);
+        operation.security = Some(all);
+    }
+    let responses = &mut operation.responses.responses;
+    for (status, response) in responses.iter_mut() {
+        if let RefOr::T(response) = response {
+            add_headers(status, response, traits);
+        }
+    }
+    for (status, mut response) in errors::responses(traits) {
+        let status = status.to_string();
+        responses.entry(status.clone()).or_insert_with(|| {
+            add_headers(&status, &mut response, traits);
+            RefOr::T(response)
+        });
+    }
+}
+
+/// The headers of requests: the timeout, the request's id, the use of the cache,
+/// and the length of the JSON before binary tensors.
+fn request_headers(traits: Traits<'_>) -> impl Iterator<Item = Parameter> {
+    let integer = || ObjectBuilder::new().schema_type(Type::Integer);
+    let string = || ObjectBuilder::new().schema_type(Type::String);
+    let header = |name: &str, schema: ObjectBuilder, description: &str, example: Value| {
+        ParameterBuilder::new()
+            .name(name)
+            .parameter_in(ParameterIn::Header)
+            .description(Some(description))
+            .schema(Some(schema))
+            .example(Some(example))
+            .build()
+    };
+    let ms = integer()
+        .minimum(Some(1))
+        .maximum(Some(999_999_999_999_u64));
+    let timeout = match traits.format {
+        ErrorFormat::OpenAi => {
+            "The timeout of the request in milliseconds; the server's maximum by default. X-Stainless-Timeout of OpenAI's clients is used in its absence"
+        }
+        ErrorFormat::Problem => {
+            "The timeout of the request in milliseconds; the server's maximum by default"
+        }
+    };
+    let id = "The id of the request: up to 128 printable ASCII characters; generated if it is absent or invalid";
+    let mut headers = vec![
+        header("timeout", ms, timeout, json!(10_000)),
+        header("x-request-id", string(), id, json!("request-1")),
+    ];
+    if traits.body {
+        let cache =
+            "no-cache to bypass cached results, no-store to keep the results out of the cache";
+        headers.push(header("cache-control", string(), cache, json!("no-cache")));
+    }
+    if traits.path.ends_with(INFER) {
+        headers.push(header(
+            "Inference-Header-Content-Length",
+            integer().minimum(Some(0)),
+            JSON_BYTES,
+            json!(158),
+        ));
+    }
+    headers.into_iter()
+}
+
+/// The end of the paths of inference with tensors.
+const INFER: &str = "/infer";
+const JSON_BYTES: &str = "The length of the JSON in bytes, if binary tensors follow it";
+
+/// The headers of responses.
+fn add_headers(status: &str, response: &mut ResponseSpec, traits: Traits<'_>) {
+    let mut add = |name: &str, kind: Type, description: &str| {
+        response
+            .headers
+            .insert(name.to_owned(), RefOr::T(header(kind, description)));
+    };
+    // A request that is refused before it is read has no id.
+    if status != "431" {
+        add(
+            "x-request-id",
+            Type::String,
+            "The id of the request: the caller's, or a generated one",
+        );
+    }
+    match status {
+        "200" if traits.body => {
+            add(
+                "x-andon-cache",
+                Type::String,
+                "hit, miss, or the number of rows found in the cache, such as 2/3",
+            );
+            add(
+                "x-andon-digest",
+                Type::String,
+                "The digest of the model version, part of the cache key",
+            );
+            add(
+                "x-andon-fallback",
+                Type::String,
+                "The model of a fallback chain that responded instead of the first, and why",
+            );
+            add(
+                "x-compute-tokens",
+                Type::Integer,
+                "The number of computed tokens",
+            );
+            if traits.path.ends_with(INFER) {
+                add("Inference-Header-Content-Length", Type::Integer, JSON_BYTES);
+            }
+        }
+        "401" => add(
+            "www-authenticate",
+            Type::String,
+            "The authentication scheme",
+        ),
+        "405" => add("allow", Type::String, "The methods that the path allows"),
+        "429" | "503" => {
+            let description = "The time to wait before a retry, in seconds";
+            add("retry-after", Type::Integer, description);
+            let description = "The same in milliseconds";
+            add("retry-after-ms", Type::Integer, description);
+        }
+        _ => {}
+    }
+}
+
+fn header(kind: Type, description: &str) -> Header {
+    HeaderBuilder::new()
+        .schema(Some(ObjectBuilder::new().schema_type(kind)))
+        .description(Some(description))
+        .build()
+}
+
+/// Corrects unsigned numbers of 32 bits, which the generated schemas call `int32`,
+/// to their whole range.
+fn widen_unsigned(node: &mut Value) {
+    let children: Vec<&mut Value> = match node {
+        Value::Object(fields) => {
+            let unsigned = fields
+                .get("minimum")
+                .is_some_and(|least| least.as_f64() >= Some(0.0));
+            if unsigned && fields.get("format").is_some_and(|format| format == "int32") {
+                fields.insert("format".to_owned(), json!("int64"));
+                fields.entry("maximum").or_insert(json!(u32::MAX));
+            }
+            fields.values_mut().collect()
+        }
+        Value::Array(elements) => elements.iter_mut().collect(),
+        _ => return,
+    };
+    children.into_iter().for_each(widen_unsigned);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn written() -> Value {
+        serde_json::from_slice(&JSON).unwrap()
+    }
+
+    #[test]
+    fn every_operation_has_a_response_and_errors() {
+        let document = written();
+        assert_eq!(document["openapi"], "3.1.0");
+        let mut ids = BTreeSet::new();
+        for (path, item) in document["paths"].as_object().unwrap() {
+            for (method, operation) in item.as_object().unwrap() {
+                let name = format!("{method} {path}");
+                let responses = operation["responses"].as_object().unwrap();
+                assert!(responses.contains_key("200"), "{name}");
+                for status in ["400", "405", "500", "503", "504"] {
+                    let response = &responses[status];
+                    assert!(
+                        response["headers"]["x-request-id"].is_object(),
+                        "{name} {status}"
+                    );
+                    let content = response["content"].as_object().unwrap();
+                    let (kind, content) = content.iter().next().unwrap();
+                    let openai = path.starts_with("/v1/");
+                    assert_eq!(kind == "application/json", openai, "{name}");
+                    assert!(content["example"].is_object(), "{name}");
+                }
+                assert!(operation["summary"].is_string(), "{name}");
+                assert!(ids.insert(operation["operationId"].to_string()), "{name}");
+                if operation.get("requestBody").is_some() {
+                    assert!(responses.contains_key("413"), "{name}");
+                    assert!(operation["security"].is_array(), "{name}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_reference_is_there_and_own_surfaces_are_closed() {
+        let document = written();
+        let text = document.to_string();
+        for reference in text.split("\"#/components/schemas/").skip(1) {
+            let name = reference.split('"').next().unwrap();
+            let schema = &document["components"]["schemas"][name];
+            assert!(schema.is_object(), "{name}");
+        }
+        for name in [
+            "RerankRequest",
+            "RerankTextsRequest",
+            "ClassifyRequest",
+            "GenerateRequest",
+        ] {
+            let schema = &document["components"]["schemas"][name];
+            assert_eq!(schema["additionalProperties"], false, "{name}");
+        }
+        let embedding = &document["components"]["schemas"]["EmbeddingRequest"];
+        assert!(embedding.get("additionalProperties").is_none());
+    }
+
+    #[test]
+    fn unsigned_numbers_have_their_whole_range() {
+        let number = json!({"type": "integer", "format": "int32", "minimum": 1});
+        let signed = json!({"type": "integer", "format": "int32"});
+        let mut document = json!({"properties": [number, signed]});
+        widen_unsigned(&mut document);
+        let wide = json!({
+            "type": "integer", "format": "int64", "minimum": 1, "maximum": u32::MAX
+        });
+        assert_eq!(document, json!({"properties": [wide, signed]}));
+    }
+}

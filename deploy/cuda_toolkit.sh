@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Brings NVIDIA's compiler and libraries from PyPI into a folder, laid out as CUDA_HOME, for
-# machines that build with `--features cuda` and have no toolkit of their own.
+# Installs NVIDIA's compiler and libraries from PyPI into a folder with the layout of CUDA_HOME,
+# to build with `--features cuda` on machines without the CUDA toolkit.
 #
 #   deploy/cuda_toolkit.sh target/cuda/toolkit     prints the folder to use as CUDA_HOME
 set -euo pipefail
 
 folder=$(realpath -m "${1:?the folder to fill}")
-# One release for all: the compiler refuses headers of another.
+# One release for all: the compiler refuses headers of other releases.
 RELEASE=13.0
 
 if [ ! -e "$folder/.complete" ]; then
@@ -16,13 +16,13 @@ if [ ! -e "$folder/.complete" ]; then
         "nvidia-cuda-runtime==$RELEASE.*" "nvidia-cuda-cccl==$RELEASE.*" \
         "nvidia-cuda-nvrtc==$RELEASE.*" "nvidia-cublas==13.*" "nvidia-curand==10.*" >&2
     home=$folder/nvidia/cu13
-    # The wheels carry the libraries under their versioned names alone.
+    # The wheels have the libraries under their versioned names only.
     for library in cudart nvrtc cublas cublasLt curand; do
         versioned=$(basename "$(ls "$home/lib/lib$library.so".*)")
         ln -sf "$versioned" "$home/lib/lib$library.so"
     done
-    # The driver's library comes with the driver. To link without one, a library with the names
-    # that its header declares stands in; it is never loaded.
+    # The driver's library comes with the driver. To link without one, a stub with the symbols
+    # that its header declares takes its place; it is never loaded.
     mkdir -p "$home/lib/stubs"
     echo '#include <cuda.h>' | cc -E -I"$home/include" - \
         | grep -oE '\bcu[A-Z][A-Za-z0-9_]*\(' | tr -d '(' | sort -u \

@@ -19,7 +19,7 @@ fn digits() -> ModelInferRequest {
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    println!("| fault | succeeded | failed | what was measured | least | median | most |");
+    println!("| fault | succeeded | failed | measurement | min | median | max |");
     println!("|---|---|---|---|---|---|---|");
     kill().await?;
     freeze().await?;
@@ -68,7 +68,7 @@ async fn kill() -> Result<()> {
     row(
         "kill -9 of one of three workers",
         &sum,
-        "until the gateway counts two",
+        "until the gateway has two ready workers",
         &mut times,
     );
     Ok(())
@@ -165,7 +165,7 @@ async fn all_dead() -> Result<()> {
     row(
         "all workers dead",
         &none,
-        "from a worker's return to service",
+        "from a worker's readiness to the first response",
         &mut returns,
     );
     Ok(())
@@ -191,7 +191,7 @@ async fn deadline() -> Result<()> {
     row(
         "50 ms deadline against seconds of work",
         &none,
-        "until the caller has the status",
+        "until the caller gets DEADLINE_EXCEEDED",
         &mut times,
     );
     row(

@@ -1,4 +1,4 @@
-//! What people type. The long names are stable: people script them.
+//! The commands and their flags. The long names are stable: people script them.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,15 +13,19 @@ use worker::RepositorySettings;
 use crate::client::{Bench, Infer, Models};
 use crate::keys::Keys;
 
-/// A fleet of AI model services behind one gateway.
+/// Serve AI models over gRPC and HTTP: one gateway in front of many workers
 #[derive(Debug, Parser)]
 #[command(
     name = "andon",
     version,
     propagate_version = true,
     subcommand_required = true,
-    after_help = "Every flag has an environment variable: --grpc-addr is ANDON_GRPC_ADDR.\n\
-                  Every flag of a role has a key in the file that --config names: grpc_addr."
+    after_help = "Examples:\n  \
+                  andon serve --repository models\n  \
+                  andon models list\n  \
+                  andon infer minilm \"A lantern around a candle\"\n\n\
+                  Every flag has an environment variable: --grpc-addr is ANDON_GRPC_ADDR.\n\
+                  serve, gateway and worker also read a TOML file, named with --config: grpc_addr."
 )]
 pub struct Andon {
     #[command(subcommand)]
@@ -30,51 +34,52 @@ pub struct Andon {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Gateway and worker in one process
+    /// Run a gateway and a worker in one process
     #[command(
         after_help = "Example:\n  andon serve --repository models",
-        // Without a policy nobody is asked, so that loopback is the default.
+        // Without a policy, requests are not authenticated: the default is
+        // loopback.
         mut_arg("grpc_addr", |argument| argument.default_value("127.0.0.1:8001")),
         mut_arg("http_addr", |argument| argument.default_value("127.0.0.1:8000")),
         mut_arg("admin_addr", |argument| argument.default_value("127.0.0.1:8002")),
     )]
     Serve(Box<Serve>),
-    /// Takes calls and forwards them to workers
+    /// Run a gateway: accept requests and route them to workers
     #[command(
         after_help = "Examples:\n  andon gateway --worker 127.0.0.1:9001 --worker 127.0.0.1:9002 \
                       --grpc-addr 127.0.0.1:8001 --http-addr 127.0.0.1:8000\n  \
                       andon gateway --worker-dns andon-workers:8001 --policy policy.toml --keys keys.toml"
     )]
     Gateway(Box<Gateway>),
-    /// Serves models
+    /// Run a worker: load models and run inference
     #[command(
         after_help = "Examples:\n  andon worker --repository models --grpc-addr 127.0.0.1:9001\n  \
                       andon worker --model minilm=./all-MiniLM-L6-v2 --device cuda:0"
     )]
     Worker(Box<Worker>),
-    /// Lists and describes models of a running server
+    /// List, show, load and unload models
     Models(Models),
-    /// Calls a model
+    /// Send an inference request
     Infer(Infer),
-    /// Measures a model under load
+    /// Benchmark a model: throughput and latency under load
     Bench(Bench),
-    /// Makes, lists and revokes the API keys of a gateway
+    /// Create, list and revoke API keys
     Keys(Keys),
-    /// Prints completions for a shell
+    /// Generate shell completions
     #[command(after_help = "Example:\n  andon completions bash > /etc/bash_completion.d/andon")]
     Completions(Completions),
 }
 
-/// What every role has.
+/// The flags of every role.
 #[derive(Debug, Args)]
 pub struct Common {
-    /// Where gRPC is served
+    /// Listen address for gRPC
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8001")]
     pub grpc_addr: SocketAddr,
-    /// Where metrics and probes are served, over HTTP
+    /// Listen address for metrics and health probes (HTTP)
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8002")]
     pub admin_addr: SocketAddr,
-    /// A TOML file with a key for each flag; flags and variables override it
+    /// TOML file with a key per flag; flags and variables override it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     #[command(flatten, next_help_heading = "Server")]
@@ -117,7 +122,7 @@ pub struct Worker {
 
 #[derive(Debug, Args)]
 pub struct Completions {
-    /// The shell
+    /// Shell to generate completions for
     shell: clap_complete::Shell,
 }
 

@@ -1,6 +1,7 @@
-//! The people's tools: they speak to any role over gRPC.
+//! The commands for people: they call any role over gRPC.
 
 mod bench;
+mod call;
 mod connection;
 mod infer;
 mod models;
@@ -10,4 +11,4 @@ pub mod print;
 pub use bench::{Bench, bench};
 pub use infer::{Infer, infer};
 pub use models::{Models, models};
-pub use options::Format;
+pub use options::OutputFormat;

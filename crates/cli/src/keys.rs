@@ -1,4 +1,4 @@
-//! `andon keys`: it changes a file that gateways read again by themselves.
+//! `andon keys`: changes the key file, which gateways reload by themselves.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use gateway::auth::{KeyFile, NewKey, StoredKey};
 use gateway::policy::Policy;
 
-use crate::client::{Format, print};
+use crate::client::{OutputFormat, print};
 
 /// `andon keys`
 #[derive(Debug, clap::Args)]
@@ -18,58 +18,58 @@ use crate::client::{Format, print};
                   andon keys create --keys keys.toml --tenant search --expires 90d\n  \
                   andon keys list --keys keys.toml\n  \
                   andon keys revoke ab12cd34 --keys keys.toml\n\n\
-                  Gateways read the file again within a second of its change."
+                  Gateways reload the file within a second of a change."
 )]
 pub struct Keys {
     #[command(subcommand)]
     action: Action,
-    /// The file of the keys, the same as a gateway's --keys
+    /// Key file: the same file as a gateway's --keys
     #[arg(long, global = true, value_name = "FILE")]
     keys: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// Makes a key and prints it: it is shown this once, and stored as a hash
+    /// Create an API key and print it; only its hash is stored
     #[command(
         disable_version_flag = true,
         after_help = "Example:\n  andon keys create --keys keys.toml --tenant search --name \"nightly job\" --expires 90d"
     )]
-    Create(Create),
-    /// Lists the keys by their prefixes
+    Create(CreateOptions),
+    /// List API keys by prefix
     #[command(after_help = "Example:\n  andon keys list --keys keys.toml --output json")]
-    List(List),
-    /// Ends a key: gateways refuse it within a second
+    List(ListOptions),
+    /// Revoke an API key: gateways reject it within a second
     #[command(after_help = "Example:\n  andon keys revoke ab12cd34 --keys keys.toml")]
-    Revoke(Revoke),
+    Revoke(RevokeOptions),
 }
 
 #[derive(Debug, clap::Args)]
-struct Create {
-    /// The tenant of the policy that it stands for
+struct CreateOptions {
+    /// Tenant that the key authenticates, as named in the policy
     #[arg(long, value_name = "NAME")]
     tenant: String,
-    /// What it is for, for people
+    /// Description of the key
     #[arg(long, value_name = "TEXT")]
     name: Option<String>,
-    /// How long it is good for; for ever if not given
+    /// Lifetime of the key; without it, the key does not expire
     #[arg(long, value_name = "DURATION", value_parser = platform::config::positive_duration)]
     expires: Option<Duration>,
-    /// A gateway's policy, to check that it names the tenant
+    /// Policy file, to check that it has the tenant
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
-struct List {
-    /// A table for people, JSON for programs
-    #[arg(long, value_enum, default_value_t = Format::Table)]
-    output: Format,
+struct ListOptions {
+    /// Output format
+    #[arg(long, value_enum, default_value_t = OutputFormat::Table)]
+    output: OutputFormat,
 }
 
 #[derive(Debug, clap::Args)]
-struct Revoke {
-    /// The eight characters between andon_ and the next underscore
+struct RevokeOptions {
+    /// Prefix of the key: the eight characters after andon_
     prefix: String,
 }
 
@@ -77,36 +77,36 @@ struct Revoke {
 pub fn keys(arguments: Keys) -> anyhow::Result<()> {
     let path = arguments
         .keys
-        .context("which keys? name their file with --keys FILE")?;
+        .context("the key file is missing: add --keys FILE")?;
     let file = KeyFile::at(&path);
     match arguments.action {
-        Action::Create(asked) => create(&file, asked),
-        Action::List(asked) => list(&file.list()?, asked.output),
-        Action::Revoke(asked) => {
-            let key = file.revoke(&asked.prefix)?;
+        Action::Create(options) => create(&file, options),
+        Action::List(options) => list(&file.list()?, options.output),
+        Action::Revoke(options) => {
+            let key = file.revoke(&options.prefix)?;
             print::out(&format!("revoked {} of {}\n", key.prefix, key.tenant))
         }
     }
 }
 
-fn create(file: &KeyFile, asked: Create) -> anyhow::Result<()> {
-    if let Some(path) = &asked.policy
-        && !Policy::read(path)?.tenants.contains_key(&asked.tenant)
+fn create(file: &KeyFile, options: CreateOptions) -> anyhow::Result<()> {
+    if let Some(path) = &options.policy
+        && !Policy::read(path)?.tenants.contains_key(&options.tenant)
     {
-        bail!("the policy names no tenant '{}'", asked.tenant);
+        bail!("the policy has no tenant '{}'", options.tenant);
     }
     let key = file.create(NewKey {
-        tenant: asked.tenant,
-        name: asked.name,
-        life: asked.expires,
+        tenant: options.tenant,
+        name: options.name,
+        life: options.expires,
     })?;
-    eprintln!("Keep this key: it is not stored and cannot be shown again.");
+    eprintln!("Store this key now: it cannot be shown again.");
     print::out(&format!("{key}\n"))
 }
 
-fn list(keys: &[StoredKey], format: Format) -> anyhow::Result<()> {
+fn list(keys: &[StoredKey], format: OutputFormat) -> anyhow::Result<()> {
     let now = SystemTime::now();
-    if format == Format::Json {
+    if format == OutputFormat::Json {
         let keys: Vec<_> = keys.iter().map(|key| json(key, now)).collect();
         return print::json(&keys);
     }

@@ -59,7 +59,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             }
         }
     });
-    // A model that is still computing must not hold the exit.
+    // A model that is still computing must not delay the exit.
     runtime.shutdown_background();
     outcome
 }

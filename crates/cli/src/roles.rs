@@ -1,4 +1,4 @@
-//! The roles: ports are opened when everything has been checked.
+//! The roles: ports are opened once all settings and files have been checked.
 
 use std::net::SocketAddr;
 use std::num::NonZero;
@@ -35,7 +35,7 @@ const CRATES: &[&str] = &[
     "worker",
 ];
 
-/// A role before its ports are open.
+/// The parts that every role has, before its ports are open.
 struct Role {
     process: Process,
     trigger: Trigger,
@@ -73,7 +73,7 @@ impl Role {
         Ok((bind(self.admin_addr)?, bind(self.grpc_addr)?))
     }
 
-    /// Opens the HTTP port of a gateway, if its callers may have both doors.
+    /// Opens the HTTP port of a gateway, if it may serve both addresses.
     fn bind_http(
         &self,
         gateway: &gateway::Gateway,
@@ -89,15 +89,15 @@ impl Role {
         spawn_owned(admin::run(listener, self.process.metrics.clone(), health))
     }
 
-    /// Serves until a signal has drained it, at the latest when the hard
-    /// deadline has passed.
+    /// Serves until a signal has drained the role, at the latest until the
+    /// drain deadline.
     async fn run(&self, serving: impl Future<Output = ()>) -> anyhow::Result<()> {
         let drained = async {
             drain::termination().await?;
-            tracing::info!("draining: not ready any more");
+            tracing::info!("draining: readiness is off");
             self.trigger.drain(self.server.drain_delay).await;
             tokio::time::sleep(self.server.drain_deadline + Duration::from_secs(2)).await;
-            tracing::warn!("the drain took too long");
+            tracing::warn!("the drain deadline passed with calls in flight");
             Ok(())
         };
         tokio::select! {
@@ -111,7 +111,7 @@ impl Role {
 pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
     let role = Role::new(arguments.common, "serve")?;
     let (connector, acceptor) = memory::pair();
-    // The worker drains when the gateway has: until then it has calls to answer.
+    // The worker drains after the gateway, whose calls it serves until then.
     let (worker_trigger, worker_drain) = drain::channel();
     let worker_process = Process {
         drain: worker_drain,
@@ -140,7 +140,7 @@ pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
         http: http.local_addr()?,
         admin: admin.local_addr()?,
     };
-    // The worker's waits for all models; the gateway's follows the drain.
+    // The worker is ready when all models are; the gateway until the drain.
     let _admin = role.admin(admin, vec![worker.health.clone(), gateway.health.clone()]);
     let _examples = spawn_owned(print_examples(addresses, worker.health.clone()));
     let serving = async {
@@ -192,7 +192,7 @@ struct Addresses {
     admin: SocketAddr,
 }
 
-/// Prints calls that work when pasted, once models are ready.
+/// Prints example calls once the models are ready.
 async fn print_examples(addresses: Addresses, health: Health) {
     while !health.ready() {
         tokio::time::sleep(Duration::from_millis(50)).await;

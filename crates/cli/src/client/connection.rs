@@ -1,63 +1,81 @@
 //! The connection that the tools share, and what its failures mean to people.
 
-use std::error::Error as _;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
+use http::uri::{Authority, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue};
-use platform::channel::Target;
-use platform::grpc::code_name;
+use platform::channel::{Channel, Target};
+use platform::grpc::frame;
 use platform::tls::ClientTls;
-use protocol::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
-use protocol::inference::{ModelMetadataRequest, ModelMetadataResponse, RepositoryIndexRequest};
-use tonic::metadata::MetadataMap;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
-use tonic::{Code, Request, Status};
+use protocol::Method;
+use protocol::inference::{
+    ModelMetadataRequest, ModelMetadataResponse, RepositoryIndexRequest, RepositoryIndexResponse,
+};
+use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
+use super::call::{CallError, RequestTemplate, unary};
 use super::options::{header, host_and_port};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Answers may be longer than requests, for example one vector per token.
-const ANSWER_BYTES_MAX: usize = 1 << 30;
 
-/// Which server, and what every call carries.
+/// Which server to call, and the metadata of every call.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Connection {
-    /// The server: a gateway, a worker, or `andon serve`
+    /// The server's gRPC address: a gateway, a worker or `andon serve`
     #[arg(long, global = true, value_name = "HOST:PORT", default_value = "127.0.0.1:8001", value_parser = host_and_port)]
     pub address: String,
-    /// Metadata that every call carries; repeatable
+    /// Metadata to send with each request; repeatable
     #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = header)]
     pub header: Vec<(HeaderName, HeaderValue)>,
-    /// A file with the key that every call carries; without it, the variable
-    /// ANDON_API_KEY
+    /// File with the API key; defaults to the key in ANDON_API_KEY, if set
     #[arg(long, global = true, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
-    /// Speak TLS, and trust the authorities of this PEM file
+    /// Connect with TLS and trust the CA certificates in this PEM file
     #[arg(long, global = true, value_name = "FILE")]
     pub tls_ca: Option<PathBuf>,
-    /// How long to wait for an answer, for example 5s
+    /// Timeout of each request, for example 5s
     #[arg(long, global = true, value_name = "DURATION", value_parser = platform::config::duration)]
     pub timeout: Option<Duration>,
 }
 
 impl Connection {
+    /// What every request carries.
+    pub fn template(&self) -> anyhow::Result<RequestTemplate> {
+        let authority: Authority = self
+            .address
+            .parse()
+            .map_err(|error: http::uri::InvalidUri| self.unreachable(&error.to_string()))?;
+        let scheme = if self.tls_ca.is_some() {
+            Scheme::HTTPS
+        } else {
+            Scheme::HTTP
+        };
+        let headers = self.headers()?;
+        Ok(RequestTemplate::new(
+            scheme,
+            authority,
+            headers,
+            self.timeout,
+        ))
+    }
+
     /// The metadata of a call.
-    pub fn headers(&self) -> anyhow::Result<HeaderMap> {
+    fn headers(&self) -> anyhow::Result<HeaderMap> {
         let mut headers: HeaderMap = self.header.iter().cloned().collect();
         if let Some(key) = self.key()? {
             let mut value = HeaderValue::try_from(format!("Bearer {key}"))
-                .map_err(|_| anyhow::anyhow!("the key holds characters that no key has"))?;
+                .map_err(|_| anyhow::anyhow!("the API key must be printable ASCII"))?;
             value.set_sensitive(true);
             headers.insert(http::header::AUTHORIZATION, value);
         }
         Ok(headers)
     }
 
-    /// The key of the file or of the variable.
+    /// The API key of the file or of the variable.
     fn key(&self) -> anyhow::Result<Option<String>> {
         let key = match &self.key_file {
             Some(file) => std::fs::read_to_string(file)
@@ -76,134 +94,144 @@ impl Connection {
         })
     }
 
-    /// The address as a URI.
-    pub fn origin(&self) -> String {
-        let scheme = if self.tls_ca.is_some() {
-            "https"
-        } else {
-            "http"
-        };
-        format!("{scheme}://{}", self.address)
-    }
-
     /// Why there is no connection, and what to do.
     pub fn unreachable(&self, reason: &str) -> anyhow::Error {
         let address = &self.address;
         anyhow::anyhow!(
             "cannot connect to {address}: {reason}\n  \
              Is Andon running at {address}? Start it with: andon serve --repository models\n  \
-             Another server is named with: --address HOST:PORT"
+             To call another server: --address HOST:PORT"
         )
     }
 }
 
 /// A client of one server.
 pub struct Client {
-    stub: GrpcInferenceServiceClient<Channel>,
+    channel: Channel,
+    target: Target,
+    template: RequestTemplate,
     connection: Connection,
-    headers: HeaderMap,
 }
 
 impl Client {
     /// Connects, or says what to do.
     pub async fn connect(connection: &Connection) -> anyhow::Result<Self> {
-        let mut endpoint = Endpoint::from_shared(connection.origin())
-            .map_err(|error| connection.unreachable(&error.to_string()))?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true);
-        if let Some(file) = &connection.tls_ca {
-            let authorities =
-                std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-            let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authorities));
-            endpoint = endpoint.tls_config(tls)?;
-        }
-        let headers = connection.headers()?;
-        let channel = endpoint
-            .connect()
+        let template = connection.template()?;
+        let target = connection.target()?;
+        let channel = Channel::connect(&target, CONNECT_TIMEOUT)
             .await
-            .map_err(|error| connection.unreachable(&innermost(&error)))?;
+            .map_err(|error| connection.unreachable(&error.to_string()))?;
         Ok(Self {
-            stub: GrpcInferenceServiceClient::new(channel)
-                .max_decoding_message_size(ANSWER_BYTES_MAX)
-                .max_encoding_message_size(ANSWER_BYTES_MAX),
+            channel,
+            target,
+            template,
             connection: connection.clone(),
-            headers,
         })
     }
 
-    /// The generated client.
-    pub fn stub(&mut self) -> &mut GrpcInferenceServiceClient<Channel> {
-        &mut self.stub
-    }
-
-    /// A call with the metadata and the deadline that were asked for.
-    pub fn request<T>(&self, message: T) -> Request<T> {
-        let metadata = MetadataMap::from_headers(self.headers.clone());
-        let mut request = Request::from_parts(metadata, tonic::Extensions::default(), message);
-        if let Some(timeout) = self.connection.timeout {
-            request.set_timeout(timeout);
+    /// Calls a unary method. An error is explained with what to do.
+    pub async fn call<R: prost::Message + Default>(
+        &mut self,
+        method: Method,
+        message: &impl prost::Message,
+    ) -> anyhow::Result<R> {
+        match self.try_call(method, message).await {
+            Ok(response) => Ok(response),
+            Err(error) => Err(self.explain(error).await),
         }
-        request
     }
 
-    /// What a model takes and gives. An unknown model's error lists those that
-    /// are known.
+    /// Calls a unary method, within the timeout if there is one.
+    pub async fn try_call<R: prost::Message + Default>(
+        &mut self,
+        method: Method,
+        message: &impl prost::Message,
+    ) -> Result<R, CallError> {
+        let head = self.template.head(method);
+        let framed = frame(message);
+        let timeout = self.connection.timeout;
+        let call = async {
+            match unary(&self.channel, head.clone(), framed.clone()).await {
+                // For example a connection that has reached its age.
+                Err(CallError::Unprocessed(_)) => {
+                    self.channel = Channel::connect(&self.target, CONNECT_TIMEOUT).await?;
+                    unary(&self.channel, head, framed).await
+                }
+                result => result,
+            }
+        };
+        match timeout {
+            None => call.await,
+            Some(timeout) => tokio::time::timeout(timeout, call)
+                .await
+                .unwrap_or(Err(CallError::TimedOut(timeout))),
+        }
+    }
+
+    /// A model's inputs and outputs. The error for an unknown model lists the
+    /// models that are ready.
     pub async fn metadata(
         &mut self,
         model: &str,
         version: &str,
     ) -> anyhow::Result<ModelMetadataResponse> {
-        let request = self.request(ModelMetadataRequest {
+        let request = ModelMetadataRequest {
             name: model.to_owned(),
             version: version.to_owned(),
-        });
-        match self.stub.model_metadata(request).await {
-            Ok(answer) => Ok(answer.into_inner()),
-            Err(status) => Err(self.explain(status).await),
-        }
+        };
+        self.call(Method::ModelMetadata, &request).await
     }
 
-    /// A failure in words that say what to do.
-    pub async fn explain(&mut self, status: Status) -> anyhow::Error {
-        let mut text = describe(&status);
-        match status.code() {
-            Code::NotFound => match self.ready_models().await {
-                Some(names) if names.is_empty() => {
-                    text.push_str("\n  No model is ready there: see andon models list");
-                }
-                Some(names) => {
-                    let _ = write!(text, "\n  Models there: {}", names.join(", "));
-                }
-                None => {}
-            },
-            Code::DeadlineExceeded | Code::Cancelled if self.connection.timeout.is_some() => {
-                text.push_str("\n  Wait longer with --timeout DURATION");
+    /// An error with a hint what to do.
+    pub async fn explain(&mut self, error: CallError) -> anyhow::Error {
+        let mut text = format!("{}: {error}", error.code());
+        let hint = match &error {
+            CallError::Status(status) => {
+                text.push_str(&details(status));
+                self.hint(status.code()).await
             }
-            Code::Unavailable | Code::Unknown | Code::Internal if status.source().is_some() => {
-                let _ = write!(
-                    text,
-                    "\n  Does {} speak gRPC? Andon's gRPC port is 8001; 8002 has the metrics",
-                    self.connection.address
-                );
-            }
-            Code::Unauthenticated => {
-                text.push_str("\n  Give the key with --key-file FILE or in ANDON_API_KEY");
-            }
-            Code::Unavailable => {
-                text.push_str("\n  States and reasons are shown by: andon models list");
-            }
-            _ => {}
+            CallError::TimedOut(_) => Some(LONGER_TIMEOUT.to_owned()),
+            CallError::TooLong(_) => None,
+            _ => Some(format!(
+                "Does {} speak gRPC? By default Andon serves gRPC on port 8001, HTTP on 8000, metrics on 8002",
+                self.connection.address
+            )),
+        };
+        if let Some(hint) = hint {
+            let _ = write!(text, "\n  {hint}");
         }
         anyhow::Error::msg(text)
     }
 
-    /// The models that are ready; none when the server does not say.
+    /// What to do about an error of the server.
+    async fn hint(&mut self, code: Code) -> Option<String> {
+        let hint = match code {
+            Code::NotFound => match self.ready_models().await? {
+                names if names.is_empty() => "No model is ready: see andon models list".to_owned(),
+                names => format!("Ready models: {}", names.join(", ")),
+            },
+            Code::DeadlineExceeded | Code::Cancelled if self.connection.timeout.is_some() => {
+                LONGER_TIMEOUT.to_owned()
+            }
+            Code::Unauthenticated => {
+                "Give an API key with --key-file FILE or in ANDON_API_KEY".to_owned()
+            }
+            Code::Unavailable => "For the state of each model: andon models list".to_owned(),
+            _ => return None,
+        };
+        Some(hint)
+    }
+
+    /// The models that are ready; none when the server does not list them.
     async fn ready_models(&mut self) -> Option<Vec<String>> {
-        let request = self.request(RepositoryIndexRequest {
+        let request = RepositoryIndexRequest {
             repository_name: String::new(),
             ready: true,
-        });
-        let index = self.stub.repository_index(request).await.ok()?.into_inner();
+        };
+        let index: RepositoryIndexResponse = self
+            .try_call(Method::RepositoryIndex, &request)
+            .await
+            .ok()?;
         let mut names: Vec<String> = index
             .models
             .into_iter()
@@ -215,18 +243,11 @@ impl Client {
     }
 }
 
-/// A status in one line, and a line for each field that is wrong.
-fn describe(status: &Status) -> String {
-    // tonic ends a call whose deadline passed as cancelled, on the client.
-    let expired = status.code() == Code::Cancelled && status.message() == "Timeout expired";
-    if expired {
-        return "DEADLINE_EXCEEDED: no answer came in time".to_owned();
-    }
-    let message = match (status.message(), status.source()) {
-        ("", Some(source)) | ("transport error", Some(source)) => innermost(source),
-        (message, _) => message.to_owned(),
-    };
-    let mut text = format!("{}: {message}", code_name(status.code()));
+const LONGER_TIMEOUT: &str = "To wait longer: --timeout DURATION";
+
+/// A line for each field that is wrong, and the time after which to retry.
+fn details(status: &Status) -> String {
+    let mut text = String::new();
     let details = status.get_error_details();
     for violation in details
         .bad_request()
@@ -234,27 +255,15 @@ fn describe(status: &Status) -> String {
         .unwrap_or_default()
     {
         // Andon's own messages say it already.
-        if !message.contains(&violation.description) || violation.description.is_empty() {
-            let _ = write!(
-                text,
-                "\n  field {}: {}",
-                violation.field, violation.description
-            );
+        let description = &violation.description;
+        if description.is_empty() || !status.message().contains(description) {
+            let _ = write!(text, "\n  field {}: {description}", violation.field);
         }
     }
     if let Some(delay) = details.retry_info().and_then(|retry| retry.retry_delay) {
-        let _ = write!(text, "\n  Try again in {delay:?}");
+        let _ = write!(text, "\n  Retry in {delay:?}");
     }
     text
-}
-
-/// The cause at the bottom: the layers above it say "transport error".
-fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut innermost = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
-    }
-    innermost.to_string()
 }
 
 #[cfg(test)]
@@ -264,12 +273,9 @@ mod tests {
 
     #[test]
     fn a_wrong_field_is_named() {
-        let details = ErrorDetails::with_bad_request_violation("inputs[0].shape", "is negative");
-        let status = Status::with_error_details(Code::InvalidArgument, "wrong", details);
-        assert_eq!(
-            describe(&status),
-            "INVALID_ARGUMENT: wrong\n  field inputs[0].shape: is negative"
-        );
+        let violation = ErrorDetails::with_bad_request_violation("inputs[0].shape", "is negative");
+        let status = Status::with_error_details(Code::InvalidArgument, "wrong", violation);
+        assert_eq!(details(&status), "\n  field inputs[0].shape: is negative");
     }
 
     #[tokio::test]

@@ -2,13 +2,15 @@
 
 mod show;
 
+use protocol::Method;
 use protocol::inference::{
-    RepositoryIndexRequest, RepositoryModelLoadRequest, RepositoryModelUnloadRequest,
+    RepositoryIndexRequest, RepositoryIndexResponse, RepositoryModelLoadRequest,
+    RepositoryModelLoadResponse, RepositoryModelUnloadRequest, RepositoryModelUnloadResponse,
     repository_index_response::ModelIndex,
 };
 
 use super::connection::{Client, Connection};
-use super::options::Format;
+use super::options::OutputFormat;
 use super::print;
 
 /// `andon models`
@@ -27,42 +29,42 @@ pub struct Models {
     action: Action,
     #[command(flatten)]
     connection: Connection,
-    /// A table for people, JSON for programs
-    #[arg(long, global = true, value_enum, default_value_t = Format::Table)]
-    output: Format,
+    /// Output format
+    #[arg(long, global = true, value_enum, default_value_t = OutputFormat::Table)]
+    output: OutputFormat,
 }
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// Lists every model version with its state
+    /// List models: every version with its state
     #[command(after_help = "Example:\n  andon models list --output json")]
     List,
-    /// Shows a model's inputs, outputs, configuration and statistics
+    /// Show a model's metadata, configuration and statistics
     #[command(
         disable_version_flag = true,
         after_help = "Examples:\n  andon models show minilm\n  andon models show minilm --version 1 --output json"
     )]
-    Show(Show),
-    /// Loads a model, or loads it again, and waits until it is ready
+    Show(ModelVersion),
+    /// Load or reload a model and wait until it is ready
     #[command(after_help = "Example:\n  andon models load digits")]
-    Load(Named),
-    /// Unloads a model and gives its memory back
+    Load(Model),
+    /// Unload a model and free its memory
     #[command(after_help = "Example:\n  andon models unload digits")]
-    Unload(Named),
+    Unload(Model),
 }
 
 #[derive(Debug, clap::Args)]
-struct Show {
-    /// The model's name
+struct ModelVersion {
+    /// Name of the model
     name: String,
-    /// The version; the newest ready one if not given
+    /// Version of the model; defaults to the newest ready version
     #[arg(long, value_name = "N", default_value = "", hide_default_value = true)]
     version: String,
 }
 
 #[derive(Debug, clap::Args)]
-struct Named {
-    /// The model's name
+struct Model {
+    /// Name of the model
     name: String,
 }
 
@@ -72,22 +74,22 @@ pub async fn models(arguments: Models) -> anyhow::Result<()> {
     let format = arguments.output;
     match arguments.action {
         Action::List => list(&mut client, format).await,
-        Action::Show(asked) => show::show(&mut client, &asked.name, &asked.version, format).await,
-        Action::Load(asked) => load(&mut client, asked.name, format).await,
-        Action::Unload(asked) => unload(&mut client, asked.name, format).await,
+        Action::Show(model) => show::show(&mut client, &model.name, &model.version, format).await,
+        Action::Load(model) => load(&mut client, model.name, format).await,
+        Action::Unload(model) => unload(&mut client, model.name, format).await,
     }
 }
 
-/// One model version, as JSON has it.
+/// The state of a model version, as JSON has it.
 #[derive(Debug, serde::Serialize)]
-struct Entry {
+struct VersionState {
     name: String,
     version: String,
     state: String,
     reason: String,
 }
 
-impl From<ModelIndex> for Entry {
+impl From<ModelIndex> for VersionState {
     fn from(model: ModelIndex) -> Self {
         Self {
             name: model.name,
@@ -98,14 +100,14 @@ impl From<ModelIndex> for Entry {
     }
 }
 
-async fn list(client: &mut Client, format: Format) -> anyhow::Result<()> {
+async fn list(client: &mut Client, format: OutputFormat) -> anyhow::Result<()> {
     let models = index(client).await?;
-    if format == Format::Json {
+    if format == OutputFormat::Json {
         return print::json(&models);
     }
     if models.is_empty() {
         return print::out(
-            "The model repository is empty: put a model at <repository>/<name>/1/\n",
+            "The model repository is empty: add a model as <repository>/<name>/<version>/\n",
         );
     }
     let rows: Vec<Vec<String>> = models
@@ -118,52 +120,45 @@ async fn list(client: &mut Client, format: Format) -> anyhow::Result<()> {
     ))
 }
 
-async fn index(client: &mut Client) -> anyhow::Result<Vec<Entry>> {
-    let request = client.request(RepositoryIndexRequest::default());
-    let answered = client.stub().repository_index(request).await;
-    let index = match answered {
-        Ok(index) => index.into_inner(),
-        Err(status) => return Err(client.explain(status).await),
-    };
-    let mut models: Vec<Entry> = index.models.into_iter().map(Entry::from).collect();
+async fn index(client: &mut Client) -> anyhow::Result<Vec<VersionState>> {
+    let request = RepositoryIndexRequest::default();
+    let index: RepositoryIndexResponse = client.call(Method::RepositoryIndex, &request).await?;
+    let mut models: Vec<VersionState> = index.models.into_iter().map(Into::into).collect();
     models.sort_by(|one, other| {
         one.name
             .cmp(&other.name)
-            .then(order(one).cmp(&order(other)))
+            .then(version_number(one).cmp(&version_number(other)))
     });
     Ok(models)
 }
 
 /// Versions are integers: 10 comes after 9.
-fn order(model: &Entry) -> u64 {
+fn version_number(model: &VersionState) -> u64 {
     model.version.parse().unwrap_or(u64::MAX)
 }
 
-async fn load(client: &mut Client, name: String, format: Format) -> anyhow::Result<()> {
-    let request = client.request(RepositoryModelLoadRequest {
+async fn load(client: &mut Client, name: String, format: OutputFormat) -> anyhow::Result<()> {
+    let request = RepositoryModelLoadRequest {
         model_name: name.clone(),
         ..Default::default()
-    });
-    match client.stub().repository_model_load(request).await {
-        Ok(_) => changed(&name, "loaded", format),
-        Err(status) => Err(client.explain(status).await),
-    }
+    };
+    let _: RepositoryModelLoadResponse = client.call(Method::RepositoryModelLoad, &request).await?;
+    print_done(&name, "loaded", format)
 }
 
-async fn unload(client: &mut Client, name: String, format: Format) -> anyhow::Result<()> {
-    let request = client.request(RepositoryModelUnloadRequest {
+async fn unload(client: &mut Client, name: String, format: OutputFormat) -> anyhow::Result<()> {
+    let request = RepositoryModelUnloadRequest {
         model_name: name.clone(),
         ..Default::default()
-    });
-    match client.stub().repository_model_unload(request).await {
-        Ok(_) => changed(&name, "unloaded", format),
-        Err(status) => Err(client.explain(status).await),
-    }
+    };
+    let _: RepositoryModelUnloadResponse =
+        client.call(Method::RepositoryModelUnload, &request).await?;
+    print_done(&name, "unloaded", format)
 }
 
-fn changed(name: &str, done: &str, format: Format) -> anyhow::Result<()> {
+fn print_done(name: &str, done: &str, format: OutputFormat) -> anyhow::Result<()> {
     match format {
-        Format::Json => print::json(&serde_json::json!({ "name": name, "done": done })),
-        Format::Table => print::out(&format!("{} is {done}\n", print::visible(name))),
+        OutputFormat::Json => print::json(&serde_json::json!({ "name": name, "done": done })),
+        OutputFormat::Table => print::out(&format!("{} is {done}\n", print::visible(name))),
     }
 }

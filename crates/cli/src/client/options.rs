@@ -1,4 +1,4 @@
-//! Values that several tools read from the command line.
+//! Options that several commands share.
 
 use std::collections::HashMap;
 
@@ -7,14 +7,14 @@ use protocol::inference::InferParameter;
 use protocol::inference::infer_parameter::ParameterChoice;
 
 /// Metadata that holds secrets, which come from files or variables alone.
-const SECRETS: [&str; 3] = ["authorization", "x-api-key", "api-key"];
+const SECRET_HEADERS: [&str; 3] = ["authorization", "x-api-key", "api-key"];
 
-/// How a tool writes its answer.
+/// The format of a command's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Format {
-    /// For people
+pub enum OutputFormat {
+    /// For people; long values are shortened
     Table,
-    /// For programs: complete
+    /// For programs; complete
     Json,
 }
 
@@ -22,7 +22,7 @@ pub enum Format {
 pub fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("write it as KEY=VALUE".to_owned()),
+        _ => Err("must be KEY=VALUE".to_owned()),
     }
 }
 
@@ -32,27 +32,27 @@ pub fn host_and_port(text: &str) -> Result<String, String> {
         Some((host, port)) if !host.is_empty() && !host.contains('/') => {
             match port.parse::<u16>() {
                 Ok(_) => Ok(text.to_owned()),
-                Err(_) => Err(format!("'{port}' is no port")),
+                Err(_) => Err(format!("port '{port}' must be a number from 0 to 65535")),
             }
         }
-        _ => Err("write it as HOST:PORT, for example 127.0.0.1:8001".to_owned()),
+        _ => Err("must be HOST:PORT, for example 127.0.0.1:8001".to_owned()),
     }
 }
 
-/// Reads the metadata of a call, `KEY=VALUE`.
+/// Parses one entry of a request's metadata, `KEY=VALUE`.
 pub fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
     let (key, value) = pair(text)?;
     let key: HeaderName = key
         .parse()
-        .map_err(|_| format!("'{key}' is no metadata key: use letters, digits, - and _"))?;
+        .map_err(|_| format!("'{key}' is not a metadata key: use letters, digits, - and _"))?;
     if key.as_str().ends_with("-bin") || key.as_str().starts_with("grpc-") {
         return Err(format!(
             "'{key}' cannot be set here: it is binary or reserved by gRPC"
         ));
     }
-    if SECRETS.contains(&key.as_str()) {
+    if SECRET_HEADERS.contains(&key.as_str()) {
         return Err(format!(
-            "'{key}' would show a secret in the list of processes: use --key-file, or the variable ANDON_API_KEY"
+            "'{key}' would show a secret in the process list: use --key-file or the variable ANDON_API_KEY"
         ));
     }
     let value = HeaderValue::from_str(&value)
@@ -60,8 +60,8 @@ pub fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
     Ok((key, value))
 }
 
-/// Reads a parameter, `KEY=VALUE`: a boolean, an integer, a number, else a
-/// text. A value in double quotes is a text whatever it looks like.
+/// Parses a parameter, `KEY=VALUE`: a boolean, an integer, a number, else a
+/// string. A value in double quotes is always a string.
 pub fn parameter(text: &str) -> Result<(String, ParameterChoice), String> {
     let (key, value) = pair(text)?;
     let quoted = value
@@ -83,7 +83,7 @@ pub fn parameter(text: &str) -> Result<(String, ParameterChoice), String> {
     Ok((key, choice))
 }
 
-/// A number that starts like one: Rust also reads `inf` and `nan`, which are
+/// A number that starts like one: Rust also parses `inf` and `nan`, which are
 /// words to everybody else.
 fn number(text: &str) -> Option<f64> {
     let first = text.trim_start_matches(['-', '+']).chars().next()?;
@@ -93,9 +93,9 @@ fn number(text: &str) -> Option<f64> {
     text.parse().ok()
 }
 
-/// Parameters as a request carries them.
-pub fn parameters(given: &[(String, ParameterChoice)]) -> HashMap<String, InferParameter> {
-    given
+/// The parameters of a request.
+pub fn parameters(parameters: &[(String, ParameterChoice)]) -> HashMap<String, InferParameter> {
+    parameters
         .iter()
         .map(|(key, choice)| {
             let parameter = InferParameter {
@@ -152,10 +152,10 @@ mod tests {
             "x-api-key=s3cret",
             "api-key=s3cret",
         ] {
-            let said = header(text).unwrap_err();
+            let error = header(text).unwrap_err();
             assert!(
-                said.contains("--key-file") && !said.contains("s3cret"),
-                "{said}"
+                error.contains("--key-file") && !error.contains("s3cret"),
+                "{error}"
             );
         }
     }

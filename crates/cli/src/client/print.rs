@@ -1,11 +1,10 @@
-//! What goes to standard output.
+//! Printing to standard output.
 
 use std::io::{self, Write};
 
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
-/// Writes an answer. A reader that has seen enough, such as `head`, is no
-/// error.
+/// Writes text. A reader that closes early, such as `head`, is not an error.
 pub fn out(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     match stdout
@@ -31,7 +30,7 @@ pub fn json_line(value: &impl serde::Serialize) -> anyhow::Result<()> {
     out(&text)
 }
 
-/// Lays out rows in columns, two spaces apart, under a heading.
+/// Formats rows as columns under a heading, two spaces apart.
 pub fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
     let heading: Vec<String> = heading.iter().map(|cell| (*cell).to_owned()).collect();
     let mut widths = vec![0; heading.len()];
@@ -55,8 +54,8 @@ pub fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// A text without control characters: what a server or a model says must not
-/// steer the terminal.
+/// The text without control characters, so that strings of a server or a model
+/// cannot control the terminal.
 pub fn visible(text: &str) -> String {
     text.chars()
         .map(|character| {
@@ -69,7 +68,7 @@ pub fn visible(text: &str) -> String {
         .collect()
 }
 
-/// A text cut to so many columns of the terminal.
+/// The text, shortened to this many columns of the terminal.
 pub fn short(text: &str, columns: usize) -> String {
     if text.width() <= columns {
         return text.to_owned();
@@ -86,7 +85,7 @@ pub fn short(text: &str, columns: usize) -> String {
     cut
 }
 
-/// A tensor's shape as people write it.
+/// A shape as people write it, for example `[-1,384]`.
 pub fn shape(dimensions: &[i64]) -> String {
     let dimensions: Vec<String> = dimensions.iter().map(i64::to_string).collect();
     format!("[{}]", dimensions.join(","))
@@ -107,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn long_texts_are_cut() {
+    fn long_texts_are_shortened() {
         assert_eq!(short("lantern", 7), "lantern");
         assert_eq!(short("lanterns", 7), "lanter…");
         assert_eq!(short("日本語", 5), "日本…");

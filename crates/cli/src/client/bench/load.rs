@@ -1,6 +1,6 @@
-//! The load: a closed loop over raw connections. It shares the processor with
-//! what it measures, so it encodes nothing, decodes nothing and drives all
-//! requests of a connection from one task.
+//! The load generator: a closed loop over raw connections. It often shares the
+//! CPU with the server that it measures, so it encodes nothing, decodes nothing
+//! and drives all requests of a connection from one task.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,78 +12,65 @@ use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use hdrhistogram::Histogram;
-use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
-use http_body_util::BodyExt;
-use platform::channel::{Channel, ChannelError, Target};
-use platform::grpc::{code_name, head_code, head_status};
+use http::Request;
+use platform::channel::{Channel, Target};
+use protocol::Method;
 use tokio::task::JoinSet;
-use tonic::Code;
 
+use super::super::call::{CallError, exchange};
 use super::super::connection::Connection;
 
-const PATH: &str = "/inference.GRPCInferenceService/ModelInfer";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A request that is not answered by then has failed, so that a server that
-/// hangs cannot hang the measurement.
+/// The timeout of a request without `--timeout`, so that a server that hangs
+/// cannot hang the benchmark.
 const TIMEOUT: Duration = Duration::from_secs(60);
-/// Between attempts to reach a server that is not there.
-const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
-/// A latency is kept to about a thousandth of itself; none is longer than an
-/// hour.
+/// The pause between attempts to reconnect.
+const RECONNECT_BACKOFF: Duration = Duration::from_millis(50);
+/// Latencies are recorded with three significant digits, up to an hour.
 const DIGITS: u8 = 3;
 const LATENCY_NS_MAX: u64 = 3_600_000_000_000;
 
-/// What is sent and where.
+/// The requests, and the server that they are sent to.
 pub struct Load {
     target: Target,
-    uri: Uri,
-    headers: HeaderMap,
+    head: Request<()>,
     requests: Vec<Bytes>,
     timeout: Duration,
-    /// Requests of the present run that were begun.
-    begun: AtomicU64,
+    /// Requests started in the current run.
+    started: AtomicU64,
 }
 
-/// When a run ends: then no request is begun, and those in flight are awaited.
+/// When a run stops sending requests. Those in flight are awaited.
 #[derive(Debug, Clone, Copy)]
-pub enum Until {
-    /// So long after the start.
+pub enum StopAfter {
+    /// The time since the start of the run.
     Elapsed(Duration),
-    /// When so many requests were begun.
+    /// The number of requests sent.
     Requests(u64),
 }
 
-/// What came of a run.
+/// The results of a run.
 #[derive(Debug)]
-pub struct Tally {
-    /// Nanoseconds of the requests that succeeded.
+pub struct RunResults {
+    /// Latencies of the requests that succeeded, in nanoseconds.
     pub latencies: Histogram<u64>,
-    /// The others by their code: how many, and what the first one said.
+    /// The requests that failed, by code: their number and the first message.
     pub errors: BTreeMap<&'static str, (u64, String)>,
 }
 
 impl Load {
-    /// A load on one server.
+    /// A load of framed requests on one server.
     pub fn new(connection: &Connection, requests: Vec<Bytes>) -> anyhow::Result<Self> {
-        let mut headers = connection.headers()?;
-        headers.insert("content-type", HeaderValue::from_static("application/grpc"));
-        headers.insert("te", HeaderValue::from_static("trailers"));
-        if let Some(timeout) = connection.timeout {
-            // The protocol allows eight digits.
-            let millis = timeout.as_millis().clamp(1, 99_999_999);
-            headers.insert("grpc-timeout", HeaderValue::try_from(format!("{millis}m"))?);
-        }
         Ok(Self {
             target: connection.target()?,
-            uri: format!("{}{PATH}", connection.origin()).parse()?,
-            headers,
+            head: connection.template()?.head(Method::ModelInfer),
             requests,
             timeout: connection.timeout.unwrap_or(TIMEOUT),
-            begun: AtomicU64::new(0),
+            started: AtomicU64::new(0),
         })
     }
 
-    /// Opens so many connections.
+    /// Opens this many connections.
     pub async fn connect(&self, connections: u32) -> io::Result<Vec<Arc<Channel>>> {
         let mut channels = Vec::new();
         for _ in 0..connections {
@@ -94,189 +81,130 @@ impl Load {
         Ok(channels)
     }
 
-    /// Requests of the present run that were begun.
-    pub fn begun(&self) -> u64 {
-        self.begun.load(Ordering::Relaxed)
+    /// Requests started in the current run.
+    pub fn started(&self) -> u64 {
+        self.started.load(Ordering::Relaxed)
     }
 }
 
-/// Keeps `concurrency` requests in flight over the connections until the end,
-/// and awaits the last of them.
+/// Keeps `concurrency` requests in flight over the connections until the run
+/// stops, and awaits the last of them.
 pub async fn run(
     load: &Arc<Load>,
     channels: &[Arc<Channel>],
     concurrency: u32,
-    until: Until,
-) -> anyhow::Result<(Tally, Duration)> {
-    load.begun.store(0, Ordering::Relaxed);
+    stop: StopAfter,
+) -> anyhow::Result<(RunResults, Duration)> {
+    load.started.store(0, Ordering::Relaxed);
     let started = Instant::now();
     let connections = u32::try_from(channels.len())?.max(1);
     let mut drivers = JoinSet::new();
-    for (place, channel) in (0u32..).zip(channels) {
-        let driver = Driver {
+    for (index, channel) in (0u32..).zip(channels) {
+        let driver = ConnectionDriver {
             load: load.clone(),
             channel: channel.clone(),
             started,
-            until,
-            tally: Tally::new()?,
+            stop,
+            results: RunResults::new()?,
         };
-        let slots = concurrency / connections + u32::from(place < concurrency % connections);
+        let slots = concurrency / connections + u32::from(index < concurrency % connections);
         drivers.spawn(driver.drive(slots));
     }
-    let mut tally = Tally::new()?;
+    let mut results = RunResults::new()?;
     while let Some(driven) = drivers.join_next().await {
-        tally.add(driven?)?;
+        results.add(driven?)?;
     }
-    Ok((tally, started.elapsed()))
+    Ok((results, started.elapsed()))
 }
 
-/// The requests in flight over one connection.
-struct Driver {
+/// Keeps the requests of one connection in flight.
+struct ConnectionDriver {
     load: Arc<Load>,
     channel: Arc<Channel>,
     started: Instant,
-    until: Until,
-    tally: Tally,
+    stop: StopAfter,
+    results: RunResults,
 }
 
-impl Driver {
-    async fn drive(mut self, slots: u32) -> Tally {
+impl ConnectionDriver {
+    async fn drive(mut self, slots: u32) -> RunResults {
         let mut in_flight: FuturesUnordered<_> = (0..slots)
             .filter_map(|_| self.next())
-            .map(|number| exchange(self.load.clone(), self.channel.clone(), number))
+            .map(|number| send(self.load.clone(), self.channel.clone(), number))
             .collect();
-        while let Some(exchanged) = in_flight.next().await {
-            if let Some(number) = self.settle(exchanged).await {
-                in_flight.push(exchange(self.load.clone(), self.channel.clone(), number));
+        while let Some(completed) = in_flight.next().await {
+            if let Some(number) = self.record(completed).await {
+                in_flight.push(send(self.load.clone(), self.channel.clone(), number));
             }
         }
-        self.tally
+        self.results
     }
 
-    /// The number of the next request; none at the end of the run.
+    /// The number of the next request; none when the run stops.
     fn next(&self) -> Option<u64> {
-        if let Until::Elapsed(duration) = self.until
+        if let StopAfter::Elapsed(duration) = self.stop
             && self.started.elapsed() >= duration
         {
             return None;
         }
-        let number = self.load.begun.fetch_add(1, Ordering::Relaxed);
-        match self.until {
-            Until::Requests(requests) if number >= requests => None,
+        let number = self.load.started.fetch_add(1, Ordering::Relaxed);
+        match self.stop {
+            StopAfter::Requests(requests) if number >= requests => None,
             _ => Some(number),
         }
     }
 
-    /// Counts what came of a request; returns the number of the one to send.
-    async fn settle(&mut self, exchanged: Exchanged) -> Option<u64> {
-        match exchanged.outcome {
-            Outcome::Answered => self.tally.succeed(exchanged.latency),
-            Outcome::Failed(code, message) => self.tally.fail(code, message),
-            // The server never saw it: it is sent again over a new connection.
-            Outcome::Unsent => {
-                if !Arc::ptr_eq(&self.channel, &exchanged.channel) {
-                    return Some(exchanged.number);
+    /// Records a completed request; returns the number of the one to send.
+    async fn record(&mut self, completed: Completed) -> Option<u64> {
+        match completed.result {
+            Ok(()) => self.results.succeed(completed.latency),
+            // The server has not processed it: it is retried on a new connection.
+            Err(CallError::Unprocessed(_)) => {
+                if !Arc::ptr_eq(&self.channel, &completed.channel) {
+                    return Some(completed.number);
                 }
-                match self.reconnect().await {
-                    Ok(()) => return Some(exchanged.number),
+                match Channel::connect(&self.load.target, CONNECT_TIMEOUT).await {
+                    Ok(channel) => {
+                        self.channel = Arc::new(channel);
+                        return Some(completed.number);
+                    }
                     Err(error) => {
-                        let message = format!("cannot connect: {error}");
-                        self.tally.fail(code_name(Code::Unavailable), message);
-                        tokio::time::sleep(RECONNECT_PAUSE).await;
+                        self.results.fail(&CallError::Unconnected(error));
+                        tokio::time::sleep(RECONNECT_BACKOFF).await;
                     }
                 }
             }
+            Err(error) => self.results.fail(&error),
         }
         self.next()
     }
-
-    async fn reconnect(&mut self) -> io::Result<()> {
-        let channel = Channel::connect(&self.load.target, CONNECT_TIMEOUT).await?;
-        self.channel = Arc::new(channel);
-        Ok(())
-    }
 }
 
-struct Exchanged {
+/// A request that has ended.
+struct Completed {
     number: u64,
     channel: Arc<Channel>,
     latency: Duration,
-    outcome: Outcome,
+    result: Result<(), CallError>,
 }
 
-enum Outcome {
-    Answered,
-    Failed(&'static str, String),
-    Unsent,
-}
-
-async fn exchange(load: Arc<Load>, channel: Arc<Channel>, number: u64) -> Exchanged {
-    let place = number as usize % load.requests.len();
-    let mut request = Request::new(());
-    *request.method_mut() = Method::POST;
-    *request.version_mut() = Version::HTTP_2;
-    *request.uri_mut() = load.uri.clone();
-    *request.headers_mut() = load.headers.clone();
+async fn send(load: Arc<Load>, channel: Arc<Channel>, number: u64) -> Completed {
+    let head = load.head.clone();
     let started = Instant::now();
-    let message = load.requests[place].clone();
-    let answered = tokio::time::timeout(load.timeout, answer(&channel, request, message)).await;
-    let outcome = answered.unwrap_or_else(|_| {
-        let message = format!("no answer within {:?}", load.timeout);
-        Outcome::Failed(code_name(Code::DeadlineExceeded), message)
-    });
-    Exchanged {
+    let framed = load.requests[number as usize % load.requests.len()].clone();
+    let response = exchange(&channel, head, framed, |_| Ok(()));
+    let result = tokio::time::timeout(load.timeout, response)
+        .await
+        .unwrap_or(Err(CallError::TimedOut(load.timeout)));
+    Completed {
         number,
         latency: started.elapsed(),
         channel,
-        outcome,
+        result,
     }
 }
 
-/// Sends a request and reads its answer to the trailers, which have the status.
-async fn answer(channel: &Channel, head: Request<()>, message: Bytes) -> Outcome {
-    let response = match channel.send(head, message).await {
-        Ok(response) => response,
-        Err(ChannelError::Unprocessed(_)) => return Outcome::Unsent,
-        Err(error) => return broken(&error),
-    };
-    if response.status() != http::StatusCode::OK {
-        return Outcome::Failed("HTTP", format!("the server answered {}", response.status()));
-    }
-    if response.headers().contains_key("grpc-status") {
-        return of_status(response.headers());
-    }
-    let mut body = response.into_body();
-    while let Some(frame) = body.frame().await {
-        match frame.map(|frame| frame.into_trailers()) {
-            Ok(Ok(trailers)) if trailers.contains_key("grpc-status") => {
-                return of_status(&trailers);
-            }
-            Ok(_) => {}
-            Err(error) => return broken(&error),
-        }
-    }
-    Outcome::Failed(
-        code_name(Code::Internal),
-        "the answer has no status".to_owned(),
-    )
-}
-
-fn of_status(headers: &HeaderMap) -> Outcome {
-    match head_code(headers) {
-        Code::Ok => Outcome::Answered,
-        code => {
-            let status = head_status(headers);
-            let message = status.map(|status| status.message().to_owned());
-            Outcome::Failed(code_name(code), message.unwrap_or_default())
-        }
-    }
-}
-
-fn broken(error: &ChannelError) -> Outcome {
-    Outcome::Failed(code_name(Code::Unavailable), error.to_string())
-}
-
-impl Tally {
+impl RunResults {
     fn new() -> anyhow::Result<Self> {
         Ok(Self {
             latencies: Histogram::new_with_bounds(1, LATENCY_NS_MAX, DIGITS)?,
@@ -289,8 +217,9 @@ impl Tally {
         self.latencies.saturating_record(nanos);
     }
 
-    fn fail(&mut self, code: &'static str, message: String) {
-        self.errors.entry(code).or_insert((0, message)).0 += 1;
+    fn fail(&mut self, error: &CallError) {
+        let entry = self.errors.entry(error.code());
+        entry.or_insert_with(|| (0, error.to_string())).0 += 1;
     }
 
     fn add(&mut self, other: Self) -> anyhow::Result<()> {
@@ -307,16 +236,16 @@ pub mod tests {
     use super::*;
     use platform::server::bind;
 
-    /// A tally of these latencies and so many errors.
-    pub fn tally(latencies_ns: &[u64], errors: u64) -> Tally {
-        let mut tally = Tally::new().unwrap();
+    /// Results with these latencies and this many errors.
+    pub fn results(latencies_ns: &[u64], errors: u64) -> RunResults {
+        let mut results = RunResults::new().unwrap();
         for &latency in latencies_ns {
-            tally.succeed(Duration::from_nanos(latency));
+            results.succeed(Duration::from_nanos(latency));
         }
         for _ in 0..errors {
-            tally.fail("UNAVAILABLE", "full".to_owned());
+            results.fail(&CallError::Status(tonic::Status::unavailable("full")));
         }
-        tally
+        results
     }
 
     #[tokio::test]
@@ -333,9 +262,11 @@ pub mod tests {
             Arc::new(Load::new(&connection, vec![Bytes::from_static(b"\0\0\0\0\0")]).unwrap());
         let channels = load.connect(1).await.unwrap();
         drop(listener);
-        let (tally, _) = run(&load, &channels, 3, Until::Requests(7)).await.unwrap();
-        assert_eq!(tally.latencies.len(), 0);
-        let errors: u64 = tally.errors.values().map(|(count, _)| count).sum();
+        let (results, _) = run(&load, &channels, 3, StopAfter::Requests(7))
+            .await
+            .unwrap();
+        assert_eq!(results.latencies.len(), 0);
+        let errors: u64 = results.errors.values().map(|(count, _)| count).sum();
         assert_eq!(errors, 7);
     }
 }

@@ -1,4 +1,4 @@
-//! The requests, encoded before the clock starts.
+//! The requests of a benchmark, encoded before the clock starts.
 
 use std::path::Path;
 
@@ -13,22 +13,22 @@ use tensor::{Datatype, Shape, encode_bytes_elements};
 use super::super::options::parameters;
 use super::Bench;
 
-/// The most that all requests together may take.
+/// The most bytes of all distinct requests together.
 const REQUESTS_BYTES_MAX: usize = 1 << 30;
 const TEXT_BYTES: usize = 64;
 const WORDS: &str = "an andon is a paper lantern around a candle and the light that stops a line ";
 
-/// What is sent, again and again.
-pub struct Payload {
-    /// Framed requests, taken in turn.
-    pub requests: Vec<Bytes>,
+/// The distinct requests, which the benchmark cycles through.
+pub struct RequestSet {
+    /// Encoded messages with their prefix.
+    pub framed: Vec<Bytes>,
     /// Rows of each request.
     pub rows: u64,
     /// Mean raw bytes of a request's inputs.
     pub bytes: usize,
 }
 
-impl Payload {
+impl RequestSet {
     /// Requests for a model, by its metadata.
     pub fn build(metadata: &ModelMetadataResponse, options: &Bench) -> anyhow::Result<Self> {
         let first = metadata.inputs.first().context("the model has no inputs")?;
@@ -36,7 +36,7 @@ impl Payload {
             Some(path) => {
                 ensure!(
                     first.datatype == "BYTES",
-                    "--texts is for models of texts: input '{}' takes {}",
+                    "--texts needs a model whose first input is text: '{}' has datatype {}",
                     first.name,
                     first.datatype
                 );
@@ -45,24 +45,24 @@ impl Payload {
             None => Vec::new(),
         };
         let rows = rows(first, options)?;
-        // The last request takes texts from the start again, to have as many.
+        // The last request wraps around to the first texts, to have as many rows.
         let distinct = match texts.len().div_ceil(rows) {
             0 => usize::try_from(options.distinct)?,
             distinct => distinct,
         };
         let (mut requests, mut raw_bytes, mut framed_bytes) = (Vec::new(), 0, 0);
         for index in 0..distinct {
-            let places = (index * rows..(index + 1) * rows).map(|place| place % texts.len().max(1));
-            let texts: Vec<&str> = places
-                .filter_map(|place| texts.get(place))
+            let lines = (index * rows..(index + 1) * rows).map(|line| line % texts.len().max(1));
+            let texts: Vec<&str> = lines
+                .filter_map(|line| texts.get(line))
                 .map(String::as_str)
                 .collect();
-            let values = Values {
+            let contents = Contents {
                 rows,
                 texts: &texts,
                 index,
             };
-            let message = request(metadata, options, values)?;
+            let message = request(metadata, options, contents)?;
             raw_bytes += message
                 .raw_input_contents
                 .iter()
@@ -72,7 +72,7 @@ impl Payload {
             framed_bytes += framed.len();
             ensure!(
                 framed_bytes <= REQUESTS_BYTES_MAX,
-                "the distinct requests take more than {} MiB: give fewer texts or bytes",
+                "the distinct requests take more than {} MiB: use fewer or shorter ones",
                 REQUESTS_BYTES_MAX >> 20
             );
             requests.push(framed);
@@ -80,25 +80,26 @@ impl Payload {
         Ok(Self {
             bytes: raw_bytes / requests.len(),
             rows: rows as u64,
-            requests,
+            framed: requests,
         })
     }
 }
 
-/// What one request is filled with.
+/// The contents of one request.
 #[derive(Clone, Copy)]
-struct Values<'a> {
+struct Contents<'a> {
     rows: usize,
     texts: &'a [&'a str],
-    /// The request's number: requests of other numbers have other values.
+    /// The request's number, from which its numbers are made: no two requests
+    /// have the same.
     index: usize,
 }
 
-/// One request; the first input takes the wanted bytes, the others a row's.
+/// One request; the first input has the size of `--payload-bytes`.
 fn request(
     metadata: &ModelMetadataResponse,
     options: &Bench,
-    values: Values<'_>,
+    row_values: Contents<'_>,
 ) -> anyhow::Result<ModelInferRequest> {
     let mut message = ModelInferRequest {
         model_name: options.model.clone(),
@@ -106,10 +107,10 @@ fn request(
         parameters: parameters(&options.param),
         ..Default::default()
     };
-    for (place, input) in metadata.inputs.iter().enumerate() {
-        let bytes = options.payload_bytes.filter(|_| place == 0);
-        let (shape, raw) =
-            contents(input, values, bytes).with_context(|| format!("input '{}'", input.name))?;
+    for (index, input) in metadata.inputs.iter().enumerate() {
+        let bytes = options.payload_bytes.filter(|_| index == 0);
+        let (shape, raw) = input_contents(input, row_values, bytes)
+            .with_context(|| format!("input '{}'", input.name))?;
         message.inputs.push(InferInputTensor {
             name: input.name.clone(),
             datatype: input.datatype.clone(),
@@ -128,11 +129,11 @@ fn read(path: &Path) -> anyhow::Result<Vec<String>> {
         .filter(|line| !line.is_empty())
         .map(str::to_owned)
         .collect();
-    ensure!(!texts.is_empty(), "it has no texts");
+    ensure!(!texts.is_empty(), "the file has no texts");
     Ok(texts)
 }
 
-/// Rows of each request: as asked for; else as many as the wanted bytes fill.
+/// Rows of each request: `--rows`, else as many as `--payload-bytes` needs.
 fn rows(first: &TensorMetadata, options: &Bench) -> anyhow::Result<usize> {
     if let Some(rows) = options.rows {
         return Ok(usize::try_from(rows)?);
@@ -141,14 +142,14 @@ fn rows(first: &TensorMetadata, options: &Bench) -> anyhow::Result<usize> {
     let (Some(bytes), Some(width)) = (options.payload_bytes, datatype.element_bytes()) else {
         return Ok(1);
     };
-    let open_row = first.shape.iter().skip(1).any(|&length| length < 0);
-    if open_row || first.shape.first().is_none_or(|&length| length >= 0) {
+    let variable_row = first.shape.iter().skip(1).any(|&length| length < 0);
+    if variable_row || first.shape.first().is_none_or(|&length| length >= 0) {
         return Ok(1);
     }
     Ok((bytes / (row_elements(first)? * width)).max(1))
 }
 
-/// Elements of a row; a dimension that the caller chooses counts as one.
+/// Elements of a row; a variable dimension counts as one.
 fn row_elements(input: &TensorMetadata) -> anyhow::Result<usize> {
     let lengths: Vec<i64> = input
         .shape
@@ -160,27 +161,27 @@ fn row_elements(input: &TensorMetadata) -> anyhow::Result<usize> {
 }
 
 /// The shape and raw bytes of one input.
-fn contents(
+fn input_contents(
     input: &TensorMetadata,
-    values: Values<'_>,
+    contents: Contents<'_>,
     bytes: Option<usize>,
 ) -> anyhow::Result<(Vec<i64>, Bytes)> {
-    let Values { rows, texts, index } = values;
+    let Contents { rows, texts, index } = contents;
     let datatype: Datatype = input.datatype.parse()?;
     let mut shape = input.shape.clone();
     if let Some(batch) = shape.first_mut().filter(|length| **length < 0) {
         *batch = i64::try_from(rows)?;
     }
-    // One dimension that the caller chooses inside a row takes the wanted bytes.
+    // One variable dimension inside a row is as long as the size asks for.
     let width = datatype.element_bytes();
-    let mut open = bytes.zip(width).map(|(bytes, width)| bytes / width / rows);
+    let mut variable = bytes.zip(width).map(|(bytes, width)| bytes / width / rows);
     for length in shape.iter_mut().rev().filter(|length| **length < 0) {
-        let elements = open.take().unwrap_or(1) / row_elements(input)?;
+        let elements = variable.take().unwrap_or(1) / row_elements(input)?;
         *length = i64::try_from(elements.max(1))?;
     }
     let elements = Shape::checked(&shape)?.elements();
     let raw = match width {
-        Some(width) => numbers(datatype, (elements, width), index)?,
+        Some(width) => numbers(datatype, elements, width, index)?,
         None if texts.is_empty() => {
             let text = text(bytes.unwrap_or(TEXT_BYTES));
             ensure_fits(elements, text.len())?;
@@ -194,18 +195,19 @@ fn contents(
     Ok((shape, raw.into()))
 }
 
-/// Numbers from 0 to 16, which every model so far takes. The first are the
-/// digits of `index` to the base 17.
+/// Numbers from 0 to 16, which are valid pixels of the demo model. The first
+/// are the digits of `index` to the base 17, so that no two requests are equal.
 fn numbers(
     datatype: Datatype,
-    (elements, width): (usize, usize),
+    elements: usize,
+    width: usize,
     index: usize,
 ) -> anyhow::Result<Vec<u8>> {
     ensure_fits(elements, width)?;
-    let mut left = index;
+    let mut quotient = index;
     let raw = (0..elements).flat_map(move |element| {
-        let value = ((element + left % 17) % 17) as u8;
-        left /= 17;
+        let value = ((element + quotient % 17) % 17) as u8;
+        quotient /= 17;
         let mut bytes = [0; 8];
         match datatype {
             Datatype::Bool => bytes[0] = value & 1,
@@ -226,11 +228,11 @@ fn numbers(
 fn ensure_fits(elements: usize, width: usize) -> anyhow::Result<()> {
     match elements.checked_mul(width) {
         Some(bytes) if bytes <= REQUESTS_BYTES_MAX => Ok(()),
-        _ => bail!("{elements} elements of {width} bytes are too many for one request"),
+        _ => bail!("{elements} elements of {width} bytes do not fit into one request"),
     }
 }
 
-/// Words of exactly so many bytes.
+/// Words of exactly this many bytes.
 fn text(bytes: usize) -> String {
     WORDS.chars().cycle().take(bytes).collect()
 }
@@ -247,8 +249,8 @@ mod tests {
         }
     }
 
-    fn values<'a>(rows: usize, texts: &'a [&'a str]) -> Values<'a> {
-        Values {
+    fn rows_of<'a>(rows: usize, texts: &'a [&'a str]) -> Contents<'a> {
+        Contents {
             rows,
             texts,
             index: 0,
@@ -256,15 +258,15 @@ mod tests {
     }
 
     #[test]
-    fn requests_of_other_numbers_have_other_values() {
+    fn requests_of_other_numbers_have_other_rows_of() {
         let made: std::collections::HashSet<Vec<u8>> = (0..5000)
-            .map(|index| numbers(Datatype::Fp32, (64, 4), index).unwrap())
+            .map(|index| numbers(Datatype::Fp32, 64, 4, index).unwrap())
             .collect();
         assert_eq!(made.len(), 5000);
     }
 
     #[test]
-    fn payloads_have_about_the_wanted_bytes() {
+    fn payloads_have_about_the_given_size() {
         for (datatype, shape, rows, wanted, bytes) in [
             ("FP32", vec![-1, 64], 4, vec![4, 64], 1024),
             ("FP32", vec![-1], 256, vec![256], 1024),
@@ -275,14 +277,15 @@ mod tests {
             ("INT64", vec![3], 1, vec![3], 24),
         ] {
             let input = input(datatype, &shape);
-            let (shape, raw) = contents(&input, values(rows, &[]), Some(1024)).unwrap();
+            let (shape, raw) = input_contents(&input, rows_of(rows, &[]), Some(1024)).unwrap();
             assert_eq!((shape, raw.len()), (wanted, bytes), "{datatype}");
         }
     }
 
     #[test]
-    fn texts_are_taken_in_turn() {
-        let (shape, raw) = contents(&input("BYTES", &[-1]), values(3, &["a", "b"]), None).unwrap();
+    fn requests_cycle_through_the_texts() {
+        let (shape, raw) =
+            input_contents(&input("BYTES", &[-1]), rows_of(3, &["a", "b"]), None).unwrap();
         let texts: Vec<&[u8]> = tensor::bytes_elements(&raw)
             .collect::<Result<_, _>>()
             .unwrap();
@@ -290,9 +293,9 @@ mod tests {
     }
 
     #[test]
-    fn what_fits_no_request_is_refused() {
-        assert!(contents(&input("FP32", &[-1, i64::MAX]), values(2, &[]), None).is_err());
-        assert!(contents(&input("FP32", &[-1, 1 << 40]), values(1, &[]), None).is_err());
-        assert!(contents(&input("FP99", &[-1]), values(1, &[]), None).is_err());
+    fn a_payload_that_fits_no_request_is_refused() {
+        assert!(input_contents(&input("FP32", &[-1, i64::MAX]), rows_of(2, &[]), None).is_err());
+        assert!(input_contents(&input("FP32", &[-1, 1 << 40]), rows_of(1, &[]), None).is_err());
+        assert!(input_contents(&input("FP99", &[-1]), rows_of(1, &[]), None).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! The measurements, for people and for programs.
+//! The report: a table for people, JSON for programs.
 
 use std::future::Future;
 use std::time::Duration;
@@ -7,25 +7,26 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use super::super::print::visible;
-use super::load::{Load, Tally, Until};
+use super::load::{Load, RunResults, StopAfter};
 
-/// How often the progress bar moves: rarely, since it costs what is measured.
-const TICK: Duration = Duration::from_millis(250);
+/// How often the progress bar is drawn: rarely, since it takes CPU time from
+/// the server that is measured.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
-/// The whole sweep.
+/// The results of all levels.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// The model's name.
     pub model: String,
-    /// The server.
+    /// The server's address.
     pub address: String,
     /// Raw bytes of a request's inputs.
     pub payload_bytes: usize,
-    /// A measurement for each concurrency.
+    /// The results by concurrency.
     pub levels: Vec<Level>,
 }
 
-/// One concurrency.
+/// The results at one concurrency.
 #[derive(Debug, Serialize)]
 pub struct Level {
     concurrency: u32,
@@ -46,14 +47,14 @@ pub struct Level {
 }
 
 impl Level {
-    /// The figures of one run.
-    pub fn new(concurrency: u32, rows: u64, tally: Tally, elapsed: Duration) -> Self {
-        let latencies = &tally.latencies;
+    /// The results of one run of requests with this many rows each.
+    pub fn new(concurrency: u32, rows: u64, results: RunResults, elapsed: Duration) -> Self {
+        let latencies = &results.latencies;
         let seconds = elapsed.as_secs_f64();
         let per_second = latencies.len() as f64 / seconds.max(f64::MIN_POSITIVE);
         let micros = |nanos: f64| tenths(nanos / 1000.0);
         let quantile = |quantile| micros(latencies.value_at_quantile(quantile) as f64);
-        let errors = tally.errors.into_iter();
+        let errors = results.errors.into_iter();
         let errors_by_code: Vec<_> = errors
             .map(|(code, (count, message))| (code, count, message))
             .collect();
@@ -101,7 +102,7 @@ impl Level {
         let lines = self.errors_by_code.iter().map(|(code, count, message)| {
             let concurrency = self.concurrency;
             format!(
-                "{concurrency} in flight: {count} times {code}: {}",
+                "{concurrency} in flight: {code} × {count}, for example: {}",
                 visible(message)
             )
         });
@@ -113,7 +114,7 @@ impl Report {
     /// The head of the table.
     pub fn heading(&self) -> String {
         format!(
-            "{} at {}, {} raw bytes each, latencies in µs\n\n\
+            "{} at {}, {} raw bytes per request, latencies in µs\n\n\
              {:>9} {:>10} {:>8} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10}\n",
             self.model,
             self.address,
@@ -137,14 +138,14 @@ fn tenths(value: f64) -> f64 {
     (value * 10.0).round() / 10.0
 }
 
-/// A bar on standard error; none where that is no terminal.
-pub fn progress(name: &str, until: &Until) -> ProgressBar {
-    let (length, template) = match until {
-        Until::Elapsed(duration) => (
+/// A progress bar on standard error, if that is a terminal.
+pub fn progress(name: &str, stop: &StopAfter) -> ProgressBar {
+    let (length, template) = match stop {
+        StopAfter::Elapsed(duration) => (
             u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
             "{prefix} {bar:32} {elapsed} {msg}",
         ),
-        Until::Requests(requests) => (*requests, "{prefix} {bar:32} {pos}/{len} {msg}"),
+        StopAfter::Requests(requests) => (*requests, "{prefix} {bar:32} {pos}/{len} {msg}"),
     };
     let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr());
     if let Ok(style) = ProgressStyle::with_template(template) {
@@ -154,11 +155,11 @@ pub fn progress(name: &str, until: &Until) -> ProgressBar {
     bar
 }
 
-/// Moves the bar while the load runs.
-pub async fn watched<T>(
+/// Draws the progress bar while the load runs.
+pub async fn with_progress<T>(
     bar: &ProgressBar,
     load: &Load,
-    until: Until,
+    stop: StopAfter,
     run: impl Future<Output = T>,
 ) -> T {
     let mut run = std::pin::pin!(run);
@@ -166,18 +167,18 @@ pub async fn watched<T>(
         return run.await;
     }
     let started = std::time::Instant::now();
-    let mut ticks = tokio::time::interval(TICK);
+    let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
     loop {
         tokio::select! {
             outcome = &mut run => return outcome,
             _ = ticks.tick() => {
-                let (begun, elapsed) = (load.begun(), started.elapsed());
-                bar.set_position(match until {
-                    Until::Elapsed(_) => u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
-                    Until::Requests(_) => begun,
+                let (sent, elapsed) = (load.started(), started.elapsed());
+                bar.set_position(match stop {
+                    StopAfter::Elapsed(_) => u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+                    StopAfter::Requests(_) => sent,
                 });
                 let seconds = elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
-                bar.set_message(format!("{:.0}/s", begun as f64 / seconds));
+                bar.set_message(format!("{:.0}/s", sent as f64 / seconds));
             }
         }
     }
@@ -189,10 +190,10 @@ mod tests {
 
     #[test]
     fn the_report_has_the_keys_that_programs_read() {
-        let tally = super::super::load::tests::tally(&[1_000_000, 3_000_000], 1);
-        let level = Level::new(8, 4, tally, Duration::from_secs(2));
+        let results = super::super::load::tests::results(&[1_000_000, 3_000_000], 1);
+        let level = Level::new(8, 4, results, Duration::from_secs(2));
         let lines = level.error_lines();
-        assert_eq!(lines, ["8 in flight: 1 times UNAVAILABLE: full"]);
+        assert_eq!(lines, ["8 in flight: UNAVAILABLE × 1, for example: full"]);
         let report = Report {
             model: "m".into(),
             address: "a:1".into(),

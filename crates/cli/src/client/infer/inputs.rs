@@ -1,5 +1,5 @@
-//! What was typed and the files it names, turned into the tensors that the
-//! model's metadata asks for.
+//! The input tensors of a request, from the command line and files, by the
+//! model's metadata.
 
 use std::fs::File;
 use std::io::Read;
@@ -12,22 +12,23 @@ use protocol::inference::model_metadata_response::TensorMetadata;
 use tensor::{Datatype, Shape, Tensor};
 
 use super::super::print::shape;
-use super::{json, npy, scalar};
+use super::elements::{Elements, encode};
+use super::{json, npy};
 
-/// The most that is read of a file or of standard input.
+/// The most bytes of a file or of standard input.
 const SOURCE_BYTES_MAX: u64 = 1 << 30;
 
 /// One input of the request.
 #[derive(Debug)]
-pub struct Column {
+pub struct InputTensor {
     /// The input's name.
     pub name: String,
     /// Its contents.
     pub tensor: Tensor,
 }
 
-impl Column {
-    /// The input as it travels: its head and its raw contents.
+impl InputTensor {
+    /// The input as messages have it, and its raw contents.
     pub fn into_wire(self) -> (InferInputTensor, Bytes) {
         let input = InferInputTensor {
             name: self.name,
@@ -39,20 +40,21 @@ impl Column {
     }
 }
 
-/// An input and what was given for it.
-struct Given<'a> {
+/// An input of the model and its values on the command line.
+struct InputValues<'a> {
     input: &'a TensorMetadata,
+    /// The values of `--input`.
     values: Vec<&'a str>,
-    /// Texts among the arguments, which are never the name of a file.
+    /// The positional texts, which are never the name of a file.
     texts: &'a [String],
 }
 
 /// A tensor for each input of the model.
-pub fn columns(
+pub fn tensors(
     inputs: &[TensorMetadata],
     named: &[(String, String)],
     texts: &[String],
-) -> anyhow::Result<Vec<Column>> {
+) -> anyhow::Result<Vec<InputTensor>> {
     for (name, _) in named {
         ensure!(
             inputs.iter().any(|input| input.name == *name),
@@ -60,9 +62,9 @@ pub fn columns(
             listed(inputs)
         );
     }
-    let mut given: Vec<Given> = inputs
+    let mut given: Vec<InputValues> = inputs
         .iter()
-        .map(|input| Given {
+        .map(|input| InputValues {
             input,
             values: named
                 .iter()
@@ -79,30 +81,30 @@ pub fn columns(
         match (free.next(), free.next()) {
             (Some(only), None) => only.texts = texts,
             (None, _) => bail!(
-                "the model has no text input left for the texts\n  Its inputs: {}",
+                "the model has no text input without a value for the texts\n  Its inputs: {}",
                 listed(inputs)
             ),
             (Some(one), Some(_)) => bail!(
-                "the texts could go to several inputs: give the others by name, for example --input {}=TEXT\n  Its inputs: {}",
+                "several inputs take texts: give all but one by name, for example --input {}=TEXT\n  Its inputs: {}",
                 one.input.name,
                 listed(inputs)
             ),
         }
     }
-    let mut columns = given
+    let mut tensors = given
         .iter()
-        .map(|given| column(given, inputs))
-        .collect::<anyhow::Result<Vec<Column>>>()?;
-    repeat_single(&mut columns, &given)?;
-    Ok(columns)
+        .map(|given| input_tensor(given, inputs))
+        .collect::<anyhow::Result<Vec<InputTensor>>>()?;
+    repeat_single(&mut tensors, &given)?;
+    Ok(tensors)
 }
 
-fn column(given: &Given, inputs: &[TensorMetadata]) -> anyhow::Result<Column> {
+fn input_tensor(given: &InputValues, inputs: &[TensorMetadata]) -> anyhow::Result<InputTensor> {
     let input = given.input;
     let name = &input.name;
     let datatype: Datatype = input.datatype.parse().with_context(|| {
         format!(
-            "the server gives input '{name}' the datatype {}",
+            "the server reports datatype {} for input '{name}'",
             input.datatype
         )
     })?;
@@ -117,7 +119,7 @@ fn column(given: &Given, inputs: &[TensorMetadata]) -> anyhow::Result<Column> {
             "@FILE"
         };
         Err(anyhow!(
-            "nothing was given: add --input {name}={hint}\n  The model's inputs: {}",
+            "no value: add --input {name}={hint}\n  The model's inputs: {}",
             listed(inputs)
         ))
     } else if datatype == Datatype::Bytes {
@@ -128,15 +130,15 @@ fn column(given: &Given, inputs: &[TensorMetadata]) -> anyhow::Result<Column> {
             .collect();
         lines_tensor(&texts, input)
     } else {
-        Err(anyhow!("only a text input may be given more than once"))
+        Err(anyhow!("only text inputs take several values"))
     };
-    Ok(Column {
+    Ok(InputTensor {
         name: name.clone(),
         tensor: tensor.with_context(|| format!("input '{name}'"))?,
     })
 }
 
-/// The texts among the arguments; one that is `-` stands for standard input.
+/// The positional texts; `-` stands for the lines of standard input.
 fn texts_tensor(texts: &[String], input: &TensorMetadata) -> anyhow::Result<Tensor> {
     let mut elements = Vec::with_capacity(texts.len());
     for text in texts {
@@ -160,7 +162,7 @@ fn one_value(value: &str, datatype: Datatype, input: &TensorMetadata) -> anyhow:
         "-" => json_tensor(&standard_input()?, datatype, input).context("standard input"),
         value if text => lines_tensor(&[Bytes::from(value.to_owned())], input),
         value => json_tensor(value.as_bytes(), datatype, input)
-            .context("give numbers as JSON, for example [[0, 1, 2]], or a file as @FILE"),
+            .context("must be JSON, for example [[0, 1, 2]], or @FILE"),
     }
 }
 
@@ -169,7 +171,7 @@ fn file(path: &Path, datatype: Datatype, input: &TensorMetadata) -> anyhow::Resu
     let kind = extension.unwrap_or_default().to_ascii_lowercase();
     ensure!(
         matches!(kind.as_str(), "json" | "npy" | "txt"),
-        "its name must end in .json, .npy or .txt"
+        "the file name must end in .json, .npy or .txt"
     );
     let contents = read(File::open(path)?)?;
     match kind.as_str() {
@@ -180,11 +182,13 @@ fn file(path: &Path, datatype: Datatype, input: &TensorMetadata) -> anyhow::Resu
                 let sizes = array.shape().to_wire();
                 return fitted(datatype, sizes, array.into_raw(), input);
             }
-            let raw = scalar::encode(datatype, &npy::scalars(&array))?;
+            let elements = Elements::new(&array);
+            let values = (0..array.shape().elements()).map(|index| elements.at(index));
+            let raw = encode(datatype, values)?;
             fitted(datatype, array.shape().to_wire(), raw.into(), input)
         }
         _ if datatype != Datatype::Bytes => Err(anyhow!(
-            "a .txt file holds texts, and this input takes {datatype}"
+            "a .txt file holds strings, but the input's datatype is {datatype}"
         )),
         _ => lines_tensor(&lines(&contents)?, input),
     }
@@ -192,7 +196,7 @@ fn file(path: &Path, datatype: Datatype, input: &TensorMetadata) -> anyhow::Resu
 
 fn json_tensor(text: &[u8], datatype: Datatype, input: &TensorMetadata) -> anyhow::Result<Tensor> {
     let array = json::parse(text)?;
-    let raw = scalar::encode(datatype, &array.values)?;
+    let raw = encode(datatype, array.values.into_iter())?;
     fitted(datatype, array.shape, raw.into(), input)
 }
 
@@ -206,8 +210,8 @@ fn lines_tensor(texts: &[Bytes], input: &TensorMetadata) -> anyhow::Result<Tenso
     fitted(Datatype::Bytes, sizes, raw.into(), input)
 }
 
-/// A tensor of these bytes. One row without its batch dimension gets it: what
-/// else the model refuses, the server says better.
+/// A tensor of these bytes. A single row without a batch dimension gets one;
+/// all else is for the server to check.
 fn fitted(
     datatype: Datatype,
     mut sizes: Vec<i64>,
@@ -220,20 +224,20 @@ fn fitted(
     Ok(Tensor::from_raw(datatype, Shape::checked(&sizes)?, raw)?)
 }
 
-/// One text that was typed for an input of many rows stands beside each row of
-/// the others: one query and the texts to rank by it.
-fn repeat_single(columns: &mut [Column], given: &[Given]) -> anyhow::Result<()> {
-    let rows = |column: &Column| column.tensor.shape().sizes().first().copied().unwrap_or(1);
-    let rows_max = columns.iter().map(rows).max().unwrap_or(1);
-    for (column, given) in columns.iter_mut().zip(given) {
-        let typed = column.tensor.datatype() == Datatype::Bytes
+/// A single text is repeated for each row of the other inputs: one query and
+/// the texts to rank by it.
+fn repeat_single(tensors: &mut [InputTensor], given: &[InputValues]) -> anyhow::Result<()> {
+    let rows = |input: &InputTensor| input.tensor.shape().sizes().first().copied().unwrap_or(1);
+    let rows_max = tensors.iter().map(rows).max().unwrap_or(1);
+    for (input, given) in tensors.iter_mut().zip(given) {
+        let single = input.tensor.datatype() == Datatype::Bytes
             && given.texts.len() + given.values.len() == 1;
-        if !typed || rows(column) != 1 || rows_max == 1 || given.input.shape != [-1] {
+        if !single || rows(input) != 1 || rows_max == 1 || given.input.shape != [-1] {
             continue;
         }
-        if let [text] = column.tensor.to_elements()?[..] {
+        if let [text] = input.tensor.to_elements()?[..] {
             let texts = vec![text; rows_max];
-            column.tensor = Tensor::from_elements(Shape::from_sizes(vec![rows_max])?, &texts)?;
+            input.tensor = Tensor::from_elements(Shape::from_sizes(vec![rows_max])?, &texts)?;
         }
     }
     Ok(())
@@ -250,7 +254,7 @@ fn read(source: impl Read) -> anyhow::Result<Bytes> {
         .read_to_end(&mut contents)?;
     ensure!(
         contents.len() as u64 <= SOURCE_BYTES_MAX,
-        "it is longer than {} MiB",
+        "longer than {} MiB",
         SOURCE_BYTES_MAX >> 20
     );
     Ok(contents.into())
@@ -258,7 +262,7 @@ fn read(source: impl Read) -> anyhow::Result<Bytes> {
 
 /// A text per line.
 fn lines(contents: &Bytes) -> anyhow::Result<Vec<Bytes>> {
-    let text = std::str::from_utf8(contents).context("the texts are not UTF-8")?;
+    let text = std::str::from_utf8(contents).context("not UTF-8")?;
     Ok(text
         .lines()
         .map(|line| contents.slice_ref(line.as_bytes()))
@@ -299,8 +303,8 @@ mod tests {
     #[test]
     fn texts_go_to_the_text_input() {
         let inputs = [input("text", "BYTES", &[-1])];
-        let columns = columns(&inputs, &[], &texts(&["one", "@two"])).unwrap();
-        let tensor = &columns[0].tensor;
+        let tensors = tensors(&inputs, &[], &texts(&["one", "@two"])).unwrap();
+        let tensor = &tensors[0].tensor;
         assert_eq!(tensor.to_elements().unwrap(), [&b"one"[..], b"@two"]);
     }
 
@@ -310,30 +314,30 @@ mod tests {
             input("query", "BYTES", &[-1]),
             input("text", "BYTES", &[-1]),
         ];
-        let both = columns(&inputs, &named(&[("query", "q")]), &texts(&["a", "b"])).unwrap();
+        let both = tensors(&inputs, &named(&[("query", "q")]), &texts(&["a", "b"])).unwrap();
         assert_eq!(both[0].tensor.to_elements().unwrap(), [b"q", b"q"]);
-        assert!(columns(&inputs, &[], &texts(&["a"])).is_err());
+        assert!(tensors(&inputs, &[], &texts(&["a"])).is_err());
     }
 
     #[test]
     fn one_row_of_numbers_gets_its_batch_dimension() {
         let inputs = [input("pixels", "FP32", &[-1, 3])];
-        let columns = columns(&inputs, &named(&[("pixels", "[0, 1.5, 16]")]), &[]).unwrap();
-        assert_eq!(columns[0].tensor.shape().sizes(), [1, 3]);
-        assert_eq!(columns[0].tensor.to_f32().unwrap(), [0.0, 1.5, 16.0]);
+        let tensors = tensors(&inputs, &named(&[("pixels", "[0, 1.5, 16]")]), &[]).unwrap();
+        assert_eq!(tensors[0].tensor.shape().sizes(), [1, 3]);
+        assert_eq!(tensors[0].tensor.to_f32().unwrap(), [0.0, 1.5, 16.0]);
     }
 
     #[test]
     fn errors_say_what_to_give() {
         let inputs = [input("pixels", "FP32", &[-1, 3])];
-        let said = |named: &[(String, String)], texts: &[String]| {
-            format!("{:#}", columns(&inputs, named, texts).unwrap_err())
+        let error = |named: &[(String, String)], texts: &[String]| {
+            format!("{:#}", tensors(&inputs, named, texts).unwrap_err())
         };
-        assert!(said(&[], &[]).contains("--input pixels=@FILE"));
-        assert!(said(&[], &texts(&["a"])).contains("pixels FP32 [-1,3]"));
-        assert!(said(&named(&[("pixel", "1")]), &[]).contains("no input 'pixel'"));
-        assert!(said(&named(&[("pixels", "abc")]), &[]).contains("[[0, 1, 2]]"));
-        assert!(said(&named(&[("pixels", "@a.csv")]), &[]).contains(".npy"));
-        assert!(said(&named(&[("pixels", "[\"a\"]")]), &[]).contains("element 0"));
+        assert!(error(&[], &[]).contains("--input pixels=@FILE"));
+        assert!(error(&[], &texts(&["a"])).contains("pixels FP32 [-1,3]"));
+        assert!(error(&named(&[("pixel", "1")]), &[]).contains("no input 'pixel'"));
+        assert!(error(&named(&[("pixels", "abc")]), &[]).contains("[[0, 1, 2]]"));
+        assert!(error(&named(&[("pixels", "@a.csv")]), &[]).contains(".npy"));
+        assert!(error(&named(&[("pixels", "[\"a\"]")]), &[]).contains("element 0"));
     }
 }

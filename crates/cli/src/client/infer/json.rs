@@ -4,75 +4,77 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 use tensor::Shape;
 
-use super::scalar::Scalar;
+use super::elements::Element;
 
-/// What a JSON text holds.
+/// A value or nested array.
 #[derive(Debug, PartialEq)]
 pub struct Array {
-    /// The lengths from the outermost array to the innermost; one value that is
-    /// no array has the shape `[1]`.
+    /// The lengths from the outermost array to the innermost; a single value
+    /// has the shape `[1]`.
     pub shape: Vec<i64>,
     /// The values in row-major order.
-    pub values: Vec<Scalar>,
+    pub values: Vec<Element<'static>>,
 }
 
-/// Reads a value or a nested array whose rows are equally long. serde_json
-/// bounds the depth that it follows.
+/// Parses a value or a nested array whose rows are equally long. serde_json
+/// bounds the depth.
 pub fn parse(text: &[u8]) -> anyhow::Result<Array> {
     let value: Value = serde_json::from_slice(text).context("not JSON")?;
-    let mut walk = Walk::default();
-    walk.visit(value, 0)?;
-    if walk.lengths.is_empty() {
-        walk.lengths.push(1);
+    let mut flattened = Flattened::default();
+    flattened.push(value, 0)?;
+    if flattened.lengths.is_empty() {
+        flattened.lengths.push(1);
     }
     Ok(Array {
-        shape: walk
+        shape: flattened
             .lengths
             .iter()
             .map(|&length| i64::try_from(length))
             .collect::<Result<_, _>>()?,
-        values: walk.values,
+        values: flattened.values,
     })
 }
 
+/// The values seen so far.
 #[derive(Default)]
-struct Walk {
+struct Flattened {
+    /// The length of the arrays at each depth.
     lengths: Vec<usize>,
-    /// The first value or empty array has been seen: the lengths stand.
-    settled: bool,
-    values: Vec<Scalar>,
+    /// A value or an empty array has been seen, so that the depth is known.
+    depth_known: bool,
+    values: Vec<Element<'static>>,
 }
 
-impl Walk {
-    fn visit(&mut self, value: Value, depth: usize) -> anyhow::Result<()> {
-        let scalar = match value {
-            Value::Array(items) => return self.visit_array(items, depth),
-            Value::Bool(value) => Scalar::Bool(value),
-            Value::String(text) => Scalar::Text(text),
-            Value::Number(number) => {
-                let integer = number.as_i64().map(i128::from);
-                match integer.or_else(|| number.as_u64().map(i128::from)) {
-                    Some(integer) => Scalar::Integer(integer),
-                    None => Scalar::Float(number.as_f64().context("a number is out of range")?),
+impl Flattened {
+    fn push(&mut self, value: Value, depth: usize) -> anyhow::Result<()> {
+        let element = match value {
+            Value::Array(items) => return self.push_array(items, depth),
+            Value::Bool(value) => Element::Bool(value),
+            Value::String(text) => Element::Text(text.into()),
+            Value::Number(number) => match (number.as_i64(), number.as_u64()) {
+                (Some(integer), _) => Element::Signed(integer),
+                (None, Some(integer)) => Element::Unsigned(integer),
+                (None, None) => {
+                    Element::Float64(number.as_f64().context("a number is out of range")?)
                 }
-            }
+            },
             Value::Null | Value::Object(_) => bail!(
-                "value {} is null or an object: give numbers, texts or booleans in arrays",
+                "value {} is null or an object, but must be a number, string or boolean",
                 self.values.len()
             ),
         };
-        self.settled = true;
+        self.depth_known = true;
         if depth != self.lengths.len() {
             bail!(
                 "value {} is nested less deeply than others",
                 self.values.len()
             );
         }
-        self.values.push(scalar);
+        self.values.push(element);
         Ok(())
     }
 
-    fn visit_array(&mut self, items: Vec<Value>, depth: usize) -> anyhow::Result<()> {
+    fn push_array(&mut self, items: Vec<Value>, depth: usize) -> anyhow::Result<()> {
         if depth >= Shape::RANK_MAX {
             bail!("arrays are nested more than {} deep", Shape::RANK_MAX);
         }
@@ -83,17 +85,17 @@ impl Walk {
                 self.values.len(),
                 items.len()
             ),
-            None if self.settled => bail!(
+            None if self.depth_known => bail!(
                 "after value {} an array is nested more deeply than others",
                 self.values.len()
             ),
             None => self.lengths.push(items.len()),
         }
         if items.is_empty() {
-            self.settled = true;
+            self.depth_known = true;
         }
         for item in items {
-            self.visit(item, depth + 1)?;
+            self.push(item, depth + 1)?;
         }
         Ok(())
     }
@@ -119,11 +121,11 @@ mod tests {
         assert_eq!(
             values.values,
             [
-                Scalar::Integer(1),
-                Scalar::Float(-2.5),
-                Scalar::Integer(u64::MAX.into()),
-                Scalar::Bool(true),
-                Scalar::Text("x".into()),
+                Element::Signed(1),
+                Element::Float64(-2.5),
+                Element::Unsigned(u64::MAX),
+                Element::Bool(true),
+                Element::Text("x".into()),
             ]
         );
     }

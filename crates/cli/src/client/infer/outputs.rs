@@ -1,7 +1,6 @@
-//! The answer: checked like a request is, since the server may be any server of
-//! the protocol, and shown as a table or as JSON.
+//! The response: checked like a request, since the server may be any server of
+//! the protocol, and printed as a table or as JSON.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
@@ -14,13 +13,14 @@ use serde::ser::{Serialize, SerializeSeq, SerializeStruct, Serializer};
 use tensor::{Datatype, Shape, Tensor, TypedContents, encode_typed};
 
 use super::super::print;
+use super::elements::{Element, Elements};
 
 const TEXT_COLUMNS: usize = 40;
 const FIRST_VALUES: usize = 4;
 
-/// An answer whose tensors agree with their shapes.
+/// A response whose tensors agree with their shapes.
 #[derive(Debug, serde::Serialize)]
-pub struct Answer {
+pub struct InferResponse {
     model_name: String,
     model_version: String,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -34,27 +34,27 @@ struct Output {
     tensor: Tensor,
 }
 
-impl Answer {
-    /// Checks an answer: contents may be raw or typed.
-    pub fn checked(answer: ModelInferResponse) -> anyhow::Result<Self> {
-        let mut raw = answer.raw_output_contents.into_iter();
-        let outputs = answer
+impl InferResponse {
+    /// Checks a response; contents may be raw or typed.
+    pub fn checked(response: ModelInferResponse) -> anyhow::Result<Self> {
+        let mut raw = response.raw_output_contents.into_iter();
+        let outputs = response
             .outputs
             .into_iter()
             .map(|output| {
                 let name = output.name.clone();
                 self::output(output, raw.next())
-                    .with_context(|| format!("the server sent a wrong output '{name}'"))
+                    .with_context(|| format!("the server sent an invalid output '{name}'"))
             })
             .collect::<anyhow::Result<Vec<Output>>>()?;
         ensure!(
             raw.next().is_none(),
             "the server sent more raw contents than outputs"
         );
-        let parameters = answer.parameters.into_iter();
+        let parameters = response.parameters.into_iter();
         Ok(Self {
-            model_name: answer.model_name,
-            model_version: answer.model_version,
+            model_name: response.model_name,
+            model_version: response.model_version,
             parameters: parameters
                 .filter_map(|(key, value)| Some((key, json(value.parameter_choice?))))
                 .collect(),
@@ -62,7 +62,7 @@ impl Answer {
         })
     }
 
-    /// A line per row; `label` names the rows.
+    /// A line per row; `label` is the name and the texts of a first column.
     pub fn table(&self, label: Option<(String, Vec<String>)>) -> String {
         let columns: Vec<Vec<String>> = self.outputs.iter().map(|o| cells(&o.tensor)).collect();
         let rows_count = columns.iter().map(Vec::len).max().unwrap_or(0);
@@ -131,82 +131,15 @@ fn json(choice: ParameterChoice) -> serde_json::Value {
     }
 }
 
-/// One element.
-enum Cell<'a> {
-    Bool(bool),
-    Signed(i64),
-    Unsigned(u64),
-    Single(f32),
-    Double(f64),
-    Text(Cow<'a, str>),
-}
-
-impl Cell<'_> {
-    fn number(&self) -> Option<f64> {
-        match self {
-            Self::Signed(value) => Some(*value as f64),
-            Self::Unsigned(value) => Some(*value as f64),
-            Self::Single(value) => Some(f64::from(*value)),
-            Self::Double(value) => Some(*value),
-            Self::Bool(_) | Self::Text(_) => None,
-        }
-    }
-
-    fn text(&self) -> String {
-        match self {
-            Self::Bool(value) => value.to_string(),
-            Self::Signed(value) => value.to_string(),
-            Self::Unsigned(value) => value.to_string(),
-            Self::Single(value) => format!("{value:.4}"),
-            Self::Double(value) => format!("{value:.4}"),
-            Self::Text(text) => print::short(text, TEXT_COLUMNS),
-        }
-    }
-}
-
-/// The elements of a tensor by their place.
-struct Elements<'a> {
-    datatype: Datatype,
-    raw: &'a [u8],
-    /// The elements of a BYTES tensor, which have no fixed width.
-    texts: Vec<&'a [u8]>,
-}
-
-impl<'a> Elements<'a> {
-    fn new(tensor: &'a Tensor) -> Self {
-        Self {
-            datatype: tensor.datatype(),
-            raw: tensor.raw(),
-            texts: tensor.to_elements().unwrap_or_default(),
-        }
-    }
-
-    fn at(&self, place: usize) -> Cell<'a> {
-        match self.datatype {
-            Datatype::Bool => Cell::Bool(self.word::<1>(place) == [1]),
-            Datatype::Uint8 => Cell::Unsigned(u8::from_le_bytes(self.word(place)).into()),
-            Datatype::Uint16 => Cell::Unsigned(u16::from_le_bytes(self.word(place)).into()),
-            Datatype::Uint32 => Cell::Unsigned(u32::from_le_bytes(self.word(place)).into()),
-            Datatype::Uint64 => Cell::Unsigned(u64::from_le_bytes(self.word(place))),
-            Datatype::Int8 => Cell::Signed(i8::from_le_bytes(self.word(place)).into()),
-            Datatype::Int16 => Cell::Signed(i16::from_le_bytes(self.word(place)).into()),
-            Datatype::Int32 => Cell::Signed(i32::from_le_bytes(self.word(place)).into()),
-            Datatype::Int64 => Cell::Signed(i64::from_le_bytes(self.word(place))),
-            Datatype::Fp16 => Cell::Single(half::f16::from_le_bytes(self.word(place)).to_f32()),
-            Datatype::Bf16 => Cell::Single(half::bf16::from_le_bytes(self.word(place)).to_f32()),
-            Datatype::Fp32 => Cell::Single(f32::from_le_bytes(self.word(place))),
-            Datatype::Fp64 => Cell::Double(f64::from_le_bytes(self.word(place))),
-            Datatype::Bytes => {
-                let text = self.texts.get(place).copied().unwrap_or_default();
-                Cell::Text(String::from_utf8_lossy(text))
-            }
-        }
-    }
-
-    /// The bytes of an element; the tensor was checked, so they are there.
-    fn word<const N: usize>(&self, place: usize) -> [u8; N] {
-        let (words, _) = self.raw.as_chunks::<N>();
-        words.get(place).copied().unwrap_or([0; N])
+/// An element in a table.
+fn element_text(element: &Element) -> String {
+    match element {
+        Element::Bool(value) => value.to_string(),
+        Element::Signed(value) => value.to_string(),
+        Element::Unsigned(value) => value.to_string(),
+        Element::Float32(value) => format!("{value:.4}"),
+        Element::Float64(value) => format!("{value:.4}"),
+        Element::Text(text) => print::short(text, TEXT_COLUMNS),
     }
 }
 
@@ -227,20 +160,20 @@ fn cells(tensor: &Tensor) -> Vec<String> {
 /// One value as it is; of many, the first ones, how many and their norm.
 fn abbreviated(elements: &Elements, first: usize, width: usize) -> String {
     if width == 1 {
-        return elements.at(first).text();
+        return element_text(&elements.at(first));
     }
-    let places = first..first + width;
-    let mut text: Vec<String> = places
+    let indices = first..first + width;
+    let mut text: Vec<String> = indices
         .clone()
         .take(FIRST_VALUES)
-        .map(|place| elements.at(place).text())
+        .map(|index| element_text(&elements.at(index)))
         .collect();
     if width > FIRST_VALUES {
         text.push("…".to_owned());
     }
     let mut text = text.join(" ");
-    let squares: Option<f64> = places
-        .map(|place| elements.at(place).number().map(|value| value * value))
+    let squares: Option<f64> = indices
+        .map(|index| elements.at(index).number().map(|value| value * value))
         .sum();
     let _ = match squares {
         Some(squares) => write!(text, " ({width}, norm {:.4})", squares.sqrt()),
@@ -265,7 +198,7 @@ impl Serialize for Output {
         output.serialize_field("shape", sizes)?;
         output.serialize_field(
             "data",
-            &Nested {
+            &NestedArray {
                 elements: &elements,
                 sizes: sizes_written,
                 first: 0,
@@ -275,32 +208,32 @@ impl Serialize for Output {
     }
 }
 
-/// Part of a tensor as nested arrays.
-struct Nested<'a> {
+/// A part of a tensor as nested arrays.
+struct NestedArray<'a> {
     elements: &'a Elements<'a>,
     sizes: &'a [usize],
     first: usize,
 }
 
-impl Serialize for Nested<'_> {
+impl Serialize for NestedArray<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Some((&length, sizes)) = self.sizes.split_first() else {
             return match self.elements.at(self.first) {
-                Cell::Bool(value) => serializer.serialize_bool(value),
-                Cell::Signed(value) => serializer.serialize_i64(value),
-                Cell::Unsigned(value) => serializer.serialize_u64(value),
-                Cell::Single(value) => serializer.serialize_f32(value),
-                Cell::Double(value) => serializer.serialize_f64(value),
-                Cell::Text(text) => serializer.serialize_str(&text),
+                Element::Bool(value) => serializer.serialize_bool(value),
+                Element::Signed(value) => serializer.serialize_i64(value),
+                Element::Unsigned(value) => serializer.serialize_u64(value),
+                Element::Float32(value) => serializer.serialize_f32(value),
+                Element::Float64(value) => serializer.serialize_f64(value),
+                Element::Text(text) => serializer.serialize_str(&text),
             };
         };
         let stride: usize = sizes.iter().product();
         let mut array = serializer.serialize_seq(Some(length))?;
-        for place in 0..length {
-            array.serialize_element(&Nested {
+        for index in 0..length {
+            array.serialize_element(&NestedArray {
                 elements: self.elements,
                 sizes,
-                first: self.first + place * stride,
+                first: self.first + index * stride,
             })?;
         }
         array.end()
@@ -311,8 +244,8 @@ impl Serialize for Nested<'_> {
 mod tests {
     use super::*;
 
-    fn answer(datatype: &str, shape: &[i64], raw: Vec<u8>) -> anyhow::Result<Answer> {
-        Answer::checked(ModelInferResponse {
+    fn response(datatype: &str, shape: &[i64], raw: Vec<u8>) -> anyhow::Result<InferResponse> {
+        InferResponse::checked(ModelInferResponse {
             model_name: "m".into(),
             model_version: "1".into(),
             outputs: vec![InferOutputTensor {
@@ -335,9 +268,9 @@ mod tests {
 
     #[test]
     fn json_is_complete_and_nested() {
-        let answer = answer("FP32", &[2, 2], floats(&[0.1, 2.0, -3.5, 4.0])).unwrap();
+        let response = response("FP32", &[2, 2], floats(&[0.1, 2.0, -3.5, 4.0])).unwrap();
         assert_eq!(
-            serde_json::to_string(&answer).unwrap(),
+            serde_json::to_string(&response).unwrap(),
             "{\"model_name\":\"m\",\"model_version\":\"1\",\"outputs\":[{\"name\":\"out\",\
              \"datatype\":\"FP32\",\"shape\":[2,2],\"data\":[[0.1,2.0],[-3.5,4.0]]}]}"
         );
@@ -345,8 +278,8 @@ mod tests {
 
     #[test]
     fn vectors_are_abbreviated_in_the_table() {
-        let answer = answer("FP32", &[1, 6], floats(&[3.0, 4.0, 0.0, 0.0, 0.0, 0.0])).unwrap();
-        let table = answer.table(Some(("text".into(), vec!["a lantern".into()])));
+        let response = response("FP32", &[1, 6], floats(&[3.0, 4.0, 0.0, 0.0, 0.0, 0.0])).unwrap();
+        let table = response.table(Some(("text".into(), vec!["a lantern".into()])));
         assert!(table.contains("TEXT"), "{table}");
         assert!(
             table.contains("3.0000 4.0000 0.0000 0.0000 … (6, norm 5.0000)"),
@@ -355,11 +288,11 @@ mod tests {
     }
 
     #[test]
-    fn answers_that_lie_are_refused() {
-        assert!(answer("FP32", &[2, 2], floats(&[1.0])).is_err());
-        assert!(answer("FP99", &[1], floats(&[1.0])).is_err());
-        assert!(answer("FP32", &[-1], floats(&[1.0])).is_err());
-        let empty = answer("FP32", &[1 << 40, 0], Vec::new()).unwrap();
+    fn responses_that_contradict_themselves_are_refused() {
+        assert!(response("FP32", &[2, 2], floats(&[1.0])).is_err());
+        assert!(response("FP99", &[1], floats(&[1.0])).is_err());
+        assert!(response("FP32", &[-1], floats(&[1.0])).is_err());
+        let empty = response("FP32", &[1 << 40, 0], Vec::new()).unwrap();
         assert!(
             serde_json::to_string(&empty)
                 .unwrap()

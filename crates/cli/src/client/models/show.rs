@@ -3,57 +3,59 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use protocol::Method;
 use protocol::inference::model_metadata_response::TensorMetadata;
 use protocol::inference::{
-    ModelConfig, ModelConfigRequest, ModelMetadataResponse, ModelStatistics,
-    ModelStatisticsRequest, StatisticDuration,
+    ModelConfig, ModelConfigRequest, ModelConfigResponse, ModelMetadataResponse, ModelStatistics,
+    ModelStatisticsRequest, ModelStatisticsResponse, StatisticDuration,
 };
 use serde::Serialize;
 use tonic::Code;
 
+use super::super::call::CallError;
 use super::super::connection::Client;
-use super::super::options::Format;
+use super::super::options::OutputFormat;
 use super::super::print;
 
-/// Everything that the server says about a model.
+/// Metadata, configuration and statistics of a model.
 #[derive(Debug, Serialize)]
-struct Shown {
+struct ModelDetails {
     name: String,
     versions: Vec<String>,
     platform: String,
-    inputs: Vec<TensorShown>,
-    outputs: Vec<TensorShown>,
+    inputs: Vec<TensorDetails>,
+    outputs: Vec<TensorDetails>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    config: Option<ConfigShown>,
-    statistics: Vec<StatisticsShown>,
+    config: Option<ConfigDetails>,
+    statistics: Vec<VersionStatistics>,
 }
 
 #[derive(Debug, Serialize)]
-struct TensorShown {
+struct TensorDetails {
     name: String,
     datatype: String,
     shape: Vec<i64>,
 }
 
 #[derive(Debug, Serialize)]
-struct ConfigShown {
+struct ConfigDetails {
     backend: String,
     max_batch_size: i32,
     parameters: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Serialize)]
-struct StatisticsShown {
+struct VersionStatistics {
     version: String,
     rows: u64,
     batches: u64,
     /// Milliseconds since 1970; 0 when the model was never called.
     last_inference_ms: u64,
-    durations: BTreeMap<&'static str, DurationShown>,
+    durations: BTreeMap<&'static str, MeanDuration>,
 }
 
 #[derive(Debug, Serialize)]
-struct DurationShown {
+struct MeanDuration {
     count: u64,
     mean_us: f64,
 }
@@ -63,74 +65,82 @@ pub async fn show(
     client: &mut Client,
     name: &str,
     version: &str,
-    format: Format,
+    format: OutputFormat,
 ) -> anyhow::Result<()> {
     let metadata = client.metadata(name, version).await?;
     let config = config(client, name, version).await?;
     let statistics = statistics(client, name, version).await?;
-    let shown = gathered(metadata, config, &statistics);
+    let model = details(metadata, config, &statistics);
     match format {
-        Format::Json => print::json(&shown),
-        Format::Table => print::out(&text(&shown)),
+        OutputFormat::Json => print::json(&model),
+        OutputFormat::Table => print::out(&text(&model)),
     }
 }
 
-/// The configuration; none where a server of the protocol does not give one.
+/// The configuration; none where the server does not implement the call.
 async fn config(
     client: &mut Client,
     name: &str,
     version: &str,
 ) -> anyhow::Result<Option<ModelConfig>> {
-    let request = client.request(ModelConfigRequest {
+    let request = ModelConfigRequest {
         name: name.to_owned(),
         version: version.to_owned(),
-    });
-    match client.stub().model_config(request).await {
-        Ok(answer) => Ok(answer.into_inner().config),
-        Err(status) if status.code() == Code::Unimplemented => Ok(None),
-        Err(status) => Err(client.explain(status).await),
-    }
+    };
+    let response = client.try_call(Method::ModelConfig, &request).await;
+    let response: Option<ModelConfigResponse> = optional(client, response).await?;
+    Ok(response.and_then(|response| response.config))
 }
 
-/// The statistics; none where a server of the protocol does not keep them.
+/// The statistics; none where the server does not implement the call.
 async fn statistics(
     client: &mut Client,
     name: &str,
     version: &str,
 ) -> anyhow::Result<Vec<ModelStatistics>> {
-    let request = client.request(ModelStatisticsRequest {
+    let request = ModelStatisticsRequest {
         name: name.to_owned(),
         version: version.to_owned(),
-    });
-    match client.stub().model_statistics(request).await {
-        Ok(answer) => Ok(answer.into_inner().model_stats),
-        Err(status) if status.code() == Code::Unimplemented => Ok(Vec::new()),
-        Err(status) => Err(client.explain(status).await),
+    };
+    let response = client.try_call(Method::ModelStatistics, &request).await;
+    let response: Option<ModelStatisticsResponse> = optional(client, response).await?;
+    Ok(response.unwrap_or_default().model_stats)
+}
+
+/// Other servers of the protocol need not implement every call.
+async fn optional<R>(
+    client: &mut Client,
+    response: Result<R, CallError>,
+) -> anyhow::Result<Option<R>> {
+    match response {
+        Ok(response) => Ok(Some(response)),
+        Err(CallError::Status(status)) if status.code() == Code::Unimplemented => Ok(None),
+        Err(error) => Err(client.explain(error).await),
     }
 }
 
-fn gathered(
+fn details(
     metadata: ModelMetadataResponse,
     config: Option<ModelConfig>,
     statistics: &[ModelStatistics],
-) -> Shown {
+) -> ModelDetails {
     let tensors = |tensors: Vec<TensorMetadata>| {
         tensors
             .into_iter()
-            .map(|tensor| TensorShown {
+            .map(|tensor| TensorDetails {
                 name: tensor.name,
                 datatype: tensor.datatype,
                 shape: tensor.shape,
             })
             .collect()
     };
-    Shown {
+    ModelDetails {
         name: metadata.name,
         versions: metadata.versions,
         platform: metadata.platform,
         inputs: tensors(metadata.inputs),
         outputs: tensors(metadata.outputs),
-        config: config.map(|config| ConfigShown {
+        config: config.map(|config| ConfigDetails {
             backend: config.backend,
             max_batch_size: config.max_batch_size,
             parameters: config
@@ -139,11 +149,11 @@ fn gathered(
                 .map(|(key, parameter)| (key, parameter.string_value))
                 .collect(),
         }),
-        statistics: statistics.iter().map(counted).collect(),
+        statistics: statistics.iter().map(version_statistics).collect(),
     }
 }
 
-fn counted(statistics: &ModelStatistics) -> StatisticsShown {
+fn version_statistics(statistics: &ModelStatistics) -> VersionStatistics {
     let stats = statistics.inference_stats.unwrap_or_default();
     let durations = [
         ("success", stats.success),
@@ -155,7 +165,7 @@ fn counted(statistics: &ModelStatistics) -> StatisticsShown {
         ("cache_hit", stats.cache_hit),
         ("cache_miss", stats.cache_miss),
     ];
-    StatisticsShown {
+    VersionStatistics {
         version: statistics.version.clone(),
         rows: statistics.inference_count,
         batches: statistics.execution_count,
@@ -167,26 +177,26 @@ fn counted(statistics: &ModelStatistics) -> StatisticsShown {
     }
 }
 
-fn mean(duration: StatisticDuration) -> DurationShown {
+fn mean(duration: StatisticDuration) -> MeanDuration {
     let mean_ns = if duration.count == 0 {
         0.0
     } else {
         duration.ns as f64 / duration.count as f64
     };
-    DurationShown {
+    MeanDuration {
         count: duration.count,
         mean_us: (mean_ns / 100.0).round() / 10.0,
     }
 }
 
-fn text(shown: &Shown) -> String {
+fn text(model: &ModelDetails) -> String {
     let mut text = format!(
         "{}, {}\nversions  {}\n",
-        print::visible(&shown.name),
-        print::visible(&shown.platform),
-        print::visible(&shown.versions.join(", ")),
+        print::visible(&model.name),
+        print::visible(&model.platform),
+        print::visible(&model.versions.join(", ")),
     );
-    let tensors = [("input", &shown.inputs), ("output", &shown.outputs)];
+    let tensors = [("input", &model.inputs), ("output", &model.outputs)];
     let rows: Vec<Vec<String>> = tensors
         .into_iter()
         .flat_map(|(kind, tensors)| tensors.iter().map(move |tensor| (kind, tensor)))
@@ -204,7 +214,7 @@ fn text(shown: &Shown) -> String {
         &["TENSOR", "NAME", "DATATYPE", "SHAPE"],
         &rows,
     ));
-    if let Some(config) = &shown.config {
+    if let Some(config) = &model.config {
         let mut rows = vec![vec![
             "max_batch_size".to_owned(),
             config.max_batch_size.to_string(),
@@ -214,7 +224,7 @@ fn text(shown: &Shown) -> String {
         text.push('\n');
         text.push_str(&print::table(&["PARAMETER", "VALUE"], &rows));
     }
-    for statistics in &shown.statistics {
+    for statistics in &model.statistics {
         let _ = write!(
             text,
             "\nversion {}: {} rows in {} batches\n",

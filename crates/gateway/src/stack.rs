@@ -282,7 +282,7 @@ impl Stack {
     async fn send(&self, route: &Route, request: &Request) -> Result<Response, Status> {
         if let Some(provider) = route.provider() {
             let pending = PendingCharge::new(&self.0.limit, &request.caller, provider);
-            let response = provider::respond(provider, request, pending.tab()).await?;
+            let response = provider::respond(provider, request, pending.usage()).await?;
             pending.settle();
             return Ok(response);
         }

@@ -1,4 +1,8 @@
 //! The calls of the protos as a type, made by `build.rs` from the descriptors.
+#![allow(
+    clippy::too_many_lines,
+    reason = "generated: each match has an arm for each method"
+)]
 
 use crate::{peek_count, peek_rows};
 

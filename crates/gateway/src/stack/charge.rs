@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
+use providers::{CallContext, Provider, ProviderUsage, UsageMeter};
 use tokio::time::Instant;
 
 use crate::limit::Limit;
 use crate::policy::Caller;
 use crate::request::Usage;
-use providers::{CallContext, Provider, ProviderUsage, UsageMeter};
 
 /// The charge of one call that has no response yet. Dropped before it is
 /// settled, it charges the tenant for what the service has taken, with an
@@ -16,7 +16,7 @@ pub(super) struct PendingCharge<'a> {
     limit: &'a Limit,
     caller: &'a Caller,
     provider: Arc<Provider>,
-    tab: UsageMeter,
+    usage: UsageMeter,
     settled: bool,
 }
 
@@ -27,19 +27,19 @@ impl<'a> PendingCharge<'a> {
             limit,
             caller,
             provider: provider.clone(),
-            tab: UsageMeter::default(),
+            usage: UsageMeter::default(),
             settled: false,
         }
     }
 
-    /// Where the provider notes what the call takes.
-    pub(super) fn tab(&self) -> &UsageMeter {
-        &self.tab
+    /// Where the provider records the usage of the call.
+    pub(super) fn usage(&self) -> &UsageMeter {
+        &self.usage
     }
 
-    /// The deadline and the charge of the provider's calls.
-    pub(super) fn terms(&self, deadline: Instant) -> CallContext<'_> {
-        let usage = &self.tab;
+    /// What the provider's calls are bound by.
+    pub(super) fn context(&self, deadline: Instant) -> CallContext<'_> {
+        let usage = &self.usage;
         CallContext { deadline, usage }
     }
 
@@ -51,13 +51,13 @@ impl<'a> PendingCharge<'a> {
 
 impl Drop for PendingCharge<'_> {
     fn drop(&mut self) {
-        let used = self.tab.total();
-        if self.settled || used == ProviderUsage::default() {
+        let consumed = self.usage.total();
+        if self.settled || consumed == ProviderUsage::default() {
             return;
         }
         let usage = Usage {
-            tokens: used.tokens(),
-            cost: self.provider.charge(&self.caller.tenant.name, used),
+            tokens: consumed.tokens(),
+            cost: self.provider.charge(&self.caller.tenant.name, consumed),
         };
         self.limit.charge(self.caller, &self.provider.name, usage);
     }

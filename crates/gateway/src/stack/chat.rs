@@ -95,8 +95,8 @@ impl Exchange for Chat<'_> {
     async fn attempt(&self, stack: &Stack, attempt: Attempt<'_>) -> Result<Self::Output, Status> {
         let provider = generator(attempt.route)?;
         let pending = PendingCharge::new(&stack.0.limit, self.caller, &provider);
-        let terms = pending.terms(attempt.deadline);
-        let content = provider.chat(self.request, terms).await?;
+        let context = pending.context(attempt.deadline);
+        let content = provider.chat(self.request, context).await?;
         pending.settle();
         Ok(Generated::new(content, provider, attempt))
     }
@@ -137,8 +137,8 @@ impl Exchange for ChatStreaming<'_> {
         let pending = PendingCharge::new(&stack.0.limit, chat.caller, &provider);
         // The deadline of the attempt is that of the first part: the others may
         // take as long as the caller waits.
-        let terms = pending.terms(attempt.deadline);
-        let parts = provider.chat_stream(chat.request, terms, chat.deadline);
+        let context = pending.context(attempt.deadline);
+        let parts = provider.chat_stream(chat.request, context, chat.deadline);
         let content = parts.await?;
         pending.settle();
         Ok(Generated::new(content, provider, attempt))

@@ -10,6 +10,7 @@ pub use oip::conversation;
 
 use std::sync::Arc;
 
+use protocol::Service;
 use providers::{Provider, UsageMeter};
 use tonic::Status;
 
@@ -24,14 +25,10 @@ pub async fn respond(
     request: &Request,
     usage: &UsageMeter,
 ) -> Result<Response, Status> {
-    let path = request.method.path();
-    let (answer, consumed) = match path.strip_prefix("/inference.GRPCInferenceService/") {
-        Some(method) => oip::respond(provider, method, request, usage).await?,
-        None => {
-            let method = path.strip_prefix("/tei.v1.").unwrap_or(path);
-            tei::respond(provider, method, request, usage).await?
-        }
+    let (response, consumed) = match request.method.service() {
+        Service::Inference => oip::respond(provider, request, usage).await?,
+        _ => tei::respond(provider, request, usage).await?,
     };
     let cost = provider.charge(&request.caller.tenant.name, consumed);
-    Ok(answer.costing(cost))
+    Ok(response.costing(cost))
 }

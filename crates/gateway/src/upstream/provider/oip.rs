@@ -13,8 +13,8 @@ use protocol::inference::{
     model_version_policy::{PolicyChoice, Specific},
 };
 use protocol::{
-    DIGEST_KEY, Error, InferRequest, Input, ModelName, ModelVersion, TOKENS_KEY, Task, Value,
-    to_response,
+    DIGEST_KEY, Error, InferRequest, Input, Method, ModelName, ModelVersion, TOKENS_KEY, Task,
+    Value, to_response,
 };
 use providers::{
     CallContext, ChatRequest, EmbeddingOptions, MODEL_VERSION, Provider, ProviderError,
@@ -46,7 +46,6 @@ fn spec(name: &'static str, datatype: Datatype, shape: &[i64]) -> Spec {
 /// Responds to one message; the usage is that of all calls of the service.
 pub(super) async fn respond(
     provider: &Arc<Provider>,
-    method: &str,
     request: &Request,
     usage: &UsageMeter,
 ) -> Result<(Response, ProviderUsage), Status> {
@@ -55,20 +54,20 @@ pub(super) async fn respond(
         deadline: request.deadline,
         usage,
     };
-    match method {
-        "ModelInfer" => infer(provider, decode(message)?, context).await,
-        "ModelMetadata" => {
+    match request.method {
+        Method::ModelInfer => infer(provider, decode(message)?, context).await,
+        Method::ModelMetadata => {
             let _: ModelMetadataRequest = decode(message)?;
-            let answer = Response::own(&metadata(provider), HeaderMap::new());
-            Ok((answer, ProviderUsage::default()))
+            let response = Response::own(&metadata(provider), HeaderMap::new());
+            Ok((response, ProviderUsage::default()))
         }
-        "ModelConfig" => {
+        Method::ModelConfig => {
             let _: ModelConfigRequest = decode(message)?;
             let config = Some(config(provider));
-            let answer = Response::own(&ModelConfigResponse { config }, HeaderMap::new());
-            Ok((answer, ProviderUsage::default()))
+            let response = Response::own(&ModelConfigResponse { config }, HeaderMap::new());
+            Ok((response, ProviderUsage::default()))
         }
-        _ => Err(unsupported(provider, method).into()),
+        method => Err(unsupported(provider, method).into()),
     }
 }
 
@@ -158,8 +157,8 @@ fn config(provider: &Provider) -> ModelConfig {
 }
 
 /// The error of a method that providers do not support.
-pub(super) fn unsupported(provider: &Provider, method: &str) -> Error {
-    let name = &provider.name;
+pub(super) fn unsupported(provider: &Provider, method: Method) -> Error {
+    let (name, method) = (&provider.name, method.name());
     let reason =
         format!("model '{name}' is served by an outside provider, which does not support {method}");
     Error::new(protocol::Kind::Unsupported, reason)
@@ -283,14 +282,14 @@ async fn infer(
         Task::Rerank => rerank(provider, &request, context).await?,
         Task::Generation => generate(provider, &request, context).await?,
         Task::Classification | Task::Tabular => {
-            return Err(unsupported(provider, "ModelInfer").into());
+            return Err(unsupported(provider, Method::ModelInfer).into());
         }
     };
     let name = ModelName::checked(&provider.name, "model_name")?;
     let version = ModelVersion::checked(MODEL_VERSION, "model_version")?;
-    let answer = to_response(&name, version, request.id, vec![output]);
+    let message = to_response(&name, version, request.id, vec![output]);
     Ok((
-        Response::own(&answer, response_metadata(provider, usage)),
+        Response::own(&message, response_metadata(provider, usage)),
         usage,
     ))
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use platform::grpc::decode;
 use protocol::tei::v1 as tei;
-use protocol::{Error, MODEL_KEY, Task};
+use protocol::{Error, MODEL_KEY, Method, Task};
 use providers::{
     CallContext, EmbeddingOptions, MODEL_VERSION, Provider, ProviderError, ProviderUsage,
     UsageMeter,
@@ -21,7 +21,6 @@ use crate::upstream::Response;
 /// Responds to one message; the usage is that of all calls of the service.
 pub(super) async fn respond(
     provider: &Arc<Provider>,
-    method: &str,
     request: &Request,
     usage: &UsageMeter,
 ) -> Result<(Response, ProviderUsage), Status> {
@@ -34,18 +33,15 @@ pub(super) async fn respond(
             usage,
         },
     };
-    match method {
-        "Info/Info" => {
+    match request.method {
+        Method::TeiInfo => {
             let _: tei::InfoRequest = decode(message)?;
-            let answer = Response::own(&call.info()?, HeaderMap::new());
-            Ok((answer, ProviderUsage::default()))
+            let response = Response::own(&call.info()?, HeaderMap::new());
+            Ok((response, ProviderUsage::default()))
         }
-        "Embed/Embed" => Ok(call.embed(decode(message)?).await?),
-        "Rerank/Rerank" => Ok(call.rerank(decode(message)?).await?),
-        _ => {
-            let method = method.rsplit('/').next().unwrap_or(method);
-            Err(unsupported(provider, method).into())
-        }
+        Method::Embed => Ok(call.embed(decode(message)?).await?),
+        Method::Rerank => Ok(call.rerank(decode(message)?).await?),
+        method => Err(unsupported(provider, method).into()),
     }
 }
 
@@ -71,7 +67,7 @@ impl Call<'_> {
             Task::Embedding => tei::ModelType::Embedding,
             Task::Rerank => tei::ModelType::Reranker,
             Task::Generation | Task::Classification | Task::Tabular => {
-                return Err(unsupported(self.provider, "Info"));
+                return Err(unsupported(self.provider, Method::TeiInfo));
             }
         };
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);

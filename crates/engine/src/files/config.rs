@@ -4,8 +4,9 @@
 //! whatever its other keys hold. Then each family parses its own keys.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
-use serde::de::{DeserializeOwned, Error};
+use serde::de::{DeserializeOwned, Error, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::folder::{Folder, JSON_BYTES_MAX, parse_json};
@@ -67,14 +68,24 @@ pub(crate) struct Size<const MAX: usize>(pub(crate) usize);
 
 impl<'de, const MAX: usize> Deserialize<'de> for Size<MAX> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let size = usize::deserialize(deserializer)?;
-        if (1..=MAX).contains(&size) {
-            Ok(Self(size))
-        } else {
-            Err(D::Error::custom(format_args!(
-                "{size} is not in the range from 1 to {MAX}"
-            )))
-        }
+        deserializer.deserialize_u64(SizeVisitor)
+    }
+}
+
+struct SizeVisitor<const MAX: usize>;
+
+impl<const MAX: usize> Visitor<'_> for SizeVisitor<MAX> {
+    type Value = Size<MAX>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "a whole number from 1 to {MAX}")
+    }
+
+    fn visit_u64<E: Error>(self, number: u64) -> Result<Self::Value, E> {
+        let size = usize::try_from(number).ok();
+        let size = size.filter(|size| (1..=MAX).contains(size));
+        size.map(Size)
+            .ok_or_else(|| E::invalid_value(Unexpected::Unsigned(number), &self))
     }
 }
 

@@ -22,7 +22,7 @@ use crate::arguments;
 use crate::arguments::Common;
 
 /// The crates that are logged at INFO and below: the binary and every library of
-/// the workspace. `tests/tidy.py` holds the list complete.
+/// the workspace. `tests/tidy` holds the list complete.
 const CRATES: &[&str] = &[
     "andon",
     "engine",

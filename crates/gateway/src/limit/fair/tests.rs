@@ -242,17 +242,3 @@ async fn callers_who_leave_lose_no_turn() {
         assert_eq!(metrics.fair_waiting.get(), 0);
     }
 }
-
-#[tokio::test]
-async fn a_turn_without_a_queue_costs_little() {
-    let (fair, _) = fair(64);
-    let caller = tenant("a", 1);
-    let started = std::time::Instant::now();
-    for _ in 0..100_000 {
-        drop(fair.turn(&caller, request(1)).await.unwrap());
-    }
-    println!(
-        "a turn that passes at once: {:?}",
-        started.elapsed() / 100_000
-    );
-}

@@ -1,5 +1,3 @@
-use std::time::Instant;
-
 use proptest::prelude::*;
 use protocol::inference::InferTensorContents;
 use protocol::inference::infer_parameter::ParameterChoice;
@@ -318,75 +316,5 @@ proptest! {
         let _ = rows.split(bytes.clone(), &HeaderMap::new(), 2);
         let row = Row { head: bytes.clone(), content: bytes };
         let _ = joined(&rows, &[row.clone(), row]);
-    }
-}
-
-/// Prints what a request costs whose rows are all known; nothing depends on
-/// the time.
-#[tokio::test]
-async fn the_cost_of_a_known_answer() {
-    use super::super::super::counts::Counts;
-    use super::super::super::flight::Flights;
-    use super::super::super::known::{Compute, Known};
-    use super::super::super::memory::Memory;
-
-    struct Nobody;
-    impl Compute for Nobody {
-        type Instead = ();
-        async fn compute(&self, _places: &[usize]) -> Result<Vec<Row>, ()> {
-            Err(())
-        }
-    }
-    let known = Known {
-        memory: Some(Memory::new(64 << 20, std::time::Duration::from_secs(60))),
-        flights: Flights::default(),
-        remote: None,
-        counts: Counts::default(),
-    };
-    for count in [1, 32] {
-        let texts: Vec<String> = (0..count)
-            .map(|row| format!("text number {row} of about a hundred bytes, as a sentence of a page has them now and then {row:8}"))
-            .collect();
-        let request = ModelInferRequest {
-            model_name: "minilm".to_owned(),
-            inputs: vec![input("text", "BYTES", &[count])],
-            raw_input_contents: vec![encode_bytes_elements(&texts).unwrap().into()],
-            ..Default::default()
-        };
-        let message = Bytes::from(request.encode_to_vec());
-        let answer = ModelInferResponse {
-            model_name: "minilm".to_owned(),
-            model_version: "1".to_owned(),
-            outputs: vec![InferOutputTensor {
-                name: "embedding".to_owned(),
-                datatype: "FP32".to_owned(),
-                shape: vec![count, 384],
-                ..Default::default()
-            }],
-            raw_output_contents: vec![vec![1; count as usize * 384 * 4].into()],
-            ..Default::default()
-        };
-        let rows = read(&request).unwrap();
-        let found = split(&rows, &answer, count as usize).unwrap().rows;
-        for (key, row) in rows.keys().iter().zip(found) {
-            let memory = known.memory.as_ref().unwrap();
-            memory.insert(*key, row, std::time::Duration::MAX);
-        }
-        let mut took = Vec::new();
-        for _ in 0..20_000 {
-            let started = Instant::now();
-            let rows = Infer::read(message.clone(), &SOURCE).unwrap();
-            let found = known.rows(rows.keys(), &Nobody).await.unwrap().unwrap();
-            let mut headers = HeaderMap::with_capacity(16);
-            let joined = rows.join(&found.rows, &Paid::default(), &mut headers);
-            took.push(started.elapsed());
-            assert!(joined.is_some());
-        }
-        took.sort_unstable();
-        println!(
-            "{count} known rows of 384 numbers: p50 {:?}, p99 {:?}",
-            took[took.len() / 2],
-            took[took.len() * 99 / 100]
-        );
     }
 }

@@ -159,6 +159,22 @@ fn read_error(error: &axum::Error) -> Error {
     Error::invalid("body", "cannot be decompressed")
 }
 
+/// An error for a content type that no client of this protocol uses. Their
+/// libraries label the JSON as JSON, as bytes or as text.
+pub fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
+    let kind = headers.get(CONTENT_TYPE).map(|kind| kind.as_bytes());
+    let accepted = |kind: &[u8]| {
+        let named = kind.split(|byte| *byte == b';').next().unwrap_or_default();
+        [&b"application/octet-stream"[..], b"text/plain"]
+            .iter()
+            .any(|other| named.trim_ascii().eq_ignore_ascii_case(other))
+    };
+    if kind.is_some_and(accepted) {
+        return Ok(());
+    }
+    must_be_json(headers)
+}
+
 /// An error if the request has a content type other than JSON.
 pub fn must_be_json(headers: &HeaderMap) -> Result<(), Error> {
     let Some(kind) = headers.get(CONTENT_TYPE) else {

@@ -16,8 +16,9 @@ use protocol::Error;
 use tokio::time::Instant;
 use tracing::Instrument;
 
-use super::context::{RequestContext, RequestId, call_headers, hold_until_sent};
+use super::context::{RequestContext, call_headers, hold_until_sent};
 use super::error::{ApiError, ErrorFormat, error_of, render};
+use super::request_id::RequestId;
 use super::timeouts::Timeouts;
 use gateway::stack::{Access, Entered, Entry, EntryKind, Stack, rescue};
 

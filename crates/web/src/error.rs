@@ -13,7 +13,7 @@ use serde_json::json;
 use tonic::Status;
 use utoipa::ToSchema;
 
-use super::context::RequestId;
+use super::request_id::RequestId;
 
 /// `retry-after` in milliseconds, which some clients prefer.
 pub const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");

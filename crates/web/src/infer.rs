@@ -18,9 +18,8 @@ use protocol::{Error, Kind, Method};
 use super::body;
 use super::context::{RequestContext, hold_until_sent};
 use super::error::ApiError;
-use super::openapi::ModelPath;
-use super::openapi::schemas::InferResponse;
-use super::rest::{PathModel, check_content_type};
+use super::model_path::{ModelPath, PathModel};
+use super::schemas::InferResponse;
 use gateway::stack::Stack;
 
 /// The header with the length of the JSON before the binary tensors.
@@ -51,7 +50,7 @@ pub async fn infer(
     request: Request,
 ) -> Result<Response, ApiError> {
     let limits = stack.limits();
-    let content_type = check_content_type(request.headers());
+    let content_type = body::check_content_type(request.headers());
     let json_bytes = header_length(request.headers());
     let mut received = body::read(request, limits).await?;
     content_type?;

@@ -11,10 +11,13 @@ mod endpoint;
 mod error;
 mod generate;
 mod infer;
+mod model_path;
 mod openai;
 mod openapi;
+mod request_id;
 mod rerank;
 mod rest;
+mod schemas;
 mod sse;
 mod strict;
 mod texts;
@@ -32,9 +35,9 @@ use tower_http::compression::predicate::{NotForContentType, Predicate, SizeAbove
 use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer, ExposeHeaders};
 use tower_http::decompression::RequestDecompressionLayer;
 
-use context::RequestId;
 use error::{ApiError, ErrorFormat};
 use gateway::stack::Stack;
+use request_id::RequestId;
 
 /// Settings of the HTTP port.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -142,7 +145,7 @@ async fn outermost(mut request: Request, next: Next) -> Response {
         response = error.into_response();
     }
     let mut response = error::render(response, format, &id);
-    response.headers_mut().insert(context::REQUEST_ID, id.0);
+    response.headers_mut().insert(request_id::REQUEST_ID, id.0);
     response
 }
 

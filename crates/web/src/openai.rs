@@ -26,8 +26,7 @@ use super::body::Json;
 use super::context::{CallResponse, RequestContext, hold_until_sent};
 use super::endpoint::Endpoints;
 use super::error::{ApiError, ErrorFormat};
-use super::openapi::ModelPath;
-use super::rest::PathModel;
+use super::model_path::{ModelPath, PathModel};
 use super::strict::strict;
 use super::texts::{
     CALLS_AT_ONCE, InputFields, call_model, computed_tokens, infer_request, select_model,

@@ -2,7 +2,6 @@
 //! operations share, such as their error responses, is added here once.
 
 mod errors;
-pub mod schemas;
 
 use std::sync::LazyLock;
 
@@ -102,21 +101,6 @@ async fn document_as_json() -> Response {
         (CACHE_CONTROL, "no-cache"),
     ];
     (headers, JSON.clone()).into_response()
-}
-
-/// The model of a path.
-#[derive(Debug, utoipa::IntoParams)]
-#[into_params(parameter_in = Path)]
-#[allow(dead_code, reason = "it is a description: `rest::PathModel` reads it")]
-pub struct ModelPath {
-    /// The model's name.
-    #[param(
-        min_length = 1,
-        max_length = 128,
-        pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
-        example = "minilm"
-    )]
-    pub model: String,
 }
 
 /// What the error responses and headers of an operation depend on.

@@ -5,13 +5,10 @@ mod responses;
 
 use std::collections::HashMap;
 
-use axum::extract::{FromRequestParts, Path, Request, State};
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use http::HeaderMap;
-use http::header::CONTENT_TYPE;
-use http::request::Parts;
 use platform::grpc::Message;
 use protocol::inference::log_settings_request::SettingValue as LogSetting;
 use protocol::inference::log_settings_request::setting_value::ParameterChoice as LogValue;
@@ -34,12 +31,11 @@ use super::context::RequestContext;
 use super::endpoint::Endpoints;
 use super::error::{ApiError, ErrorFormat};
 use super::infer::infer;
-use super::openapi::ModelPath;
-use super::openapi::schemas::{
+use super::model_path::{ModelPath, PathModel};
+use super::schemas::{
     IndexedModel, ModelConfiguration, ModelMetadata, ParameterSchema, ServerMetadata, Statistics,
 };
 use super::strict::strict;
-use gateway::request::ModelSelector;
 use gateway::stack::Stack;
 
 /// The endpoints.
@@ -80,61 +76,6 @@ pub fn routes(stack: &Stack) -> Router<Stack> {
         .into_router()
 }
 
-/// The model in the path of a request. The stack checks its name, as for a gRPC
-/// call. An extractor.
-#[derive(Debug, Default)]
-pub struct PathModel {
-    /// Its name; empty where the path has none.
-    pub name: String,
-    /// Its version; empty for the newest.
-    pub version: String,
-}
-
-impl PathModel {
-    /// The selector of the model.
-    pub fn selector(&self) -> ModelSelector {
-        ModelSelector::Named {
-            name: self.name.clone(),
-            version: self.version.clone(),
-            field: "model_name",
-        }
-    }
-}
-
-impl<S: Send + Sync> FromRequestParts<S> for PathModel {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let found = Path::<Vec<(String, String)>>::from_request_parts(parts, state).await;
-        let Path(found) = found.map_err(|_| Error::invalid("path", "must be UTF-8"))?;
-        let mut model = Self::default();
-        for (name, value) in found {
-            match name.as_str() {
-                "model" => model.name = value,
-                "version" => model.version = value,
-                _ => {}
-            }
-        }
-        Ok(model)
-    }
-}
-
-/// An error for a content type that no client of this protocol uses. Their
-/// libraries label the JSON as JSON, as bytes or as text.
-pub fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
-    let kind = headers.get(CONTENT_TYPE).map(|kind| kind.as_bytes());
-    let accepted = |kind: &[u8]| {
-        let named = kind.split(|byte| *byte == b';').next().unwrap_or_default();
-        [&b"application/octet-stream"[..], b"text/plain"]
-            .iter()
-            .any(|other| named.trim_ascii().eq_ignore_ascii_case(other))
-    };
-    if kind.is_some_and(accepted) {
-        return Ok(());
-    }
-    body::must_be_json(headers)
-}
-
 /// Bodies of settings and names.
 const SETTINGS_BYTES_MAX: usize = 1 << 20;
 
@@ -143,7 +84,7 @@ async fn optional_json<T: for<'de> Deserialize<'de> + Default>(
     stack: &Stack,
     request: Request,
 ) -> Result<T, Error> {
-    let content_type = check_content_type(request.headers());
+    let content_type = body::check_content_type(request.headers());
     let limits = body::at_most(stack.limits(), SETTINGS_BYTES_MAX);
     let received = body::read(request, &limits).await?;
     if received.length == 0 {

@@ -12,8 +12,9 @@ use protocol::Error;
 use serde::Serialize;
 use tokio::time::{Instant, timeout_at};
 
-use super::context::{RequestContext, RequestId};
+use super::context::RequestContext;
 use super::error::ErrorFormat;
+use super::request_id::RequestId;
 use gateway::stack::{ChatDelta, ChatStream};
 
 /// How the parts of a text become events.

@@ -18,8 +18,8 @@ use tensor::{Datatype, Shape, TensorError};
 use utoipa::ToSchema;
 
 use super::super::body::{self, Received};
-use super::super::openapi::schemas::{DatatypeSchema, DimensionSchema, ParameterSchema};
-use super::super::rest::PathModel;
+use super::super::model_path::PathModel;
+use super::super::schemas::{DatatypeSchema, DimensionSchema, ParameterSchema};
 use super::super::strict::strict;
 use super::HEADER_LENGTH;
 use super::json_data::parse_data;

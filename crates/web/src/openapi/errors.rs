@@ -7,8 +7,8 @@ use http::{HeaderValue, StatusCode};
 use protocol::{Error, Kind, ModelName};
 use utoipa::openapi::{ContentBuilder, Ref, Response, ResponseBuilder};
 
-use super::super::context::RequestId;
 use super::super::error::{ErrorFormat, method_not_allowed, request_aborted, unsupported_encoding};
+use super::super::request_id::RequestId;
 use super::super::texts::as_model_field;
 use super::Traits;
 

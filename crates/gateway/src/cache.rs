@@ -6,6 +6,7 @@ mod flight;
 mod key;
 mod known;
 mod memory;
+mod readings;
 mod remote;
 mod rows;
 
@@ -25,11 +26,12 @@ use crate::redis::{Redis, RedisError, RedisSettings};
 use crate::request::{Request, Usage};
 use crate::route::Route;
 use crate::upstream::Response;
-use counts::{Counts, Readings};
+use counts::Counts;
 use flight::Flights;
 use key::Source;
 use known::{Compute, Found, Known};
 use memory::{Memory, Row};
+use readings::Readings;
 use remote::{Remote, Seal};
 use rows::{Paid, Rows};
 

@@ -237,10 +237,10 @@ async fn connect_from(
 async fn maintain(upstream: &Upstream, shards: &Shards) -> Status {
     loop {
         tokio::time::sleep(MAINTAIN).await;
-        for place in upstream.closed_places() {
+        for (shard, index) in upstream.closed_places() {
             // A worker that cannot be reached is seen by its reports.
-            if let Ok(channel) = connect_from(place.0, upstream, shards).await {
-                upstream.replace(place, channel);
+            if let Ok(channel) = connect_from(shard, upstream, shards).await {
+                upstream.replace(shard, index, channel);
             }
         }
     }

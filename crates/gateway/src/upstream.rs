@@ -267,7 +267,7 @@ impl Upstream {
     }
 
     /// Puts a new connection in a place. Calls that the old one has go on.
-    pub fn replace(&self, (shard, index): (usize, usize), channel: Arc<Channel>) {
+    pub fn replace(&self, shard: usize, index: usize, channel: Arc<Channel>) {
         let mut channels = self
             .channels
             .write()

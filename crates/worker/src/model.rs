@@ -132,16 +132,26 @@ pub struct TextError {
     pub error: EngineError,
 }
 
+/// A version of a model.
+#[derive(Debug, Clone)]
+pub struct ModelId {
+    /// The model.
+    pub name: ModelName,
+    /// Its version.
+    pub version: ModelVersion,
+}
+
 impl ServedModel {
     /// Loads a model folder, computes one row to warm up, and starts its
     /// thread. Blocks for as long as that takes.
     pub fn start(
-        (name, version): (ModelName, ModelVersion),
+        id: ModelId,
         folder: &Path,
         options: &LoadOptions,
         limits: ModelLimits,
         metrics: &WorkerMetrics,
     ) -> Result<Self, EngineError> {
+        let ModelId { name, version } = id;
         let mut model = engine::load(folder, options)?;
         warm_up(&mut model)?;
         let card = model.card().clone();

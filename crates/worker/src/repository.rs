@@ -15,7 +15,7 @@ use tokio::sync::{Mutex, oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::metrics::WorkerMetrics;
-use crate::model::ServedModel;
+use crate::model::{ModelId, ServedModel};
 use files::{Defaults, Plan};
 pub use settings::{BareModel, RepositorySettings};
 
@@ -245,10 +245,12 @@ impl Repository {
         for (version, folder) in plan.versions {
             self.set_unless_ready(name, version, State::Loading);
             let repository = self.clone();
-            let (owned_name, options, limits) =
-                (name.clone(), plan.options.clone(), plan.limits.clone());
+            let (options, limits) = (plan.options.clone(), plan.limits.clone());
+            let id = ModelId {
+                name: name.clone(),
+                version,
+            };
             let loaded = tokio::task::spawn_blocking(move || {
-                let id = (owned_name, version);
                 ServedModel::start(id, &folder, &options, limits, &repository.metrics)
             })
             .await

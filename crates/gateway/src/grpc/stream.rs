@@ -178,7 +178,7 @@ impl MessageStream {
         let parts = generated.content.map(move |item| {
             Ok(match item {
                 Ok(delta) => match delta.end {
-                    Some(end) => frame(&last_part(&model, &id, end)),
+                    Some((reason, usage)) => frame(&last_part(&model, &id, reason, usage)),
                     None => frame(&part(&model, &id, &delta.text)),
                 },
                 Err(error) => error_response(id.clone(), &error.to_string()),

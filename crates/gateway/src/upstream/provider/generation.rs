@@ -66,7 +66,8 @@ pub fn part(model: &str, id: &str, text: &str) -> ModelStreamInferResponse {
 pub fn last_part(
     model: &str,
     id: &str,
-    (reason, usage): (FinishReason, TokenUsage),
+    reason: FinishReason,
+    usage: TokenUsage,
 ) -> ModelStreamInferResponse {
     let integer =
         |count: u64| ParameterChoice::Int64Param(i64::try_from(count).unwrap_or(i64::MAX));

@@ -71,8 +71,18 @@ def no_argument_is_a_tuple(tree):
             for argument in arguments(code[match.end() :]):
                 _, _, kind = argument.partition(":")
                 kind = re.sub(r"^(\s|&|'\w+|mut\b)*", "", kind)
-                if argument.startswith("(") or re.match(r"\((?!\s*\))", kind):
+                if is_tuple(argument) or is_tuple(kind):
                     yield name, line, f"an argument of '{match.group(1)}' is a tuple: make it a struct"
+
+
+def is_tuple(text):
+    """Whether a pattern or a type begins with a tuple: `(dyn Fn() + Sync)` is none."""
+    depth = 0
+    for index, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return index > 0 and len(list(split(f"{text[1:index]} _"))) > 1
+    return False
 
 
 def arguments(signature):
@@ -209,6 +219,9 @@ RULES = [
     files_are_short,
     imports.crates_keep_the_law,
     imports.nothing_forbidden_is_reached,
+    imports.modules_keep_to_their_floors,
+    imports.modules_import_in_no_circle,
+    no_argument_is_a_tuple,
     messages_stay_at_the_wire,
     tonic_stays_at_the_wire,
     logged_crates_are_complete,

@@ -9,7 +9,7 @@ ADMIN ?= 127.0.0.1:8002
 CUDA_COMPUTE_CAP ?= 80
 
 .DEFAULT_GOAL := help
-.PHONY: help run build build-cuda models fleet test check bench bench-peers chaos
+.PHONY: help run build build-cuda models fleet test soak check bench bench-peers bench-turn chaos
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ fleet: build models ## Run a gateway and three workers on loopback
 
 test: ## Install the test dependencies and run all tests
 	bash tests/run.sh
+
+soak: ## Send generated calls for ten minutes
+	OPENAPI_SECONDS=600 bash tests/run.sh --workspace -E 'test(no_generated_call_breaks_the_document)'
 
 check: ## Check format, lints, licences, protos, structure, manifests
 	bash tests/check.sh

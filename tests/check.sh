@@ -5,16 +5,19 @@ cd "$(dirname "$0")/.."
 . tests/tools.sh
 
 need cargo "install stable Rust"
-python_environment
-buf_tool
-cargo_tool cargo-deny cargo-deny
+# The network and the compiler at the same time.
+environment=target/environment.log
+(set -e; python_environment; buf_tool; cargo_tool cargo-deny) >"$environment" 2>&1 &
+installing=$!
 
-echo "== format";    cargo fmt --all --check
-echo "== protos";    buf lint proto
-echo "== licences";  cargo fetch --locked --quiet; cargo deny --offline --log-level error check bans licenses sources
-echo "== structure"; target/venv/bin/python tests/tidy
+timed format cargo fmt --all --check
+timed clippy cargo clippy --locked --workspace --all-targets -- -D warnings
+cargo fetch --locked --quiet
+wait "$installing" || { cat "$environment"; exit 1; }
+timed licences cargo deny --offline --log-level error check bans licenses sources
+timed protos buf lint proto
+timed structure target/venv/bin/python tests/tidy
 target/venv/bin/python tests/tidy --self-test | tail -1
-echo "== manifests"; target/venv/bin/python tests/manifests/check.py
+timed manifests target/venv/bin/python tests/manifests/check.py
 target/venv/bin/python tests/manifests/check.py --self-test | tail -1
-echo "== clippy";    cargo clippy --release --locked --workspace --all-targets -- -D warnings
 echo "all checks passed"

@@ -1,31 +1,25 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them all.
+# Installs what the tests need and runs them all, or those that the arguments
+# select, which are nextest's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/tools.sh
 
 need cargo "install stable Rust"
 need cc "install a C compiler"
-cargo_tool cargo-nextest cargo-nextest
-python_environment
-buf_tool
-debian redis-server redis-server
-node_environment
-debian chromium chromium
-python3 demo/fetch_models.py models
-# The reference's outputs, and whether the committed weights of `digits` are
-# what its training program makes.
-if ! [ target/golden/.done -nt tests/python/golden.py ] ||
-    ! [ target/golden/.done -nt tests/python/train_digits.py ]; then
-    target/venv/bin/python tests/python/golden.py target/golden
-    target/venv/bin/python tests/python/train_digits.py --check
-    touch target/golden/.done
-fi
-cargo build --release --locked --workspace --bins
+# The network and the compiler at the same time.
+environment=target/environment.log
+(set -e; test_environment) >"$environment" 2>&1 &
+installing=$!
+timed "build" cargo build --locked --workspace --bins --tests --examples
+wait "$installing" || { cat "$environment"; exit 1; }
+grep "^== " "$environment"
 
 log=target/nextest.log
 status=0
-cargo nextest run --release --locked --workspace --no-fail-fast 2>&1 | tee "$log" || status=$?
+[ $# -gt 0 ] || set -- --workspace
+cargo nextest run --locked --no-fail-fast --final-status-level slow "$@" 2>&1 |
+    tee "$log" || status=$?
 # The line that says it plainly, from nextest's summary.
 python3 - "$log" <<'END'
 import re, sys

@@ -2,11 +2,18 @@
 # A tool that cannot be had is an error that names it.
 
 tools=target/tools
-mkdir -p "$tools"
+mkdir -p "$tools/bin"
 export PATH="$PWD/$tools/bin:$PATH"
 
 need() { # COMMAND HINT
     command -v "$1" >/dev/null || { echo "error: '$1' is needed: $2" >&2; exit 1; }
+}
+
+timed() { # STEP COMMAND...: says how long a step took
+    local step=$1 begun=$SECONDS
+    shift
+    "$@"
+    echo "== $step: $((SECONDS - begun)) s"
 }
 
 debian() { # COMMAND PACKAGE: installs a Debian package if the command is missing
@@ -19,14 +26,6 @@ debian() { # COMMAND PACKAGE: installs a Debian package if the command is missin
     need "$1" "the Debian package '$2' did not bring it"
 }
 
-cargo_tool() { # COMMAND CRATE: builds a cargo tool if it is missing
-    command -v "$1" >/dev/null && return
-    echo "building $2, once" >&2
-    cargo install --quiet --locked "$2"
-    export PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
-    need "$1" "cargo install $2 did not bring it"
-}
-
 python_environment() { # the virtual environment of the tests
     need python3 "install Python 3 with venv and pip"
     local stamp=target/venv/.stamp
@@ -35,16 +34,24 @@ python_environment() { # the virtual environment of the tests
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
     echo "installing the Python packages of the tests, once" >&2
     python3 -m venv target/venv
-    target/venv/bin/pip install --quiet --disable-pip-version-check \
+    # Modules are compiled when they are imported: most never are.
+    target/venv/bin/pip install --quiet --disable-pip-version-check --no-compile \
         -r tests/python/requirements.txt -r tests/manifests/requirements.txt
     echo "$wanted" >"$stamp"
+}
+
+cargo_tool() { # COMMAND: a tool of cargo, from the Python package that carries its binary
+    command -v "$1" >/dev/null && return
+    [ -x target/venv/bin/pip ] || python3 -m venv target/venv
+    target/venv/bin/pip install --quiet --disable-pip-version-check "astral-dev-toolchain-$1"
+    ln -sf "../../venv/bin/$1" "$tools/bin/$1"
+    need "$1" "the Python package 'astral-dev-toolchain-$1' did not bring it; or cargo install $1"
 }
 
 buf_tool() { # buf, from the npm registry
     command -v buf >/dev/null && return
     debian npm npm
     npm install --silent --no-fund --no-audit --prefix "$tools/npm" @bufbuild/buf@1 >/dev/null
-    mkdir -p "$tools/bin"
     ln -sf "../npm/node_modules/.bin/buf" "$tools/bin/buf"
     need buf "npm install @bufbuild/buf did not bring it"
 }
@@ -61,4 +68,25 @@ node_environment() { # the Node packages of the tests, as their lock has them
     cp tests/node/.npmrc tests/node/package.json tests/node/package-lock.json target/node/
     (cd target/node && npm ci --ignore-scripts >/dev/null)
     echo "$wanted" >"$stamp"
+}
+
+test_environment() { # all that the tests need besides the build
+    timed "Python packages" python_environment
+    cargo_tool cargo-nextest
+    buf_tool
+    debian redis-server redis-server
+    timed "Node packages" node_environment
+    timed "Chromium" debian chromium chromium
+    timed "models" python3 demo/fetch_models.py models
+    timed "reference outputs" reference_outputs
+}
+
+# The reference's outputs, and whether the committed weights of `digits` are
+# what its training program makes.
+reference_outputs() {
+    [ target/golden/.done -nt tests/python/golden.py ] &&
+        [ target/golden/.done -nt tests/python/train_digits.py ] && return
+    target/venv/bin/python tests/python/golden.py target/golden
+    target/venv/bin/python tests/python/train_digits.py --check
+    touch target/golden/.done
 }

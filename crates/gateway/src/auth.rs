@@ -12,22 +12,19 @@ pub use metrics::AuthMetrics;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue};
+use platform::files::{Change, FileError, Followed, POLL_INTERVAL};
 use platform::tasks::{OwnedTask, spawn_owned};
 use platform::tls::Peer;
 use protocol::{Error, Kind};
 
-use crate::policy::files::Followed;
-use crate::policy::{self, Caller, Openness, Policy, PolicyCell, PolicyError, Tenant};
+use crate::policy::{Caller, Openness, Policy, PolicyCell, Tenant};
 use jwt::Tokens;
 use keys::Keys;
-
-/// How often the files are looked at: a revoked key works no longer.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// Where a gateway learns who its callers are.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -96,12 +93,12 @@ pub struct Auth {
     metrics: AuthMetrics,
 }
 
-/// The files as they were at the last look.
+/// The files that make the state.
 #[derive(Debug, Clone)]
 struct Files {
-    policy: Followed,
-    keys: Option<Followed>,
-    /// A policy that is good, but whose signers' file is not there yet.
+    policy: Followed<Policy>,
+    keys: Option<Followed<Vec<StoredKey>>>,
+    /// A policy that is valid, but whose JWKS file is not there yet.
     waiting: Option<Arc<Policy>>,
 }
 
@@ -119,21 +116,18 @@ struct State {
 impl Auth {
     /// Reads the files; without a policy everybody is the same tenant, who may
     /// do everything.
-    pub fn new(settings: &AuthSettings) -> Result<Self, PolicyError> {
+    pub fn new(settings: &AuthSettings) -> Result<Self, FileError> {
         let (mut files, mut state) = (None, State::default());
         if let Some(path) = &settings.policy {
-            let policy = Followed::open(path, policy::WHAT, policy::BYTES_MAX)?;
+            let folder = path.clone();
+            let parse = move |text: &str| Policy::parse(text, &folder);
+            let policy = Followed::open_text(Policy::source(path), parse)?;
             let keys = match &settings.keys {
-                Some(path) => Some(Followed::open(path, keys::WHAT, keys::BYTES_MAX)?),
+                Some(path) => Some(Followed::open_text(keys::source(path), keys::parse)?),
                 None => None,
             };
-            let stored = keys.as_ref().map(|keys| keys::parse(keys.text()));
-            let read = Arc::new(Policy::parse(policy.text(), path)?);
-            state = State::new(
-                read,
-                Arc::new(stored.transpose()?.unwrap_or_default()),
-                None,
-            )?;
+            let stored = keys.as_ref().map(|keys| keys.value().clone());
+            state = State::new(policy.value().clone(), stored.unwrap_or_default(), None)?;
             files = Some(Files {
                 policy,
                 keys,
@@ -169,7 +163,7 @@ impl Auth {
         let fetching = |state: &State| state.tokens.as_ref().and_then(Tokens::fetching);
         let mut _fetching = fetching(&self.state.load());
         loop {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             let before = self.state.load_full();
             if let Some(after) = self.renewed(&mut files) {
                 let after = Arc::new(after);
@@ -180,52 +174,42 @@ impl Auth {
                 self.state.store(after);
             }
             if let Some(tokens) = &self.state.load().tokens {
-                tokens.look();
+                tokens.poll_file();
             }
         }
     }
 
-    /// The state by what is new in the files, if anything is. A policy whose
-    /// signers cannot be read keeps no key from being revoked, and is tried
-    /// again at the next look.
+    /// The state after a poll of the files, if they have changed. A policy whose
+    /// JWKS file cannot be used keeps no key from being revoked, and is tried
+    /// again at the next poll.
     fn renewed(&self, files: &mut Files) -> Option<State> {
         let before = self.state.load_full();
-        let (policy, stored) = self.changes(files);
-        let (new, stored) = (policy.is_some(), stored.map(Arc::new));
-        if let Some(policy) = policy.map(Arc::new).or_else(|| files.waiting.take()) {
+        let policy = files.policy.poll();
+        if !matches!(policy, Change::Unchanged) {
+            // The file no longer holds the policy that waits.
+            files.waiting = None;
+        }
+        let policy = policy.accepted();
+        let stored = files.keys.as_mut().and_then(|keys| keys.poll().accepted());
+        let is_new = policy.is_some();
+        if let Some(policy) = policy.or_else(|| files.waiting.take()) {
             match before.next(Some(policy.clone()), stored.clone()) {
                 Ok(after) => {
-                    if !new {
-                        tracing::info!("the policy can be used now");
+                    if !is_new {
+                        tracing::info!("the policy that waited for its JWKS file is in use");
                     }
                     return Some(after);
                 }
                 Err(error) => {
-                    if new {
-                        tracing::error!(%error, "the policy waits; what was read before stays");
+                    if is_new {
+                        tracing::error!(%error, "the changed policy waits for its JWKS file: the previous one stays in use");
                     }
                     files.waiting = Some(policy);
                 }
             }
         }
-        // The signers of the policy as it was are at hand.
+        // The signers of the previous policy are at hand.
         stored.map(|stored| before.next(None, Some(stored)).unwrap_or_default())
-    }
-
-    /// What is new in the files, and good.
-    fn changes(&self, files: &mut Files) -> (Option<Policy>, Option<Vec<StoredKey>>) {
-        let path = self.settings.policy.clone().unwrap_or_default();
-        let policy = files.policy.look().map(|text| Policy::parse(text, &path));
-        if policy.is_some() {
-            // It is no longer what the file says.
-            files.waiting = None;
-        }
-        let stored = files
-            .keys
-            .as_mut()
-            .and_then(Followed::look)
-            .map(keys::parse);
-        (taken(policy, policy::WHAT), taken(stored, keys::WHAT))
     }
 
     /// Whether callers must authenticate.
@@ -261,31 +245,17 @@ impl Auth {
     }
 }
 
-/// What was read, unless it is bad.
-fn taken<T>(read: Option<Result<T, PolicyError>>, what: &'static str) -> Option<T> {
-    match read? {
-        Ok(read) => {
-            tracing::info!("the file of {what} was read again");
-            Some(read)
-        }
-        Err(error) => {
-            tracing::error!(%error, "what was read before stays");
-            None
-        }
-    }
-}
-
 impl State {
     fn new(
         policy: Arc<Policy>,
         stored: Arc<Vec<StoredKey>>,
         before: Option<&Self>,
-    ) -> Result<Self, PolicyError> {
+    ) -> Result<Self, FileError> {
         let signers = before.and_then(|before| before.tokens.as_ref());
-        let tokens = policy.jwt.is_some();
-        let tokens = tokens
-            .then(|| Tokens::new(policy.clone(), signers))
-            .transpose()?;
+        let tokens = match &policy.jwt {
+            Some(rules) => Some(Tokens::new(policy.clone(), rules.clone(), signers)?),
+            None => None,
+        };
         let certified = |(name, tenant): (&String, &Arc<Tenant>)| {
             let credential = format!("cert:{}", shortened(name)).into();
             let tenant = tenant.clone();
@@ -309,7 +279,7 @@ impl State {
         &self,
         policy: Option<Arc<Policy>>,
         stored: Option<Arc<Vec<StoredKey>>>,
-    ) -> Result<Self, PolicyError> {
+    ) -> Result<Self, FileError> {
         let policy = policy.unwrap_or_else(|| self.policy.clone());
         let stored = stored.unwrap_or_else(|| self.stored.clone());
         Self::new(policy, stored, Some(self))

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use http::header::CACHE_CONTROL;
 use http::{HeaderMap, HeaderValue};
+use platform::files::FileError;
 use platform::metrics::Metrics;
 use platform::tasks::OwnedTask;
 use protocol::{CACHE_KEY, DIGEST_KEY};
@@ -63,7 +64,7 @@ fn bytes_or_none(text: &str) -> Result<usize, String> {
 pub enum CacheError {
     /// The secret cannot be used.
     #[error("--cache-secret-file: {0}")]
-    Secret(String),
+    Secret(#[from] FileError),
     /// Redis cannot be used.
     #[error(transparent)]
     Redis(#[from] RedisError),

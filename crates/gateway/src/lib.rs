@@ -33,7 +33,7 @@ use platform::tls::{Tls, TlsSettings};
 use platform::{CommonServices, Process};
 use prometheus_client::registry::Registry;
 use protocol::{DESCRIPTORS, SERVICES};
-use providers::{Catalogue, CatalogueError, ProviderSettings};
+use providers::{Catalogue, ProviderSettings};
 
 use auth::{Auth, AuthSettings};
 use balance::{Balance, BalanceMetrics};
@@ -41,7 +41,6 @@ use cache::{Cache, CacheError, CacheSettings};
 use discover::DiscoverSettings;
 use grpc::GrpcDoor;
 use limit::{Limit, LimitMetrics, LimitSettings};
-use policy::PolicyError;
 use readings::Readings;
 use redis::{Redis, RedisError, RedisSettings};
 use route::Routes;
@@ -119,15 +118,10 @@ pub enum GatewayError {
         "nobody to forward to: give --worker HOST:PORT, --worker-dns NAME:PORT or --providers FILE"
     )]
     NoWorkers,
-    /// The certificates cannot be used.
+    /// A file of certificates, of the policy, of keys or of providers cannot be
+    /// used.
     #[error(transparent)]
-    Tls(#[from] FileError),
-    /// The policy or the keys cannot be used.
-    #[error(transparent)]
-    Policy(#[from] PolicyError),
-    /// The catalogue of providers cannot be used.
-    #[error(transparent)]
-    Catalogue(#[from] CatalogueError),
+    File(#[from] FileError),
     /// Redis cannot be used as it is configured.
     #[error(transparent)]
     Redis(#[from] RedisError),

@@ -2,7 +2,6 @@
 //! that stand for them.
 
 mod file;
-pub(crate) mod files;
 mod pattern;
 
 use std::collections::BTreeMap;
@@ -11,36 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use platform::files::{ContentError, FileError, FileSource};
 use protocol::{Error, Kind};
 use serde::Deserialize;
 
 pub use pattern::Pattern;
 
-/// What the file is called in errors.
-pub const WHAT: &str = "the policy";
 /// Some thousands of tenants.
-pub const BYTES_MAX: u64 = 4 << 20;
-
-/// Why a policy cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum PolicyError {
-    /// The file cannot be read.
-    #[error("the file of {what} cannot be read: {reason}")]
-    Unreadable {
-        /// What it holds.
-        what: &'static str,
-        /// Why.
-        reason: String,
-    },
-    /// The file is not what it should be.
-    #[error("the file of {what}: {reason}")]
-    Wrong {
-        /// What it holds.
-        what: &'static str,
-        /// What is wrong and where.
-        reason: String,
-    },
-}
+const BYTES_MAX: u64 = 4 << 20;
 
 /// The policy as it stands now: replaced when its file changes.
 pub type PolicyCell = Arc<ArcSwap<Policy>>;
@@ -187,12 +164,20 @@ pub struct Caller {
 impl Policy {
     /// Reads and checks a policy file. A key set that it names is looked for
     /// beside it, and is not read yet.
-    pub fn read(path: &Path) -> Result<Self, PolicyError> {
-        Self::parse(&files::read(path, WHAT, BYTES_MAX)?, path)
+    pub fn read(path: &Path) -> Result<Self, FileError> {
+        let source = Self::source(path);
+        let text = source.read_text()?;
+        Self::parse(&text, path).map_err(|error| source.invalid(error))
     }
 
-    /// Checks the text of a policy file; the error names line and field.
-    pub fn parse(text: &str, path: &Path) -> Result<Self, PolicyError> {
+    /// The policy file of this path.
+    pub fn source(path: &Path) -> FileSource {
+        FileSource::new(path, "policy file", BYTES_MAX)
+    }
+
+    /// Parses and checks the text of a policy file; the error names the line and
+    /// the field. `path` is where relative paths in it begin.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ContentError> {
         file::parse(text, path.parent().unwrap_or_else(|| Path::new("")))
     }
 }
@@ -255,7 +240,9 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<Policy, String> {
-        Policy::parse(text, Path::new("/etc/andon/policy.toml")).map_err(|error| error.to_string())
+        let path = Path::new("/etc/andon/policy.toml");
+        let invalid = |error| Policy::source(path).invalid(error).to_string();
+        Policy::parse(text, path).map_err(invalid)
     }
 
     #[test]

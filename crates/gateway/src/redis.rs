@@ -15,6 +15,7 @@ use ::redis::{
     Pipeline, RedisResult, ScriptInvocation,
 };
 use arc_swap::ArcSwapOption;
+use platform::files::{ContentError, FileError, FileSource};
 use platform::tasks::{OwnedTask, spawn_owned};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::Notify;
@@ -68,7 +69,7 @@ pub enum RedisError {
     Password,
     /// The file cannot be read.
     #[error("--redis-password-file: {0}")]
-    File(String),
+    File(#[from] FileError),
 }
 
 /// Why a script has no result.
@@ -125,14 +126,10 @@ impl Redis {
     /// Parses the URL and reads the password from a file.
     pub fn open(url: &str, password: Option<&Path>) -> Result<Arc<Self>, RedisError> {
         let read = |path: &Path| {
-            let unreadable = |error: std::io::Error| RedisError::File(error.kind().to_string());
-            let bytes = std::fs::metadata(path).map_err(unreadable)?.len();
-            if bytes > PASSWORD_BYTES_MAX {
-                return Err(RedisError::File("it is too long for a password".to_owned()));
-            }
-            let text = std::fs::read_to_string(path).map_err(unreadable)?;
+            let source = FileSource::new(path, "password file", PASSWORD_BYTES_MAX);
+            let text = source.read_text()?;
             match text.trim_end_matches(['\r', '\n']) {
-                "" => Err(RedisError::File("it is empty".to_owned())),
+                "" => Err(source.invalid(ContentError::new("it is empty"))),
                 password => Ok(password.to_owned()),
             }
         };

@@ -24,11 +24,6 @@ pub struct ProviderSettings {
     pub providers: Option<PathBuf>,
 }
 
-/// Why the providers file cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct CatalogueError(#[from] FileError);
-
 /// The models of outside services, and the chains.
 #[derive(Debug, Default)]
 pub struct Catalogue {
@@ -53,10 +48,7 @@ pub struct Chain {
 impl Catalogue {
     /// Reads the providers file, if one is named, and the API keys. Responses
     /// count against `limits`.
-    pub fn new(
-        settings: &ProviderSettings,
-        limits: &MessageLimits,
-    ) -> Result<Self, CatalogueError> {
+    pub fn new(settings: &ProviderSettings, limits: &MessageLimits) -> Result<Self, FileError> {
         let Some(path) = &settings.providers else {
             return Ok(Self::default());
         };

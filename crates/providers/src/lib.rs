@@ -17,7 +17,7 @@ mod settings;
 mod sse;
 mod usage;
 
-pub use catalogue::{Catalogue, CatalogueError, Chain, ProviderSettings};
+pub use catalogue::{Catalogue, Chain, ProviderSettings};
 pub use chat::{
     ChatDelta, ChatMessage, ChatRequest, ChatResponse, ChatStream, FinishReason, Role, TokenUsage,
 };

@@ -405,7 +405,7 @@ async fn public_addresses_need_identity_and_loopback_does_not() -> Result<()> {
     let model = digits();
     let flags = ["serve", "--model", &model, "--grpc-addr", public];
     ensure!(refused(&flags)?.contains("--insecure"));
-    ensure!(refused(&[&worker[..], &["--policy", "/nowhere"]].concat())?.contains("the policy"));
+    ensure!(refused(&[&worker[..], &["--policy", "/nowhere"]].concat())?.contains("policy file"));
 
     let port = free_port()?.port();
     let model = ["--model".to_owned(), digits()];

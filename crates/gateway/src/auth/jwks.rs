@@ -11,14 +11,14 @@ use jsonwebtoken::jwk::{
     AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, KeyOperations, PublicKeyUse,
 };
 use jsonwebtoken::{Algorithm, DecodingKey};
+use platform::files::{ContentError, FileError, FileSource, Followed};
 use platform::tasks::{OwnedTask, spawn_owned};
 use serde::Deserialize;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::Refusal;
-use crate::policy::files::{self, Followed};
-use crate::policy::{JwksSource, PolicyError};
+use crate::policy::JwksSource;
 
 const WHAT: &str = "the signers' keys";
 /// A set of some hundreds of keys.
@@ -82,9 +82,9 @@ struct Page {
 impl KeySet {
     /// Reads a set (RFC 7517). Keys of other kinds and for other uses are
     /// left out; a set without a usable key is an error.
-    pub fn parse(text: String) -> Result<Self, PolicyError> {
+    pub fn parse(text: String) -> Result<Self, ContentError> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
-        let wrong = |reason: &str| files::wrong(WHAT, None, None, reason);
+        let wrong = |reason: &str| ContentError::new(reason);
         let page: Page = serde_json::from_str(&text).map_err(|error| wrong(&error.to_string()))?;
         if page.keys.len() > KEYS_MAX {
             return Err(wrong("there are more than 1000 keys"));
@@ -163,7 +163,7 @@ pub struct Signers {
     pub source: JwksSource,
     current: ArcSwapOption<KeySet>,
     /// Its file, where it has one.
-    file: Mutex<Option<Followed>>,
+    file: Mutex<Option<Followed<KeySet>>>,
     asking: Mutex<Asking>,
     asked: Notify,
     fetched: watch::Sender<()>,
@@ -179,13 +179,15 @@ struct Asking {
 
 impl Signers {
     /// Reads a file now; a page is fetched when it is followed.
-    pub fn new(source: &JwksSource) -> Result<Self, PolicyError> {
-        let (mut file, mut current) = (None, None);
-        if let JwksSource::File(path) = source {
-            let followed = Followed::open(path, WHAT, BYTES_MAX)?;
-            current = Some(Arc::new(KeySet::parse(followed.text().to_owned())?));
-            file = Some(followed);
-        }
+    pub fn new(source: &JwksSource) -> Result<Self, FileError> {
+        let file = match source {
+            JwksSource::File(path) => Some(Followed::open_text(
+                FileSource::new(path, "JWKS file", BYTES_MAX),
+                |text| KeySet::parse(text.to_owned()),
+            )?),
+            JwksSource::Url(_) => None,
+        };
+        let current = file.as_ref().map(|file| file.value().clone());
         Ok(Self {
             source: source.clone(),
             current: ArcSwapOption::new(current),
@@ -202,17 +204,11 @@ impl Signers {
         self.current.load().as_ref().map(|set| set.number)
     }
 
-    /// Reads the file again if it has changed.
-    pub fn look(&self) {
+    /// Reloads the file if it has changed.
+    pub fn poll_file(&self) {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(text) = file.as_mut().and_then(Followed::look) {
-            match KeySet::parse(text.to_owned()) {
-                Ok(set) => {
-                    self.current.store(Some(Arc::new(set)));
-                    tracing::info!("the file of {WHAT} was read again");
-                }
-                Err(error) => tracing::error!(%error, "what was read before stays"),
-            }
+        if let Some(set) = file.as_mut().and_then(|file| file.poll().accepted()) {
+            self.current.store(Some(set));
         }
     }
 

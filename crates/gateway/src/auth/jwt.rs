@@ -6,11 +6,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Validation, decode, decode_header};
 use moka::sync::Cache;
+use platform::files::FileError;
 use serde_json::{Map, Value};
 
 use super::jwks::Signers;
 use super::{Refusal, sha256, shortened};
-use crate::policy::{Caller, JwtPolicy, Policy, PolicyError, files};
+use crate::policy::{Caller, JwtPolicy, Policy};
 
 /// Tokens that are remembered as good: a signature takes longer to check than
 /// the rest of a call together.
@@ -63,15 +64,11 @@ struct Known {
 impl Tokens {
     /// Takes tokens by a policy that says whose. Signers that `before` has
     /// already, and that are still the same, are not asked again.
-    pub fn new(policy: Arc<Policy>, before: Option<&Self>) -> Result<Self, PolicyError> {
-        let Some(rules) = policy.jwt.clone() else {
-            return Err(files::wrong(
-                super::policy::WHAT,
-                None,
-                Some("jwt"),
-                "is needed",
-            ));
-        };
+    pub fn new(
+        policy: Arc<Policy>,
+        rules: JwtPolicy,
+        before: Option<&Self>,
+    ) -> Result<Self, FileError> {
         let signers = before.map(|before| &before.signers);
         let signers = match signers.filter(|signers| signers.source == rules.jwks) {
             Some(signers) => signers.clone(),
@@ -95,9 +92,9 @@ impl Tokens {
         self.signers.fetching()
     }
 
-    /// Reads the signers' file again if it has changed.
-    pub fn look(&self) {
-        self.signers.look();
+    /// Reloads the JWKS file if it has changed.
+    pub fn poll_file(&self) {
+        self.signers.poll_file();
     }
 
     /// Who shows this token.

@@ -11,7 +11,7 @@ use aws_lc_rs::constant_time::verify_slices_are_equal;
 use super::{Refusal, sha256};
 use crate::policy::{Caller, Policy};
 
-pub use file::{BYTES_MAX, KeyError, KeyFile, NewKey, StoredKey, WHAT, parse};
+pub use file::{KeyError, KeyFile, NewKey, StoredKey, parse, source};
 
 /// What every key begins with: a bearer that begins so is no token.
 pub const BEGINNING: &str = "andon_";

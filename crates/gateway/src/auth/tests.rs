@@ -186,7 +186,7 @@ async fn tokens_of_three_kinds_are_recognized_and_remembered() {
     assert_eq!(reason(&auth, &unnamed).await, "token_key");
     folder.write("jwks.json", &set(&[&only]));
     let state = auth.state.load_full();
-    state.tokens.as_ref().unwrap().look();
+    state.tokens.as_ref().unwrap().poll_file();
     assert_eq!(reason(&auth, &unnamed).await, "recognized");
     // Its signer is gone, and with it what was remembered.
     assert_eq!(

@@ -12,10 +12,10 @@ use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::future::BoxFuture;
+use platform::files::{ContentError, FileError, FileSource};
 use platform::tasks::{OwnedTask, spawn_owned};
 use tokio::sync::mpsc;
 
-use super::CacheError;
 use super::key::Key;
 use super::memory::Row;
 use crate::redis::Redis;
@@ -226,17 +226,13 @@ impl Seal {
     }
 
     /// Reads the secret from a file.
-    pub fn read(path: &Path) -> Result<Self, CacheError> {
-        let unreadable = |error: std::io::Error| CacheError::Secret(error.kind().to_string());
-        if std::fs::metadata(path).map_err(unreadable)?.len() > SECRET_BYTES_MAX {
-            let reason = format!("it has more than {SECRET_BYTES_MAX} bytes");
-            return Err(CacheError::Secret(reason));
-        }
-        let secret = std::fs::read(path).map_err(unreadable)?;
+    pub fn read(path: &Path) -> Result<Self, FileError> {
+        let source = FileSource::new(path, "cache secret file", SECRET_BYTES_MAX);
+        let secret = source.read()?;
         let secret = secret.trim_ascii();
         if secret.len() < SECRET_BYTES_MIN {
             let reason = format!("it has fewer than {SECRET_BYTES_MIN} bytes");
-            return Err(CacheError::Secret(reason));
+            return Err(source.invalid(ContentError::new(reason)));
         }
         Ok(Self::new(secret))
     }

@@ -5,13 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use platform::files::{ContentError, from_toml};
 use protocol::ModelName;
 use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
 
 use super::{
-    JwksSource, JwtPolicy, LimitPolicy, Openness, Pattern, Policy, PolicyError, Quota, RedisLost,
-    Tenant, WHAT, files,
+    JwksSource, JwtPolicy, LimitPolicy, Openness, Pattern, Policy, Quota, RedisLost, Tenant,
 };
 
 /// Clocks that are further apart than this are broken.
@@ -123,15 +123,16 @@ fn duration<'de, D: Deserializer<'de>>(reader: D) -> Result<Duration, D::Error> 
 struct Source<'a>(&'a str);
 
 impl Source<'_> {
-    fn wrong<T>(&self, at: &Spanned<T>, field: &str, reason: &str) -> PolicyError {
-        let line = files::line(self.0, at.span().start);
-        files::wrong(WHAT, Some(line), Some(field), reason)
+    fn wrong<T>(&self, at: &Spanned<T>, field: &str, reason: &str) -> ContentError {
+        ContentError::new(reason)
+            .at_offset(self.0, at.span().start)
+            .in_field(field)
     }
 }
 
 /// Checks a policy file that stands in `folder`.
-pub fn parse(text: &str, folder: &Path) -> Result<Policy, PolicyError> {
-    let file: PolicyFile = files::from_toml(text, WHAT)?;
+pub fn parse(text: &str, folder: &Path) -> Result<Policy, ContentError> {
+    let file: PolicyFile = from_toml(text)?;
     let source = Source(text);
     check_scopes(&file.tenants, &source)?;
     let mut policy = Policy {
@@ -174,7 +175,7 @@ fn anonymous(
     name: &Spanned<Name>,
     policy: &Policy,
     source: &Source<'_>,
-) -> Result<Arc<Tenant>, PolicyError> {
+) -> Result<Arc<Tenant>, ContentError> {
     match policy.tenants.get(&name.get_ref().0) {
         None => Err(source.wrong(name, "anonymous", "there is no tenant of this name")),
         Some(tenant) if tenant.administrator => {
@@ -190,7 +191,7 @@ fn anonymous(
 fn check_scopes(
     tenants: &BTreeMap<Name, TenantEntry>,
     source: &Source<'_>,
-) -> Result<(), PolicyError> {
+) -> Result<(), ContentError> {
     for (name, entry) in tenants {
         let Some(scope) = &entry.cache_scope else {
             continue;
@@ -205,7 +206,7 @@ fn check_scopes(
     Ok(())
 }
 
-fn tenant(name: String, entry: TenantEntry, source: &Source<'_>) -> Result<Tenant, PolicyError> {
+fn tenant(name: String, entry: TenantEntry, source: &Source<'_>) -> Result<Tenant, ContentError> {
     let quota = match entry.quota {
         Some(quota) => checked(quota, &format!("tenants.{name}.quota"), source)?,
         None => Quota::default(),
@@ -231,7 +232,7 @@ fn tenant(name: String, entry: TenantEntry, source: &Source<'_>) -> Result<Tenan
 
 /// A quota of nothing would be told to come back forever: a model that may not
 /// be called is not among the tenant's models.
-fn checked(quota: Spanned<Quota>, field: &str, source: &Source<'_>) -> Result<Quota, PolicyError> {
+fn checked(quota: Spanned<Quota>, field: &str, source: &Source<'_>) -> Result<Quota, ContentError> {
     let given = quota.get_ref();
     let count = |count: Option<u32>| count.map(f64::from);
     // Exact up to 2⁵³, and only compared with nothing.
@@ -263,7 +264,7 @@ fn jwt(
     entry: Spanned<JwtEntry>,
     folder: &Path,
     source: &Source<'_>,
-) -> Result<JwtPolicy, PolicyError> {
+) -> Result<JwtPolicy, ContentError> {
     let wrong =
         |field: &str, reason: &str| Err(source.wrong(&entry, &format!("jwt{field}"), reason));
     let given = entry.get_ref();

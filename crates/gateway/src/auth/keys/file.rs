@@ -8,17 +8,15 @@ use std::time::{Duration, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use platform::files::{ContentError, FileError, FileSource, from_toml};
 use protocol::ModelName;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{BEGINNING, PREFIX_BYTES};
 use crate::auth::sha256;
-use crate::policy::{PolicyError, files};
 
-/// What the file is called in errors.
-pub const WHAT: &str = "the keys";
 /// Some ten thousand keys.
-pub const BYTES_MAX: u64 = 4 << 20;
+const BYTES_MAX: u64 = 4 << 20;
 
 /// What the digits of a prefix are; 32, so that five bits choose one.
 const DIGITS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
@@ -33,7 +31,7 @@ const HEADING: &str = "# Made by `andon keys`. It holds hashes: a key itself is 
 pub enum KeyError {
     /// It is not what it should be.
     #[error(transparent)]
-    File(#[from] PolicyError),
+    File(#[from] FileError),
     /// It cannot be written.
     #[error("the file of the keys cannot be written: {0}")]
     Unwritable(#[from] io::Error),
@@ -99,19 +97,19 @@ struct Contents {
     keys: Vec<StoredKey>,
 }
 
-/// Checks the text of a file of keys.
-pub fn parse(text: &str) -> Result<Vec<StoredKey>, PolicyError> {
-    let contents: Contents = files::from_toml(text, WHAT)?;
+/// The key file of this path.
+pub fn source(path: &Path) -> FileSource {
+    FileSource::new(path, "key file", BYTES_MAX)
+}
+
+/// Parses and checks the text of a key file.
+pub fn parse(text: &str) -> Result<Vec<StoredKey>, ContentError> {
+    let contents: Contents = from_toml(text)?;
     let mut prefixes = std::collections::HashSet::new();
     for (index, key) in contents.keys.iter().enumerate() {
         if !prefixes.insert(&key.prefix) {
             let field = format!("keys[{index}].prefix");
-            return Err(files::wrong(
-                WHAT,
-                None,
-                Some(&field),
-                "another key has it too",
-            ));
+            return Err(ContentError::new("another key has it too").in_field(field));
         }
     }
     Ok(contents.keys)
@@ -127,7 +125,9 @@ impl KeyFile {
 
     /// Every key, in the order in which they were made.
     pub fn list(&self) -> Result<Vec<StoredKey>, KeyError> {
-        Ok(parse(&files::read(&self.path, WHAT, BYTES_MAX)?)?)
+        let source = source(&self.path);
+        let text = source.read_text()?;
+        Ok(parse(&text).map_err(|error| source.invalid(error))?)
     }
 
     /// Makes a key and returns it: it is not stored, and cannot be shown again.
@@ -145,9 +145,10 @@ impl KeyFile {
             return Err(KeyError::Wrong("a key expires within 100 years, or never"));
         }
         let _lock = self.lock()?;
-        let mut keys = match self.path.exists() {
-            true => self.list()?,
-            false => Vec::new(),
+        let mut keys = if self.path.exists() {
+            self.list()?
+        } else {
+            Vec::new()
         };
         let (prefix, key) = loop {
             let (prefix, key) = random()?;

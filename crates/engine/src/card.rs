@@ -2,30 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use tensor::Datatype;
+use tensor::{Datatype, TensorSpec};
 
 use crate::options::{Dtype, Task};
-
-/// One input or output of a model, as the Open Inference Protocol names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorSpec {
-    /// The tensor's name.
-    pub name: String,
-    /// The datatype of its elements.
-    pub datatype: Datatype,
-    /// Its shape; the leading -1 counts the rows of a batch.
-    pub shape: Vec<i64>,
-}
-
-impl TensorSpec {
-    pub(crate) fn new(name: &str, datatype: Datatype, shape: &[i64]) -> Self {
-        Self {
-            name: name.to_owned(),
-            datatype,
-            shape: shape.to_vec(),
-        }
-    }
-}
 
 /// The description of a loaded model, for metadata and for the validation of its inputs.
 #[derive(Debug, Clone, PartialEq)]

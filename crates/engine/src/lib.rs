@@ -25,7 +25,7 @@ mod options;
 mod post;
 mod tokenizer;
 
-pub use card::{Card, TensorSpec};
+pub use card::Card;
 pub use encoder::{EncoderModel, TextOutput, TextRow};
 pub use error::EngineError;
 pub use families::tabular::TabularModel;

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures::future::join_all;
-use platform::telemetry::LogLevels;
 use protocol::inference::{
     LogSettingsRequest, LogSettingsResponse, ModelReadyRequest, ModelReadyResponse,
     ModelStatistics, ModelStatisticsRequest, ModelStatisticsResponse, RepositoryIndexRequest,
@@ -33,11 +32,7 @@ impl Stack {
     /// The name and version of the server, and the extensions of the protocol
     /// that it has.
     pub fn server_metadata(&self) -> ServerMetadataResponse {
-        ServerMetadataResponse {
-            name: "andon".to_owned(),
-            version: platform::VERSION.to_owned(),
-            extensions: protocol::EXTENSIONS.map(str::to_owned).to_vec(),
-        }
+        protocol::server_metadata(platform::VERSION)
     }
 
     /// Whether a model, alias or chain can respond to the caller.
@@ -164,10 +159,7 @@ impl Stack {
         deadline: Instant,
         caller: &Caller,
     ) -> Result<RepositoryIndexResponse, Status> {
-        if !request.repository_name.is_empty() {
-            let reason = "a server has one repository: leave it empty";
-            return Err(Error::invalid("repository_name", reason).into());
-        }
+        protocol::check_repository_name(&request.repository_name)?;
         let responses = self
             .ask_workers_if_any::<_, RepositoryIndexResponse>(
                 Method::RepositoryIndex,
@@ -237,35 +229,30 @@ impl Stack {
     /// Reads and changes the trace settings.
     pub fn trace(&self, request: &TraceSettingRequest) -> Result<TraceSettingResponse, Status> {
         let telemetry = &self.0.telemetry;
-        let now = telemetry.trace_levels();
+        let mut levels = telemetry.trace_levels();
         let settings = TraceSettings {
-            exports: now.exports,
-            on: now.on,
-            rate: now.rate,
+            exports: levels.exports,
+            on: &mut levels.on,
+            rate: &mut levels.rate,
         };
-        let settings = settings.changed_by(request)?;
-        telemetry.set_trace_levels(settings.on, settings.rate);
-        Ok(settings.to_response())
+        let response = settings.apply(request)?;
+        telemetry.set_trace_levels(levels.on, levels.rate);
+        Ok(response)
     }
 
     /// Reads and changes the log settings.
     pub fn log(&self, request: &LogSettingsRequest) -> Result<LogSettingsResponse, Status> {
         let telemetry = &self.0.telemetry;
-        let now = telemetry.log_levels();
+        let mut levels = telemetry.log_levels();
         let settings = LogSettings {
-            error: now.error,
-            warning: now.warn,
-            info: now.info,
-            verbose_level: now.verbose,
+            error: &mut levels.error,
+            warning: &mut levels.warn,
+            info: &mut levels.info,
+            verbose_level: &mut levels.verbose,
         };
-        let settings = settings.changed_by(request)?;
-        telemetry.set_log_levels(LogLevels {
-            error: settings.error,
-            warn: settings.warning,
-            info: settings.info,
-            verbose: settings.verbose_level,
-        });
-        Ok(settings.to_response())
+        let response = settings.apply(request)?;
+        telemetry.set_log_levels(levels);
+        Ok(response)
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use http::HeaderValue;
-use protocol::{Error, Kind, MODEL_KEY, ModelName, ModelVersion, Task};
+use protocol::{Error, Kind, ModelName, ModelVersion, Task};
 use providers::{Catalogue, Chain, Provider};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -341,19 +341,10 @@ impl Routes {
                 ..route.clone()
             }),
             [] if self.workers && !table.reachable() => Err(no_worker_reachable()),
-            [] => Err(Error::new(
-                Kind::NotFound,
-                format!("no model for task {task} is ready"),
-            )),
+            [] => Err(Error::no_model(task)),
             several => {
                 let names: Vec<&str> = several.iter().map(Route::name).collect();
-                Err(Error::invalid(
-                    MODEL_KEY,
-                    format!(
-                        "several models have task {task}: name one of {} in the metadata",
-                        names.join(", ")
-                    ),
-                ))
+                Err(Error::several_models(task, &names))
             }
         }
     }

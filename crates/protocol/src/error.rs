@@ -1,31 +1,34 @@
 //! The one error of every door and the one table of its statuses.
 
+use std::collections::HashMap;
+use std::fmt;
 use std::time::Duration;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::{ModelName, ModelVersion};
+use crate::field::{FieldPath, Segment};
+use crate::{MODEL_KEY, ModelName, ModelVersion};
 
-/// What went wrong, in the terms of the table in [`Kind::code`].
+/// The kind of an error. [`Kind::code`] and its siblings read one table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// The model or version is unknown, or no version of it is ready.
     NotFound,
-    /// The version is known but not ready, the server drains, or no worker can
-    /// be reached.
+    /// The version is known but not ready, the server drains, or no worker is
+    /// reachable.
     NotReady,
-    /// A queue is full: safe to try again elsewhere.
+    /// A queue is full: safe to retry elsewhere.
     Overloaded,
     /// A message is over the limit.
     TooLarge,
     /// The caller's own quota is spent.
     QuotaSpent,
-    /// The caller does not say who it is, or cannot prove it.
+    /// The credential is missing or invalid.
     Unauthenticated,
     /// The caller may not do this.
     Forbidden,
-    /// A field of the request is wrong.
+    /// A field of the request is invalid.
     Invalid,
     /// The deadline passed.
     DeadlinePassed,
@@ -37,59 +40,74 @@ pub enum Kind {
     Internal,
 }
 
+/// Whose fault an error is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The caller's: the same request fails everywhere.
+    Caller,
+    /// This process's.
+    Server,
+    /// That of a worker or provider behind this process.
+    Upstream,
+}
+
+/// A row of the table of errors.
+struct Row {
+    code: Code,
+    http_status: u16,
+    fault: Fault,
+    retryable: bool,
+}
+
 impl Kind {
-    /// The gRPC status of this kind.
-    pub fn code(self) -> Code {
-        match self {
-            Self::NotFound => Code::NotFound,
-            Self::NotReady | Self::Overloaded => Code::Unavailable,
-            Self::TooLarge | Self::QuotaSpent => Code::ResourceExhausted,
-            Self::Unauthenticated => Code::Unauthenticated,
-            Self::Forbidden => Code::PermissionDenied,
-            Self::Invalid => Code::InvalidArgument,
-            Self::DeadlinePassed => Code::DeadlineExceeded,
-            Self::Cancelled => Code::Cancelled,
-            Self::Unsupported => Code::Unimplemented,
-            Self::Internal => Code::Internal,
+    /// The table of errors: the gRPC status, the HTTP status, whose fault it
+    /// is, and whether the same request may succeed later.
+    const fn row(self) -> Row {
+        use Fault::{Caller, Server};
+        let (code, http_status, fault, retryable) = match self {
+            Self::NotFound => (Code::NotFound, 404, Caller, false),
+            Self::NotReady => (Code::Unavailable, 503, Server, true),
+            Self::Overloaded => (Code::Unavailable, 503, Server, true),
+            Self::TooLarge => (Code::ResourceExhausted, 413, Caller, false),
+            Self::QuotaSpent => (Code::ResourceExhausted, 429, Caller, true),
+            Self::Unauthenticated => (Code::Unauthenticated, 401, Caller, false),
+            Self::Forbidden => (Code::PermissionDenied, 403, Caller, false),
+            Self::Invalid => (Code::InvalidArgument, 400, Caller, false),
+            Self::DeadlinePassed => (Code::DeadlineExceeded, 504, Server, false),
+            Self::Cancelled => (Code::Cancelled, 499, Caller, false),
+            Self::Unsupported => (Code::Unimplemented, 501, Caller, false),
+            Self::Internal => (Code::Internal, 500, Server, false),
+        };
+        Row {
+            code,
+            http_status,
+            fault,
+            retryable,
         }
     }
 
-    /// The HTTP status of this kind.
-    pub fn http_status(self) -> u16 {
-        match self {
-            Self::Invalid => 400,
-            Self::Unauthenticated => 401,
-            Self::Forbidden => 403,
-            Self::NotFound => 404,
-            Self::TooLarge => 413,
-            Self::QuotaSpent => 429,
-            Self::Cancelled => 499,
-            Self::Internal => 500,
-            Self::Unsupported => 501,
-            Self::NotReady | Self::Overloaded => 503,
-            Self::DeadlinePassed => 504,
-        }
+    /// The gRPC status.
+    pub const fn code(self) -> Code {
+        self.row().code
     }
 
-    /// The name of the gRPC status, as answers in JSON have it.
-    pub fn name(self) -> &'static str {
-        match self.code() {
-            Code::NotFound => "NOT_FOUND",
-            Code::Unavailable => "UNAVAILABLE",
-            Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-            Code::Unauthenticated => "UNAUTHENTICATED",
-            Code::PermissionDenied => "PERMISSION_DENIED",
-            Code::InvalidArgument => "INVALID_ARGUMENT",
-            Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-            Code::Cancelled => "CANCELLED",
-            Code::Unimplemented => "UNIMPLEMENTED",
-            _ => "INTERNAL",
-        }
+    /// The HTTP status.
+    pub const fn http_status(self) -> u16 {
+        self.row().http_status
     }
 
-    /// The kind that a status of another process stands for. A message over a
-    /// limit and a spent quota share a code: only the second says when to come
-    /// back.
+    /// Whose fault an error of this kind is when this process made it.
+    pub const fn fault(self) -> Fault {
+        self.row().fault
+    }
+
+    /// Whether the same request may succeed later.
+    pub const fn retryable(self) -> bool {
+        self.row().retryable
+    }
+
+    /// The kind of a status of another process. A message over a limit and a
+    /// spent quota share a code: only the second says when to retry.
     fn of(status: &Status, retry: bool) -> Self {
         match status.code() {
             Code::NotFound => Self::NotFound,
@@ -108,47 +126,95 @@ impl Kind {
     }
 }
 
-/// A field that is wrong and why.
+/// A field that is invalid and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
     /// The field's path in the request, for example `inputs[0].shape`.
-    pub field: String,
-    /// What is wrong with it.
+    pub field: FieldPath,
+    /// The name of the model's input that the field belongs to, if any.
+    pub input: Option<String>,
+    /// What is wrong with it: a predicate of the field, such as `must be FP32`.
     pub description: String,
 }
 
-/// Why a request failed: what the caller is told.
+impl Violation {
+    /// The sentence that a caller reads: `inputs[0] 'pixels': shape is [128],
+    /// but must be [-1, 64]`.
+    fn sentence(&self) -> String {
+        let Self {
+            field, description, ..
+        } = self;
+        if let (Some(input), [Segment::Name("inputs"), Segment::Index(index), rest @ ..]) =
+            (&self.input, field.segments().as_slice())
+        {
+            let part: FieldPath = rest.iter().copied().collect();
+            let space = if rest.is_empty() { "" } else { " " };
+            return format!("inputs[{index}] '{input}': {part}{space}{description}");
+        }
+        format!("{field}: {description}")
+    }
+}
+
+/// Why a request failed: what the caller is told, and what programs go by. A
+/// program never reads the sentence.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
     kind: Kind,
+    fault: Fault,
     message: String,
     violation: Option<Box<Violation>>,
     retry_after: Option<Duration>,
 }
+
+/// `google.rpc.ErrorInfo` carries the name of the input that is invalid: the
+/// reason and domain by which it is known, and its key.
+const INPUT_REASON: &str = "INVALID_INPUT";
+const INPUT_DOMAIN: &str = "andon";
+const INPUT_KEY: &str = "input";
 
 impl Error {
     /// An error without a field.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self {
             kind,
+            fault: kind.fault(),
             message: message.into(),
             violation: None,
             retry_after: None,
         }
     }
 
-    /// A field is wrong.
-    pub fn invalid(field: impl Into<String>, description: impl Into<String>) -> Self {
-        let (field, description) = (field.into(), description.into());
+    /// A field is invalid. The description is a predicate of the field, such
+    /// as `must be FP32`.
+    pub fn invalid(field: impl Into<FieldPath>, description: impl Into<String>) -> Self {
+        let violation = Violation {
+            field: field.into(),
+            input: None,
+            description: description.into(),
+        };
         Self {
-            message: format!("{field}: {description}"),
-            violation: Some(Box::new(Violation { field, description })),
+            message: violation.sentence(),
+            violation: Some(Box::new(violation)),
             ..Self::new(Kind::Invalid, "")
         }
     }
 
-    /// A queue is full; `retry_after` is when a place will probably be free.
+    /// An input of a model is invalid: [`Self::invalid`] with the input's name.
+    pub fn invalid_input(
+        name: &str,
+        field: impl Into<FieldPath>,
+        description: impl Into<String>,
+    ) -> Self {
+        let mut error = Self::invalid(field, description);
+        if let Some(violation) = &mut error.violation {
+            violation.input = Some(name.to_owned());
+            error.message = violation.sentence();
+        }
+        error
+    }
+
+    /// A queue is full; `retry_after` is when it probably has room.
     pub fn overloaded(message: impl Into<String>, retry_after: Duration) -> Self {
         Self {
             retry_after: Some(retry_after),
@@ -165,21 +231,28 @@ impl Error {
         }
     }
 
-    /// What a status says, be it our own or a worker's.
+    /// The error that a status stands for, be it this process's or a worker's.
     pub fn from_status(status: &Status) -> Self {
         let details = status.get_error_details();
         let retry_after = details.retry_info().and_then(|info| info.retry_delay);
+        let input = details
+            .error_info()
+            .filter(|info| info.domain == INPUT_DOMAIN && info.reason == INPUT_REASON)
+            .and_then(|info| info.metadata.get(INPUT_KEY).cloned());
         let violation = details
             .bad_request()
             .and_then(|bad| bad.field_violations.first())
             .map(|violation| {
                 Box::new(Violation {
-                    field: violation.field.clone(),
+                    field: violation.field.as_str().into(),
+                    input,
                     description: violation.description.clone(),
                 })
             });
+        let kind = Kind::of(status, retry_after.is_some());
         Self {
-            kind: Kind::of(status, retry_after.is_some()),
+            kind,
+            fault: kind.fault(),
             message: status.message().to_owned(),
             violation,
             retry_after,
@@ -194,7 +267,7 @@ impl Error {
         )
     }
 
-    /// The model, or the version asked for, is not known here.
+    /// The model, or the requested version of it, is unknown.
     pub fn unknown_model(name: &ModelName, version: Option<ModelVersion>) -> Self {
         let (field, message) = match version {
             Some(version) => (
@@ -206,29 +279,63 @@ impl Error {
         Self {
             violation: Some(Box::new(Violation {
                 field: field.into(),
+                input: None,
                 description: message.clone(),
             })),
             ..Self::new(Kind::NotFound, message)
         }
     }
 
-    /// The deadline passed before there was an answer.
+    /// No model for the task is ready.
+    pub fn no_model(task: &str) -> Self {
+        let message = format!("no model for the task '{task}' is ready");
+        Self::new(Kind::NotFound, message)
+    }
+
+    /// Several models are for the task, and the call names none of them.
+    pub fn several_models(task: &str, names: &[&str]) -> Self {
+        let names = names.join(", ");
+        let description = format!("must name one of the models for the task '{task}': {names}");
+        Self::invalid(MODEL_KEY, description)
+    }
+
+    /// The named model is for another task.
+    pub fn wrong_task(
+        field: impl Into<FieldPath>,
+        name: &str,
+        task: impl fmt::Display,
+        expected: impl fmt::Display,
+    ) -> Self {
+        let description = format!("model '{name}' is for the task '{task}', not '{expected}'");
+        Self::invalid(field, description)
+    }
+
+    /// The deadline passed before there was a response.
     pub fn deadline_passed() -> Self {
         Self::new(Kind::DeadlinePassed, "the deadline passed")
     }
 
-    /// The same error in the terms of another door: `words` gives its field
-    /// and what is wrong with it anew, or nothing to leave them.
+    /// The same error as an upstream's: what would be this process's fault is
+    /// the upstream's.
     #[must_use]
-    pub fn renamed(mut self, words: impl FnOnce(&str, &str) -> Option<(String, String)>) -> Self {
-        let Some(violation) = self.violation.as_deref_mut() else {
-            return self;
-        };
-        if let Some((field, description)) = words(&violation.field, &violation.description) {
+    pub fn from_upstream(mut self) -> Self {
+        if self.fault == Fault::Server {
+            self.fault = Fault::Upstream;
+        }
+        self
+    }
+
+    /// The same error with the field that another door has for it; `field`
+    /// returns none to keep the path.
+    #[must_use]
+    pub fn map_field(mut self, field: impl FnOnce(&FieldPath) -> Option<FieldPath>) -> Self {
+        if let Some(violation) = self.violation.as_deref_mut()
+            && let Some(field) = field(&violation.field)
+        {
+            violation.field = field;
             if self.kind == Kind::Invalid {
-                self.message = format!("{field}: {description}");
+                self.message = violation.sentence();
             }
-            *violation = Violation { field, description };
         }
         self
     }
@@ -238,12 +345,33 @@ impl Error {
         self.kind
     }
 
-    /// The field that is wrong.
+    /// Whose fault it is.
+    pub fn fault(&self) -> Fault {
+        self.fault
+    }
+
+    /// The field that is invalid, and why.
     pub fn violation(&self) -> Option<&Violation> {
         self.violation.as_deref()
     }
 
-    /// When it is worth trying again, if that is known.
+    /// The path of the field that is invalid.
+    pub fn field(&self) -> Option<&FieldPath> {
+        self.violation.as_ref().map(|violation| &violation.field)
+    }
+
+    /// The index of the element that is invalid, where the error is about one
+    /// element of a list or tensor.
+    pub fn element(&self) -> Option<usize> {
+        self.field().and_then(FieldPath::element)
+    }
+
+    /// Whether the same request may succeed later.
+    pub fn retryable(&self) -> bool {
+        self.kind.retryable() || self.retry_after.is_some()
+    }
+
+    /// When a retry is worth it, if that is known.
     pub fn retry_after(&self) -> Option<Duration> {
         self.retry_after
     }
@@ -252,7 +380,11 @@ impl Error {
     pub fn to_status(&self) -> Status {
         let mut details = ErrorDetails::new();
         if let Some(violation) = &self.violation {
-            details.add_bad_request_violation(&violation.field, &violation.description);
+            details.add_bad_request_violation(violation.field.as_str(), &violation.description);
+            if let Some(input) = &violation.input {
+                let metadata = HashMap::from([(INPUT_KEY.to_owned(), input.clone())]);
+                details.set_error_info(INPUT_REASON, INPUT_DOMAIN, metadata);
+            }
         }
         if self.retry_after.is_some() {
             details.set_retry_info(self.retry_after);
@@ -267,5 +399,106 @@ impl Error {
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         error.to_status()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [Kind; 12] = [
+        Kind::NotFound,
+        Kind::NotReady,
+        Kind::Overloaded,
+        Kind::TooLarge,
+        Kind::QuotaSpent,
+        Kind::Unauthenticated,
+        Kind::Forbidden,
+        Kind::Invalid,
+        Kind::DeadlinePassed,
+        Kind::Cancelled,
+        Kind::Unsupported,
+        Kind::Internal,
+    ];
+
+    #[test]
+    fn a_status_carries_the_whole_error() {
+        let retry_after = Duration::from_millis(250);
+        let mut errors: Vec<Error> = KINDS.map(|kind| Error::new(kind, "why")).to_vec();
+        let name = ModelName::checked("digits", "name").unwrap();
+        errors.extend([
+            Error::overloaded("full", retry_after),
+            Error::quota_spent("spent", retry_after),
+            Error::invalid("inputs[0].shape", "must be [1]"),
+            Error::invalid_input("pixels", FieldPath::input(0).field("shape"), "is wrong"),
+            Error::unknown_model(&name, None),
+        ]);
+        for error in errors {
+            let again = Error::from_status(&error.to_status());
+            // Without a time, these two share their codes with others.
+            let alone = matches!(error.kind, Kind::Overloaded | Kind::QuotaSpent);
+            if !alone || error.retry_after.is_some() {
+                assert_eq!(again, error);
+            }
+        }
+    }
+
+    #[test]
+    fn an_error_about_an_input_has_its_name_and_element() {
+        let field = FieldPath::input(0).field("shape");
+        let error = Error::invalid_input("pixels", field, "is [128], but must be [-1, 64]");
+        assert_eq!(
+            error.to_string(),
+            "inputs[0] 'pixels': shape is [128], but must be [-1, 64]"
+        );
+        assert_eq!(error.field().unwrap(), "inputs[0].shape");
+        assert_eq!(error.element(), None);
+        let field = FieldPath::input(1).field("contents").index(3);
+        let error = Error::invalid_input("text", field, "is not UTF-8");
+        assert_eq!(
+            error.to_string(),
+            "inputs[1] 'text': contents[3] is not UTF-8"
+        );
+        assert_eq!(error.element(), Some(3));
+        let whole = Error::invalid_input("text", FieldPath::input(1), "is wrong");
+        assert_eq!(whole.to_string(), "inputs[1] 'text': is wrong");
+    }
+
+    #[test]
+    fn another_door_names_the_field_its_own_way() {
+        let field = FieldPath::input(0).field("contents").index(3);
+        let error = Error::invalid_input("text", field, "is not UTF-8");
+        let rest = error.clone().map_field(|field| {
+            assert_eq!(field, &"inputs[0].contents[3]");
+            Some("inputs[0].data[3]".into())
+        });
+        assert_eq!(rest.to_string(), "inputs[0] 'text': data[3] is not UTF-8");
+        let openai = error.clone().map_field(|_| Some("input[3]".into()));
+        assert_eq!(openai.to_string(), "input[3]: is not UTF-8");
+        assert_eq!(error.clone().map_field(|_| None), error);
+        let name = ModelName::checked("x", "name").unwrap();
+        let unknown = Error::unknown_model(&name, None).map_field(|_| Some("model".into()));
+        assert_eq!(unknown.to_string(), "unknown model 'x'");
+        assert_eq!(unknown.field().unwrap(), "model");
+    }
+
+    #[test]
+    fn faults_and_retries_follow_from_the_kind() {
+        for kind in KINDS {
+            let error = Error::new(kind, "why");
+            assert_eq!(error.fault(), kind.fault());
+            assert_eq!(error.retryable(), kind.retryable());
+            let of_server = matches!(kind.http_status(), 500 | 503 | 504);
+            assert_eq!(kind.fault() == Fault::Server, of_server, "{kind:?}");
+            let upstream = error.from_upstream().fault();
+            let expected = if of_server {
+                Fault::Upstream
+            } else {
+                Fault::Caller
+            };
+            assert_eq!(upstream, expected, "{kind:?}");
+        }
+        let later = Error::overloaded("full", Duration::from_secs(1));
+        assert!(later.retryable() && !Error::invalid("a", "b").retryable());
     }
 }

@@ -12,7 +12,7 @@ impl ModelName {
     /// Checks a name; `field` is the request's field that held it.
     pub fn checked(name: &str, field: &str) -> Result<Self, Error> {
         if name.is_empty() {
-            return Err(Error::invalid(field, "a model name is needed"));
+            return Err(Error::invalid(field, "must not be empty"));
         }
         let first_fits = name.starts_with(|c: char| c.is_ascii_alphanumeric());
         let rest_fits = name
@@ -21,7 +21,7 @@ impl ModelName {
         if !first_fits || !rest_fits || name.len() > 128 {
             return Err(Error::invalid(
                 field,
-                "a model name is 1 to 128 letters, digits, '.', '_' or '-' and begins with a letter or digit",
+                "must be 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit",
             ));
         }
         Ok(Self(name.into()))
@@ -57,12 +57,12 @@ impl ModelVersion {
             .ok_or_else(|| {
                 Error::invalid(
                     field,
-                    "a version is a positive integer such as \"1\", or empty for the newest",
+                    "must be a positive integer such as \"1\", or empty for the newest",
                 )
             })
     }
 
-    /// Like [`Self::checked`], with an empty text for no choice.
+    /// Like [`Self::checked`], with none for an empty text.
     pub fn optional(version: &str, field: &str) -> Result<Option<Self>, Error> {
         if version.is_empty() {
             return Ok(None);

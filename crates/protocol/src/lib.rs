@@ -1,40 +1,50 @@
-//! The messages of every door, names and requests that have been checked, and
-//! the one table that turns errors into statuses.
+//! The messages of every door, methods and tasks as types, checked names and
+//! requests, and the one table of errors.
 
 mod error;
+mod field;
 mod ids;
 mod method;
 mod peek;
+mod repository;
 mod request;
+mod rerank;
 mod settings;
+mod signature;
 mod statistics;
 mod task;
+mod text;
 
-pub use error::{Error, Kind, Violation};
+pub use error::{Error, Fault, Kind, Violation};
+pub use field::{FieldPath, Segment};
 pub use ids::{ModelName, ModelVersion};
 pub use method::{Method, Service};
 pub use peek::{Peeked, peek, peek_count, peek_rows, renamed, with_final_response_flag};
+pub use repository::{check_repository_name, load_target, unload_target};
 pub use request::{
-    InferRequest, Input, Parameters, Value, data_type, load_target, to_response, unload_target,
+    InferRequest, Input, Parameters, Value, checked_dimensions, stream_failure, to_response,
 };
+pub use rerank::RerankGathering;
 pub use settings::{LogSettings, TraceSettings};
+pub use signature::{Signature, check_text_bytes, data_type};
 pub use statistics::add_statistics;
 pub use task::{ReportedTask, Task, UnknownTask};
+pub use text::{COMPUTE_TYPE_KEY, insert_compute_metadata, truncation_direction};
 
 /// Metadata key that names the model of a `tei.v1` call.
 pub const MODEL_KEY: &str = "andon-model";
 /// Metadata key that names the model version of a `tei.v1` call.
 pub const VERSION_KEY: &str = "andon-model-version";
 
-/// Metadata key that says where an answer came from: `hit`, `miss`, or `3/4`
-/// when so many of the rows were known.
+/// Metadata key that says where a response came from: `hit`, `miss`, or `3/4`
+/// when so many of the rows were cached.
 pub const CACHE_KEY: &str = "x-andon-cache";
-/// Metadata key with the digest of the model version that made an answer.
+/// Metadata key with the digest of the model version that made a response.
 pub const DIGEST_KEY: &str = "x-andon-digest";
-/// Metadata key with the tokens that an answer took to compute.
+/// Metadata key with the tokens that were computed for a response.
 pub const TOKENS_KEY: &str = "x-compute-tokens";
-/// Metadata key that names the model that answered in place of the first of
-/// its chain, and why.
+/// Metadata key that names the model that responded in place of the first of
+/// its fallback chain, and why.
 pub const FALLBACK_KEY: &str = "x-andon-fallback";
 
 /// The Open Inference Protocol v2 with Triton's extensions.
@@ -69,7 +79,7 @@ pub mod andon {
 /// Every descriptor with its comments, as an encoded `FileDescriptorSet`.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
-/// The services that a worker and a gateway answer, by their full names.
+/// The services that workers and gateways serve, by their full names.
 pub const SERVICES: [&str; 6] = [
     "inference.GRPCInferenceService",
     "tei.v1.Info",
@@ -90,10 +100,19 @@ pub const EXTENSIONS: [&str; 7] = [
     "logging",
 ];
 
-/// What the calls of shared memory answer.
+/// The metadata of a server of this version.
+pub fn server_metadata(version: &str) -> inference::ServerMetadataResponse {
+    inference::ServerMetadataResponse {
+        name: "andon".to_owned(),
+        version: version.to_owned(),
+        extensions: EXTENSIONS.map(str::to_owned).to_vec(),
+    }
+}
+
+/// The error message of the calls of shared memory.
 pub const SHARED_MEMORY_UNSUPPORTED: &str = "shared memory is not supported: tensors travel in the messages, \
      since callers and workers are on different machines";
 
-/// What the calls of sparse vectors answer.
+/// The error message of the calls of sparse vectors.
 pub const SPARSE_UNSUPPORTED: &str =
     "sparse vectors are not supported: no model here has a sparse output";

@@ -17,9 +17,9 @@ pub struct Peeked<'m> {
     pub id: &'m str,
 }
 
-/// Walks the top level of a message and keeps text fields 1 to 3; the last of
-/// a repeated field wins, as in any protobuf reader. Errors when the bytes are
-/// no message.
+/// Reads text fields 1 to 3 at the top level of a message; the last of a
+/// repeated field wins, as in any protobuf reader. Errors when the bytes are
+/// not a message.
 pub fn peek(message: &[u8]) -> Result<Peeked<'_>, Error> {
     let mut rest = message;
     let mut peeked = Peeked::default();
@@ -46,7 +46,7 @@ pub fn peek(message: &[u8]) -> Result<Peeked<'_>, Error> {
             WireType::ThirtyTwoBit => rest = skip(rest, 4)?,
             WireType::SixtyFourBit => rest = skip(rest, 8)?,
             WireType::StartGroup | WireType::EndGroup => {
-                return Err(malformed("groups are not part of the protocol"));
+                return Err(malformed("it has a group, which the protocol does not use"));
             }
         }
     }
@@ -54,8 +54,8 @@ pub fn peek(message: &[u8]) -> Result<Peeked<'_>, Error> {
 }
 
 /// The rows of an encoded `ModelInferRequest`: the first dimension of its first
-/// input. One when it cannot be told, or when the message has no byte for each
-/// of them; the worker checks what is wrong.
+/// input. One when it cannot be read, or when the message has less than a byte
+/// for each of them; the worker's check finds what is invalid.
 pub fn peek_rows(message: &[u8]) -> u64 {
     let rows_max = message.len() as u64;
     first_dimension(message)
@@ -63,8 +63,8 @@ pub fn peek_rows(message: &[u8]) -> u64 {
         .unwrap_or(1)
 }
 
-/// Field 5 holds the inputs, and field 3 of an input its shape, in one piece or
-/// in several, of which some may be empty.
+/// Field 5 is the inputs, and field 3 of an input its shape, packed in one
+/// piece or in several, of which some may be empty.
 fn first_dimension(message: &[u8]) -> Option<u64> {
     let mut input = length_delimited(message, 5)?;
     while !input.is_empty() {
@@ -84,11 +84,11 @@ fn first_dimension(message: &[u8]) -> Option<u64> {
     None
 }
 
-/// How often a message of length-delimited fields has a field.
-pub fn peek_count(message: &[u8], wanted: u32) -> u64 {
+/// How often a field is at the top level of a message.
+pub fn peek_count(message: &[u8], field: u32) -> u64 {
     let (mut rest, mut count) = (message, 0);
     while let Ok((tag, wire_type)) = decode_key(&mut rest) {
-        count += u64::from(tag == wanted);
+        count += u64::from(tag == field);
         match skip_field(rest, wire_type) {
             Some(after) => rest = after,
             None => break,
@@ -97,12 +97,12 @@ pub fn peek_count(message: &[u8], wanted: u32) -> u64 {
     count
 }
 
-/// The first field of a number.
-fn length_delimited(message: &[u8], wanted: u32) -> Option<&[u8]> {
+/// The content of the first length-delimited field of a number.
+fn length_delimited(message: &[u8], field: u32) -> Option<&[u8]> {
     let mut rest = message;
     while !rest.is_empty() {
         let (tag, wire_type) = decode_key(&mut rest).ok()?;
-        if tag == wanted && wire_type == WireType::LengthDelimited {
+        if tag == field && wire_type == WireType::LengthDelimited {
             let length = usize::try_from(decode_varint(&mut rest).ok()?).ok()?;
             return rest.get(..length);
         }
@@ -150,13 +150,16 @@ fn text(bytes: &[u8]) -> Result<&str, Error> {
 }
 
 fn malformed(reason: impl std::fmt::Display) -> Error {
-    Error::invalid("message", format!("not a message of this call: {reason}"))
+    Error::invalid(
+        "message",
+        format!("is not a message of this method: {reason}"),
+    )
 }
 
 /// Wraps an encoded `ModelInferResponse` as an encoded
-/// `ModelStreamInferResponse` that says it is the last answer to its request.
-/// The answer's bytes are copied once and never decoded: protobuf joins
-/// concatenated fields.
+/// `ModelStreamInferResponse` with the flag of the last response to a request.
+/// The response's bytes are copied once and never decoded: protobuf merges
+/// concatenated messages.
 pub fn with_final_response_flag(response: &[u8]) -> Bytes {
     let parameter = inference::ModelInferResponse {
         parameters: [(
@@ -246,7 +249,7 @@ mod tests {
         };
         let packed = [(3 << 3) | 2, 2, 100, 2];
         assert_eq!(peek_rows(&with(&packed)), 100);
-        // An empty piece says nothing; the next one does.
+        // An empty piece has no dimension; the next one has.
         let empty = [&[(3 << 3) | 2, 0][..], &packed].concat();
         assert_eq!(peek_rows(&with(&empty)), 100);
         let message = with(&empty);
@@ -272,16 +275,16 @@ mod tests {
     }
 
     #[test]
-    fn a_wrapped_answer_decodes() {
-        let answer = inference::ModelInferResponse {
+    fn a_wrapped_response_decodes() {
+        let response = inference::ModelInferResponse {
             id: "a-1".into(),
             raw_output_contents: vec![Bytes::from_static(b"1234")],
             ..Default::default()
         };
-        let wrapped = with_final_response_flag(&answer.encode_to_vec());
+        let wrapped = with_final_response_flag(&response.encode_to_vec());
         let decoded = inference::ModelStreamInferResponse::decode(wrapped).unwrap();
         let inner = decoded.infer_response.unwrap();
-        assert_eq!(inner.raw_output_contents, answer.raw_output_contents);
+        assert_eq!(inner.raw_output_contents, response.raw_output_contents);
         assert!(inner.parameters.contains_key("triton_final_response"));
     }
 

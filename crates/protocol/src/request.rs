@@ -1,5 +1,5 @@
-//! Inference requests, checked once as far as the protocol alone can tell. What
-//! a model needs beyond that is checked by who serves the model.
+//! Inference requests: checked once as far as the protocol alone can tell, and
+//! then against what a model takes.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,11 +8,11 @@ use bytes::Bytes;
 use tensor::{Datatype, Shape, Tensor, TensorError, TypedContents, encode_typed};
 
 use crate::inference::{
-    DataType, InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse,
-    RepositoryModelLoadRequest, RepositoryModelUnloadRequest, infer_parameter::ParameterChoice,
+    InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse,
+    ModelStreamInferResponse, infer_parameter::ParameterChoice,
     model_infer_request::InferInputTensor, model_infer_response::InferOutputTensor,
 };
-use crate::{Error, ModelName, ModelVersion};
+use crate::{Error, FieldPath, ModelName, ModelVersion};
 
 /// The value of a parameter.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +22,30 @@ pub enum Value {
     Integer(i64),
     Text(String),
     Number(f64),
+}
+
+impl Value {
+    /// The boolean of a model's own parameter.
+    pub fn boolean(&self, name: &str) -> Result<bool, Error> {
+        match self {
+            Self::Bool(value) => Ok(*value),
+            _ => Err(Error::invalid(
+                FieldPath::parameter(name),
+                "must be a boolean",
+            )),
+        }
+    }
+
+    /// The integer of a model's own parameter.
+    pub fn integer(&self, name: &str) -> Result<i64, Error> {
+        match self {
+            Self::Integer(value) => Ok(*value),
+            _ => Err(Error::invalid(
+                FieldPath::parameter(name),
+                "must be an integer",
+            )),
+        }
+    }
 }
 
 /// A model's own parameters by name.
@@ -48,13 +72,13 @@ pub struct InferRequest {
     pub id: String,
     /// 1 is served first; 0, the default, after every other.
     pub priority: u64,
-    /// How long the caller lets the request wait, besides its deadline.
+    /// How long the request may wait, besides its deadline.
     pub timeout: Option<Duration>,
     /// The model's own parameters.
     pub parameters: Parameters,
     /// The input tensors in the order of the request.
     pub inputs: Vec<Input>,
-    /// The wanted outputs by name; none means all.
+    /// The requested outputs by name; none means all.
     pub outputs: Vec<String>,
 }
 
@@ -80,48 +104,57 @@ impl InferRequest {
         for (index, output) in message.outputs.into_iter().enumerate() {
             for key in output.parameters.keys() {
                 if key != "binary_data" {
-                    return Err(Error::invalid(
-                        format!("outputs[{index}].parameters[{key}]"),
-                        "unknown parameter",
-                    ));
+                    let field = FieldPath::output(index).field("parameters").key(key);
+                    return Err(Error::invalid(field, "is not a known parameter"));
                 }
             }
             if request.outputs.contains(&output.name) {
-                return Err(Error::invalid(
-                    format!("outputs[{index}].name"),
-                    "the output is asked for twice",
-                ));
+                let field = FieldPath::output(index).field("name");
+                return Err(Error::invalid(field, "is requested twice"));
             }
             request.outputs.push(output.name);
         }
         Ok(request)
     }
 
+    /// The error of a parameter that the model does not have.
+    pub fn unknown_parameter(&self, name: &str) -> Error {
+        let reason = format!("is not a parameter of model '{}'", self.model);
+        Error::invalid(FieldPath::parameter(name), reason)
+    }
+
     /// Sorts a parameter into the protocol's own and the model's.
     fn take_parameter(&mut self, key: String, value: InferParameter) -> Result<(), Error> {
-        let field = format!("parameters[{key}]");
-        let value = checked_value(value, &field)?;
+        let invalid =
+            |description: &str| Err(Error::invalid(FieldPath::parameter(&key), description));
+        let value = match checked_value(value) {
+            Ok(value) => value,
+            Err(description) => return invalid(description),
+        };
         match (key.as_str(), &value) {
             ("priority", Value::Integer(priority)) => {
-                self.priority = u64::try_from(*priority)
-                    .map_err(|_| Error::invalid(field, "a priority cannot be negative"))?;
+                let Ok(priority) = u64::try_from(*priority) else {
+                    return invalid("must not be negative");
+                };
+                self.priority = priority;
             }
             ("timeout", Value::Integer(timeout_us)) => {
-                let timeout_us = u64::try_from(*timeout_us)
-                    .map_err(|_| Error::invalid(field, "a timeout cannot be negative"))?;
-                // Zero is the protocol's way to say none.
+                let Ok(timeout_us) = u64::try_from(*timeout_us) else {
+                    return invalid("must not be negative");
+                };
+                // Zero means no timeout in the protocol.
                 self.timeout = (timeout_us > 0).then(|| Duration::from_micros(timeout_us));
             }
-            // No model here keeps state between requests, so a sequence's
-            // requests are answered like any others.
+            // No model here keeps state between requests, so the requests of a
+            // sequence are handled like any others.
             ("sequence_id", Value::Integer(_) | Value::Text(_))
             | ("sequence_start" | "sequence_end", Value::Bool(_))
             | ("triton_enable_empty_final_response" | "binary_data_output", Value::Bool(_)) => {}
             ("priority" | "timeout", _) => {
-                return Err(Error::invalid(field, "must be an integer"));
+                return invalid("must be an integer");
             }
             ("sequence_id", _) => {
-                return Err(Error::invalid(field, "must be an integer or a text"));
+                return invalid("must be an integer or a string");
             }
             (
                 "sequence_start"
@@ -129,9 +162,9 @@ impl InferRequest {
                 | "triton_enable_empty_final_response"
                 | "binary_data_output",
                 _,
-            ) => return Err(Error::invalid(field, "must be a boolean")),
+            ) => return invalid("must be a boolean"),
             (reserved, _) if reserved.starts_with("triton_") || reserved == "headers" => {
-                return Err(Error::invalid(field, "the name is reserved"));
+                return invalid("is a reserved name");
             }
             _ => {
                 self.parameters.insert(key, value);
@@ -149,15 +182,15 @@ impl InferRequest {
         let typed = inputs.iter().position(|input| input.contents.is_some());
         if let (true, Some(index)) = (raw, typed) {
             return Err(Error::invalid(
-                format!("inputs[{index}].contents"),
-                "typed contents and raw_input_contents cannot stand in one request",
+                FieldPath::input(index).field("contents"),
+                "must not be set in a request with raw_input_contents",
             ));
         }
         if raw && raw_contents.len() != inputs.len() {
             return Err(Error::invalid(
                 "raw_input_contents",
                 format!(
-                    "{} entries for {} inputs: each input needs one",
+                    "has {} entries for {} inputs: each input needs one",
                     raw_contents.len(),
                     inputs.len()
                 ),
@@ -166,10 +199,8 @@ impl InferRequest {
         let mut raw_contents = raw_contents.into_iter();
         for (index, input) in inputs.into_iter().enumerate() {
             if self.inputs.iter().any(|other| other.name == input.name) {
-                return Err(Error::invalid(
-                    format!("inputs[{index}].name"),
-                    "the input is given twice",
-                ));
+                let field = FieldPath::input(index).field("name");
+                return Err(Error::invalid(field, "is the name of an earlier input"));
             }
             let (name, tensor) = checked_input(index, input, raw_contents.next())?;
             self.inputs.push(Input { name, tensor });
@@ -178,16 +209,17 @@ impl InferRequest {
     }
 }
 
-fn checked_value(value: InferParameter, field: &str) -> Result<Value, Error> {
+/// The value of a parameter, or what is wrong with it.
+fn checked_value(value: InferParameter) -> Result<Value, &'static str> {
     Ok(match value.parameter_choice {
         Some(ParameterChoice::BoolParam(value)) => Value::Bool(value),
         Some(ParameterChoice::Int64Param(value)) => Value::Integer(value),
         Some(ParameterChoice::StringParam(value)) => Value::Text(value),
         Some(ParameterChoice::DoubleParam(value)) => Value::Number(value),
-        Some(ParameterChoice::Uint64Param(value)) => Value::Integer(
-            i64::try_from(value).map_err(|_| Error::invalid(field, "the number is too large"))?,
-        ),
-        None => return Err(Error::invalid(field, "has no value")),
+        Some(ParameterChoice::Uint64Param(value)) => {
+            Value::Integer(i64::try_from(value).map_err(|_| "must fit a signed 64-bit integer")?)
+        }
+        None => return Err("has no value"),
     })
 }
 
@@ -197,14 +229,14 @@ fn checked_input(
     input: InferInputTensor,
     raw: Option<Bytes>,
 ) -> Result<(String, Tensor), Error> {
-    let at = |part: &str| format!("inputs[{index}].{part}");
+    let at = |part: &str| FieldPath::input(index).field(part);
     if let Some(key) = input.parameters.keys().next() {
         let reason = if key.starts_with("shared_memory") {
-            "shared memory is not supported: send the contents"
+            "is not supported: there is no shared memory, send the contents"
         } else {
-            "unknown parameter"
+            "is not a known parameter"
         };
-        return Err(Error::invalid(at(&format!("parameters[{key}]")), reason));
+        return Err(Error::invalid(at("parameters").key(key), reason));
     }
     let datatype: Datatype = input
         .datatype
@@ -212,21 +244,25 @@ fn checked_input(
         .map_err(|error: TensorError| Error::invalid(at("datatype"), error.to_string()))?;
     let shape = Shape::checked(&input.shape)
         .map_err(|error| Error::invalid(at("shape"), error.to_string()))?;
-    let tensor = match raw {
-        Some(raw) => Tensor::from_raw(datatype, shape, raw).map_err(|error| {
-            let field = match error {
-                TensorError::ShapeOverflow => at("shape"),
-                _ => format!("raw_input_contents[{index}]"),
-            };
-            Error::invalid(field, error.to_string())
-        })?,
+    let (tensor, contents) = match raw {
+        Some(raw) => (
+            Tensor::from_raw(datatype, shape, raw),
+            FieldPath::from("raw_input_contents").index(index),
+        ),
         None => {
             let contents = to_typed(input.contents.unwrap_or_default());
-            encode_typed(datatype, &shape, &contents)
-                .and_then(|raw| Tensor::from_raw(datatype, shape, raw.into()))
-                .map_err(|error| Error::invalid(at("contents"), error.to_string()))?
+            let tensor = encode_typed(datatype, &shape, &contents)
+                .and_then(|raw| Tensor::from_raw(datatype, shape, raw.into()));
+            (tensor, at("contents"))
         }
     };
+    let tensor = tensor.map_err(|error| match error {
+        TensorError::ShapeOverflow => Error::invalid(at("shape"), error.to_string()),
+        TensorError::Element { element, problem } => {
+            Error::invalid(at("contents").index(element), problem.to_string())
+        }
+        _ => Error::invalid(contents, error.to_string()),
+    })?;
     Ok((input.name, tensor))
 }
 
@@ -243,7 +279,7 @@ fn to_typed(contents: InferTensorContents) -> TypedContents {
     }
 }
 
-/// The answer to a request: its outputs, raw.
+/// The response to a request: its outputs, raw.
 pub fn to_response(
     model: &ModelName,
     version: ModelVersion,
@@ -272,60 +308,23 @@ pub fn to_response(
     }
 }
 
-/// The model that a load names, in Triton's dialect or KServe's.
-pub fn load_target(request: &RepositoryModelLoadRequest) -> Result<ModelName, Error> {
-    if let Some(key) = request.parameters.keys().next() {
-        return Err(Error::invalid(
-            format!("parameters[{key}]"),
-            "a model is configured by its folder: no parameter is taken",
-        ));
-    }
-    target(&request.repository_name, &request.model_name)
-}
-
-/// The model that an unload names, in Triton's dialect or KServe's.
-pub fn unload_target(request: &RepositoryModelUnloadRequest) -> Result<ModelName, Error> {
-    let unknown = request
-        .parameters
-        .keys()
-        .find(|key| *key != "unload_dependents");
-    if let Some(key) = unknown {
-        return Err(Error::invalid(
-            format!("parameters[{key}]"),
-            "unknown parameter",
-        ));
-    }
-    target(&request.repository_name, &request.model_name)
-}
-
-/// KServe's first field is the model's name where Triton's is the repository's.
-fn target(repository_name: &str, model_name: &str) -> Result<ModelName, Error> {
-    match (repository_name, model_name) {
-        (kserve, "") => ModelName::checked(kserve, "model_name"),
-        ("", triton) => ModelName::checked(triton, "model_name"),
-        _ => Err(Error::invalid(
-            "repository_name",
-            "a server has one repository: leave it empty",
-        )),
+/// The response of a stream to a request that failed: the stream stays open,
+/// and the id says which request it was.
+pub fn stream_failure(id: String, message: &str) -> ModelStreamInferResponse {
+    ModelStreamInferResponse {
+        error_message: message.to_owned(),
+        infer_response: Some(ModelInferResponse {
+            id,
+            ..Default::default()
+        }),
     }
 }
 
-/// A datatype in Triton's configuration.
-pub fn data_type(datatype: Datatype) -> DataType {
-    match datatype {
-        Datatype::Bool => DataType::TypeBool,
-        Datatype::Uint8 => DataType::TypeUint8,
-        Datatype::Uint16 => DataType::TypeUint16,
-        Datatype::Uint32 => DataType::TypeUint32,
-        Datatype::Uint64 => DataType::TypeUint64,
-        Datatype::Int8 => DataType::TypeInt8,
-        Datatype::Int16 => DataType::TypeInt16,
-        Datatype::Int32 => DataType::TypeInt32,
-        Datatype::Int64 => DataType::TypeInt64,
-        Datatype::Fp16 => DataType::TypeFp16,
-        Datatype::Bf16 => DataType::TypeBf16,
-        Datatype::Fp32 => DataType::TypeFp32,
-        Datatype::Fp64 => DataType::TypeFp64,
-        Datatype::Bytes => DataType::TypeString,
-    }
+/// The check of a parameter or field `dimensions`: how many leading dimensions
+/// of an embedding of `width` are returned. The error is a predicate of it.
+pub fn checked_dimensions(count: i64, width: usize) -> Result<usize, String> {
+    usize::try_from(count)
+        .ok()
+        .filter(|count| (1..=width).contains(count))
+        .ok_or_else(|| format!("must be from 1 to {width}"))
 }

@@ -169,13 +169,14 @@ impl ProviderError {
     /// that the service was sent.
     pub fn to_error(&self, model: &str, field: &str) -> Error {
         let message = format!("the provider of model '{model}' {self}");
-        match (self, self.retry_after()) {
+        let error = match (self, self.retry_after()) {
             (Self::Rejected(_) | Self::UnsupportedDimensions, _) => Error::invalid(field, message),
             (Self::UnsupportedTask, _) => Error::new(Kind::Unsupported, message),
             (Self::Timeout, _) => Error::new(Kind::DeadlinePassed, message),
             (_, Some(retry_after)) => Error::overloaded(message, retry_after),
             (_, None) => Error::new(Kind::NotReady, message),
-        }
+        };
+        error.from_upstream()
     }
 }
 

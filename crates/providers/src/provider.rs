@@ -162,8 +162,7 @@ impl Provider {
             return Ok(());
         }
         let (name, task) = (&self.name, self.settings.task);
-        let reason = format!("model '{name}' does {task}, not generation");
-        Err(Error::invalid("model", reason))
+        Err(Error::wrong_task("model", name, task, Task::Generation))
     }
 
     fn chat_request(

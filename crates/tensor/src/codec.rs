@@ -1,6 +1,6 @@
 //! Raw BYTES elements, and typed contents to raw bytes.
 
-use crate::{Datatype, Shape, TensorError};
+use crate::{Datatype, ElementError, Shape, TensorError};
 
 /// Typed contents as the protocol carries them: at most one list is filled.
 #[derive(Debug, Default, Clone, PartialEq)]
@@ -17,7 +17,7 @@ pub struct TypedContents {
 }
 
 impl TypedContents {
-    /// The lists that hold something, by their protocol names.
+    /// The lists that are not empty, by their protocol names.
     fn filled(&self) -> impl Iterator<Item = &'static str> {
         [
             ("bool_contents", self.bool_contents.len()),
@@ -34,7 +34,7 @@ impl TypedContents {
     }
 }
 
-/// The list that a datatype's contents stand in.
+/// The list that holds a datatype's contents.
 fn typed_field(datatype: Datatype) -> Option<&'static str> {
     Some(match datatype {
         Datatype::Bool => "bool_contents",
@@ -135,10 +135,9 @@ fn narrow(
     let mut raw = Vec::with_capacity(values.len().saturating_mul(width));
     for (element, value) in values.enumerate() {
         if value < min || value > max {
-            return Err(TensorError::OutOfRange {
+            return Err(TensorError::Element {
                 element,
-                value,
-                datatype,
+                problem: ElementError::OutOfRange { value, datatype },
             });
         }
         // Two's complement: the low bytes are the narrow integer.
@@ -163,8 +162,8 @@ pub fn encode_bytes_elements<E: AsRef<[u8]>>(elements: &[E]) -> Result<Vec<u8>, 
     Ok(raw)
 }
 
-/// The elements of raw BYTES, until the first that is cut or lies about its
-/// length. Allocates nothing, whatever a length claims.
+/// The elements of raw BYTES, until the first whose length does not fit the
+/// bytes that are left. Allocates nothing, whatever a length claims.
 pub fn bytes_elements(raw: &[u8]) -> impl Iterator<Item = Result<&[u8], TensorError>> {
     let mut rest = raw;
     let mut element = 0;
@@ -174,15 +173,18 @@ pub fn bytes_elements(raw: &[u8]) -> impl Iterator<Item = Result<&[u8], TensorEr
         }
         let Some((length, after)) = rest.split_first_chunk::<4>() else {
             rest = &[];
-            return Some(Err(TensorError::LengthCut { element }));
+            return Some(Err(TensorError::Element {
+                element,
+                problem: ElementError::LengthCut,
+            }));
         };
         let claimed = u32::from_le_bytes(*length) as usize;
         let Some((content, after)) = after.split_at_checked(claimed) else {
             rest = &[];
-            return Some(Err(TensorError::ElementLength {
+            let left = after.len();
+            return Some(Err(TensorError::Element {
                 element,
-                claimed,
-                left: after.len(),
+                problem: ElementError::Length { claimed, left },
             }));
         };
         rest = after;

@@ -7,29 +7,32 @@
 mod codec;
 mod datatype;
 mod shape;
+mod spec;
 mod tensor;
 
 pub use codec::{TypedContents, bytes_elements, encode_bytes_elements, encode_typed};
 pub use datatype::Datatype;
 pub use shape::Shape;
+pub use spec::TensorSpec;
 pub use tensor::Tensor;
 
-/// Why bytes, contents or a shape do not make a tensor.
+/// Why bytes, contents or a shape do not make a tensor: a predicate of the
+/// field that holds them.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TensorError {
     /// The name is no datatype of the protocol.
-    #[error("unknown datatype '{0}'")]
+    #[error("'{0}' is not a datatype of the protocol")]
     UnknownDatatype(String),
     /// A dimension is negative.
-    #[error("dimension {axis} is {size}: a dimension cannot be negative")]
+    #[error("has a negative dimension: dimension {axis} is {size}")]
     NegativeDimension {
-        /// The dimension's place in the shape.
+        /// The dimension's index in the shape.
         axis: usize,
         /// Its size.
         size: i64,
     },
     /// There are more dimensions than any model takes.
-    #[error("{rank} dimensions: at most {max} are allowed")]
+    #[error("has {rank} dimensions, over the limit of {max}")]
     TooManyDimensions {
         /// Dimensions in the shape.
         rank: usize,
@@ -37,10 +40,10 @@ pub enum TensorError {
         max: usize,
     },
     /// The product of the dimensions, or the bytes they need, overflows.
-    #[error("the shape's element count is too large")]
+    #[error("has more elements than can be counted")]
     ShapeOverflow,
     /// The raw bytes are more or fewer than the shape and datatype need.
-    #[error("{actual} bytes, but the shape and datatype need {expected}")]
+    #[error("has {actual} bytes, but the shape and datatype need {expected}")]
     ByteCount {
         /// Bytes needed.
         expected: usize,
@@ -48,31 +51,23 @@ pub enum TensorError {
         actual: usize,
     },
     /// The elements are more or fewer than the shape needs.
-    #[error("{actual} elements, but the shape needs {expected}")]
+    #[error("has {actual} elements, but the shape needs {expected}")]
     ElementCount {
         /// Elements needed.
         expected: usize,
         /// Elements there.
         actual: usize,
     },
-    /// A BYTES element says that it is longer than the bytes that are left.
-    #[error("element {element} of BYTES claims {claimed} bytes, but {left} are left")]
-    ElementLength {
-        /// The element's place.
+    /// One element is invalid.
+    #[error("element {element} {problem}")]
+    Element {
+        /// The element's index, counted over the whole tensor.
         element: usize,
-        /// The length it claims.
-        claimed: usize,
-        /// Bytes left after the length.
-        left: usize,
+        /// What is wrong with it.
+        problem: ElementError,
     },
-    /// A BYTES tensor ends inside an element's length.
-    #[error("BYTES contents end inside the length of element {element}")]
-    LengthCut {
-        /// The element's place.
-        element: usize,
-    },
-    /// Typed contents stand in a field that is not the datatype's.
-    #[error("{datatype} contents must be in '{expected}', not in '{actual}'")]
+    /// Typed contents are in a field that is not the datatype's.
+    #[error("must be in '{expected}' for {datatype}, but '{actual}' is filled")]
     WrongField {
         /// The tensor's datatype.
         datatype: Datatype,
@@ -82,32 +77,55 @@ pub enum TensorError {
         actual: &'static str,
     },
     /// The datatype has no typed contents.
-    #[error("{0} has no typed contents: send raw_input_contents")]
+    #[error("must be raw: {0} has no typed contents, use raw_input_contents")]
     NoTypedForm(Datatype),
-    /// An element does not fit the datatype.
-    #[error("element {element} is {value}: out of range for {datatype}")]
+    /// The tensor was read as another datatype than it has.
+    #[error("is {actual}, but is read as {requested}")]
+    DatatypeMismatch {
+        /// The requested datatype.
+        requested: Datatype,
+        /// The tensor's datatype.
+        actual: Datatype,
+    },
+}
+
+impl TensorError {
+    /// The index of the element that is invalid, if the error is about one.
+    pub fn element(&self) -> Option<usize> {
+        match self {
+            Self::Element { element, .. } => Some(*element),
+            _ => None,
+        }
+    }
+}
+
+/// What is wrong with one element: a predicate of it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ElementError {
+    /// An element of raw BYTES says that it is longer than the bytes that are
+    /// left.
+    #[error("claims {claimed} bytes, but {left} are left")]
+    Length {
+        /// The length it claims.
+        claimed: usize,
+        /// Bytes left after the length.
+        left: usize,
+    },
+    /// Raw BYTES end inside the element's length.
+    #[error("is cut off inside its length")]
+    LengthCut,
+    /// An integer does not fit the datatype.
+    #[error("is {value}, out of range for {datatype}")]
     OutOfRange {
-        /// The element's place.
-        element: usize,
         /// Its value.
         value: i64,
         /// The tensor's datatype.
         datatype: Datatype,
     },
     /// A BOOL byte is neither 0 nor 1.
-    #[error("byte {element} of BOOL is {value}: only 0 and 1 are allowed")]
+    #[error("is {value}, but BOOL must be 0 or 1")]
     NotBoolean {
-        /// The element's place.
-        element: usize,
         /// The byte.
         value: u8,
-    },
-    /// The tensor was read as another datatype than it has.
-    #[error("a {actual} tensor cannot be read as {wanted}")]
-    DatatypeMismatch {
-        /// The datatype asked for.
-        wanted: Datatype,
-        /// The tensor's datatype.
-        actual: Datatype,
     },
 }

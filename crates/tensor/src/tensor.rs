@@ -1,6 +1,6 @@
 use bytes::Bytes;
 
-use crate::{Datatype, Shape, TensorError, bytes_elements, encode_bytes_elements};
+use crate::{Datatype, ElementError, Shape, TensorError, bytes_elements, encode_bytes_elements};
 
 /// A tensor whose bytes agree with its datatype and shape: little-endian,
 /// row-major, unpadded; an element of BYTES is a u32 length and its bytes.
@@ -29,9 +29,10 @@ impl Tensor {
                 if datatype == Datatype::Bool
                     && let Some(element) = raw.iter().position(|&byte| byte > 1)
                 {
-                    return Err(TensorError::NotBoolean {
+                    let value = raw[element];
+                    return Err(TensorError::Element {
                         element,
-                        value: raw[element],
+                        problem: ElementError::NotBoolean { value },
                     });
                 }
             }
@@ -132,12 +133,12 @@ impl Tensor {
         bytes_elements(&self.raw).collect()
     }
 
-    fn expect_datatype(&self, wanted: Datatype) -> Result<(), TensorError> {
-        if self.datatype == wanted {
+    fn expect_datatype(&self, requested: Datatype) -> Result<(), TensorError> {
+        if self.datatype == requested {
             return Ok(());
         }
         Err(TensorError::DatatypeMismatch {
-            wanted,
+            requested,
             actual: self.datatype,
         })
     }

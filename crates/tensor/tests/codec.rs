@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use proptest::prelude::*;
 use tensor::{
-    Datatype, Shape, Tensor, TensorError, TypedContents, bytes_elements, encode_bytes_elements,
-    encode_typed,
+    Datatype, ElementError, Shape, Tensor, TensorError, TypedContents, bytes_elements,
+    encode_bytes_elements, encode_typed,
 };
 
 fn any_datatype() -> impl Strategy<Value = Datatype> {
@@ -103,10 +103,12 @@ fn a_lying_length_is_named() {
     let error = Tensor::from_raw(Datatype::Bytes, Shape::checked(&[1]).unwrap(), raw);
     assert_eq!(
         error,
-        Err(TensorError::ElementLength {
+        Err(TensorError::Element {
             element: 0,
-            claimed: u32::MAX as usize,
-            left: 2
+            problem: ElementError::Length {
+                claimed: u32::MAX as usize,
+                left: 2
+            }
         })
     );
 }

@@ -387,7 +387,7 @@ mod tests {
     fn refused(text: &str) -> (String, String) {
         let error = json::<Outer>(text.as_bytes()).unwrap_err();
         assert_eq!(error.kind(), Kind::Invalid);
-        (error.violation().unwrap().field.clone(), error.to_string())
+        (error.field().unwrap().to_string(), error.to_string())
     }
 
     #[test]

@@ -437,7 +437,7 @@ pub async fn complete(
         usage: usage == Some(true),
     };
     let selector = named_model(&model);
-    let renamed = |error: Error| error.renamed(as_model_field);
+    let renamed = |error: Error| error.map_field(as_model_field);
     if stream {
         let parts = context.chat_stream(&selector, &request).await;
         let (headers, parts) = parts.map_err(renamed)?;

@@ -233,9 +233,7 @@ impl Calls<'_> {
                 };
                 let response = call_model(self.context, Method::Predict, self.plan, &message).await;
                 response.map_err(|error: Error| {
-                    error.renamed(|field, reason| {
-                        (field == "inputs").then(|| (fields.at(0), reason.to_owned()))
-                    })
+                    error.map_field(|field| (*field == "inputs").then(|| fields.at(0).into()))
                 })
             });
         let responses: Vec<CallResponse<tei::PredictResponse>> = stream::iter(calls)

@@ -11,6 +11,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::MethodRouter;
 use platform::body::discard;
+use platform::grpc::code_name;
 use platform::tls::Peer;
 use protocol::Error;
 use tokio::time::Instant;
@@ -112,7 +113,7 @@ async fn serve(State(endpoint): State<Endpoint>, request: Request, next: Next) -
         name.clone_into(&mut record.model);
     }
     let error = error_of(&response);
-    record.end(error.map_or("OK", |error| error.kind().name()));
+    record.end(error.map_or("OK", |error| code_name(error.kind().code())));
     render(response, endpoint.format, &id)
 }
 

@@ -7,7 +7,8 @@ use axum::Json;
 use axum::response::{IntoResponse, Response};
 use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use protocol::{Error, Kind};
+use platform::grpc::code_name;
+use protocol::{Error, FieldPath, Kind};
 use serde::Serialize;
 use serde_json::json;
 use tonic::Status;
@@ -86,7 +87,7 @@ impl ErrorFormat {
                 error: OpenAiReason {
                     message: error.to_string(),
                     r#type: openai_type(error),
-                    param: error.violation().map(|violation| violation.field.as_str()),
+                    param: error.field().map(FieldPath::as_str),
                     code: openai_code(error),
                 },
             }),
@@ -152,8 +153,8 @@ impl<'e> Problem<'e> {
             title: status.canonical_reason().unwrap_or("Client Closed Request"),
             status: status.as_u16(),
             detail: message.clone(),
-            code: error.kind().name(),
-            field: error.violation().map(|violation| violation.field.as_str()),
+            code: code_name(error.kind().code()),
+            field: error.field().map(FieldPath::as_str),
             request_id: id.as_str(),
             error: message,
         }
@@ -188,7 +189,7 @@ fn openai_code(error: &Error) -> String {
         Kind::Unauthenticated => "invalid_api_key".to_owned(),
         Kind::QuotaSpent if is_quota_exhausted(error) => "insufficient_quota".to_owned(),
         Kind::QuotaSpent => "rate_limit_exceeded".to_owned(),
-        kind => kind.name().to_lowercase(),
+        kind => code_name(kind.code()).to_lowercase(),
     }
 }
 

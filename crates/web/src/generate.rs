@@ -154,9 +154,8 @@ fn parse(
         stop: parameters.stop.map(|stop| stop.0).unwrap_or_default(),
         ..ChatRequest::from_prompt(request.text_input)
     };
-    chat.check().map_err(|error| {
-        error.renamed(|field, reason| Some((format!("parameters.{field}"), reason.to_owned())))
-    })?;
+    chat.check()
+        .map_err(|error| error.map_field(|field| Some(format!("parameters.{field}").into())))?;
     let id = request.id;
     Ok((chat, GenerateFormat { model, id }))
 }

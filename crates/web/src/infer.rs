@@ -13,7 +13,7 @@ use axum::response::Response;
 use http::HeaderMap;
 use platform::grpc::Message;
 use protocol::inference::ModelInferResponse;
-use protocol::{Error, Kind, Method};
+use protocol::{Error, FieldPath, Kind, Method, Segment};
 
 use super::body;
 use super::context::{RequestContext, hold_until_sent};
@@ -73,11 +73,11 @@ pub async fn infer(
     let message = Message::from_framed(framed).with_held(held);
     let plan = context
         .route(&model.selector())
-        .map_err(|error| error.renamed(as_json_field))?;
+        .map_err(|error| error.map_field(as_json_field))?;
     let response = context
         .call::<ModelInferResponse>(Method::ModelInfer, message, &plan)
         .await
-        .map_err(|error| error.renamed(as_json_field))?;
+        .map_err(|error| error.map_field(as_json_field))?;
     let mut reply = response::write(response.message, &parsed.formats)?;
     reply.headers_mut().extend(response.headers);
     Ok(hold_until_sent(reply, response.held))
@@ -97,21 +97,19 @@ fn header_length(headers: &HeaderMap) -> Result<Option<usize>, Error> {
 
 /// The field of the JSON for one of the gRPC message: the contents of a tensor
 /// are the data of its input, whether they came in the JSON or behind it.
-fn as_json_field(field: &str, description: &str) -> Option<(String, String)> {
-    let data = |index: &str| format!("inputs[{index}].data");
-    let field = match field {
-        "raw_input_contents" => "inputs".to_owned(),
-        field => {
-            let raw = field
-                .strip_prefix("raw_input_contents[")
-                .and_then(|rest| rest.strip_suffix(']'));
-            let typed = field
-                .strip_prefix("inputs[")
-                .and_then(|rest| rest.strip_suffix("].contents"));
-            data(raw.or(typed)?)
-        }
-    };
-    Some((field, description.to_owned()))
+fn as_json_field(field: &FieldPath) -> Option<FieldPath> {
+    let data = |index: &usize| FieldPath::input(*index).field("data");
+    match field.segments().as_slice() {
+        [Segment::Name("raw_input_contents")] => Some("inputs".into()),
+        [Segment::Name("raw_input_contents"), Segment::Index(index)] => Some(data(index)),
+        [
+            Segment::Name("inputs"),
+            Segment::Index(index),
+            Segment::Name("contents"),
+            rest @ ..,
+        ] => Some(rest.iter().copied().fold(data(index), FieldPath::then)),
+        _ => None,
+    }
 }
 
 /// An output that JSON cannot represent.
@@ -127,15 +125,14 @@ mod tests {
     #[test]
     fn fields_of_tensors_are_those_of_the_json() {
         let renamed = |field: &str| {
-            let error = Error::invalid(field, "is wrong").renamed(as_json_field);
-            assert_eq!(
-                error.to_string(),
-                format!("{}: is wrong", error.violation().unwrap().field)
-            );
-            error.violation().unwrap().field.clone()
+            let error = Error::invalid(field, "is wrong").map_field(as_json_field);
+            let field = error.field().unwrap().to_string();
+            assert_eq!(error.to_string(), format!("{field}: is wrong"));
+            field
         };
         assert_eq!(renamed("raw_input_contents[3]"), "inputs[3].data");
         assert_eq!(renamed("inputs[0].contents"), "inputs[0].data");
+        assert_eq!(renamed("inputs[0].contents[7]"), "inputs[0].data[7]");
         assert_eq!(renamed("raw_input_contents"), "inputs");
         assert_eq!(renamed("inputs[0].shape"), "inputs[0].shape");
         assert_eq!(renamed("parameters[contents]"), "parameters[contents]");

@@ -249,7 +249,7 @@ pub async fn show_model(
     model: PathModel,
 ) -> Result<axum::Json<ListedModel>, ApiError> {
     let ready = context.stack.check_ready(&model.name, "", &context.caller);
-    ready.map_err(|error| error.renamed(|_, reason| Some(("model".into(), reason.into()))))?;
+    ready.map_err(|error| error.map_field(|_| Some("model".into())))?;
     Ok(axum::Json(ListedModel::named(model.name)))
 }
 
@@ -322,31 +322,29 @@ async fn decode(
     lists: Vec<Vec<u32>>,
     fields: InputFields,
 ) -> Result<Vec<String>, Error> {
-    let calls =
-        lists
-            .into_iter()
-            .enumerate()
-            .map(|(index, ids)| async move {
-                let message = tei::DecodeRequest {
-                    ids,
-                    skip_special_tokens: true,
-                };
-                let response =
-                    call_model::<tei::DecodeResponse>(context, Method::Decode, plan, &message);
-                let field = fields.at(index);
-                match response.await {
-                    Ok(response) if response.message.text.is_empty() => {
-                        Err(Error::invalid(field, "must have tokens of a text"))
-                    }
-                    Ok(response) => Ok(response.message.text),
-                    Err(error) if error.kind() == Kind::Unsupported => {
-                        let reason = "must be texts: the tokenizer of this model is not available";
-                        Err(Error::invalid(field, reason))
-                    }
-                    Err(error) => Err(error
-                        .renamed(|at, reason| (at == "ids").then(|| (field, reason.to_owned())))),
+    let calls = lists
+        .into_iter()
+        .enumerate()
+        .map(|(index, ids)| async move {
+            let message = tei::DecodeRequest {
+                ids,
+                skip_special_tokens: true,
+            };
+            let response =
+                call_model::<tei::DecodeResponse>(context, Method::Decode, plan, &message);
+            let field = fields.at(index);
+            match response.await {
+                Ok(response) if response.message.text.is_empty() => {
+                    Err(Error::invalid(field, "must have tokens of a text"))
                 }
-            });
+                Ok(response) => Ok(response.message.text),
+                Err(error) if error.kind() == Kind::Unsupported => {
+                    let reason = "must be texts: the tokenizer of this model is not available";
+                    Err(Error::invalid(field, reason))
+                }
+                Err(error) => Err(error.map_field(|at| (*at == "ids").then(|| field.into()))),
+            }
+        });
     stream::iter(calls)
         .buffered(CALLS_AT_ONCE)
         .try_collect()

@@ -7,7 +7,7 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use protocol::{Error, Method, Task, tei::v1 as tei};
+use protocol::{Error, Method, Segment, Task, tei::v1 as tei};
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use utoipa::openapi::schema::{AdditionalProperties, ObjectBuilder, OneOfBuilder, Type};
@@ -20,7 +20,7 @@ use super::endpoint::Endpoints;
 use super::error::{ApiError, ErrorFormat};
 use super::openai::Usage;
 use super::strict::strict;
-use super::texts::{call_model, check_texts, computed_tokens, element, select_model};
+use super::texts::{call_model, check_texts, computed_tokens, select_model};
 use gateway::Plan;
 use gateway::stack::Stack;
 
@@ -489,11 +489,12 @@ async fn call_rerank(
     let response: Result<CallResponse<tei::RerankResponse>, Error> =
         call_model(context, Method::Rerank, plan, message).await;
     let mut response = response.map_err(|error| {
-        error.renamed(|at, reason| {
-            (at == "texts").then(|| match element(reason) {
-                Some((index, reason)) => (format!("{field}[{index}]"), reason),
-                None => (field.to_owned(), reason.to_owned()),
-            })
+        error.map_field(|at| match at.segments().as_slice() {
+            [Segment::Name("texts"), rest @ ..] => {
+                let mapped = [&[Segment::Name(field)], rest].concat();
+                Some(mapped.into_iter().collect())
+            }
+            _ => None,
         })
     })?;
     // Outside services need not sort by score.

@@ -6,7 +6,7 @@ use platform::grpc::Message;
 use protocol::inference::infer_parameter::ParameterChoice;
 use protocol::inference::model_infer_request::InferInputTensor;
 use protocol::inference::{InferParameter, ModelInferRequest};
-use protocol::{Error, MODEL_KEY, Method, Service, TOKENS_KEY, Task};
+use protocol::{Error, FieldPath, MODEL_KEY, Method, Segment, Service, TOKENS_KEY, Task};
 
 use super::context::{CallResponse, RequestContext};
 use gateway::Plan;
@@ -28,7 +28,7 @@ pub fn select_model(
         None => ModelSelector::Tasks(tasks),
     };
     let plan = context.route(&selector);
-    let plan = plan.map_err(|error| error.renamed(as_model_field))?;
+    let plan = plan.map_err(|error| error.map_field(as_model_field))?;
     if let Plan::One(route) = &plan
         && !route.task().is_empty()
         && !tasks.iter().any(|task| task.as_str() == route.task())
@@ -36,8 +36,7 @@ pub fn select_model(
         let (name, task) = (route.name(), route.task());
         let tasks: Vec<&str> = tasks.iter().map(|task| task.as_str()).collect();
         let tasks = tasks.join(" or ");
-        let reason = format!("the task of model '{name}' is {task}, not {tasks}");
-        return Err(Error::invalid("model", reason));
+        return Err(Error::wrong_task("model", name, task, tasks));
     }
     Ok(plan)
 }
@@ -67,7 +66,7 @@ pub async fn call_model<M: prost::Message + Default>(
     let response = context.call(method, Message::encode(message), plan);
     response
         .await
-        .map_err(|error| error.renamed(as_model_field))
+        .map_err(|error| error.map_field(as_model_field))
 }
 
 /// The tokens that were computed for a response.
@@ -143,46 +142,38 @@ impl InputFields {
 
     /// The error of [`check_texts`] with the field of a single text.
     pub fn of_texts(self, error: Error) -> Error {
-        error.renamed(|field, reason| {
-            let one = self.single && field.starts_with("input[");
-            one.then(|| (self.at(0), reason.to_owned()))
+        error.map_field(|field| match field.segments().as_slice() {
+            [Segment::Name("input"), Segment::Index(_), ..] if self.single => {
+                Some(self.at(0).into())
+            }
+            _ => None,
         })
     }
 
     /// An error of a `ModelInfer` call with the fields of the request.
     pub fn of_infer(self, error: Error) -> Error {
-        error.renamed(|field, reason| Some(self.rename(field, reason)))
+        error.map_field(|field| self.map(field))
     }
 
-    fn rename(self, field: &str, reason: &str) -> (String, String) {
-        let parameter = field.strip_prefix("parameters[");
-        if let Some(name) = parameter.and_then(|field| field.strip_suffix(']')) {
-            return (name.to_owned(), reason.to_owned());
-        }
-        if !field.starts_with("inputs") && !field.starts_with("raw_input_contents") {
-            return (field.to_owned(), reason.to_owned());
-        }
-        match element(reason) {
-            Some((index, reason)) => (self.at(index), reason),
-            None => ("input".to_owned(), reason.to_owned()),
+    fn map(self, field: &FieldPath) -> Option<FieldPath> {
+        match field.segments().as_slice() {
+            [Segment::Name("parameters"), Segment::Key(name)] => Some((*name).into()),
+            [
+                Segment::Name("inputs"),
+                Segment::Index(_),
+                Segment::Name("contents"),
+                Segment::Index(element),
+            ] => Some(self.at(*element).into()),
+            [Segment::Name("inputs" | "raw_input_contents"), ..] => Some("input".into()),
+            _ => None,
         }
     }
 }
 
 /// The field that names the model in these APIs.
-pub fn as_model_field(field: &str, reason: &str) -> Option<(String, String)> {
-    let known = matches!(field, "model_name" | "model_version" | "name" | MODEL_KEY);
-    known.then(|| ("model".to_owned(), reason.replace(" in the metadata", "")))
-}
-
-/// The index of the invalid element of a tensor and the reason without it, where
-/// a worker names the element.
-pub fn element(reason: &str) -> Option<(usize, String)> {
-    let rest = reason.strip_prefix("element ")?;
-    let digits = rest.find(|c: char| !c.is_ascii_digit())?;
-    let (number, rest) = rest.split_at(digits);
-    let rest = rest.trim_start_matches([':', ' ']);
-    Some((number.parse().ok()?, rest.to_owned()))
+pub fn as_model_field(field: &FieldPath) -> Option<FieldPath> {
+    let fields = ["model_name", "model_version", "name", MODEL_KEY];
+    fields.contains(&field.as_str()).then(|| "model".into())
 }
 
 #[cfg(test)]
@@ -190,20 +181,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_invalid_element_is_found() {
-        let found = element("element 3: the text has 300 tokens");
-        assert_eq!(found, Some((3, "the text has 300 tokens".to_owned())));
-        let found = element("element 12 is not UTF-8");
-        assert_eq!(found, Some((12, "is not UTF-8".to_owned())));
-        for other in ["has 3 bytes", "element", "element x", "elements 3: a"] {
-            assert_eq!(element(other), None, "{other}");
-        }
-    }
-
-    #[test]
     fn a_model_is_named_by_the_field_of_these_apis() {
         let name = protocol::ModelName::checked("x", "name").unwrap();
-        let error = Error::unknown_model(&name, None).renamed(as_model_field);
+        let error = Error::unknown_model(&name, None).map_field(as_model_field);
         assert_eq!(error.violation().unwrap().field, "model");
         assert_eq!(error.to_string(), "unknown model 'x'");
     }
@@ -212,7 +192,7 @@ mod tests {
     fn texts_are_checked() {
         let field = |texts: &[&str]| {
             let error = check_texts("texts", texts).err()?;
-            Some(error.violation().unwrap().field.clone())
+            Some(error.field().unwrap().to_string())
         };
         assert_eq!(field(&["a", "b"]), None);
         assert_eq!(field(&["a", ""]).as_deref(), Some("texts[1]"));
@@ -226,18 +206,20 @@ mod tests {
             single: false,
             first: 40,
         };
-        let renamed = |field, reason| several.rename(field, reason);
-        assert_eq!(renamed("parameters[dimensions]", "x").0, "dimensions");
-        assert_eq!(
-            renamed("raw_input_contents[0]", "element 2: too long"),
-            ("input[42]".to_owned(), "too long".to_owned())
-        );
         let one = InputFields {
             single: true,
             first: 0,
         };
-        let (field, _) = one.rename("inputs[0].contents", "element 0: too long");
-        assert_eq!(field, "input");
-        assert_eq!(renamed("model", "x").0, "model");
+        for (fields, field, expected) in [
+            (several, "parameters[dimensions]", Some("dimensions")),
+            (several, "inputs[0].contents[2]", Some("input[42]")),
+            (several, "inputs[0].shape", Some("input")),
+            (several, "raw_input_contents[0]", Some("input")),
+            (several, "model", None),
+            (one, "inputs[0].contents[0]", Some("input")),
+        ] {
+            let mapped = fields.map(&field.into());
+            assert_eq!(mapped.as_ref().map(FieldPath::as_str), expected);
+        }
     }
 }

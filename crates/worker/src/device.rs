@@ -12,9 +12,9 @@ use crate::error::ModelError;
 use crate::metrics::ModelMetrics;
 use crate::queue::{Batch, Computed, Part, Queue, Rows};
 
-/// A network and what it is fed from.
+/// A network and the queue that feeds it.
 pub struct Instance {
-    /// None once the queue is closed and empty: the memory is given back.
+    /// None once the queue is closed and empty: the memory is freed.
     network: Mutex<Option<Model>>,
     queue: Arc<Queue>,
     metrics: ModelMetrics,
@@ -44,33 +44,33 @@ impl Instance {
         })
     }
 
-    /// Computes a batch and answers its parts.
+    /// Computes a batch and replies to its parts.
     pub fn compute(&self, batch: Batch) {
         self.metrics.dropped(batch.dropped);
         let tokens = batch.tokens;
         let started = Instant::now();
         let mut network = self.network.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(network) = network.as_mut() {
-            answer(network, batch, &self.metrics);
+            compute_parts(network, batch, &self.metrics);
         }
         drop(network);
         self.queue.finished(tokens, started.elapsed());
     }
 }
 
-/// Computes a batch and answers its parts. When a batch of several parts fails,
-/// each is computed alone, so that a bad one does not fail its neighbours.
-fn answer(network: &mut Model, batch: Batch, metrics: &ModelMetrics) {
+/// Computes a batch and replies to its parts. When a batch of several parts
+/// fails, each is computed alone, so that a bad one does not fail its neighbours.
+fn compute_parts(network: &mut Model, batch: Batch, metrics: &ModelMetrics) {
     match compute(network, &batch.parts) {
         Ok((outputs, started, took)) => {
-            // First: who has the answer finds it counted.
+            // First: a caller that has its response finds it counted.
             metrics.computed(batch.rows, batch.tokens, took);
             reply(batch.parts, outputs, started, took);
         }
         Err(EngineError::Cancelled) => {
             metrics.abandoned(batch.rows);
             for part in batch.parts {
-                // Whoever still listens does so past the deadline.
+                // A receiver that is still there is past its deadline.
                 let _ = part.reply.send(Err(ModelError::DeadlinePassed));
             }
         }
@@ -87,18 +87,18 @@ fn answer(network: &mut Model, batch: Batch, metrics: &ModelMetrics) {
                     dropped: batch.dropped,
                     parts: vec![part],
                 };
-                answer(network, alone, metrics);
+                compute_parts(network, alone, metrics);
             }
         }
     }
 }
 
-/// What each part became, and when it began and how long it took.
+/// The outputs of each part, when their computation began and how long it took.
 type Outputs = (Vec<Vec<Vec<f32>>>, Instant, Duration);
 
 fn compute(network: &mut Model, parts: &[Part]) -> Result<Outputs, EngineError> {
     let started = Instant::now();
-    // Between layers: work that nobody waits for any more stops.
+    // Checked between layers: a batch whose requests are all cancelled stops.
     let go_on = || {
         let now = Instant::now();
         parts.iter().any(|part| part.awaited(now))
@@ -107,7 +107,7 @@ fn compute(network: &mut Model, parts: &[Part]) -> Result<Outputs, EngineError> 
         Model::Tabular(model) => features(model, parts, &go_on),
         Model::Encoder(model) => text(model, parts, &go_on),
     });
-    // A defect in the engine fails its batch; the instance goes on.
+    // A panic in the engine fails its batch; the instance continues.
     let outputs = catch_unwind(forward)
         .unwrap_or_else(|_| Err(EngineError::Device("the forward pass panicked".to_owned())))?;
     Ok((outputs, started, started.elapsed()))
@@ -179,12 +179,12 @@ fn features(
 
 fn reply(parts: Vec<Part>, outputs: Vec<Vec<Vec<f32>>>, started: Instant, computed: Duration) {
     for (part, outputs) in parts.into_iter().zip(outputs) {
-        let answer = Computed {
+        let computed = Computed {
             outputs,
             queued: started.saturating_duration_since(part.queued_at),
             computed,
         };
-        // A caller who left in the meantime needs no answer.
-        let _ = part.reply.send(Ok(answer));
+        // A request that was cancelled in the meantime has no receiver.
+        let _ = part.reply.send(Ok(computed));
     }
 }

@@ -1,21 +1,22 @@
 use std::time::Duration;
 
+use engine::EngineError;
 use protocol::{Error, Kind};
 
-/// Why a model did not answer.
+/// Why a model did not respond.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ModelError {
-    /// The request is wrong.
+    /// The request is invalid.
     #[error(transparent)]
     Request(#[from] Error),
     /// The queue is full.
-    #[error("the queue of the model is full")]
+    #[error("the model's queue is full")]
     QueueFull {
-        /// When a place is probably free.
+        /// When the queue probably has room.
         retry_after: Duration,
     },
-    /// The wait in the queue is longer than the caller waits.
-    #[error("the model cannot answer before the deadline: too much waits")]
+    /// The wait in the queue is longer than the deadline allows.
+    #[error("the model's queue is too long for the deadline")]
     TooLate {
         /// How long the wait probably is.
         wait: Duration,
@@ -47,5 +48,16 @@ impl From<ModelError> for Error {
                 Self::new(Kind::Internal, message)
             }
         }
+    }
+}
+
+/// What is wrong with a text that the engine refused: a predicate of the text.
+pub fn text_problem(error: &EngineError) -> String {
+    match error {
+        EngineError::TooManyTokens { tokens, tokens_max } => format!(
+            "has {tokens} tokens, special tokens included, but the model takes {tokens_max}: \
+             set 'truncate' to truncate it"
+        ),
+        error => format!("cannot be tokenized: {error}"),
     }
 }

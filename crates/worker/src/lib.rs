@@ -38,13 +38,13 @@ pub struct Worker {
 /// Why a worker cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// There is nothing to serve.
+    /// No model is configured.
     #[error("no models: give --repository DIR, or --model NAME=FOLDER")]
     NoModels,
-    /// The repository cannot be read, or lacks a model that is asked for.
+    /// The repository cannot be read, or lacks a model to load.
     #[error(transparent)]
     Repository(#[from] Error),
-    /// The descriptors are broken: the build is.
+    /// The descriptors are invalid: a defect of the build.
     #[error("the descriptors of the services cannot be read: {0}")]
     Descriptors(String),
 }
@@ -64,7 +64,7 @@ impl Worker {
         }
         let metrics = WorkerMetrics::register(&process.metrics);
         let repository = Arc::new(Repository::new(settings, metrics));
-        repository.wanted()?;
+        repository.to_load()?;
         let health = Health::default();
         let common = CommonServices::new(&health, DESCRIPTORS)
             .map_err(|error| WorkerError::Descriptors(error.to_string()))?;
@@ -84,21 +84,21 @@ impl Worker {
         })
     }
 
-    /// Loads the models and answers calls until the process has drained.
+    /// Loads the models and serves calls until the process has drained.
     pub async fn run(self, listener: Listener) {
         let _health = self.follow_health();
-        let _loading = self.load_wanted();
+        let _loading = self.load_models();
         self.server
             .run(listener, Grpc(self.service), self.process.drain)
             .await;
     }
 
     /// Loads the models in the background: the port is open meanwhile, so that
-    /// probes are answered.
-    fn load_wanted(&self) -> OwnedTask {
+    /// probes get a response.
+    fn load_models(&self) -> OwnedTask {
         let repository = self.repository.clone();
         spawn_owned(async move {
-            let names = match repository.wanted() {
+            let names = match repository.to_load() {
                 Ok(names) => names,
                 Err(error) => {
                     tracing::error!(%error, "the repository cannot be read");
@@ -111,14 +111,14 @@ impl Worker {
                 );
             }
             for name in names {
-                // What went wrong is logged and stands in the repository index.
+                // An error is logged, and is in the repository index.
                 let _ = repository.load(&name).await;
             }
             repository.loaded();
         })
     }
 
-    /// Keeps the answers of health in step with the models and the drain.
+    /// Keeps health in step with the models and the drain.
     fn follow_health(&self) -> OwnedTask {
         let (repository, health) = (self.repository.clone(), self.health.clone());
         let mut drain = self.process.drain.clone();

@@ -1,5 +1,5 @@
-//! What models did: Prometheus metrics under Andon's names and Triton's, and
-//! the statistics of `ModelStatistics`. Each number is counted once.
+//! The metrics of models: Prometheus metrics under Andon's names and Triton's,
+//! and the statistics since a model was loaded. Each number is counted once.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,10 +15,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
-use protocol::inference::{
-    InferBatchStatistics, InferStatistics, ModelStatistics, StatisticDuration,
-};
-use protocol::{ModelName, ModelVersion};
+use protocol::{Method, ModelName, ModelVersion};
 use tonic::Code;
 
 use crate::queue::{Dropped, Queue};
@@ -60,9 +57,9 @@ pub struct WorkerMetrics {
     models: Models,
 }
 
-/// The models that are loaded, for what is read when somebody asks.
+/// The models that are loaded, for the numbers that are read on a scrape.
 #[derive(Debug, Clone, Default)]
-struct Models(Arc<Mutex<BTreeMap<ModelLabels, Weak<Statistics>>>>);
+struct Models(Arc<Mutex<BTreeMap<ModelLabels, Weak<Counters>>>>);
 
 impl WorkerMetrics {
     /// Registers the metrics of models.
@@ -82,28 +79,36 @@ impl WorkerMetrics {
         };
         metrics.register(|registry| {
             let requests = made.requests.clone();
-            registry.register("andon_worker_requests", "Calls answered", requests);
+            registry.register(
+                "andon_worker_requests",
+                "Calls that ended, by code",
+                requests,
+            );
             let refused = made.refused.clone();
-            registry.register("andon_worker_refused", "Rows not computed", refused);
+            registry.register(
+                "andon_worker_refused",
+                "Rows that were refused or dropped, by reason",
+                refused,
+            );
             for (name, help, family) in [
                 (
                     "request_duration_seconds",
-                    "From call to answer",
+                    "Duration of a call",
                     &made.request_duration,
                 ),
                 (
                     "queue_duration_seconds",
-                    "Waiting for the device",
+                    "Wait of a request in the queue",
                     &made.queue_duration,
                 ),
                 (
                     "compute_duration_seconds",
-                    "One batch on the device",
+                    "Duration of one batch on the device",
                     &made.compute_duration,
                 ),
                 (
                     "tokenize_duration_seconds",
-                    "Tokenizing a request",
+                    "Duration of the tokenization of a request",
                     &made.tokenize_duration,
                 ),
                 ("batch_rows", "Rows of a batch", &made.batch_rows),
@@ -127,7 +132,7 @@ impl WorkerMetrics {
             model: name.to_string(),
             version: version.to_string(),
         };
-        let statistics = Arc::new(Statistics::new(queue));
+        let counters = Arc::new(Counters::new(queue));
         // Numbers begin at zero, so that their rates are right.
         for reason in ["queue_full", "deadline", "abandoned"] {
             let refused = RefusedLabels {
@@ -141,11 +146,13 @@ impl WorkerMetrics {
             .0
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert(labels.clone(), Arc::downgrade(&statistics));
+            .insert(labels.clone(), Arc::downgrade(&counters));
         ModelMetrics {
-            infer_ok: self
-                .requests
-                .get_or_create_owned(&request_labels(&labels, INFER, Code::Ok)),
+            infer_ok: self.requests.get_or_create_owned(&request_labels(
+                &labels,
+                Method::ModelInfer,
+                Code::Ok,
+            )),
             request_duration: self.request_duration.get_or_create_owned(&labels),
             queue_duration: self.queue_duration.get_or_create_owned(&labels),
             compute_duration: self.compute_duration.get_or_create_owned(&labels),
@@ -154,19 +161,16 @@ impl WorkerMetrics {
             batch_tokens: self.batch_tokens.get_or_create_owned(&labels),
             all: self.clone(),
             labels,
-            statistics,
+            counters,
         }
     }
 }
 
-/// The method whose successes are counted without a look-up.
-const INFER: &str = "ModelInfer";
-
-fn request_labels(labels: &ModelLabels, method: &'static str, code: Code) -> RequestLabels {
+fn request_labels(labels: &ModelLabels, method: Method, code: Code) -> RequestLabels {
     RequestLabels {
         model: labels.model.clone(),
         version: labels.version.clone(),
-        method,
+        method: method.name(),
         code: platform::grpc::code_name(code),
     }
 }
@@ -176,7 +180,8 @@ fn request_labels(labels: &ModelLabels, method: &'static str, code: Code) -> Req
 pub struct ModelMetrics {
     all: WorkerMetrics,
     labels: ModelLabels,
-    statistics: Arc<Statistics>,
+    counters: Arc<Counters>,
+    /// Successes of `ModelInfer`, which are counted without a lookup.
     infer_ok: Counter,
     request_duration: Histogram,
     queue_duration: Histogram,
@@ -186,7 +191,7 @@ pub struct ModelMetrics {
     batch_tokens: Histogram,
 }
 
-/// How long the stages of an answered request took.
+/// How long the stages of a request that succeeded took.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Stages {
     /// Checking and tokenizing.
@@ -201,8 +206,8 @@ pub struct Stages {
 
 impl ModelMetrics {
     /// A call ended.
-    pub fn called(&self, method: &'static str, code: Code, took: Duration) {
-        if method == INFER && code == Code::Ok {
+    pub fn called(&self, method: Method, code: Code, took: Duration) {
+        if method == Method::ModelInfer && code == Code::Ok {
             self.infer_ok.inc();
         } else {
             self.all
@@ -211,25 +216,25 @@ impl ModelMetrics {
                 .inc();
         }
         self.request_duration.observe(took.as_secs_f64());
-        let statistics = &self.statistics;
+        let counters = &self.counters;
         match code {
-            Code::Ok => statistics.success.add(took),
-            _ => statistics.fail.add(took),
+            Code::Ok => counters.success.add(took),
+            _ => counters.fail.add(took),
         }
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-        statistics.last_inference_ms.store(now_ms, Relaxed);
+        counters.last_inference_ms.store(now_ms, Relaxed);
     }
 
-    /// The stages of a request that was answered.
+    /// The stages of a request that succeeded.
     pub fn staged(&self, stages: Stages) {
         self.queue_duration.observe(stages.queue.as_secs_f64());
-        self.statistics.input.add(stages.input);
-        self.statistics.queue.add(stages.queue);
-        self.statistics.compute.add(stages.compute);
-        self.statistics.output.add(stages.output);
+        self.counters.input.add(stages.input);
+        self.counters.queue.add(stages.queue);
+        self.counters.compute.add(stages.compute);
+        self.counters.output.add(stages.output);
     }
 
     /// The tokens of a request are made.
@@ -242,10 +247,10 @@ impl ModelMetrics {
         self.compute_duration.observe(took.as_secs_f64());
         self.batch_rows.observe(rows as f64);
         self.batch_tokens.observe(tokens as f64);
-        let statistics = &self.statistics;
-        statistics.rows.fetch_add(rows as u64, Relaxed);
-        statistics.batches.fetch_add(1, Relaxed);
-        statistics
+        let counters = &self.counters;
+        counters.rows.fetch_add(rows as u64, Relaxed);
+        counters.batches.fetch_add(1, Relaxed);
+        counters
             .by_batch_rows
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -254,7 +259,7 @@ impl ModelMetrics {
             .add(took);
     }
 
-    /// Rows did not find a place in the queue.
+    /// Rows were not queued.
     pub fn refused(&self, reason: &'static str, rows: usize) {
         let labels = RefusedLabels {
             model: self.labels.model.clone(),
@@ -264,7 +269,7 @@ impl ModelMetrics {
         self.all.refused.get_or_create(&labels).inc_by(rows as u64);
     }
 
-    /// Rows left the queue because nobody waited for them.
+    /// Rows left the queue because their requests were cancelled or late.
     pub fn dropped(&self, dropped: Dropped) {
         if dropped.late_rows > 0 {
             self.refused("deadline", dropped.late_rows);
@@ -274,48 +279,71 @@ impl ModelMetrics {
         }
     }
 
-    /// Rows were given up while they were computed or before.
+    /// Rows were abandoned while they were computed or before.
     pub fn abandoned(&self, rows: usize) {
         self.refused("abandoned", rows);
     }
 
-    /// The model's entry in `ModelStatistics`.
-    pub fn statistics(&self) -> ModelStatistics {
-        let own = &self.statistics;
-        let stage = |sum: &Sum| Some(sum.to_message());
-        let by_batch_rows = own
+    /// The numbers since the model was loaded.
+    pub fn statistics(&self) -> Statistics {
+        let counters = &self.counters;
+        let by_batch_rows = counters
             .by_batch_rows
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        ModelStatistics {
-            name: self.labels.model.clone(),
-            version: self.labels.version.clone(),
-            last_inference: own.last_inference_ms.load(Relaxed),
-            inference_count: own.rows.load(Relaxed),
-            execution_count: own.batches.load(Relaxed),
-            inference_stats: Some(InferStatistics {
-                success: stage(&own.success),
-                fail: stage(&own.fail),
-                queue: stage(&own.queue),
-                compute_input: stage(&own.input),
-                compute_infer: stage(&own.compute),
-                compute_output: stage(&own.output),
-                ..Default::default()
-            }),
-            batch_stats: by_batch_rows
+        Statistics {
+            last_inference_ms: counters.last_inference_ms.load(Relaxed),
+            rows: counters.rows.load(Relaxed),
+            batches: counters.batches.load(Relaxed),
+            success: counters.success.total(),
+            fail: counters.fail.total(),
+            queue: counters.queue.total(),
+            input: counters.input.total(),
+            compute: counters.compute.total(),
+            output: counters.output.total(),
+            by_batch_rows: by_batch_rows
                 .iter()
-                .map(|(rows, sum)| InferBatchStatistics {
-                    batch_size: *rows,
-                    compute_infer: stage(sum),
-                    ..Default::default()
-                })
+                .map(|(rows, sum)| (*rows, sum.total()))
                 .collect(),
-            ..Default::default()
         }
     }
 }
 
-/// How often and how long altogether.
+/// How often something happened, and how long it took altogether.
+#[derive(Debug, Clone, Copy)]
+pub struct Total {
+    /// How often.
+    pub count: u64,
+    /// How long, in nanoseconds.
+    pub ns: u64,
+}
+
+/// What a model has done since it was loaded.
+#[derive(Debug)]
+pub struct Statistics {
+    /// When the last call ended, in milliseconds since 1970.
+    pub last_inference_ms: u64,
+    /// Rows computed.
+    pub rows: u64,
+    /// Batches computed.
+    pub batches: u64,
+    /// Calls that succeeded.
+    pub success: Total,
+    /// Calls that failed.
+    pub fail: Total,
+    /// Waiting in the queue.
+    pub queue: Total,
+    /// Checking and tokenizing.
+    pub input: Total,
+    /// On the device.
+    pub compute: Total,
+    /// Making the outputs.
+    pub output: Total,
+    /// Batches by their rows.
+    pub by_batch_rows: Vec<(u64, Total)>,
+}
+
+/// A [`Total`] that grows.
 #[derive(Debug, Default)]
 struct Sum {
     count: AtomicU64,
@@ -329,8 +357,8 @@ impl Sum {
         self.ns.fetch_add(ns, Relaxed);
     }
 
-    fn to_message(&self) -> StatisticDuration {
-        StatisticDuration {
+    fn total(&self) -> Total {
+        Total {
             count: self.count.load(Relaxed),
             ns: self.ns.load(Relaxed),
         }
@@ -341,9 +369,10 @@ impl Sum {
     }
 }
 
+/// The counters of one model.
 #[derive(Debug)]
-struct Statistics {
-    queue_of: Arc<Queue>,
+struct Counters {
+    waiting: Arc<Queue>,
     success: Sum,
     fail: Sum,
     input: Sum,
@@ -356,10 +385,10 @@ struct Statistics {
     by_batch_rows: Mutex<BTreeMap<u64, Sum>>,
 }
 
-impl Statistics {
-    fn new(queue_of: Arc<Queue>) -> Self {
+impl Counters {
+    fn new(waiting: Arc<Queue>) -> Self {
         Self {
-            queue_of,
+            waiting,
             success: Sum::default(),
             fail: Sum::default(),
             input: Sum::default(),
@@ -374,14 +403,16 @@ impl Statistics {
     }
 }
 
-/// A number that is read when somebody asks.
-type Reading = (&'static str, &'static str, fn(&Statistics) -> u64);
+/// Name, help and value of a number that is read on a scrape.
+type Reading = (&'static str, &'static str, fn(&Counters) -> u64);
 
 /// Triton's names, which people's dashboards have, and the queue's depth.
 const READINGS: [Reading; 12] = [
-    ("nv_inference_request_success", "Requests answered", |s| {
-        s.success.count.load(Relaxed)
-    }),
+    (
+        "nv_inference_request_success",
+        "Requests that succeeded",
+        |s| s.success.count.load(Relaxed),
+    ),
     (
         "nv_inference_request_failure",
         "Requests that failed",
@@ -395,55 +426,53 @@ const READINGS: [Reading; 12] = [
     }),
     (
         "nv_inference_pending_request_count",
-        "Rows that wait",
-        |s| s.queue_of.load().0 as u64,
+        "Rows waiting in the queue",
+        |s| s.waiting.load().0 as u64,
     ),
     (
         "nv_inference_request_duration_us",
-        "Requests, altogether",
+        "Total duration of requests",
         |s| s.success.us(),
     ),
     (
         "nv_inference_queue_duration_us",
-        "Waiting, altogether",
+        "Total wait in the queue",
         |s| s.queue.us(),
     ),
     (
         "nv_inference_compute_input_duration_us",
-        "Preparing inputs, altogether",
+        "Total duration of preparing inputs",
         |s| s.input.us(),
     ),
     (
         "nv_inference_compute_infer_duration_us",
-        "Running the model, altogether",
+        "Total duration of running the model",
         |s| s.compute.us(),
     ),
     (
         "nv_inference_compute_output_duration_us",
-        "Writing outputs, altogether",
+        "Total duration of writing outputs",
         |s| s.output.us(),
     ),
-    ("andon_worker_queue_rows", "Rows that wait", |s| {
-        s.queue_of.load().0 as u64
-    }),
     (
-        "andon_worker_model_ready",
-        "Models that can be called",
-        |_| 1,
+        "andon_worker_queue_rows",
+        "Rows waiting in the queue",
+        |s| s.waiting.load().0 as u64,
     ),
+    ("andon_worker_model_ready", "Models that are ready", |_| 1),
 ];
 
 impl Collector for Models {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let mut models = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // An unloaded model has no numbers any more.
-        models.retain(|_, statistics| statistics.strong_count() > 0);
+        models.retain(|_, counters| counters.strong_count() > 0);
         for (name, help, read) in READINGS {
             // Triton's counters have no `_total`, which a counter would get.
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            for (labels, statistics) in models.iter() {
-                if let Some(statistics) = statistics.upgrade() {
-                    let value = i64::try_from(read(&statistics)).unwrap_or(i64::MAX);
+            for (labels, counters) in models.iter() {
+                if let Some(counters) = counters.upgrade() {
+                    let value = i64::try_from(read(&counters)).unwrap_or(i64::MAX);
                     ConstGauge::new(value).encode(family.encode_family(labels)?)?;
                 }
             }

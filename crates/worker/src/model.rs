@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use engine::{Card, EngineError, LoadOptions, Model, Text, TextOutput, Tokenizer, Truncation};
 use futures::future::try_join_all;
 use http::HeaderValue;
-use protocol::{ModelName, ModelVersion};
+use protocol::{ModelName, ModelVersion, Signature};
 use tokio::sync::oneshot;
 
 use crate::device::Instance;
@@ -19,15 +19,15 @@ use crate::error::ModelError;
 use crate::metrics::{ModelMetrics, WorkerMetrics};
 use crate::queue::{Part, Queue, QueueLimits, Refusal, Rows, split};
 
-/// Texts shorter than this altogether are tokenized where they arrive; more go
-/// to a blocking thread, since the network's threads must not stall.
-const INLINE_BYTES_MAX: usize = 4096;
-/// Rows of numbers that read fewer bytes of weights, counted once for each row,
-/// are computed where they arrive: some microseconds, where waking the model's
-/// thread and being woken by it takes tens.
-const AT_ONCE_BYTES: u64 = 4 << 20;
+/// Texts of at most so many bytes together are tokenized inline; longer ones on
+/// a blocking thread, since the network's threads must not stall.
+const INLINE_TEXT_BYTES_MAX: usize = 4096;
+/// Rows of features that read at most so many bytes of weights, counted once a
+/// row, are computed inline: that takes microseconds, and waking the model's
+/// thread takes tens of them.
+const INLINE_WEIGHT_BYTES_MAX: u64 = 4 << 20;
 
-/// What one model is held to.
+/// The limits of one model, and what its configuration declares.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelLimits {
     /// Batches and waiting rows.
@@ -36,25 +36,25 @@ pub struct ModelLimits {
     pub request_rows_max: usize,
     /// Bytes of one text.
     pub text_bytes_max: usize,
-    /// Whether the same input always has the same answer, as the model's
-    /// configuration declares: gateways may keep it.
+    /// Whether the same input always has the same output, as the model's
+    /// configuration declares: gateways may cache it.
     pub deterministic: bool,
 }
 
-/// A model version that can be called.
+/// A model version that is ready.
 pub struct ServedModel {
     /// Its name.
     pub name: ModelName,
     /// Its version.
     pub version: ModelVersion,
-    /// Stands for its files and the numbers it computes in; empty for a model
-    /// that is not declared deterministic.
+    /// The digest of its files and of how it computes; empty for a model that
+    /// is not declared deterministic.
     pub digest: String,
-    /// What the engine says of it.
+    /// The engine's description of it.
     pub card: Card,
-    /// What it is held to.
+    /// Its limits.
     pub limits: ModelLimits,
-    /// What it did.
+    /// Its metrics.
     pub metrics: ModelMetrics,
     /// Its tokenizer, if it reads text.
     pub tokenizer: Option<Arc<Tokenizer>>,
@@ -101,9 +101,9 @@ impl OwnedText {
     }
 }
 
-/// How long and how much an answer took.
+/// What a response took: tokens and time.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Cost {
+pub struct Usage {
     /// Tokens computed.
     pub tokens: usize,
     /// Tokenizing.
@@ -114,7 +114,7 @@ pub struct Cost {
     pub compute: Duration,
 }
 
-/// When a request must be done and how it stands among others.
+/// The deadline and priority of a request.
 #[derive(Debug, Clone, Copy)]
 pub struct Urgency {
     /// 1 is served first; 0 after every other.
@@ -123,10 +123,10 @@ pub struct Urgency {
     pub deadline: Instant,
 }
 
-/// Why one text of several was not tokenized.
+/// Why one of several texts was not tokenized.
 #[derive(Debug)]
 pub struct TextError {
-    /// The text's place.
+    /// The text's index.
     pub index: usize,
     /// Why.
     pub error: EngineError,
@@ -156,16 +156,18 @@ impl ServedModel {
         warm_up(&mut model)?;
         let card = model.card().clone();
         let tokenizer = model.tokenizer().cloned();
-        let digest = match limits.deterministic {
-            true => digest::of(folder, options, &card)?,
-            false => String::new(),
+        let digest = if limits.deterministic {
+            digest::of(folder, options, &card)?
+        } else {
+            String::new()
         };
-        let at_once_max = match card.task {
-            engine::Task::Tabular => AT_ONCE_BYTES / card.weight_bytes.max(1),
-            _ => 0,
+        let inline_max = if card.task == engine::Task::Tabular {
+            INLINE_WEIGHT_BYTES_MAX / card.weight_bytes.max(1)
+        } else {
+            0
         };
-        let at_once_max = usize::try_from(at_once_max).unwrap_or(usize::MAX);
-        let queue = Arc::new(Queue::new(limits.queue.clone(), at_once_max));
+        let inline_max = usize::try_from(inline_max).unwrap_or(usize::MAX);
+        let queue = Arc::new(Queue::new(limits.queue.clone(), inline_max));
         let metrics = metrics.model(&name, version, queue.clone());
         let instance = Instance::new(model, queue.clone(), metrics.clone());
         let instance = Arc::new(instance);
@@ -186,14 +188,33 @@ impl ServedModel {
         })
     }
 
+    /// What the model does.
+    pub fn task(&self) -> protocol::Task {
+        match self.card.task {
+            engine::Task::Embedding => protocol::Task::Embedding,
+            engine::Task::Classification => protocol::Task::Classification,
+            engine::Task::Rerank => protocol::Task::Rerank,
+            engine::Task::Tabular => protocol::Task::Tabular,
+        }
+    }
+
+    /// What the model takes and returns.
+    pub fn signature(&self) -> Signature<'_> {
+        Signature {
+            inputs: &self.card.inputs,
+            outputs: &self.card.outputs,
+            rows_max: self.limits.request_rows_max,
+        }
+    }
+
     /// The digest as an entry of metadata, for a model that has one.
     pub fn digest_value(&self) -> Option<HeaderValue> {
         let digest = Some(&self.digest).filter(|digest| !digest.is_empty())?;
         HeaderValue::try_from(digest).ok()
     }
 
-    /// Lets the waiting rows finish, ends the thread and gives the memory
-    /// back. Blocks for as long as that takes.
+    /// Lets the waiting rows finish, ends the thread and frees the memory.
+    /// Blocks for as long as that takes.
     pub fn stop(&self) {
         self.queue.close();
         let thread = self
@@ -208,7 +229,7 @@ impl ServedModel {
         }
     }
 
-    /// Rows that wait, and how long a row that comes now will probably wait.
+    /// Waiting rows, and how long a new row will probably wait.
     pub fn load(&self) -> (usize, Duration) {
         self.queue.load()
     }
@@ -220,9 +241,9 @@ impl ServedModel {
         wanted: TextOutput,
         truncation: Truncation,
         urgency: Urgency,
-    ) -> Result<Result<(Vec<Vec<f32>>, Cost), TextError>, ModelError> {
+    ) -> Result<Result<(Vec<Vec<f32>>, Usage), TextError>, ModelError> {
         let Some(tokenizer) = self.tokenizer.clone() else {
-            return Err(ModelError::Engine("the model reads no text".to_owned()));
+            return Err(ModelError::Engine("the model has no tokenizer".to_owned()));
         };
         self.queue
             .admits(texts.len(), urgency.deadline)
@@ -230,7 +251,7 @@ impl ServedModel {
         let started = Instant::now();
         let bytes: usize = texts.iter().map(OwnedText::bytes).sum();
         let tokenize = move || tokenize(&tokenizer, &texts, wanted, truncation);
-        let rows = if bytes <= INLINE_BYTES_MAX {
+        let rows = if bytes <= INLINE_TEXT_BYTES_MAX {
             tokenize()
         } else {
             tokio::task::spawn_blocking(tokenize)
@@ -245,17 +266,18 @@ impl ServedModel {
         self.metrics.tokenized(tokenize);
         let tokens = rows.tokens();
         let (outputs, queue, compute) = self.compute(rows, urgency).await?;
-        let cost = Cost {
+        let usage = Usage {
             tokens,
             tokenize,
             queue,
             compute,
         };
-        Ok(Ok((outputs, cost)))
+        Ok(Ok((outputs, usage)))
     }
 
-    /// Queues rows and waits until every part of them is computed. Dropping
-    /// the future takes them out again, or stops them.
+    /// Queues rows and waits until every part of them is computed. Returns one
+    /// vector a row, the longest wait of a part and the compute time of all.
+    /// Dropping the future cancels them, in the queue or on the device.
     pub async fn compute(
         &self,
         rows: Rows,
@@ -282,19 +304,16 @@ impl ServedModel {
         if let Some(batch) = own.map_err(|refusal| self.refuse(&refusal, count))? {
             self.instance.compute(batch);
         }
-        let answers = try_join_all(waits.into_iter().map(|wait| async {
+        let parts = try_join_all(waits.into_iter().map(|wait| async {
             // The thread only drops a reply when it ends.
             wait.await.unwrap_or(Err(ModelError::Unloading))
         }));
-        let answers = tokio::time::timeout_at(urgency.deadline.into(), answers)
+        let parts = tokio::time::timeout_at(urgency.deadline.into(), parts)
             .await
             .map_err(|_| ModelError::DeadlinePassed)??;
-        let queue = answers.iter().map(|a| a.queued).max().unwrap_or_default();
-        let compute = answers.iter().map(|answer| answer.computed).sum();
-        let outputs = answers
-            .into_iter()
-            .flat_map(|answer| answer.outputs)
-            .collect();
+        let queue = parts.iter().map(|p| p.queued).max().unwrap_or_default();
+        let compute = parts.iter().map(|part| part.computed).sum();
+        let outputs = parts.into_iter().flat_map(|part| part.outputs).collect();
         Ok((outputs, queue, compute))
     }
 

@@ -1,8 +1,8 @@
 //! The bounded queue of one model instance, and the batches that close on it.
 //!
-//! A request's rows stand here as parts, each small enough for one batch. The
-//! device thread takes the next batch; who waits for a part holds the other end
-//! of its reply, so that a part nobody waits for is seen and dropped.
+//! A request's rows wait here in parts, each small enough for one batch. The
+//! device thread takes the next batch. The request holds the receiving end of
+//! each part's reply, so that parts of a cancelled request are seen and dropped.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -16,7 +16,7 @@ use crate::error::ModelError;
 /// The rows of a part.
 #[derive(Debug)]
 pub enum Rows {
-    /// Tokenized texts and what is wanted of each.
+    /// Tokenized texts and the kind of output of each.
     Text(Vec<(TokenRow, TextOutput)>),
     /// Features, row-major.
     Features {
@@ -45,18 +45,18 @@ impl Rows {
     }
 }
 
-/// What a part's rows became.
+/// The outputs of a part.
 #[derive(Debug)]
 pub struct Computed {
     /// One flat vector per row of text; one for all rows of features.
     pub outputs: Vec<Vec<f32>>,
     /// How long the part waited.
     pub queued: Duration,
-    /// How long its batch was computed.
+    /// How long its batch took to compute.
     pub computed: Duration,
 }
 
-/// Rows that wait for the device.
+/// Rows of one request that go to the device together.
 #[derive(Debug)]
 pub struct Part {
     /// The rows.
@@ -72,7 +72,7 @@ pub struct Part {
 }
 
 impl Part {
-    /// Whether somebody still waits.
+    /// Whether the request still waits: it is neither cancelled nor late.
     pub fn awaited(&self, now: Instant) -> bool {
         !self.reply.is_closed() && now < self.deadline
     }
@@ -86,7 +86,7 @@ impl Part {
     }
 }
 
-/// When a batch closes and how much may wait.
+/// When a batch closes, and how many rows may wait.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QueueLimits {
     /// A batch closes before it has more tokens.
@@ -95,16 +95,16 @@ pub struct QueueLimits {
     pub batch_rows_max: usize,
     /// A batch closes when its first part has waited so long.
     pub delay: Duration,
-    /// More rows do not wait: they are refused.
+    /// More waiting rows are refused: backpressure.
     pub rows_max: usize,
 }
 
 /// Why parts were refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refusal {
-    /// So many rows wait already; a place is probably free after the time.
+    /// The queue is full; it probably has room after this time.
     Full(Duration),
-    /// The wait is probably longer than the caller's patience.
+    /// The wait would probably pass the deadline.
     TooLate,
     /// The model is being unloaded.
     Closed,
@@ -115,16 +115,16 @@ pub enum Refusal {
 pub struct Dropped {
     /// Rows whose deadline passed.
     pub late_rows: usize,
-    /// Rows whose caller left.
+    /// Rows whose caller cancelled.
     pub abandoned_rows: usize,
 }
 
-/// The queue.
+/// The queue of one model instance.
 #[derive(Debug)]
 pub struct Queue {
     limits: QueueLimits,
-    /// So many tokens, or rows of numbers, their caller may compute itself.
-    at_once_max: usize,
+    /// The most tokens, or rows of features, that are computed inline.
+    inline_max: usize,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -139,7 +139,7 @@ struct State {
     token_seconds: f64,
     /// Tokens of the batch that the device computes now.
     busy_tokens: usize,
-    /// What was dropped since the last batch.
+    /// Rows dropped since the last batch.
     dropped: Dropped,
 }
 
@@ -170,16 +170,16 @@ pub struct Batch {
     pub rows: usize,
     /// Tokens of all parts.
     pub tokens: usize,
-    /// What was dropped on the way.
+    /// Rows dropped since the batch before.
     pub dropped: Dropped,
 }
 
 impl Queue {
-    /// An empty queue. `at_once_max`: see [`push`](Self::push).
-    pub fn new(limits: QueueLimits, at_once_max: usize) -> Self {
+    /// An empty queue. `inline_max`: see [`push`](Self::push).
+    pub fn new(limits: QueueLimits, inline_max: usize) -> Self {
         Self {
             limits,
-            at_once_max,
+            inline_max,
             state: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -190,24 +190,24 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Rows that wait, and how long a row that comes now will probably wait.
+    /// Waiting rows, and how long a new row will probably wait.
     pub fn load(&self) -> (usize, Duration) {
         let state = self.lock();
         (state.rows, state.wait())
     }
 
-    /// Whether so many rows would find a place now: asked before they are
-    /// tokenized, so that a flood costs no more than its refusal.
+    /// Whether so many rows would be queued now. Checked before they are
+    /// tokenized, so that shed load costs no tokenization.
     pub fn admits(&self, rows: usize, deadline: Instant) -> Result<(), Refusal> {
         let mut state = self.lock();
         if state.closed {
             return Err(Refusal::Closed);
         }
-        let crowded = |state: &State| {
+        let overloaded = |state: &State| {
             state.rows.saturating_add(rows) > self.limits.rows_max
                 || Instant::now() + state.wait() >= deadline
         };
-        if crowded(&state) {
+        if overloaded(&state) {
             drop_unawaited(&mut state);
         }
         if state.rows.saturating_add(rows) > self.limits.rows_max {
@@ -221,9 +221,9 @@ impl Queue {
 
     /// Queues the parts of one request together, or refuses them at once.
     ///
-    /// Where nothing waits or computes and they have at most `at_once_max`
-    /// tokens, they come back as a batch: the caller had better compute it than
-    /// wake another thread, which would take longer.
+    /// When the queue and the device are idle and the parts have at most
+    /// `inline_max` tokens, they come back as a batch for the caller to compute
+    /// inline: waking the device thread would take longer.
     pub fn push(&self, parts: Vec<Part>) -> Result<Option<Batch>, Refusal> {
         let rows: usize = parts.iter().map(|part| part.rows.count()).sum();
         let tokens: usize = parts.iter().map(|part| part.rows.tokens()).sum();
@@ -232,12 +232,12 @@ impl Queue {
             return Err(Refusal::Closed);
         }
         let now = Instant::now();
-        let crowded = |state: &State| {
+        let overloaded = |state: &State| {
             state.rows.saturating_add(rows) > self.limits.rows_max
                 || parts.iter().any(|part| now + state.wait() >= part.deadline)
         };
-        if crowded(&state) {
-            // Rows that nobody waits for must not crowd out others.
+        if overloaded(&state) {
+            // Rows of cancelled requests must not take the place of others.
             drop_unawaited(&mut state);
         }
         let wait = state.wait();
@@ -247,19 +247,24 @@ impl Queue {
         if parts.iter().any(|part| now + wait >= part.deadline) {
             return Err(Refusal::TooLate);
         }
-        let at_once = state.parts.is_empty() && self.is_at_once(&state, rows, tokens);
+        let inline = state.parts.is_empty() && self.is_inline(&state, rows, tokens);
         state.rows += rows;
         state.tokens += tokens;
         for part in parts {
             let rank = part.rank();
             // Almost always the end: priorities are rare.
-            let mut place = state.parts.len();
-            while place > 0 && state.parts.get(place - 1).is_some_and(|p| p.rank() > rank) {
-                place -= 1;
+            let mut position = state.parts.len();
+            while position > 0
+                && state
+                    .parts
+                    .get(position - 1)
+                    .is_some_and(|p| p.rank() > rank)
+            {
+                position -= 1;
             }
-            state.parts.insert(place, part);
+            state.parts.insert(position, part);
         }
-        if at_once {
+        if inline {
             let count = state.parts.len();
             return Ok(Some(take(&mut state, count)));
         }
@@ -268,19 +273,19 @@ impl Queue {
         Ok(None)
     }
 
-    fn is_at_once(&self, state: &State, rows: usize, tokens: usize) -> bool {
+    fn is_inline(&self, state: &State, rows: usize, tokens: usize) -> bool {
         let fits = rows <= self.limits.batch_rows_max && tokens <= self.limits.batch_tokens_max;
-        fits && tokens <= self.at_once_max && state.busy_tokens == 0 && self.limits.delay.is_zero()
+        fits && tokens <= self.inline_max && state.busy_tokens == 0 && self.limits.delay.is_zero()
     }
 
-    /// Refuses every further part and wakes the device thread, which finishes
-    /// what waits.
+    /// Refuses every further part and wakes the device thread, which computes
+    /// the waiting ones.
     pub fn close(&self) {
         self.lock().closed = true;
         self.changed.notify_all();
     }
 
-    /// Tells how long a batch took, for the estimate of waits.
+    /// Records how long a batch took, for the estimate of waits.
     pub fn finished(&self, tokens: usize, computed: Duration) {
         let mut state = self.lock();
         state.busy_tokens = 0;
@@ -371,7 +376,7 @@ fn drop_unawaited(state: &mut State) {
             state.dropped.late_rows += rows;
         }
         if let Some(part) = state.remove(index) {
-            // Who waits may be gone: then nobody needs the answer.
+            // A cancelled request has dropped its receiver.
             let _ = part.reply.send(Err(ModelError::DeadlinePassed));
         }
     }
@@ -390,7 +395,7 @@ fn take(state: &mut State, count: usize) -> Batch {
     }
 }
 
-/// Cuts a request's rows into parts that fit a batch each.
+/// Splits a request's rows into parts that each fit a batch.
 pub fn split(rows: Rows, limits: &QueueLimits) -> Vec<Rows> {
     if rows.count() <= limits.batch_rows_max && rows.tokens() <= limits.batch_tokens_max {
         return vec![rows];
@@ -428,4 +433,164 @@ pub fn split(rows: Rows, limits: &QueueLimits) -> Vec<Rows> {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    type Reply = oneshot::Receiver<Result<Computed, ModelError>>;
+
+    fn limits() -> QueueLimits {
+        QueueLimits {
+            batch_tokens_max: 100,
+            batch_rows_max: 4,
+            delay: Duration::ZERO,
+            rows_max: 10,
+        }
+    }
+
+    fn part(tokens: &[usize], timeout: Duration) -> (Part, Reply) {
+        let (reply, wait) = oneshot::channel();
+        let row = |length: &usize| {
+            let tokens = TokenRow {
+                ids: vec![1; *length],
+                type_ids: vec![0; *length],
+            };
+            (tokens, TextOutput::Embedding)
+        };
+        let now = Instant::now();
+        let part = Part {
+            rows: Rows::Text(tokens.iter().map(row).collect()),
+            priority: 0,
+            deadline: now + timeout,
+            queued_at: now,
+            reply,
+        };
+        (part, wait)
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_batch_closes_on_the_token_budget_and_on_the_row_budget() {
+        let queue = Queue::new(limits(), 0);
+        let (parts, _waits): (Vec<_>, Vec<_>) =
+            [60, 30, 30].map(|t| part(&[t], LONG)).into_iter().unzip();
+        queue.push(parts).unwrap();
+        assert_eq!(queue.next_batch().map(|batch| batch.tokens), Some(90));
+        assert_eq!(queue.next_batch().map(|batch| batch.tokens), Some(30));
+        let (parts, _waits): (Vec<_>, Vec<_>) =
+            [1; 6].map(|t| part(&[t], LONG)).into_iter().unzip();
+        queue.push(parts).unwrap();
+        assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(4));
+        assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(2));
+    }
+
+    #[test]
+    fn a_batch_waits_for_its_delay_but_not_past_a_deadline() {
+        let queue = Queue::new(
+            QueueLimits {
+                delay: Duration::from_millis(200),
+                ..limits()
+            },
+            0,
+        );
+        let started = Instant::now();
+        let (waits_long, _wait) = part(&[1], LONG);
+        queue.push(vec![waits_long]).unwrap();
+        assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(1));
+        assert!(started.elapsed() >= Duration::from_millis(200));
+        // A token takes 10 ms: the batch must close 15 ms before the deadline.
+        queue.finished(1, Duration::from_millis(10));
+        let started = Instant::now();
+        let (hurried, _wait) = part(&[1], Duration::from_millis(80));
+        queue.push(vec![hurried]).unwrap();
+        assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(1));
+        assert!(started.elapsed() < Duration::from_millis(80));
+    }
+
+    #[test]
+    fn a_full_queue_refuses_and_cancelled_rows_make_room() {
+        let queue = Queue::new(limits(), 0);
+        let (first, wait) = part(&[1; 10], LONG);
+        queue.push(vec![first]).unwrap();
+        let (second, _wait) = part(&[1], LONG);
+        assert!(matches!(queue.push(vec![second]), Err(Refusal::Full(_))));
+        drop(wait);
+        let (third, _wait) = part(&[1; 2], LONG);
+        queue.push(vec![third]).unwrap();
+        let batch = queue.next_batch().unwrap();
+        assert_eq!((batch.rows, batch.dropped.abandoned_rows), (2, 10));
+    }
+
+    #[test]
+    fn a_wait_longer_than_the_deadline_is_refused_at_once() {
+        let queue = Queue::new(limits(), 0);
+        queue.finished(1, Duration::from_secs(1));
+        let (first, _wait) = part(&[5], LONG);
+        queue.push(vec![first]).unwrap();
+        let (hurried, _wait) = part(&[1], Duration::from_millis(100));
+        assert!(matches!(queue.push(vec![hurried]), Err(Refusal::TooLate)));
+    }
+
+    #[test]
+    fn priorities_go_first_and_zero_goes_last() {
+        let queue = Queue::new(
+            QueueLimits {
+                batch_rows_max: 1,
+                ..limits()
+            },
+            0,
+        );
+        let mut waits = Vec::new();
+        for (tokens, priority) in [(1, 0), (2, 2), (3, 1), (4, 2)] {
+            let (mut next, wait) = part(&[tokens], LONG);
+            next.priority = priority;
+            waits.push(wait);
+            queue.push(vec![next]).unwrap();
+        }
+        let order: Vec<usize> = (0..4)
+            .filter_map(|_| queue.next_batch())
+            .map(|b| b.tokens)
+            .collect();
+        assert_eq!(order, [3, 2, 4, 1]);
+    }
+
+    #[test]
+    fn a_closed_queue_finishes_its_rows_and_takes_no_more() {
+        let queue = Queue::new(limits(), 0);
+        let (first, _wait) = part(&[1], LONG);
+        queue.push(vec![first]).unwrap();
+        queue.close();
+        let (second, _wait) = part(&[1], LONG);
+        assert!(matches!(queue.push(vec![second]), Err(Refusal::Closed)));
+        assert!(queue.next_batch().is_some());
+        assert!(queue.next_batch().is_none());
+    }
+
+    #[test]
+    fn large_requests_are_split_into_parts_that_fit() {
+        let (text, _) = part(&[60, 30, 30, 5, 1, 1, 1], LONG);
+        let parts = split(text.rows, &limits());
+        let tokens: Vec<usize> = parts.iter().map(Rows::tokens).collect();
+        assert_eq!(tokens, [90, 37, 1]);
+        let features = Rows::Features {
+            values: vec![0.5; 9 * 3],
+            rows: 9,
+        };
+        let rows: Vec<usize> = split(features, &limits()).iter().map(Rows::count).collect();
+        assert_eq!(rows, [4, 4, 1]);
+    }
+
+    #[test]
+    fn a_small_request_is_computed_inline_when_idle() {
+        let queue = Queue::new(limits(), 20);
+        let (first, _wait) = part(&[20], LONG);
+        let batch = queue.push(vec![first]).unwrap();
+        assert_eq!(batch.map(|batch| batch.tokens), Some(20));
+        let (second, _wait) = part(&[20], LONG);
+        assert!(queue.push(vec![second]).unwrap().is_none(), "one computes");
+        assert_eq!(queue.next_batch().map(|batch| batch.tokens), Some(20));
+        queue.finished(20, Duration::from_micros(200));
+        let (long, _wait) = part(&[21], LONG);
+        assert!(queue.push(vec![long]).unwrap().is_none(), "too long");
+    }
+}

@@ -1,4 +1,4 @@
-//! What the worker tells gateways: what it serves and how loaded it is.
+//! Reports to gateways: the models of the worker and its load.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,9 +13,10 @@ use tonic::Status;
 
 use crate::repository::{Repository, State};
 
-/// How often the load is looked at.
-const LOOK: Duration = Duration::from_millis(50);
-/// A report comes at least so often, so that silence means something.
+/// How often the load is read.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// The longest time between reports: a longer silence means that the worker is
+/// gone.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// The reports of a worker, from now until it closes.
@@ -24,11 +25,11 @@ pub fn watch(
     drain: Drain,
 ) -> BoxStream<'static, Result<Bytes, Status>> {
     let state = (repository, drain, None::<(WatchReportResponse, Instant)>);
-    stream::unfold(state, |(repository, mut drain, mut told)| async move {
+    stream::unfold(state, |(repository, mut drain, mut sent)| async move {
         let mut changes = repository.changes();
         let report = loop {
             let report = make(&repository, &drain);
-            let due = told
+            let due = sent
                 .as_ref()
                 .is_none_or(|(last, at)| *last != report || at.elapsed() >= HEARTBEAT);
             if due {
@@ -38,14 +39,14 @@ pub fn watch(
             tokio::select! {
                 () = closing.reached(Phase::Closing) => return None,
                 _ = changes.changed() => {}
-                // The drain's first phase must be told at once.
+                // The drain's first phase must be reported at once.
                 () = drain.reached(Phase::Draining), if !drain.draining() => {}
-                () = tokio::time::sleep(LOOK) => {}
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
         };
         let framed = frame(&report);
-        told = Some((report, Instant::now()));
-        Some((Ok(framed), (repository, drain, told)))
+        sent = Some((report, Instant::now()));
+        Some((Ok(framed), (repository, drain, sent)))
     })
     .boxed()
 }
@@ -66,7 +67,7 @@ fn make(repository: &Repository, drain: &Drain) -> WatchReportResponse {
                     name: name.to_string(),
                     version: version.to_string(),
                     ready: model.is_some(),
-                    task: model.map_or_else(String::new, |m| m.card.task.to_string()),
+                    task: model.map_or_else(String::new, |m| m.task().to_string()),
                     digest: model.map_or_else(String::new, |m| m.digest.clone()),
                     deterministic: model.is_some_and(|m| m.limits.deterministic),
                     queue_rows: rows as u64,

@@ -1,5 +1,5 @@
-//! The models of a worker: which there are, which can be called, and how they
-//! come and go while others serve.
+//! The models of a worker: their states, and loading and unloading while others
+//! serve.
 
 mod files;
 mod settings;
@@ -9,8 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use engine::Task;
-use protocol::{Error, Kind, ModelName, ModelVersion};
+use protocol::{Error, Kind, ModelName, ModelVersion, Task};
 use tokio::sync::{Mutex, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -19,23 +18,24 @@ use crate::model::{ModelId, ServedModel};
 use files::{Defaults, Plan};
 pub use settings::{BareModel, RepositorySettings};
 
-/// Where a model version stands.
+/// The state of a model version.
 #[derive(Debug, Clone)]
 pub enum State {
     /// Its files are being read.
     Loading,
-    /// It can be called.
+    /// It is ready.
     Ready(Arc<ServedModel>),
-    /// It is finishing its last rows.
+    /// It finishes its last rows.
     Unloading,
-    /// It cannot be called, and why.
+    /// It is not loaded, and why.
     Unavailable(String),
 }
 
-/// Loads and unloads that may be under way.
+/// Loads and unloads that may be in flight.
 const JOBS_MAX: usize = 64;
-/// How long requests may take from finding a model to queueing their rows.
-const UNQUEUED: Duration = Duration::from_secs(5);
+/// How long an unload waits for requests that have found the model and not
+/// queued their rows yet.
+const GRACE_PERIOD: Duration = Duration::from_secs(5);
 
 type Versions = BTreeMap<ModelVersion, State>;
 
@@ -50,12 +50,12 @@ pub struct Repository {
     changed: watch::Sender<u64>,
     /// Loads and unloads that run, whether their callers wait or not.
     jobs: std::sync::Mutex<JoinSet<()>>,
-    /// Whether the models of the start have been loaded, or have failed.
+    /// Whether the models of the start have been loaded or have failed.
     started: AtomicBool,
 }
 
 impl Repository {
-    /// A repository of which nothing is loaded yet.
+    /// A repository with no model loaded yet.
     pub fn new(settings: RepositorySettings, metrics: WorkerMetrics) -> Self {
         Self {
             settings,
@@ -68,7 +68,7 @@ impl Repository {
         }
     }
 
-    /// Tells when a model comes or goes.
+    /// Changes when a model's state does.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
@@ -84,7 +84,7 @@ impl Repository {
         self.changed.send_modify(|count| *count += 1);
     }
 
-    /// The names of all models that there are, loaded or not.
+    /// The names of all models, loaded or not.
     pub fn names(&self) -> Result<Vec<ModelName>, Error> {
         let mut names: Vec<ModelName> = self
             .settings
@@ -103,7 +103,7 @@ impl Repository {
     }
 
     /// The names of the models to load at the start.
-    pub fn wanted(&self) -> Result<Vec<ModelName>, Error> {
+    pub fn to_load(&self) -> Result<Vec<ModelName>, Error> {
         let chosen = &self.settings.models;
         let names = self.names()?;
         for name in chosen {
@@ -123,8 +123,7 @@ impl Repository {
             .collect())
     }
 
-    /// The model version that answers: the newest that is ready where none is
-    /// named.
+    /// The model version of a request: the newest ready one when it names none.
     pub fn find(
         &self,
         name: &ModelName,
@@ -172,12 +171,12 @@ impl Repository {
             .collect()
     }
 
-    /// The models that do a task; the newest ready version of each.
-    pub fn doing(&self, task: Task) -> Vec<Arc<ServedModel>> {
+    /// The models for a task; the newest ready version of each.
+    pub fn models_for(&self, task: Task) -> Vec<Arc<ServedModel>> {
         let mut models: BTreeMap<ModelName, Arc<ServedModel>> = BTreeMap::new();
         for model in self.ready() {
             // Versions come in order: the newest stays.
-            if model.card.task == task {
+            if model.task() == task {
                 models.insert(model.name.clone(), model);
             }
         }
@@ -205,7 +204,7 @@ impl Repository {
             .collect())
     }
 
-    /// The model versions that are or were loaded, without a look at the disk.
+    /// The model versions that are or were loaded; reads nothing from disk.
     pub fn states(&self) -> Vec<(ModelName, ModelVersion, State)> {
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
         models
@@ -218,8 +217,8 @@ impl Repository {
             .collect()
     }
 
-    /// Loads a model, or loads it again: the old version serves until the new
-    /// one is ready. Returns when it is.
+    /// Loads or reloads a model: the old version serves until the new one is
+    /// ready. Returns when it is.
     pub async fn load(self: &Arc<Self>, name: &ModelName) -> Result<(), Error> {
         let name = name.clone();
         self.finish(|own| async move { own.load_now(&name).await })
@@ -271,7 +270,7 @@ impl Repository {
                 }
             }
         }
-        // What serves goes on serving when what should follow it cannot.
+        // The old versions keep serving when a new one fails to load.
         if let Some(reason) = failed {
             return Err(unloadable(name, &reason));
         }
@@ -294,19 +293,19 @@ impl Repository {
             let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
             while jobs.try_join_next().is_some() {}
             if jobs.len() >= JOBS_MAX {
-                let message = format!("{JOBS_MAX} loads and unloads are under way already");
+                let message = format!("{JOBS_MAX} loads and unloads are in flight already");
                 return Err(Error::overloaded(message, Duration::from_secs(1)));
             }
             jobs.spawn(async move {
-                // A caller who left does not hear it; the index tells.
+                // A caller who left has no receiver; the index has the result.
                 let _ = done.send(job.await);
             });
         }
-        let ended = || Error::new(Kind::Internal, "the load was given up");
+        let ended = || Error::new(Kind::Internal, "the load or unload was aborted");
         result.await.unwrap_or_else(|_| Err(ended()))
     }
 
-    /// Unloads every version of a model; returns when its memory is given back.
+    /// Unloads every version of a model; returns when its memory is freed.
     pub async fn unload(self: &Arc<Self>, name: &ModelName) -> Result<(), Error> {
         let name = name.clone();
         self.finish(|own| async move { own.unload_now(&name).await })
@@ -356,8 +355,8 @@ impl Repository {
             .unwrap_or_default()
     }
 
-    /// Replaces a version's state, or removes the version, and returns what was
-    /// there.
+    /// Replaces a version's state, or removes the version; returns the old
+    /// state.
     fn set(&self, name: &ModelName, version: ModelVersion, state: Option<State>) -> Option<State> {
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
         let versions = models.entry(name.clone()).or_default();
@@ -404,7 +403,7 @@ impl State {
         }
     }
 
-    /// Why it cannot be called.
+    /// Why it is not ready.
     pub fn reason(&self) -> &str {
         match self {
             Self::Unavailable(reason) => reason,
@@ -423,8 +422,8 @@ fn unloadable(name: &ModelName, reason: &str) -> Error {
 async fn stop(state: Option<State>) {
     if let Some(State::Ready(model)) = state {
         // Requests that found it a moment ago may not have queued their rows.
-        let patience = Instant::now() + UNQUEUED;
-        while Arc::strong_count(&model) > 1 && Instant::now() < patience {
+        let deadline = Instant::now() + GRACE_PERIOD;
+        while Arc::strong_count(&model) > 1 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         // Joining the thread blocks: not here.

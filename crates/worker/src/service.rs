@@ -1,20 +1,24 @@
 //! The calls of a worker: decode, call, convert.
 
 mod inference;
+mod statistics;
 mod text;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use platform::grpc::{Call, MessageLimits, Reply, StreamSettings, reject, stream, unary};
 use platform::server::{Handler, ServerSettings};
 use platform::{CommonServices, Process};
-use protocol::Error;
-use tonic::Status;
+use protocol::inference::{RepositoryModelLoadResponse, RepositoryModelUnloadResponse};
+use protocol::{Error, Method};
+use tonic::{Code, Status};
 
+use crate::model::ServedModel;
 use crate::report;
 use crate::repository::Repository;
 
-/// Calls of one stream that may be under way at once.
+/// Messages of one stream that may be in flight at once.
 const STREAM_CONCURRENCY: usize = 32;
 
 /// A worker's services. Cheap to clone.
@@ -45,31 +49,95 @@ impl Service {
         }))
     }
 
-    async fn answer(&self, call: Call) -> Result<Reply, Status> {
-        let Some((service, method)) = call
-            .path()
-            .strip_prefix('/')
-            .and_then(|path| path.split_once('/'))
-        else {
-            return Err(Status::unimplemented("a path is /package.Service/Method"));
+    /// Health, reflection and unknown paths are the common services'.
+    async fn respond(&self, call: Call) -> Result<Reply, Status> {
+        let Some(method) = Method::from_path(call.path()) else {
+            return Ok(self.0.common.serve(call).await);
         };
-        match service {
-            "inference.GRPCInferenceService" => {
-                let method = method.to_owned();
-                self.inference(&method, call).await
+        match method {
+            Method::ModelInfer => self.model_infer(call).await,
+            Method::ModelStreamInfer => Ok(self.model_stream_infer(call)),
+            Method::ServerLive => self.unary(call, Self::server_live).await,
+            Method::ServerReady => self.unary(call, Self::server_ready).await,
+            Method::ServerMetadata => self.unary(call, Self::server_metadata).await,
+            Method::ModelReady => self.unary(call, Self::model_ready).await,
+            Method::ModelMetadata => self.unary(call, Self::model_metadata).await,
+            Method::ModelConfig => self.unary(call, Self::model_config).await,
+            Method::ModelStatistics => self.unary(call, Self::model_statistics).await,
+            Method::RepositoryIndex => self.unary(call, Self::repository_index).await,
+            Method::RepositoryModelLoad => self.load(call).await,
+            Method::RepositoryModelUnload => self.unload(call).await,
+            Method::TraceSetting => self.unary(call, Self::trace_setting).await,
+            Method::LogSettings => self.unary(call, Self::log_settings).await,
+            Method::SystemSharedMemoryStatus
+            | Method::SystemSharedMemoryRegister
+            | Method::SystemSharedMemoryUnregister
+            | Method::CudaSharedMemoryStatus
+            | Method::CudaSharedMemoryRegister
+            | Method::CudaSharedMemoryUnregister => {
+                Err(Status::unimplemented(protocol::SHARED_MEMORY_UNSUPPORTED))
             }
-            "tei.v1.Info" | "tei.v1.Embed" | "tei.v1.Predict" | "tei.v1.Rerank"
-            | "tei.v1.Tokenize" => {
-                let method = format!("{service}/{method}");
-                self.text(&method, call).await
+            Method::TeiInfo => self.text(call, Self::info).await,
+            Method::Embed => self.text(call, Self::embed).await,
+            Method::EmbedStream => self.text_stream(call, Self::embed),
+            Method::EmbedAll => self.text(call, Self::embed_all).await,
+            Method::EmbedAllStream => self.text_stream(call, Self::embed_all),
+            Method::EmbedSparse | Method::EmbedSparseStream => {
+                Err(Status::unimplemented(protocol::SPARSE_UNSUPPORTED))
             }
-            "andon.v1.ReportService" if method == "WatchReport" => {
-                let (repository, drain) = (self.0.repository.clone(), self.0.process.drain.clone());
-                unary_request(call, &self.0.limits).await?;
-                Ok(stream(report::watch(repository, drain)))
-            }
-            _ => Ok(self.0.common.serve(call).await),
+            Method::Predict => self.text(call, Self::predict).await,
+            Method::PredictStream => self.text_stream(call, Self::predict),
+            Method::PredictPair => self.text(call, Self::predict_pair).await,
+            Method::PredictPairStream => self.text_stream(call, Self::predict_pair),
+            Method::Rerank => self.text(call, Self::rerank).await,
+            Method::RerankStream => self.rerank_stream(call).await,
+            Method::Tokenize => self.text(call, Self::tokenize).await,
+            Method::TokenizeStream => self.text_stream(call, Self::tokenize),
+            Method::Decode => self.text(call, Self::decode_ids).await,
+            Method::DecodeStream => self.text_stream(call, Self::decode_ids),
+            Method::WatchReport => self.watch_report(call).await,
         }
+    }
+
+    /// Responds to a call of one message with one message, at once.
+    async fn unary<Q, A>(
+        &self,
+        call: Call,
+        respond: impl FnOnce(&Self, &Q) -> Result<A, Error>,
+    ) -> Result<Reply, Status>
+    where
+        Q: prost::Message + Default,
+        A: prost::Message,
+    {
+        unary(call, &self.0.limits, |request| async move {
+            respond(self, &request).map_err(Status::from)
+        })
+        .await
+    }
+
+    async fn load(&self, call: Call) -> Result<Reply, Status> {
+        unary(call, &self.0.limits, |request| async move {
+            let name = protocol::load_target(&request)?;
+            self.0.repository.load(&name).await?;
+            Ok(RepositoryModelLoadResponse {})
+        })
+        .await
+    }
+
+    async fn unload(&self, call: Call) -> Result<Reply, Status> {
+        unary(call, &self.0.limits, |request| async move {
+            let name = protocol::unload_target(&request)?;
+            self.0.repository.unload(&name).await?;
+            Ok(RepositoryModelUnloadResponse {})
+        })
+        .await
+    }
+
+    /// The request has no fields: its content does not matter.
+    async fn watch_report(&self, call: Call) -> Result<Reply, Status> {
+        call.into_messages(&self.0.limits).only().await?;
+        let (repository, drain) = (self.0.repository.clone(), self.0.process.drain.clone());
+        Ok(stream(report::watch(repository, drain)))
     }
 
     fn stream_settings(&self, call: &Call) -> StreamSettings {
@@ -81,11 +149,6 @@ impl Service {
     }
 }
 
-/// Reads the only message of a call whose content does not matter.
-async fn unary_request(call: Call, limits: &MessageLimits) -> Result<(), Status> {
-    call.into_messages(limits).only().await.map(drop)
-}
-
 impl Handler for Service {
     async fn handle(&self, call: Call) -> Reply {
         let deadline = call.deadline;
@@ -94,8 +157,8 @@ impl Handler for Service {
             .process
             .telemetry
             .request_span(call.path(), call.metadata());
-        let answer = tracing::Instrument::instrument(self.answer(call), span);
-        match tokio::time::timeout_at(deadline, answer).await {
+        let response = tracing::Instrument::instrument(self.respond(call), span);
+        match tokio::time::timeout_at(deadline, response).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(status)) => reject(&status),
             Err(_) => reject(&Error::deadline_passed().to_status()),
@@ -103,13 +166,28 @@ impl Handler for Service {
     }
 }
 
-/// Answers a call of one message with one message.
-macro_rules! one {
-    ($service:expr, $call:expr, $answer:expr) => {
-        unary($call, &$service.0.limits, |request| async move {
-            $answer(request).map_err(|error: Error| error.to_status())
-        })
-        .await
-    };
+/// Counts a call when it ends, however it ends: a caller who leaves drops it.
+struct CallRecord<'m> {
+    model: &'m ServedModel,
+    method: Method,
+    started: Instant,
+    code: Code,
 }
-use one;
+
+impl<'m> CallRecord<'m> {
+    fn new(model: &'m ServedModel, method: Method, started: Instant) -> Self {
+        Self {
+            model,
+            method,
+            started,
+            code: Code::Cancelled,
+        }
+    }
+}
+
+impl Drop for CallRecord<'_> {
+    fn drop(&mut self) {
+        let took = self.started.elapsed();
+        self.model.metrics.called(self.method, self.code, took);
+    }
+}

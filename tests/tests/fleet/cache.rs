@@ -266,7 +266,7 @@ async fn errors_name_elements_as_the_caller_sent_them() -> Result<()> {
         errors.push((status.code(), status.message().to_owned()));
     }
     ensure!(errors[0] == errors[1], "{errors:?}");
-    ensure!(errors[0].1.contains("element 128"), "{errors:?}");
+    ensure!(errors[0].1.contains("contents[128]"), "{errors:?}");
     Ok(())
 }
 

@@ -7,9 +7,9 @@
 
 use candle_core::Tensor;
 use serde::Deserialize;
-use tensor::Datatype;
+use tensor::{Datatype, TensorSpec};
 
-use crate::card::{Card, TensorSpec};
+use crate::card::Card;
 use crate::error::EngineError;
 use crate::files::{ConfigFile, bad_config};
 use crate::kernels::Matrix;

@@ -7,11 +7,10 @@ mod rerank;
 mod text;
 
 use bytes::Bytes;
-use http::header::HeaderName;
 use http::{HeaderMap, HeaderValue};
 use platform::grpc::Message;
 use protocol::tei::v1 as tei;
-use protocol::{Method, TOKENS_KEY};
+use protocol::{COMPUTE_TYPE_KEY, Method, insert_compute_metadata};
 
 use super::key::{Key, Source};
 use super::memory::Row;
@@ -92,30 +91,19 @@ pub fn of(request: &Request, source: &Source<'_>) -> Option<Box<dyn Rows>> {
     }
 }
 
-const COMPUTE_TYPE: HeaderName = HeaderName::from_static("x-compute-type");
-const CHARACTERS: HeaderName = HeaderName::from_static("x-compute-characters");
-
 /// The metadata of a text call's answer: `kind` is the kind of device that
 /// computed it once; the tokens are those of this call.
 fn text_headers(kind: &[u8], characters: u32, paid: &Paid, headers: &mut HeaderMap) {
-    if let Ok(kind) = HeaderValue::from_bytes(kind) {
-        headers.insert(COMPUTE_TYPE, kind);
-    }
-    headers.insert(CHARACTERS, characters.into());
-    headers.insert(TOKENS_KEY, paid.tokens.into());
-    for (name, ns) in [
-        ("x-compute-time", paid.took.total_time_ns),
-        ("x-total-time", paid.took.total_time_ns),
-        ("x-tokenization-time", paid.took.tokenization_time_ns),
-        ("x-queue-time", paid.took.queue_time_ns),
-        ("x-inference-time", paid.took.inference_time_ns),
-    ] {
-        headers.insert(HeaderName::from_static(name), (ns / 1_000_000).into());
-    }
+    let took = tei::Metadata {
+        compute_chars: characters,
+        ..paid.took
+    };
+    let kind = HeaderValue::from_bytes(kind).ok();
+    insert_compute_metadata(headers, kind, paid.tokens, &took);
 }
 
 /// The kind of device that an answer names.
 fn compute_type(headers: &HeaderMap) -> &[u8] {
-    let kind = headers.get(COMPUTE_TYPE).map(HeaderValue::as_bytes);
+    let kind = headers.get(COMPUTE_TYPE_KEY).map(HeaderValue::as_bytes);
     kind.unwrap_or_default()
 }

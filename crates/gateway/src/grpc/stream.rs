@@ -11,9 +11,7 @@ use platform::grpc::{
     Call, Message, Reply, Responses, StreamSettings, bidirectional, decode, frame, frame_bytes,
 };
 use platform::tls::Peer;
-use protocol::inference::{ModelInferResponse, ModelStreamInferResponse};
-use protocol::tei::v1::{RerankRequest, RerankStreamRequest};
-use protocol::{Error, Method, Task, peek, with_final_response_flag};
+use protocol::{Error, Method, RerankGathering, Task, peek, with_final_response_flag};
 use providers::Provider;
 use tokio::time::Instant;
 use tonic::Status;
@@ -199,13 +197,7 @@ fn guarded(parts: Parts, guard: EntryGuard) -> Parts {
 }
 
 fn error_response(id: String, message: &str) -> Bytes {
-    frame(&ModelStreamInferResponse {
-        error_message: message.to_owned(),
-        infer_response: Some(ModelInferResponse {
-            id,
-            ..Default::default()
-        }),
-    })
+    frame(&protocol::stream_failure(id, message))
 }
 
 /// Gathers the texts of a rerank stream into one request and forwards that: it
@@ -220,37 +212,18 @@ pub async fn gather(
     let limits = &stack.0.limits;
     let (head, mut messages) = call.into_parts(limits);
     let headers = forwarded_headers(head.headers);
-    let mut gathered = RerankRequest::default();
+    let mut gathering = RerankGathering::default();
     let mut held = Vec::new();
-    let mut bytes = 0;
     while let Some(message) = messages.next().await? {
-        bytes += message.framed().len();
-        if bytes > limits.message_bytes_max {
-            return Err(Error::too_large(bytes, limits.message_bytes_max).to_status());
-        }
-        if held.len() == TEXTS_MAX {
-            let reason = format!("more than {TEXTS_MAX}: that is what a request may have");
-            return Err(Error::invalid("texts", reason).to_status());
-        }
-        let next: RerankStreamRequest = decode(message.bytes())?;
+        gathering.reserve(message.framed().len(), limits.message_bytes_max)?;
+        gathering.push(decode(message.bytes())?, TEXTS_MAX)?;
         // Held until the response, so that its bytes count as in flight.
         held.push(message);
-        if gathered.texts.is_empty() {
-            gathered.query = next.query;
-            gathered.truncate = next.truncate;
-            gathered.raw_scores = next.raw_scores;
-            gathered.return_text = next.return_text;
-            gathered.truncation_direction = next.truncation_direction;
-        } else if next.query != gathered.query {
-            let reason = "must be the same in every message of the stream";
-            return Err(Error::invalid("query", reason).to_status());
-        }
-        gathered.texts.push(next.text);
     }
     let request = Request {
         method: Method::Rerank,
         headers,
-        message: Message::encode(&gathered),
+        message: Message::encode(&gathering.into_request()),
         deadline,
         caller,
         unit: QuotaUnit::Request,

@@ -68,7 +68,7 @@ fn generator(route: &Route) -> Result<Arc<Provider>, Error> {
     let provider = route.provider().filter(|p| p.task() == generation);
     provider.cloned().ok_or_else(|| {
         let (name, task) = (route.name(), route.task());
-        let message = format!("model '{name}' does {task}, not {generation}");
+        let message = format!("model '{name}' is for the task '{task}', not '{generation}'");
         Error::new(Kind::Unsupported, message)
     })
 }

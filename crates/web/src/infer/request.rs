@@ -432,7 +432,7 @@ mod tests {
 
     fn field(body: &serde_json::Value) -> String {
         let error = parse_json(body).unwrap_err();
-        error.violation().unwrap().field.clone()
+        error.field().unwrap().to_string()
     }
 
     #[test]

@@ -189,7 +189,7 @@ fn unknown_model(traits: Traits<'_>) -> Error {
     if traits.path.starts_with("/v2/") && traits.path != "/v2/rerank" {
         error
     } else {
-        error.renamed(as_model_field)
+        error.map_field(as_model_field)
     }
 }
 

@@ -1,5 +1,5 @@
-//! What stands for a model version: the bytes of its files, and everything else
-//! that its numbers depend on.
+//! The digest of a model version: over the bytes of its files, and everything
+//! else that its outputs depend on.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use aws_lc_rs::digest::{Context, SHA256};
 use engine::{Card, EngineError, LoadOptions};
 
-/// Files of a model folder.
+/// The most files of a model folder.
 const FILES_MAX: usize = 10_000;
 
 /// SHA-256, in hexadecimal digits, over the names, lengths and bytes of all
@@ -23,7 +23,7 @@ pub fn of(folder: &Path, options: &LoadOptions, card: &Card) -> Result<String, E
         options.task, options.tokens_max, card.dtype, card.kernels, card.device, card.family
     );
     context.update(computed.as_bytes());
-    // Another program may compute other numbers.
+    // Another version of the program may compute other numbers.
     context.update(concat!(" ", env!("CARGO_PKG_VERSION"), "\0").as_bytes());
     let mut buffer = vec![0_u8; 1 << 20];
     for path in files {

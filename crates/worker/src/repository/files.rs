@@ -1,4 +1,4 @@
-//! What a model repository holds on disk: `<root>/<model>/<version>/`, and an
+//! The files of a model repository: `<root>/<model>/<version>/`, and an
 //! optional `<model>/andon.toml`. Nothing outside the root is opened.
 
 use std::collections::BTreeMap;
@@ -14,10 +14,10 @@ use crate::queue::QueueLimits;
 
 /// The name of a model's settings.
 const SETTINGS: &str = "andon.toml";
-/// Longer settings are no settings.
+/// The most bytes of that file.
 const SETTINGS_BYTES_MAX: u64 = 64 << 10;
 
-/// A model's settings as they stand in its file.
+/// A model's settings as its file has them.
 #[derive(Debug, Default, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Settings {
@@ -43,25 +43,25 @@ enum Versions {
     Listed(Vec<u64>),
 }
 
-/// What of a model is to be served and how.
+/// The versions of a model to serve, and how.
 #[derive(Debug)]
 pub struct Plan {
     /// The folders of the versions to serve.
     pub versions: BTreeMap<ModelVersion, PathBuf>,
     /// How to load them.
     pub options: LoadOptions,
-    /// What they are held to.
+    /// Their limits.
     pub limits: ModelLimits,
 }
 
-/// What holds for every model of a worker.
+/// The settings of the worker that hold for every model.
 #[derive(Debug, Clone, Copy)]
 pub struct Defaults {
     /// Where models run.
     pub device: DeviceChoice,
-    /// The number format of a model that names none.
+    /// The dtype of a model whose settings name none.
     pub dtype: Dtype,
-    /// What computes on the processor.
+    /// The kernels on the CPU.
     pub kernels: Kernels,
     /// Bytes of one text.
     pub text_bytes_max: usize,
@@ -143,7 +143,7 @@ pub fn bare_plan(folder: &Path, defaults: Defaults) -> Result<Plan, String> {
     made(versions, &settings(folder, folder)?, defaults)
 }
 
-/// The real place of a folder or file, if it is in the root: a link may not
+/// The real path of a folder or file, if it is in the root: a link may not
 /// lead out.
 fn beneath(root: &Path, folder: &Path) -> Result<PathBuf, String> {
     let unreadable = |error: std::io::Error| format!("cannot be read: {}", error.kind());

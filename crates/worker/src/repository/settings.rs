@@ -1,4 +1,4 @@
-//! What a worker serves, where from, and what computes it.
+//! The settings of a worker's models: where they are and how they run.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -48,16 +48,16 @@ pub struct RepositorySettings {
     /// Where models run: cpu, cuda:N or auto
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
     pub device: DeviceChoice,
-    /// The number format of models whose andon.toml names none: f32, bf16, int8 (processor), f16 (CUDA), or auto, which is bf16 where the processor multiplies it itself and else f32
+    /// The dtype of models whose andon.toml sets none: f32, bf16, int8 (quantized, CPU only), f16 (CUDA only), or auto: bf16 where the CPU has instructions for it, else f32
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     pub dtype: Dtype,
-    /// What computes on the processor: auto, which is the widest instruction set that it has; one of amx, avx512bf16, avx512vnni, avx512, avx2 and portable; or candle
+    /// The CPU kernels: auto, which is the widest instruction set of the CPU; one of amx, avx512bf16, avx512vnni, avx512, avx2 and portable; or candle
     #[arg(long, value_name = "KERNELS", default_value = "auto")]
     pub kernels: Kernels,
-    /// Threads that compute a batch on the processor; all cores that the process may use if not given
+    /// Threads that compute a batch on the CPU; default: all cores that the process may use
     #[arg(long, value_name = "COUNT")]
     pub threads: Option<NonZeroUsize>,
-    /// The longest text in bytes, for example 1MiB
+    /// The most bytes of one text, for example 1MiB
     #[arg(long, value_name = "BYTES", default_value = "1MiB", value_parser = platform::config::bytes)]
     pub text_bytes_max: usize,
 }

@@ -1,139 +1,64 @@
 //! `inference.GRPCInferenceService`.
 
-use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
 use platform::grpc::{
     Call, Message, Metadata, Reply, bidirectional, decode, frame, frame_bytes, reply,
 };
-use platform::telemetry::LogLevels;
 use prost::Message as _;
 use protocol::inference::{
-    ModelConfig, ModelConfigRequest, ModelConfigResponse, ModelInferRequest, ModelInferResponse,
-    ModelMetadataRequest, ModelMetadataResponse, ModelParameter, ModelReadyRequest,
-    ModelReadyResponse, ModelStatisticsRequest, ModelStatisticsResponse, ModelStreamInferResponse,
-    RepositoryIndexRequest, RepositoryIndexResponse, RepositoryModelLoadResponse,
-    RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
-    ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
-    model_metadata_response::TensorMetadata, repository_index_response::ModelIndex,
+    LogSettingsRequest, LogSettingsResponse, ModelConfig, ModelConfigRequest, ModelConfigResponse,
+    ModelDynamicBatching, ModelInferRequest, ModelInferResponse, ModelInstanceGroup,
+    ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest, ModelReadyResponse,
+    ModelStatisticsRequest, ModelStatisticsResponse, ModelTransactionPolicy,
+    RepositoryIndexRequest, RepositoryIndexResponse, ServerLiveRequest, ServerLiveResponse,
+    ServerMetadataRequest, ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
+    TraceSettingRequest, TraceSettingResponse, model_config::SchedulingChoice,
+    model_instance_group::Kind as DeviceKind, repository_index_response::ModelIndex,
 };
 use protocol::{
-    DIGEST_KEY, Error, InferRequest, Kind, LogSettings, ModelName, ModelVersion, TOKENS_KEY,
-    TraceSettings, to_response, with_final_response_flag,
+    DIGEST_KEY, Error, InferRequest, Kind, LogSettings, Method, ModelName, ModelVersion,
+    TOKENS_KEY, TraceSettings, to_response, with_final_response_flag,
 };
 use tonic::{Code, Status};
 
-use super::{Service, one, unary};
+use super::{CallRecord, Service, statistics};
 use crate::infer::infer;
 use crate::model::ServedModel;
 use crate::repository::State;
 
 impl Service {
-    pub(super) async fn inference(&self, method: &str, call: Call) -> Result<Reply, Status> {
-        match method {
-            "ModelInfer" => self.model_infer(call).await,
-            "ModelStreamInfer" => Ok(self.model_stream_infer(call)),
-            "ServerLive" => one!(self, call, |_: ServerLiveRequest| Ok(ServerLiveResponse {
-                live: true
-            })),
-            "ServerReady" => one!(self, call, |_: ServerReadyRequest| Ok(
-                ServerReadyResponse {
-                    ready: self.ready()
-                }
-            )),
-            "ModelReady" => one!(self, call, |asked: ModelReadyRequest| {
-                let ready = match self.model(&asked.name, &asked.version) {
-                    Ok(_) => true,
-                    Err(error) if error.kind() == Kind::Invalid => return Err(error),
-                    Err(_) => false,
-                };
-                Ok(ModelReadyResponse { ready })
-            }),
-            "ServerMetadata" => one!(self, call, |_: ServerMetadataRequest| Ok(server_metadata())),
-            "ModelMetadata" => one!(self, call, |asked: ModelMetadataRequest| {
-                let model = self.model(&asked.name, &asked.version)?;
-                Ok(self.metadata(&model))
-            }),
-            "ModelConfig" => one!(self, call, |asked: ModelConfigRequest| {
-                let model = self.model(&asked.name, &asked.version)?;
-                Ok(ModelConfigResponse {
-                    config: Some(config(&model)),
-                })
-            }),
-            "ModelStatistics" => one!(self, call, |asked| self.statistics(&asked)),
-            "RepositoryIndex" => one!(self, call, |asked| self.repository_index(&asked)),
-            "RepositoryModelLoad" => {
-                unary(call, &self.0.limits, |asked| async move {
-                    let name = protocol::load_target(&asked)?;
-                    self.0.repository.load(&name).await?;
-                    Ok(RepositoryModelLoadResponse {})
-                })
-                .await
-            }
-            "RepositoryModelUnload" => {
-                unary(call, &self.0.limits, |asked| async move {
-                    let name = protocol::unload_target(&asked)?;
-                    self.0.repository.unload(&name).await?;
-                    Ok(RepositoryModelUnloadResponse {})
-                })
-                .await
-            }
-            "TraceSetting" => one!(self, call, |asked| {
-                let telemetry = &self.0.process.telemetry;
-                let now = telemetry.trace_levels();
-                let settings = TraceSettings {
-                    exports: now.exports,
-                    on: now.on,
-                    rate: now.rate,
-                };
-                let settings = settings.changed_by(&asked)?;
-                telemetry.set_trace_levels(settings.on, settings.rate);
-                Ok(settings.to_response())
-            }),
-            "LogSettings" => one!(self, call, |asked| self.log_settings(&asked)),
-            method if method.contains("SharedMemory") => {
-                Err(Status::unimplemented(protocol::SHARED_MEMORY_UNSUPPORTED))
-            }
-            _ => Err(Status::unimplemented(format!("unknown method {method}"))),
-        }
-    }
-
-    async fn model_infer(&self, call: Call) -> Result<Reply, Status> {
+    pub(super) async fn model_infer(&self, call: Call) -> Result<Reply, Status> {
         let deadline = call.deadline.into_std();
         let message = call.into_messages(&self.0.limits).only().await?;
-        let (answered, metadata) = self.infer(message, deadline).await?;
-        Ok(reply(frame(&answered), metadata))
+        let (response, metadata) = self.infer(message, deadline).await?;
+        Ok(reply(frame(&response), metadata))
     }
 
-    /// Answers each request of a stream in order; an error is an answer, and
-    /// the stream stays open.
-    fn model_stream_infer(&self, call: Call) -> Reply {
+    /// Responds to each request of a stream in order; an error is a response,
+    /// and the stream stays open.
+    pub(super) fn model_stream_infer(&self, call: Call) -> Reply {
         let settings = self.stream_settings(&call);
         let deadline = call.stream_deadline.map(tokio::time::Instant::into_std);
         let own = self.clone();
-        let patience = call.deadline - call.arrived;
+        let timeout = call.deadline - call.arrived;
         let messages = call.into_messages(&self.0.limits);
         bidirectional(messages, settings, move |message| {
             let own = own.clone();
-            let deadline = deadline.unwrap_or_else(|| Instant::now() + patience);
-            async move { Ok(own.stream_answer(message, deadline).await) }
+            let deadline = deadline.unwrap_or_else(|| Instant::now() + timeout);
+            async move { Ok(own.stream_response(message, deadline).await) }
         })
     }
 
-    async fn stream_answer(&self, message: Message, deadline: Instant) -> Bytes {
+    async fn stream_response(&self, message: Message, deadline: Instant) -> Bytes {
         let id = protocol::peek(&message.bytes())
             .map(|peeked| peeked.id.to_owned())
             .unwrap_or_default();
         match self.infer(message, deadline).await {
-            Ok((answer, _)) => frame_bytes(&with_final_response_flag(&answer.encode_to_vec())),
-            Err(status) => frame(&ModelStreamInferResponse {
-                error_message: status.message().to_owned(),
-                infer_response: Some(ModelInferResponse {
-                    id,
-                    ..Default::default()
-                }),
-            }),
+            Ok((response, _)) => frame_bytes(&with_final_response_flag(&response.encode_to_vec())),
+            Err(status) => frame(&protocol::stream_failure(id, status.message())),
         }
     }
 
@@ -147,82 +72,108 @@ impl Service {
         let mut request = InferRequest::checked(request)?;
         let model = self.0.repository.find(&request.model, request.version)?;
         let id = std::mem::take(&mut request.id);
-        let mut counted = Counted::new(&model, "ModelInfer", started);
+        let mut record = CallRecord::new(&model, Method::ModelInfer, started);
         let (outputs, tokens) = infer(&model, request, deadline)
             .await
             .map_err(|error| Error::from(error).to_status())
-            .inspect_err(|status| counted.code = status.code())?;
-        counted.code = Code::Ok;
+            .inspect_err(|status| record.code = status.code())?;
+        record.code = Code::Ok;
         let mut metadata = Metadata::new();
         metadata.insert(TOKENS_KEY, tokens.into());
         if let Some(digest) = model.digest_value() {
             metadata.insert(DIGEST_KEY, digest);
         }
-        let answer = to_response(&model.name, model.version, id, outputs);
-        Ok((answer, metadata))
+        let response = to_response(&model.name, model.version, id, outputs);
+        Ok((response, metadata))
     }
 
-    fn ready(&self) -> bool {
-        !self.0.process.drain.draining() && !self.0.repository.ready().is_empty()
+    pub(super) fn server_live(&self, _: &ServerLiveRequest) -> Result<ServerLiveResponse, Error> {
+        Ok(ServerLiveResponse { live: true })
     }
 
-    fn model(&self, name: &str, version: &str) -> Result<std::sync::Arc<ServedModel>, Error> {
+    pub(super) fn server_ready(
+        &self,
+        _: &ServerReadyRequest,
+    ) -> Result<ServerReadyResponse, Error> {
+        let draining = self.0.process.drain.draining();
+        let ready = !draining && !self.0.repository.ready().is_empty();
+        Ok(ServerReadyResponse { ready })
+    }
+
+    pub(super) fn server_metadata(
+        &self,
+        _: &ServerMetadataRequest,
+    ) -> Result<ServerMetadataResponse, Error> {
+        Ok(protocol::server_metadata(platform::VERSION))
+    }
+
+    pub(super) fn model_ready(
+        &self,
+        request: &ModelReadyRequest,
+    ) -> Result<ModelReadyResponse, Error> {
+        match self.model(&request.name, &request.version) {
+            Ok(_) => Ok(ModelReadyResponse { ready: true }),
+            Err(error) if error.kind() == Kind::Invalid => Err(error),
+            Err(_) => Ok(ModelReadyResponse { ready: false }),
+        }
+    }
+
+    pub(super) fn model_metadata(
+        &self,
+        request: &ModelMetadataRequest,
+    ) -> Result<ModelMetadataResponse, Error> {
+        let model = self.model(&request.name, &request.version)?;
+        let ready = self.0.repository.ready();
+        let versions = ready.iter().filter(|other| other.name == model.name);
+        let versions = versions.map(|other| other.version.to_string()).collect();
+        let signature = model.signature();
+        Ok(signature.to_metadata(model.name.as_str(), versions, platform_name(&model)))
+    }
+
+    pub(super) fn model_config(
+        &self,
+        request: &ModelConfigRequest,
+    ) -> Result<ModelConfigResponse, Error> {
+        let model = self.model(&request.name, &request.version)?;
+        Ok(ModelConfigResponse {
+            config: Some(config(&model)),
+        })
+    }
+
+    fn model(&self, name: &str, version: &str) -> Result<Arc<ServedModel>, Error> {
         let name = ModelName::checked(name, "name")?;
         let version = ModelVersion::optional(version, "version")?;
         self.0.repository.find(&name, version)
     }
 
-    fn metadata(&self, model: &ServedModel) -> ModelMetadataResponse {
-        let tensor = |spec: &engine::TensorSpec| TensorMetadata {
-            name: spec.name.clone(),
-            datatype: spec.datatype.name().to_owned(),
-            shape: spec.shape.clone(),
-        };
-        let ready = self.0.repository.ready();
-        let versions = ready.iter().filter(|other| other.name == model.name);
-        ModelMetadataResponse {
-            name: model.name.to_string(),
-            versions: versions.map(|other| other.version.to_string()).collect(),
-            platform: format!("andon_{}", model.card.family),
-            inputs: model.card.inputs.iter().map(tensor).collect(),
-            outputs: model.card.outputs.iter().map(tensor).collect(),
-        }
-    }
-
-    fn statistics(&self, asked: &ModelStatisticsRequest) -> Result<ModelStatisticsResponse, Error> {
-        if asked.name.is_empty() {
-            let models = self.0.repository.ready();
-            return Ok(ModelStatisticsResponse {
-                model_stats: models.iter().map(|m| m.metrics.statistics()).collect(),
+    pub(super) fn model_statistics(
+        &self,
+        request: &ModelStatisticsRequest,
+    ) -> Result<ModelStatisticsResponse, Error> {
+        let mut models = self.0.repository.ready();
+        if !request.name.is_empty() {
+            let newest = self.model(&request.name, &request.version)?;
+            let every_version = request.version.is_empty();
+            models.retain(|model| {
+                model.name == newest.name && (every_version || model.version == newest.version)
             });
         }
-        let newest = self.model(&asked.name, &asked.version)?;
-        let models = self.0.repository.ready();
-        let wanted = models.iter().filter(|model| {
-            model.name == newest.name
-                && (asked.version.is_empty() || model.version == newest.version)
-        });
         Ok(ModelStatisticsResponse {
-            model_stats: wanted.map(|model| model.metrics.statistics()).collect(),
+            model_stats: models.iter().map(|m| statistics::to_message(m)).collect(),
         })
     }
 
-    fn repository_index(
+    pub(super) fn repository_index(
         &self,
-        asked: &RepositoryIndexRequest,
+        request: &RepositoryIndexRequest,
     ) -> Result<RepositoryIndexResponse, Error> {
-        if !asked.repository_name.is_empty() {
-            return Err(Error::invalid(
-                "repository_name",
-                "a server has one repository: leave it empty",
-            ));
-        }
+        protocol::check_repository_name(&request.repository_name)?;
         let models = self
             .0
             .repository
             .index()?
             .into_iter()
-            .filter(|(_, _, state)| !asked.ready || matches!(state, State::Ready(_)))
+            .filter(|(_, _, state)| !request.ready || matches!(state, State::Ready(_)))
             .map(|(name, version, state)| ModelIndex {
                 name: name.to_string(),
                 version: version.to_string(),
@@ -233,147 +184,82 @@ impl Service {
         Ok(RepositoryIndexResponse { models })
     }
 
-    fn log_settings(
+    pub(super) fn trace_setting(
         &self,
-        asked: &protocol::inference::LogSettingsRequest,
-    ) -> Result<protocol::inference::LogSettingsResponse, Error> {
+        request: &TraceSettingRequest,
+    ) -> Result<TraceSettingResponse, Error> {
         let telemetry = &self.0.process.telemetry;
-        let now = telemetry.log_levels();
-        let settings = LogSettings {
-            error: now.error,
-            warning: now.warn,
-            info: now.info,
-            verbose_level: now.verbose,
+        let mut levels = telemetry.trace_levels();
+        let settings = TraceSettings {
+            exports: levels.exports,
+            on: &mut levels.on,
+            rate: &mut levels.rate,
         };
-        let settings = settings.changed_by(asked)?;
-        telemetry.set_log_levels(LogLevels {
-            error: settings.error,
-            warn: settings.warning,
-            info: settings.info,
-            verbose: settings.verbose_level,
-        });
-        Ok(settings.to_response())
+        let response = settings.apply(request)?;
+        telemetry.set_trace_levels(levels.on, levels.rate);
+        Ok(response)
+    }
+
+    pub(super) fn log_settings(
+        &self,
+        request: &LogSettingsRequest,
+    ) -> Result<LogSettingsResponse, Error> {
+        let telemetry = &self.0.process.telemetry;
+        let mut levels = telemetry.log_levels();
+        let settings = LogSettings {
+            error: &mut levels.error,
+            warning: &mut levels.warn,
+            info: &mut levels.info,
+            verbose_level: &mut levels.verbose,
+        };
+        let response = settings.apply(request)?;
+        telemetry.set_log_levels(levels);
+        Ok(response)
     }
 }
 
-/// Counts a call when it ends, however it ends: a caller who leaves drops it.
-pub(super) struct Counted<'m> {
-    model: &'m ServedModel,
-    method: &'static str,
-    started: Instant,
-    pub(super) code: Code,
-}
-
-impl<'m> Counted<'m> {
-    pub(super) fn new(model: &'m ServedModel, method: &'static str, started: Instant) -> Self {
-        Self {
-            model,
-            method,
-            started,
-            code: Code::Cancelled,
-        }
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        let took = self.started.elapsed();
-        self.model.metrics.called(self.method, self.code, took);
-    }
-}
-
-fn server_metadata() -> ServerMetadataResponse {
-    ServerMetadataResponse {
-        name: "andon".to_owned(),
-        version: platform::VERSION.to_owned(),
-        extensions: protocol::EXTENSIONS.map(str::to_owned).to_vec(),
-    }
+/// What runs a model, in the words of its metadata and configuration.
+fn platform_name(model: &ServedModel) -> String {
+    format!("andon_{}", model.card.family)
 }
 
 fn config(model: &ServedModel) -> ModelConfig {
-    use protocol::inference::{
-        ModelDynamicBatching, ModelInput, ModelInstanceGroup, ModelOutput, ModelTransactionPolicy,
-        ModelVersionPolicy,
-        model_config::SchedulingChoice,
-        model_instance_group::Kind as DeviceKind,
-        model_version_policy::{PolicyChoice, Specific},
-    };
-    let (card, limits) = (&model.card, &model.limits);
-    let data_type = |spec: &engine::TensorSpec| protocol::data_type(spec.datatype).into();
-    // Triton's dims leave out the batch dimension.
-    let dims = |spec: &engine::TensorSpec| match spec.shape.get(1..) {
-        Some([]) | None => vec![1],
-        Some(dims) => dims.to_vec(),
-    };
-    let gpu = card
-        .device
-        .strip_prefix("cuda:")
-        .and_then(|n| n.parse().ok());
-    ModelConfig {
-        name: model.name.to_string(),
-        platform: format!("andon_{}", card.family),
-        backend: "andon".to_owned(),
-        version_policy: Some(ModelVersionPolicy {
-            policy_choice: Some(PolicyChoice::Specific(Specific {
-                versions: vec![i64::try_from(model.version.number()).unwrap_or(i64::MAX)],
-            })),
-        }),
-        max_batch_size: i32::try_from(limits.request_rows_max).unwrap_or(i32::MAX),
-        input: card
-            .inputs
-            .iter()
-            .map(|spec| ModelInput {
-                name: spec.name.clone(),
-                data_type: data_type(spec),
-                dims: dims(spec),
-                optional: false,
-            })
-            .collect(),
-        output: card
-            .outputs
-            .iter()
-            .map(|spec| ModelOutput {
-                name: spec.name.clone(),
-                data_type: data_type(spec),
-                dims: dims(spec),
-            })
-            .collect(),
-        instance_group: vec![ModelInstanceGroup {
-            name: model.name.to_string(),
-            count: 1,
-            gpus: gpu.into_iter().collect(),
-            kind: gpu.map_or(DeviceKind::Cpu, |_| DeviceKind::Gpu).into(),
-        }],
-        parameters: config_parameters(model),
-        model_transaction_policy: Some(ModelTransactionPolicy { decoupled: false }),
-        scheduling_choice: Some(SchedulingChoice::DynamicBatching(ModelDynamicBatching {
-            preferred_batch_size: Vec::new(),
-            max_queue_delay_microseconds: u64::try_from(limits.queue.delay.as_micros())
-                .unwrap_or(u64::MAX),
-        })),
-    }
-}
-
-/// What is worth knowing of a model and has no place of its own in Triton's
-/// configuration.
-fn config_parameters(model: &ServedModel) -> HashMap<String, ModelParameter> {
     let (card, queue) = (&model.card, &model.limits.queue);
-    let mut parameters: HashMap<String, ModelParameter> = [
-        ("task", card.task.to_string()),
+    let mut parameters = vec![
+        ("task", model.task().to_string()),
         ("dtype", card.dtype.to_string()),
         ("device", card.device.clone()),
         ("kernels", card.kernels.to_owned()),
         ("tokens_max", card.tokens_max.to_string()),
         ("batch_tokens_max", queue.batch_tokens_max.to_string()),
         ("queue_rows_max", queue.rows_max.to_string()),
-    ]
-    .map(|(name, string_value)| (name.to_owned(), ModelParameter { string_value }))
-    .into();
+    ];
     // In the order of the scores, as a list of JSON: a label may hold anything.
-    if let Ok(string_value) = serde_json::to_string(&card.labels)
+    if let Ok(labels) = serde_json::to_string(&card.labels)
         && !card.labels.is_empty()
     {
-        parameters.insert("labels".to_owned(), ModelParameter { string_value });
+        parameters.push(("labels", labels));
     }
-    parameters
+    let gpu = card
+        .device
+        .strip_prefix("cuda:")
+        .and_then(|n| n.parse().ok());
+    let (name, version) = (model.name.as_str(), model.version.number());
+    let delay = u64::try_from(queue.delay.as_micros()).unwrap_or(u64::MAX);
+    ModelConfig {
+        instance_group: vec![ModelInstanceGroup {
+            name: name.to_owned(),
+            count: 1,
+            gpus: gpu.into_iter().collect(),
+            kind: gpu.map_or(DeviceKind::Cpu, |_| DeviceKind::Gpu).into(),
+        }],
+        model_transaction_policy: Some(ModelTransactionPolicy { decoupled: false }),
+        scheduling_choice: Some(SchedulingChoice::DynamicBatching(ModelDynamicBatching {
+            preferred_batch_size: Vec::new(),
+            max_queue_delay_microseconds: delay,
+        })),
+        ..model
+            .signature()
+            .to_config(name, version, platform_name(model), parameters)
+    }
 }

@@ -6,100 +6,75 @@ use std::future::Future;
 use std::time::Instant;
 
 use bytes::Bytes;
-use engine::{Task, TextOutput, Truncation};
-use platform::grpc::{Call, Messages, Reply, bidirectional, decode, frame, reply};
-use protocol::Error;
+use engine::{TextOutput, Truncation};
+use platform::grpc::{Call, Reply, bidirectional, decode, frame, reply};
 use protocol::tei::v1 as tei;
+use protocol::{Error, Method, RerankGathering, Task, checked_dimensions};
 use tonic::Status;
 
 use super::Service;
-use crate::infer::{checked_dimensions, finish_embedding, finish_scores};
-use crate::model::OwnedText;
-use target::{Answered, Target, Texts, truncation};
+use crate::infer::{finish_embedding, finish_scores};
+use target::{Target, TextRequest, TextResponse, TextsField, truncation};
 
 impl Service {
-    pub(super) async fn text(&self, method: &str, call: Call) -> Result<Reply, Status> {
-        match method {
-            "tei.v1.Info/Info" => self.one(call, Self::info).await,
-            "tei.v1.Embed/Embed" => self.one(call, Self::embed).await,
-            "tei.v1.Embed/EmbedStream" => self.many(call, Self::embed),
-            "tei.v1.Embed/EmbedAll" => self.one(call, Self::embed_all).await,
-            "tei.v1.Embed/EmbedAllStream" => self.many(call, Self::embed_all),
-            "tei.v1.Embed/EmbedSparse" | "tei.v1.Embed/EmbedSparseStream" => {
-                Err(Status::unimplemented(protocol::SPARSE_UNSUPPORTED))
-            }
-            "tei.v1.Predict/Predict" => self.one(call, Self::predict).await,
-            "tei.v1.Predict/PredictStream" => self.many(call, Self::predict),
-            "tei.v1.Predict/PredictPair" => self.one(call, Self::predict_pair).await,
-            "tei.v1.Predict/PredictPairStream" => self.many(call, Self::predict_pair),
-            "tei.v1.Rerank/Rerank" => self.one(call, Self::rerank).await,
-            "tei.v1.Rerank/RerankStream" => self.rerank_stream(call).await,
-            "tei.v1.Tokenize/Tokenize" => self.one(call, Self::tokenize).await,
-            "tei.v1.Tokenize/TokenizeStream" => self.many(call, Self::tokenize),
-            "tei.v1.Tokenize/Decode" => self.one(call, Self::decode_ids).await,
-            "tei.v1.Tokenize/DecodeStream" => self.many(call, Self::decode_ids),
-            _ => Err(Status::unimplemented(format!("unknown method {method}"))),
-        }
-    }
-
-    /// Answers one message.
-    async fn one<Q, A, F>(
+    /// Responds to a call of one message.
+    pub(super) async fn text<Q, A, F>(
         &self,
         call: Call,
-        answer: impl FnOnce(Self, Q, Target) -> F,
+        respond: impl FnOnce(Self, Q, Target) -> F,
     ) -> Result<Reply, Status>
     where
         Q: prost::Message + Default,
         A: prost::Message,
-        F: Future<Output = Result<Answered<A>, Error>>,
+        F: Future<Output = Result<TextResponse<A>, Error>>,
     {
         let target = Target::of(&call)?;
         let message = call.into_messages(&self.0.limits).only().await?;
         let request = decode(message.bytes())?;
-        let answered = answer(self.clone(), request, target).await?;
-        Ok(reply(frame(&answered.message), answered.to_metadata()))
+        let response = respond(self.clone(), request, target).await?;
+        Ok(reply(frame(&response.message), response.to_metadata()))
     }
 
-    /// Answers each message of a stream.
-    fn many<Q, A, F>(
+    /// Responds to each message of a stream.
+    pub(super) fn text_stream<Q, A, F>(
         &self,
         call: Call,
-        answer: impl Fn(Self, Q, Target) -> F + Send + Sync + Copy + 'static,
+        respond: impl Fn(Self, Q, Target) -> F + Send + Sync + Copy + 'static,
     ) -> Result<Reply, Status>
     where
         Q: prost::Message + Default,
         A: prost::Message,
-        F: Future<Output = Result<Answered<A>, Error>> + Send,
+        F: Future<Output = Result<TextResponse<A>, Error>> + Send,
     {
         let target = Target::of(&call)?;
         let settings = self.stream_settings(&call);
-        let (patience, ends) = (call.deadline - call.arrived, call.stream_deadline);
+        let (timeout, ends) = (call.deadline - call.arrived, call.stream_deadline);
         let own = self.clone();
         let messages = call.into_messages(&self.0.limits);
         Ok(bidirectional(messages, settings, move |message| {
             let own = own.clone();
-            let deadline = ends.map_or_else(|| Instant::now() + patience, |end| end.into_std());
+            let deadline = ends.map_or_else(|| Instant::now() + timeout, |end| end.into_std());
             let target = target.clone().until(deadline);
             async move {
                 let request = decode(message.bytes())?;
-                let answered = answer(own, request, target).await?;
-                Ok::<Bytes, Status>(frame(&answered.message))
+                let response = respond(own, request, target).await?;
+                Ok::<Bytes, Status>(frame(&response.message))
             }
         }))
     }
 
-    async fn info(
+    pub(super) async fn info(
         self,
         _: tei::InfoRequest,
         target: Target,
-    ) -> Result<Answered<tei::InfoResponse>, Error> {
+    ) -> Result<TextResponse<tei::InfoResponse>, Error> {
         let model = target.any_text_model(&self.0.repository)?;
         let (card, limits) = (&model.card, &model.limits);
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-        let model_type = match card.task {
+        let model_type = match model.task() {
             Task::Embedding => tei::ModelType::Embedding,
             Task::Rerank => tei::ModelType::Reranker,
-            Task::Classification | Task::Tabular => tei::ModelType::Classifier,
+            Task::Classification | Task::Generation | Task::Tabular => tei::ModelType::Classifier,
         };
         let message = tei::InfoResponse {
             version: platform::VERSION.to_owned(),
@@ -123,28 +98,27 @@ impl Service {
             ),
             ..Default::default()
         };
-        Ok(Answered::free(message, &model))
+        Ok(TextResponse::free(message, &model))
     }
 
-    async fn embed(
+    pub(super) async fn embed(
         self,
         request: tei::EmbedRequest,
         target: Target,
-    ) -> Result<Answered<tei::EmbedResponse>, Error> {
+    ) -> Result<TextResponse<tei::EmbedResponse>, Error> {
         let model = target.model(&self.0.repository, Task::Embedding)?;
         let dimensions = match request.dimensions {
             None => model.card.width,
             Some(count) => checked_dimensions(count.into(), model.card.width)
                 .map_err(|reason| Error::invalid("dimensions", reason))?,
         };
-        let texts = Texts {
-            texts: vec![OwnedText::One(request.inputs)],
-            field: "inputs",
+        let texts = TextRequest {
+            texts: TextsField::One(request.inputs),
             prompt: request.prompt_name,
             wanted: TextOutput::Embedding,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
-        let mut vectors = target.run(&model, "Embed", texts).await?;
+        let mut vectors = target.run(&model, Method::Embed, texts).await?;
         let mut embeddings = vectors.message.pop().unwrap_or_default();
         finish_embedding(&mut embeddings, dimensions, request.normalize);
         Ok(vectors.with(|metadata| tei::EmbedResponse {
@@ -153,20 +127,19 @@ impl Service {
         }))
     }
 
-    async fn embed_all(
+    pub(super) async fn embed_all(
         self,
         request: tei::EmbedAllRequest,
         target: Target,
-    ) -> Result<Answered<tei::EmbedAllResponse>, Error> {
+    ) -> Result<TextResponse<tei::EmbedAllResponse>, Error> {
         let model = target.model(&self.0.repository, Task::Embedding)?;
-        let texts = Texts {
-            texts: vec![OwnedText::One(request.inputs)],
-            field: "inputs",
+        let texts = TextRequest {
+            texts: TextsField::One(request.inputs),
             prompt: request.prompt_name,
             wanted: TextOutput::TokenEmbeddings,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
-        let mut vectors = target.run(&model, "EmbedAll", texts).await?;
+        let mut vectors = target.run(&model, Method::EmbedAll, texts).await?;
         let states = vectors.message.pop().unwrap_or_default();
         let token_embeddings = states
             .chunks(model.card.hidden.max(1))
@@ -180,27 +153,27 @@ impl Service {
         }))
     }
 
-    async fn predict(
+    pub(super) async fn predict(
         self,
         request: tei::PredictRequest,
         target: Target,
-    ) -> Result<Answered<tei::PredictResponse>, Error> {
-        let text = OwnedText::One(request.inputs);
+    ) -> Result<TextResponse<tei::PredictResponse>, Error> {
+        let text = TextsField::One(request.inputs);
         let truncation = truncation(request.truncate, request.truncation_direction)?;
         self.classify(text, truncation, request.raw_scores, target)
             .await
     }
 
-    async fn predict_pair(
+    pub(super) async fn predict_pair(
         self,
         request: tei::PredictPairRequest,
         target: Target,
-    ) -> Result<Answered<tei::PredictResponse>, Error> {
+    ) -> Result<TextResponse<tei::PredictResponse>, Error> {
         let [first, second]: [String; 2] = request
             .inputs
             .try_into()
-            .map_err(|_| Error::invalid("inputs", "must be exactly two texts"))?;
-        let text = OwnedText::Pair(first, second);
+            .map_err(|_| Error::invalid("inputs", "must have exactly two texts"))?;
+        let text = TextsField::Pair(first, second);
         let truncation = truncation(request.truncate, request.truncation_direction)?;
         self.classify(text, truncation, request.raw_scores, target)
             .await
@@ -208,20 +181,19 @@ impl Service {
 
     async fn classify(
         self,
-        text: OwnedText,
+        text: TextsField,
         truncation: Truncation,
         raw_scores: bool,
         target: Target,
-    ) -> Result<Answered<tei::PredictResponse>, Error> {
+    ) -> Result<TextResponse<tei::PredictResponse>, Error> {
         let model = target.model(&self.0.repository, Task::Classification)?;
-        let texts = Texts {
-            texts: vec![text],
-            field: "inputs",
+        let texts = TextRequest {
+            texts: text,
             prompt: None,
             wanted: TextOutput::Logits,
             truncation,
         };
-        let mut vectors = target.run(&model, "Predict", texts).await?;
+        let mut vectors = target.run(&model, Method::Predict, texts).await?;
         let mut scores = vectors.message.pop().unwrap_or_default();
         if !raw_scores {
             finish_scores(&model, &mut scores);
@@ -241,29 +213,23 @@ impl Service {
         }))
     }
 
-    async fn rerank(
+    pub(super) async fn rerank(
         self,
         request: tei::RerankRequest,
         target: Target,
-    ) -> Result<Answered<tei::RerankResponse>, Error> {
+    ) -> Result<TextResponse<tei::RerankResponse>, Error> {
         let model = target.model(&self.0.repository, Task::Rerank)?;
         if request.texts.is_empty() {
-            return Err(Error::invalid("texts", "there are none"));
+            return Err(Error::invalid("texts", "must not be empty"));
         }
         let returned = request.return_text.then(|| request.texts.clone());
-        let query = request.query;
-        let texts = Texts {
-            texts: request
-                .texts
-                .into_iter()
-                .map(|text| OwnedText::Pair(query.clone(), text))
-                .collect(),
-            field: "texts",
+        let texts = TextRequest {
+            texts: TextsField::Ranked(request.query, request.texts),
             prompt: None,
             wanted: TextOutput::Logits,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
-        let mut vectors = target.run(&model, "Rerank", texts).await?;
+        let mut vectors = target.run(&model, Method::Rerank, texts).await?;
         let mut ranks: Vec<tei::Rank> = std::mem::take(&mut vectors.message)
             .into_iter()
             .enumerate()
@@ -287,23 +253,34 @@ impl Service {
         }))
     }
 
-    /// Gathers the texts of a stream, then answers once.
-    async fn rerank_stream(&self, call: Call) -> Result<Reply, Status> {
+    /// Gathers the texts of a stream into one request, and responds to that.
+    pub(super) async fn rerank_stream(&self, call: Call) -> Result<Reply, Status> {
         let target = Target::of(&call)?;
+        let model = target.model(&self.0.repository, Task::Rerank)?;
+        let (bytes_max, texts_max) = (
+            self.0.limits.message_bytes_max,
+            model.limits.request_rows_max,
+        );
+        drop(model);
         let mut messages = call.into_messages(&self.0.limits);
-        let gathered = gather(&mut messages, self.0.limits.message_bytes_max).await?;
-        let answered = self.clone().rerank(gathered, target).await?;
-        Ok(reply(frame(&answered.message), answered.to_metadata()))
+        let mut gathering = RerankGathering::default();
+        while let Some(message) = messages.next().await? {
+            gathering.reserve(message.bytes().len(), bytes_max)?;
+            gathering.push(decode(message.bytes())?, texts_max)?;
+        }
+        let request = gathering.into_request();
+        let response = self.clone().rerank(request, target).await?;
+        Ok(reply(frame(&response.message), response.to_metadata()))
     }
 
-    async fn tokenize(
+    pub(super) async fn tokenize(
         self,
         request: tei::EncodeRequest,
         target: Target,
-    ) -> Result<Answered<tei::EncodeResponse>, Error> {
+    ) -> Result<TextResponse<tei::EncodeResponse>, Error> {
         let model = target.any_text_model(&self.0.repository)?;
         let text = target::prompted(&model, request.prompt_name, request.inputs)?;
-        target::check_length(&model, "inputs", &text)?;
+        target::check_length(&model, &text, || "inputs".into())?;
         let tokenizer = target::tokenizer(&model)?;
         let tokens = tokenizer
             .tokens(&text, request.add_special_tokens)
@@ -321,46 +298,18 @@ impl Service {
                 })
                 .collect(),
         };
-        Ok(Answered::free(message, &model))
+        Ok(TextResponse::free(message, &model))
     }
 
-    async fn decode_ids(
+    pub(super) async fn decode_ids(
         self,
         request: tei::DecodeRequest,
         target: Target,
-    ) -> Result<Answered<tei::DecodeResponse>, Error> {
+    ) -> Result<TextResponse<tei::DecodeResponse>, Error> {
         let model = target.any_text_model(&self.0.repository)?;
         let text = target::tokenizer(&model)?
             .decode(&request.ids, request.skip_special_tokens)
             .map_err(|error| Error::invalid("ids", error.to_string()))?;
-        Ok(Answered::free(tei::DecodeResponse { text }, &model))
+        Ok(TextResponse::free(tei::DecodeResponse { text }, &model))
     }
-}
-
-/// The messages of a rerank stream as one request, of at most `bytes_max`.
-async fn gather(messages: &mut Messages, bytes_max: usize) -> Result<tei::RerankRequest, Status> {
-    let mut gathered = tei::RerankRequest::default();
-    let mut bytes = 0;
-    while let Some(message) = messages.next().await? {
-        bytes += message.bytes().len();
-        if bytes > bytes_max {
-            return Err(Error::too_large(bytes, bytes_max).to_status());
-        }
-        let next: tei::RerankStreamRequest = decode(message.bytes())?;
-        if gathered.texts.is_empty() {
-            gathered = tei::RerankRequest {
-                query: next.query,
-                texts: Vec::new(),
-                truncate: next.truncate,
-                raw_scores: next.raw_scores,
-                return_text: next.return_text,
-                truncation_direction: next.truncation_direction,
-            };
-        } else if next.query != gathered.query {
-            let reason = "must be the same in every message of the stream";
-            return Err(Error::invalid("query", reason).to_status());
-        }
-        gathered.texts.push(next.text);
-    }
-    Ok(gathered)
 }

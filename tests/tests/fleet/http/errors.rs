@@ -42,11 +42,13 @@ fn http_status(code: Code, retry: bool) -> u16 {
 
 /// How the HTTP door calls a field of the gRPC door.
 fn at_http(field: &str) -> String {
-    let index = field
+    let raw = field
         .strip_prefix("raw_input_contents[")
-        .and_then(|rest| rest.strip_suffix(']'))
-        .or_else(|| field.strip_prefix("inputs[")?.strip_suffix("].contents"));
-    index.map_or_else(|| field.to_owned(), |index| format!("inputs[{index}].data"))
+        .and_then(|rest| rest.strip_suffix(']'));
+    raw.map_or_else(
+        || field.replacen("].contents", "].data", 1),
+        |index| format!("inputs[{index}].data"),
+    )
 }
 
 /// The error that both doors must report.
@@ -93,7 +95,13 @@ fn agree(what: &str, status: &Status, response: &Response, expected: Expected<'_
     // A body and a message differ in length, and a wait in time.
     if code != Code::ResourceExhausted {
         let message = match (&named, &at_http) {
-            (Some(grpc), Some(http)) => status.message().replacen(grpc, http, 1),
+            // Beside the name of an input stands the rest of the path alone.
+            (Some(grpc), Some(http)) => {
+                status
+                    .message()
+                    .replacen(grpc, http, 1)
+                    .replacen("': contents[", "': data[", 1)
+            }
             _ => status.message().to_owned(),
         };
         ensure!(
@@ -194,7 +202,7 @@ fn invalid() -> Vec<(&'static str, ModelInferRequest, &'static str)> {
             }),
             "inputs[0].shape",
         ),
-        ("a value", pixels(&[[f32::NAN; 64]]), "inputs[0].data"),
+        ("a value", pixels(&[[f32::NAN; 64]]), "inputs[0].data[0]"),
         ("an input", input(|i| i.name = "colours".into()), "inputs"),
         (
             "no input",

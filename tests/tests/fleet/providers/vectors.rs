@@ -175,7 +175,7 @@ async fn errors_in_a_request_name_their_field_like_a_local_models() -> Result<()
         (texts("small", &[]), "inputs[0].shape"),
         (datatype, "inputs[0].datatype"),
         (input, "inputs"),
-        (text, "inputs[0].contents"),
+        (text, "inputs[0].contents[0]"),
     ] {
         let status = outside.fails(request).await?;
         ensure!(

@@ -5,7 +5,7 @@ use protocol::inference::{
     InferParameter, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice,
     model_infer_response::InferOutputTensor,
 };
-use protocol::{Error, InferRequest, Value};
+use protocol::{Error, FieldPath, InferRequest, Value};
 use providers::{ChatMessage, ChatRequest, FinishReason, MODEL_VERSION, Role, TokenUsage};
 use tensor::Datatype;
 
@@ -14,15 +14,15 @@ use tensor::Datatype;
 pub(super) fn to_chat(request: &InferRequest, text: String) -> Result<ChatRequest, Error> {
     let mut chat = ChatRequest::from_prompt(text);
     for (name, value) in &request.parameters {
-        let field = format!("parameters[{name}]");
+        let invalid = |reason: &str| Error::invalid(FieldPath::parameter(name), reason);
         match (name.as_str(), value) {
-            ("max_tokens", Value::Integer(count)) => {
-                let count = u32::try_from(*count).ok().filter(|count| *count > 0);
-                let count = count.ok_or_else(|| Error::invalid(&field, "must be at least 1"))?;
-                chat.max_tokens = Some(count);
+            ("max_tokens", value) => {
+                let count = u32::try_from(value.integer(name)?).ok();
+                let count = count.filter(|count| *count > 0);
+                chat.max_tokens = Some(count.ok_or_else(|| invalid("must be at least 1"))?);
             }
-            ("temperature", value) => chat.temperature = Some(number(value, &field, 2.0)?),
-            ("top_p", value) => chat.top_p = Some(number(value, &field, 1.0)?),
+            ("temperature", value) => chat.temperature = Some(number(name, value, 2.0)?),
+            ("top_p", value) => chat.top_p = Some(number(name, value, 1.0)?),
             ("stop", Value::Text(text)) if !text.is_empty() => chat.stop = vec![text.clone()],
             ("system", Value::Text(text)) => {
                 let message = ChatMessage {
@@ -31,28 +31,25 @@ pub(super) fn to_chat(request: &InferRequest, text: String) -> Result<ChatReques
                 };
                 chat.messages.insert(0, message);
             }
-            ("max_tokens", _) => return Err(Error::invalid(field, "must be an integer")),
-            ("stop", _) => return Err(Error::invalid(field, "must be a text that is not empty")),
-            ("system", _) => return Err(Error::invalid(field, "must be a text")),
-            _ => {
-                let reason = format!("model '{}' has no such parameter", request.model);
-                return Err(Error::invalid(field, reason));
-            }
+            ("stop", _) => return Err(invalid("must be a string that is not empty")),
+            ("system", _) => return Err(invalid("must be a string")),
+            _ => return Err(request.unknown_parameter(name)),
         }
     }
     Ok(chat)
 }
 
-/// A number from 0 to a bound.
-fn number(value: &Value, field: &str, most: f64) -> Result<f64, Error> {
+/// The number of a parameter, from 0 to a bound.
+fn number(name: &str, value: &Value, max: f64) -> Result<f64, Error> {
+    let invalid = |reason: String| Err(Error::invalid(FieldPath::parameter(name), reason));
     let number = match value {
         Value::Number(number) => *number,
         Value::Integer(number) => *number as f64,
-        _ => return Err(Error::invalid(field, "must be a number")),
+        _ => return invalid("must be a number".to_owned()),
     };
     // Written so that NaN is outside too.
-    if !(0.0..=most).contains(&number) {
-        return Err(Error::invalid(field, format!("must be from 0 to {most}")));
+    if !(0.0..=max).contains(&number) {
+        return invalid(format!("must be from 0 to {max}"));
     }
     Ok(number)
 }

@@ -1,26 +1,23 @@
 //! The Open Inference Protocol in front of a provider's model. The checks, and
 //! the fields that they name, are those of a local model.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use http::HeaderMap;
 use platform::grpc::decode;
 use protocol::inference::{
-    ModelConfig, ModelConfigRequest, ModelConfigResponse, ModelInferRequest, ModelInput,
-    ModelMetadataRequest, ModelMetadataResponse, ModelOutput, ModelParameter,
-    ModelTransactionPolicy, ModelVersionPolicy,
-    model_metadata_response::TensorMetadata,
-    model_version_policy::{PolicyChoice, Specific},
+    ModelConfig, ModelConfigRequest, ModelConfigResponse, ModelInferRequest, ModelMetadataRequest,
+    ModelMetadataResponse, ModelTransactionPolicy,
 };
 use protocol::{
-    DIGEST_KEY, Error, InferRequest, Input, Method, ModelName, ModelVersion, TOKENS_KEY, Task,
-    Value, to_response,
+    DIGEST_KEY, Error, FieldPath, InferRequest, Kind, Method, ModelName, ModelVersion, Signature,
+    TOKENS_KEY, Task, checked_dimensions, to_response,
 };
 use providers::{
     CallContext, ChatRequest, EmbeddingOptions, MODEL_VERSION, Provider, ProviderError,
     ProviderUsage, UsageMeter,
 };
-use tensor::{Datatype, Shape, Tensor, TensorError};
+use tensor::{Datatype, Shape, Tensor, TensorError, TensorSpec};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -28,19 +25,20 @@ use super::generation::to_chat;
 use crate::request::Request;
 use crate::upstream::Response;
 
-/// One input or output.
-struct Spec {
-    name: &'static str,
-    datatype: Datatype,
-    shape: Vec<i64>,
-}
+/// What runs a provider's model, in the words of its metadata.
+const PLATFORM: &str = "andon_provider";
+/// The most dimensions of an embedding whose width is not configured.
+const WIDTH_MAX: usize = 65_536;
+/// Texts are bounded by their message alone: the service has its own limit.
+const TEXT_BYTES_MAX: usize = usize::MAX;
 
-fn spec(name: &'static str, datatype: Datatype, shape: &[i64]) -> Spec {
-    Spec {
-        name,
-        datatype,
-        shape: shape.to_vec(),
-    }
+/// The inputs of the models of each task.
+static EMBEDDING_INPUTS: LazyLock<[TensorSpec; 1]> = LazyLock::new(|| [texts("text")]);
+static RERANK_INPUTS: LazyLock<[TensorSpec; 2]> = LazyLock::new(|| [texts("query"), texts("text")]);
+static GENERATION_INPUTS: LazyLock<[TensorSpec; 1]> = LazyLock::new(|| [texts("text_input")]);
+
+fn texts(name: &str) -> TensorSpec {
+    TensorSpec::new(name, Datatype::Bytes, &[-1])
 }
 
 /// Responds to one message; the usage is that of all calls of the service.
@@ -71,88 +69,54 @@ pub(super) async fn respond(
     }
 }
 
-fn inputs(provider: &Provider) -> Vec<Spec> {
-    let text = |name| spec(name, Datatype::Bytes, &[-1]);
+fn inputs(provider: &Provider) -> &'static [TensorSpec] {
     match provider.task() {
-        Task::Embedding => vec![text("text")],
-        Task::Rerank => vec![text("query"), text("text")],
-        Task::Generation => vec![text("text_input")],
+        Task::Embedding => &*EMBEDDING_INPUTS,
+        Task::Rerank => &*RERANK_INPUTS,
+        Task::Generation => &*GENERATION_INPUTS,
+        Task::Classification | Task::Tabular => &[],
+    }
+}
+
+fn outputs(provider: &Provider) -> Vec<TensorSpec> {
+    let width = provider.settings().width;
+    let width = width.and_then(|width| i64::try_from(width).ok());
+    let floats = |name, width| vec![TensorSpec::new(name, Datatype::Fp32, &[-1, width])];
+    match provider.task() {
+        Task::Embedding => floats("embedding", width.unwrap_or(-1)),
+        Task::Rerank => floats("score", 1),
+        Task::Generation => vec![texts("text_output")],
         Task::Classification | Task::Tabular => Vec::new(),
     }
 }
 
-fn outputs(provider: &Provider) -> Vec<Spec> {
-    let width = provider
-        .settings()
-        .width
-        .and_then(|width| i64::try_from(width).ok());
-    match provider.task() {
-        Task::Embedding => {
-            let shape = [-1, width.unwrap_or(-1)];
-            vec![spec("embedding", Datatype::Fp32, &shape)]
-        }
-        Task::Rerank => vec![spec("score", Datatype::Fp32, &[-1, 1])],
-        Task::Generation => vec![spec("text_output", Datatype::Bytes, &[-1])],
-        Task::Classification | Task::Tabular => Vec::new(),
+/// What the provider's model takes and returns.
+fn signature<'o>(provider: &Provider, outputs: &'o [TensorSpec]) -> Signature<'o> {
+    Signature {
+        inputs: inputs(provider),
+        outputs,
+        rows_max: provider.settings().rows_max(),
     }
 }
 
 fn metadata(provider: &Provider) -> ModelMetadataResponse {
-    let tensor = |spec: Spec| TensorMetadata {
-        name: spec.name.to_owned(),
-        datatype: spec.datatype.name().to_owned(),
-        shape: spec.shape,
-    };
-    ModelMetadataResponse {
-        name: provider.name.clone(),
-        versions: vec![MODEL_VERSION.to_owned()],
-        platform: "andon_provider".to_owned(),
-        inputs: inputs(provider).into_iter().map(tensor).collect(),
-        outputs: outputs(provider).into_iter().map(tensor).collect(),
-    }
+    let (outputs, versions) = (outputs(provider), vec![MODEL_VERSION.to_owned()]);
+    let signature = signature(provider, &outputs);
+    signature.to_metadata(&provider.name, versions, PLATFORM.to_owned())
 }
 
 fn config(provider: &Provider) -> ModelConfig {
-    // Triton's dims leave out the batch dimension.
-    let dims = |spec: &Spec| match spec.shape.get(1..) {
-        Some([]) | None => vec![1],
-        Some(dims) => dims.to_vec(),
-    };
-    let input = |spec: Spec| ModelInput {
-        name: spec.name.to_owned(),
-        data_type: protocol::data_type(spec.datatype).into(),
-        dims: dims(&spec),
-        optional: false,
-    };
-    let output = |spec: Spec| ModelOutput {
-        name: spec.name.to_owned(),
-        data_type: protocol::data_type(spec.datatype).into(),
-        dims: dims(&spec),
-    };
+    let outputs = outputs(provider);
+    let signature = signature(provider, &outputs);
+    let concurrency_max = provider.settings().concurrency_max;
     let parameters = [
         ("task", provider.task().to_string()),
-        (
-            "concurrency_max",
-            provider.settings().concurrency_max.to_string(),
-        ),
+        ("concurrency_max", concurrency_max.to_string()),
     ];
+    let decoupled = provider.task() == Task::Generation;
     ModelConfig {
-        name: provider.name.clone(),
-        platform: "andon_provider".to_owned(),
-        backend: "andon".to_owned(),
-        version_policy: Some(ModelVersionPolicy {
-            policy_choice: Some(PolicyChoice::Specific(Specific { versions: vec![1] })),
-        }),
-        max_batch_size: i32::try_from(provider.settings().rows_max()).unwrap_or(i32::MAX),
-        input: inputs(provider).into_iter().map(input).collect(),
-        output: outputs(provider).into_iter().map(output).collect(),
-        parameters: parameters
-            .map(|(name, string_value)| (name.to_owned(), ModelParameter { string_value }))
-            .into(),
-        model_transaction_policy: Some(ModelTransactionPolicy {
-            decoupled: provider.task() == Task::Generation,
-        }),
-        ..Default::default()
+        model_transaction_policy: Some(ModelTransactionPolicy { decoupled }),
+        ..signature.to_config(&provider.name, 1, PLATFORM.to_owned(), parameters)
     }
 }
 
@@ -161,80 +125,13 @@ pub(super) fn unsupported(provider: &Provider, method: Method) -> Error {
     let (name, method) = (&provider.name, method.name());
     let reason =
         format!("model '{name}' is served by an outside provider, which does not support {method}");
-    Error::new(protocol::Kind::Unsupported, reason)
+    Error::new(Kind::Unsupported, reason)
 }
 
-/// The error of a parameter that the model does not have.
-fn unknown_parameter(provider: &Provider, name: &str) -> Error {
-    let reason = format!("model '{}' has no such parameter", provider.name);
-    Error::invalid(format!("parameters[{name}]"), reason)
-}
-
-/// Checks outputs, names, datatypes and shapes.
+/// Checks the requested outputs, and names, datatypes and shapes of the inputs.
 fn check(provider: &Provider, request: &InferRequest) -> Result<(), Error> {
     let outputs = outputs(provider);
-    for (index, name) in request.outputs.iter().enumerate() {
-        if !outputs.iter().any(|spec| spec.name == *name) {
-            let known: Vec<&str> = outputs.iter().map(|spec| spec.name).collect();
-            return Err(Error::invalid(
-                format!("outputs[{index}].name"),
-                format!("unknown output; the outputs are: {}", known.join(", ")),
-            ));
-        }
-    }
-    let specs = inputs(provider);
-    for spec in &specs {
-        if !request.inputs.iter().any(|input| input.name == spec.name) {
-            let reason = format!("input '{}' is missing", spec.name);
-            return Err(Error::invalid("inputs", reason));
-        }
-    }
-    let mut rows = None;
-    for (index, input) in request.inputs.iter().enumerate() {
-        let count = check_input(provider, index, input, &specs)?;
-        if *rows.get_or_insert(count) != count {
-            return Err(Error::invalid(
-                format!("inputs[{index}].shape"),
-                "all inputs must have the same number of rows",
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn check_input(
-    provider: &Provider,
-    index: usize,
-    input: &Input,
-    specs: &[Spec],
-) -> Result<usize, Error> {
-    let at = |part: &str| format!("inputs[{index}].{part}");
-    let Some(spec) = specs.iter().find(|spec| spec.name == input.name) else {
-        let known: Vec<&str> = specs.iter().map(|spec| spec.name).collect();
-        return Err(Error::invalid(
-            at("name"),
-            format!("unknown input; the inputs are: {}", known.join(", ")),
-        ));
-    };
-    if input.tensor.datatype() != spec.datatype {
-        let reason = format!("must be {}", spec.datatype);
-        return Err(Error::invalid(at("datatype"), reason));
-    }
-    let sizes = input.tensor.shape().to_wire();
-    if sizes.len() != spec.shape.len() {
-        let reason = format!("is {sizes:?}, but must be {:?}", spec.shape);
-        return Err(Error::invalid(at("shape"), reason));
-    }
-    let count = input.tensor.shape().sizes().first().copied().unwrap_or(0);
-    if count == 0 {
-        return Err(Error::invalid(at("shape"), "the batch is empty"));
-    }
-    let rows_max = provider.settings().rows_max();
-    if count > rows_max {
-        let reason = format!("{count} rows: a request may have {rows_max}");
-        return Err(Error::invalid(at("shape"), reason));
-    }
-    Ok(count)
+    signature(provider, &outputs).check(request).map(drop)
 }
 
 fn embedding_options(
@@ -243,28 +140,23 @@ fn embedding_options(
 ) -> Result<EmbeddingOptions, Error> {
     let mut options = EmbeddingOptions::default();
     for (name, value) in &request.parameters {
-        let wrong = |reason: String| Error::invalid(format!("parameters[{name}]"), reason);
-        match (name.as_str(), value) {
-            ("truncate", Value::Bool(on)) => options.truncate = *on,
-            ("normalize", Value::Bool(on)) => options.normalize = *on,
-            ("dimensions", Value::Integer(count)) => {
-                options.dimensions = Some(dimensions(provider, *count).map_err(wrong)?);
+        match name.as_str() {
+            "truncate" => options.truncate = value.boolean(name)?,
+            "normalize" => options.normalize = value.boolean(name)?,
+            "dimensions" => {
+                let dimensions = dimensions(provider, value.integer(name)?)
+                    .map_err(|reason| Error::invalid(FieldPath::parameter(name), reason))?;
+                options.dimensions = Some(dimensions);
             }
-            ("truncate" | "normalize", _) => return Err(wrong("must be a boolean".into())),
-            ("dimensions", _) => return Err(wrong("must be an integer".into())),
-            _ => return Err(unknown_parameter(provider, name)),
+            _ => return Err(request.unknown_parameter(name)),
         }
     }
     Ok(options)
 }
 
-/// Checks how many leading dimensions of an embedding are kept.
+/// Checks how many leading dimensions of an embedding are returned.
 pub(super) fn dimensions(provider: &Provider, count: i64) -> Result<usize, String> {
-    let width = provider.settings().width.unwrap_or(65_536);
-    usize::try_from(count)
-        .ok()
-        .filter(|count| (1..=width).contains(count))
-        .ok_or_else(|| format!("must be from 1 to {width}"))
+    checked_dimensions(count, provider.settings().width.unwrap_or(WIDTH_MAX))
 }
 
 async fn infer(
@@ -309,7 +201,7 @@ type Output = (String, Tensor);
 
 /// An output whose shape this program chose.
 fn output(name: &str, tensor: Result<Tensor, TensorError>) -> Result<Output, Error> {
-    let tensor = tensor.map_err(|error| Error::new(protocol::Kind::Internal, error.to_string()))?;
+    let tensor = tensor.map_err(|error| Error::new(Kind::Internal, error.to_string()))?;
     Ok((name.to_owned(), tensor))
 }
 
@@ -319,7 +211,7 @@ async fn embed(
     context: CallContext<'_>,
 ) -> Result<(Output, ProviderUsage), Error> {
     let options = embedding_options(provider, request)?;
-    let (texts, field) = column(request, "text")?;
+    let texts = request.texts("text", TEXT_BYTES_MAX)?;
     let embeddings =
         provider
             .embed(&texts, options, context)
@@ -328,7 +220,7 @@ async fn embed(
                 ProviderError::UnsupportedDimensions => {
                     error.to_error(&provider.name, "parameters[dimensions]")
                 }
-                error => error.to_error(&provider.name, &field),
+                error => failed(&error, provider, request, "text"),
             })?;
     let width = embeddings.vectors.first().map_or(0, Vec::len);
     let shape = Shape::from_sizes(vec![texts.len(), width]);
@@ -343,22 +235,18 @@ async fn rerank(
     context: CallContext<'_>,
 ) -> Result<(Output, ProviderUsage), Error> {
     for (name, value) in &request.parameters {
-        match (name.as_str(), value) {
-            ("truncate", Value::Bool(_)) => {}
-            ("truncate", _) => {
-                let field = format!("parameters[{name}]");
-                return Err(Error::invalid(field, "must be a boolean"));
-            }
-            _ => return Err(unknown_parameter(provider, name)),
+        if name != "truncate" {
+            return Err(request.unknown_parameter(name));
         }
+        value.boolean(name)?;
     }
-    let (queries, _) = column(request, "query")?;
-    let (texts, field) = column(request, "text")?;
+    let queries = request.texts("query", TEXT_BYTES_MAX)?;
+    let texts = request.texts("text", TEXT_BYTES_MAX)?;
     let pairs: Vec<_> = queries.into_iter().zip(texts).collect();
     let (scores, usage) = provider
         .rerank(&pairs, context)
         .await
-        .map_err(|error| error.to_error(&provider.name, &field))?;
+        .map_err(|error| failed(&error, provider, request, "text"))?;
     let shape = Shape::from_sizes(vec![scores.len(), 1]);
     let tensor = shape.and_then(|shape| Tensor::from_f32(shape, &scores));
     Ok((output("score", tensor)?, usage))
@@ -369,11 +257,11 @@ async fn generate(
     request: &InferRequest,
     context: CallContext<'_>,
 ) -> Result<(Output, ProviderUsage), Error> {
-    let (chat, field) = chat_request(request)?;
+    let chat = chat_request(request)?;
     let response = provider
         .generate(&chat, context)
         .await
-        .map_err(|error| error.to_error(&provider.name, &field))?;
+        .map_err(|error| failed(&error, provider, request, "text_input"))?;
     let shape = Shape::from_sizes(vec![1]);
     let tensor = shape.and_then(|shape| Tensor::from_elements(shape, &[response.text.as_bytes()]));
     Ok((
@@ -390,34 +278,22 @@ pub fn conversation(
 ) -> Result<(ChatRequest, String), Status> {
     let request = InferRequest::checked(decode(request.message.bytes())?)?;
     check(provider, &request)?;
-    let (chat, _) = chat_request(&request)?;
+    let chat = chat_request(&request)?;
     Ok((chat, request.id))
 }
 
-/// The conversation that a request for generation stands for, and the field
-/// that holds its text.
-fn chat_request(request: &InferRequest) -> Result<(ChatRequest, String), Error> {
-    let (mut texts, field) = column(request, "text_input")?;
-    let chat = to_chat(request, texts.pop().unwrap_or_default())?;
-    Ok((chat, field))
+/// The conversation that a request for generation stands for.
+fn chat_request(request: &InferRequest) -> Result<ChatRequest, Error> {
+    let mut texts = request.texts("text_input", TEXT_BYTES_MAX)?;
+    to_chat(request, texts.pop().unwrap_or_default())
 }
 
-/// The texts of an input, and the field that holds them.
-fn column(request: &InferRequest, name: &str) -> Result<(Vec<String>, String), Error> {
-    let position = request.inputs.iter().position(|input| input.name == name);
-    let index = position.unwrap_or(0);
-    let field = format!("inputs[{index}].contents");
-    let Some(input) = request.inputs.get(index) else {
-        return Err(Error::invalid("inputs", "there are none"));
-    };
-    let elements = input
-        .tensor
-        .to_elements()
-        .map_err(|error| Error::invalid(&field, error.to_string()))?;
-    let texts = elements.into_iter().enumerate().map(|(element, bytes)| {
-        std::str::from_utf8(bytes)
-            .map(str::to_owned)
-            .map_err(|_| Error::invalid(&field, format!("element {element} is not UTF-8")))
-    });
-    Ok((texts.collect::<Result<_, _>>()?, field))
+/// The error of a call that was about the texts of an input.
+fn failed(
+    error: &ProviderError,
+    provider: &Provider,
+    request: &InferRequest,
+    input: &str,
+) -> Error {
+    error.to_error(&provider.name, request.contents_field(input).as_str())
 }

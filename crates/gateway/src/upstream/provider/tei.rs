@@ -1,12 +1,11 @@
 //! `tei.v1` in front of a provider's model.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderValue};
 use platform::grpc::decode;
 use protocol::tei::v1 as tei;
-use protocol::{Error, MODEL_KEY, Method, Task};
+use protocol::{Error, MODEL_KEY, Method, Task, insert_compute_metadata, truncation_direction};
 use providers::{
     CallContext, EmbeddingOptions, MODEL_VERSION, Provider, ProviderError, ProviderUsage,
     UsageMeter,
@@ -57,8 +56,7 @@ impl Call<'_> {
         if task == expected {
             return Ok(());
         }
-        let reason = format!("model '{name}' does {task}, not {expected}");
-        Err(Error::invalid(MODEL_KEY, reason))
+        Err(Error::wrong_task(MODEL_KEY, name, task, expected))
     }
 
     fn info(&self) -> Result<tei::InfoResponse, Error> {
@@ -93,10 +91,11 @@ impl Call<'_> {
             }
         };
         if request.prompt_name.is_some() {
-            let reason = "unknown prompt; the model has none";
+            let reason = "must not be set: the model has no prompts";
             return Err(Error::invalid("prompt_name", reason));
         }
-        checked_direction(request.truncation_direction)?;
+        // The provider chooses where it truncates.
+        truncation_direction(request.truncation_direction)?;
         let options = EmbeddingOptions {
             dimensions,
             normalize: request.normalize,
@@ -132,14 +131,15 @@ impl Call<'_> {
     ) -> Result<(Response, ProviderUsage), Error> {
         self.must_do(Task::Rerank)?;
         if request.texts.is_empty() {
-            return Err(Error::invalid("texts", "there are none"));
+            return Err(Error::invalid("texts", "must not be empty"));
         }
         let (count, rows_max) = (request.texts.len(), self.provider.settings().rows_max());
         if count > rows_max {
-            let reason = format!("{count} texts: a request may have {rows_max}");
+            let reason = format!("has {count} texts, over the limit of {rows_max} for a request");
             return Err(Error::invalid("texts", reason));
         }
-        checked_direction(request.truncation_direction)?;
+        // The provider chooses where it truncates.
+        truncation_direction(request.truncation_direction)?;
         let characters = request.texts.iter().map(|text| text.chars().count()).sum();
         let texts = request.texts.into_iter();
         let pairs: Vec<_> = texts.map(|text| (request.query.clone(), text)).collect();
@@ -181,29 +181,8 @@ impl Call<'_> {
 
     fn response_metadata(&self, timing: &tei::Metadata, usage: ProviderUsage) -> HeaderMap {
         let mut metadata = response_metadata(self.provider, usage);
-        let ms = Duration::from_nanos(timing.total_time_ns).as_millis();
-        let ms = HeaderValue::from(u64::try_from(ms).unwrap_or(u64::MAX));
-        for (name, value) in [
-            ("x-compute-type", HeaderValue::from_static("provider")),
-            ("x-compute-time", ms.clone()),
-            ("x-compute-characters", timing.compute_chars.into()),
-            ("x-total-time", ms.clone()),
-            ("x-tokenization-time", 0u64.into()),
-            ("x-queue-time", 0u64.into()),
-            ("x-inference-time", ms),
-        ] {
-            metadata.insert(HeaderName::from_static(name), value);
-        }
+        let compute_type = Some(HeaderValue::from_static("provider"));
+        insert_compute_metadata(&mut metadata, compute_type, usage.tokens(), timing);
         metadata
     }
-}
-
-/// An unknown direction is an error, although the provider chooses where it
-/// truncates.
-fn checked_direction(direction: i32) -> Result<(), Error> {
-    let known = tei::TruncationDirection::try_from(direction);
-    let reason = "must be 0 (right) or 1 (left)";
-    known
-        .map(drop)
-        .map_err(|_| Error::invalid("truncation_direction", reason))
 }

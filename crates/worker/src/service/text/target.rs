@@ -1,48 +1,103 @@
-//! Which model a text call goes to, and what every text call does with it.
+//! The model that a text call goes to, and the steps that all text calls share.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use engine::{Task, TextOutput, Tokenizer, Truncation};
-use http::{HeaderName, HeaderValue};
+use engine::{TextOutput, Tokenizer, Truncation};
+use http::HeaderValue;
 use platform::grpc::{Call, Metadata};
 use protocol::tei::v1 as tei;
-use protocol::{DIGEST_KEY, Error, Kind, MODEL_KEY, ModelName, ModelVersion, VERSION_KEY};
+use protocol::{
+    DIGEST_KEY, Error, FieldPath, Kind, MODEL_KEY, Method, ModelName, ModelVersion, Task,
+    VERSION_KEY, check_text_bytes, insert_compute_metadata, truncation_direction,
+};
 use tonic::Code;
 
-use super::super::inference::Counted;
-use crate::model::{OwnedText, ServedModel, Urgency};
+use super::super::CallRecord;
+use crate::error::text_problem;
+use crate::model::{OwnedText, ServedModel, TextError, Urgency};
 use crate::repository::Repository;
 
 /// The model that a call names, if any, and when the call must be done.
 #[derive(Debug, Clone)]
-pub(super) struct Target {
+pub struct Target {
     name: Option<ModelName>,
     version: Option<ModelVersion>,
     started: Instant,
     deadline: Instant,
 }
 
-/// An answer and what it cost.
-pub(super) struct Answered<A> {
-    pub(super) message: A,
+/// The message of a response and what it took to compute.
+pub struct TextResponse<A> {
+    pub message: A,
     metadata: tei::Metadata,
     compute_type: &'static str,
     digest: Option<HeaderValue>,
 }
 
-/// The texts of one call and what is wanted of them.
-pub(super) struct Texts {
-    pub(super) texts: Vec<OwnedText>,
-    /// The request's field that holds the texts.
-    pub(super) field: &'static str,
-    pub(super) prompt: Option<String>,
-    pub(super) wanted: TextOutput,
-    pub(super) truncation: Truncation,
+/// The texts of one call and how they are computed.
+pub struct TextRequest {
+    pub texts: TextsField,
+    pub prompt: Option<String>,
+    pub wanted: TextOutput,
+    pub truncation: Truncation,
+}
+
+/// The texts of a request and the fields that hold them.
+pub enum TextsField {
+    /// The only text: `inputs`.
+    One(String),
+    /// The only pair: `inputs[0]` and `inputs[1]`.
+    Pair(String, String),
+    /// A query with each of several texts: `query` and `texts[…]`.
+    Ranked(String, Vec<String>),
+}
+
+impl TextsField {
+    fn count(&self) -> usize {
+        match self {
+            Self::One(_) | Self::Pair(..) => 1,
+            Self::Ranked(_, texts) => texts.len(),
+        }
+    }
+
+    /// Checks each text's length and puts the prompt before an only text.
+    fn prepared(
+        self,
+        model: &ServedModel,
+        prompt: Option<String>,
+    ) -> Result<Vec<OwnedText>, Error> {
+        let inputs = |index| FieldPath::from("inputs").index(index);
+        match self {
+            Self::One(text) => {
+                let text = prompted(model, prompt, text)?;
+                check_length(model, &text, || "inputs".into())?;
+                Ok(vec![OwnedText::One(text)])
+            }
+            Self::Pair(first, second) => {
+                check_length(model, &first, || inputs(0))?;
+                check_length(model, &second, || inputs(1))?;
+                Ok(vec![OwnedText::Pair(first, second)])
+            }
+            Self::Ranked(query, texts) => {
+                check_length(model, &query, || "query".into())?;
+                let pair = |(index, text): (usize, String)| {
+                    check_length(model, &text, || texts_field(index))?;
+                    Ok(OwnedText::Pair(query.clone(), text))
+                };
+                texts.into_iter().enumerate().map(pair).collect()
+            }
+        }
+    }
+}
+
+fn texts_field(index: usize) -> FieldPath {
+    FieldPath::from("texts").index(index)
 }
 
 impl Target {
-    pub(super) fn of(call: &Call) -> Result<Self, Error> {
+    /// Reads the target of a call from its metadata.
+    pub fn of(call: &Call) -> Result<Self, Error> {
         let name = call.metadata_text(MODEL_KEY);
         let version = call.metadata_text(VERSION_KEY).unwrap_or_default();
         Ok(Self {
@@ -55,7 +110,8 @@ impl Target {
         })
     }
 
-    pub(super) fn until(self, deadline: Instant) -> Self {
+    /// The same target for one message of a stream, which begins now.
+    pub fn until(self, deadline: Instant) -> Self {
         Self {
             started: Instant::now(),
             deadline,
@@ -63,108 +119,77 @@ impl Target {
         }
     }
 
-    /// The model for a task: the one that is named, or the only one.
-    pub(super) fn model(
-        &self,
-        repository: &Repository,
-        task: Task,
-    ) -> Result<Arc<ServedModel>, Error> {
+    /// The model for a task: the named one, or the only one.
+    pub fn model(&self, repository: &Repository, task: Task) -> Result<Arc<ServedModel>, Error> {
         if let Some(name) = &self.name {
             let model = repository.find(name, self.version)?;
-            if model.card.task == task {
+            if model.task() == task {
                 return Ok(model);
             }
-            // Which others do is not for every caller to know.
-            return Err(Error::invalid(
-                MODEL_KEY,
-                format!("model '{name}' does {}, not {task}", model.card.task),
-            ));
+            // The models of the other task are not for every caller to know.
+            let name = name.as_str();
+            return Err(Error::wrong_task(MODEL_KEY, name, model.task(), task));
         }
-        only(repository.doing(task), task.as_str())
+        only(repository.models_for(task), task.as_str())
     }
 
-    /// The model whose tokenizer answers: named, or the only one.
-    pub(super) fn any_text_model(
-        &self,
-        repository: &Repository,
-    ) -> Result<Arc<ServedModel>, Error> {
+    /// The model whose tokenizer a call uses: the named one, or the only one.
+    pub fn any_text_model(&self, repository: &Repository) -> Result<Arc<ServedModel>, Error> {
         if let Some(name) = &self.name {
             return repository.find(name, self.version);
         }
-        let tasks = [Task::Embedding, Task::Classification, Task::Rerank];
-        let models = tasks.into_iter().flat_map(|task| repository.doing(task));
+        let tasks = Task::TEXT.iter();
+        let models = tasks.flat_map(|task| repository.models_for(*task));
         only(models.collect(), "text")
     }
 
-    /// Computes texts with a model.
-    pub(super) async fn run(
+    /// Computes texts with a model: one vector for each.
+    pub async fn run(
         &self,
         model: &ServedModel,
-        method: &'static str,
-        texts: Texts,
-    ) -> Result<Answered<Vec<Vec<f32>>>, Error> {
-        let mut counted = Counted::new(model, method, self.started);
-        let answered = self.compute(model, texts).await;
-        counted.code = match &answered {
+        method: Method,
+        request: TextRequest,
+    ) -> Result<TextResponse<Vec<Vec<f32>>>, Error> {
+        let mut record = CallRecord::new(model, method, self.started);
+        let response = self.compute(model, request).await;
+        record.code = match &response {
             Ok(_) => Code::Ok,
             Err(error) => error.kind().code(),
         };
-        answered
+        response
     }
 
     async fn compute(
         &self,
         model: &ServedModel,
-        texts: Texts,
-    ) -> Result<Answered<Vec<Vec<f32>>>, Error> {
-        let rows_max = model.limits.request_rows_max;
-        if texts.texts.len() > rows_max {
-            let count = texts.texts.len();
-            return Err(Error::invalid(
-                texts.field,
-                format!("{count} texts: a request may have {rows_max}"),
-            ));
+        request: TextRequest,
+    ) -> Result<TextResponse<Vec<Vec<f32>>>, Error> {
+        let (count, rows_max) = (request.texts.count(), model.limits.request_rows_max);
+        if count > rows_max {
+            let reason = format!("has {count} texts, over the limit of {rows_max} for a request");
+            return Err(Error::invalid("texts", reason));
         }
-        let mut prepared = Vec::with_capacity(texts.texts.len());
-        for text in texts.texts {
-            prepared.push(match text {
-                OwnedText::One(text) => {
-                    let text = prompted(model, texts.prompt.clone(), text)?;
-                    check_length(model, texts.field, &text)?;
-                    OwnedText::One(text)
-                }
-                OwnedText::Pair(first, second) => {
-                    check_length(model, texts.field, &first)?;
-                    check_length(model, texts.field, &second)?;
-                    OwnedText::Pair(first, second)
-                }
-            });
-        }
-        let characters: usize = prepared.iter().map(OwnedText::characters).sum();
+        let ranked = matches!(request.texts, TextsField::Ranked(..));
+        let texts = request.texts.prepared(model, request.prompt)?;
+        let characters: usize = texts.iter().map(OwnedText::characters).sum();
         let urgency = Urgency {
             priority: 0,
             deadline: self.deadline,
         };
-        let (vectors, cost) = model
-            .texts(prepared, texts.wanted, texts.truncation, urgency)
+        let (vectors, usage) = model
+            .texts(texts, request.wanted, request.truncation, urgency)
             .await?
-            .map_err(|failed| {
-                let reason = format!("{}; set 'truncate' to cut it", failed.error);
-                match failed.error.is_callers_input() {
-                    true => Error::invalid(texts.field, reason),
-                    false => Error::new(Kind::Internal, failed.error.to_string()),
-                }
-            })?;
+            .map_err(|error| invalid_text(&error, ranked))?;
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let metadata = tei::Metadata {
             compute_chars: count(characters),
-            compute_tokens: count(cost.tokens),
+            compute_tokens: count(usage.tokens),
             total_time_ns: ns(self.started.elapsed()),
-            tokenization_time_ns: ns(cost.tokenize),
-            queue_time_ns: ns(cost.queue),
-            inference_time_ns: ns(cost.compute),
+            tokenization_time_ns: ns(usage.tokenize),
+            queue_time_ns: ns(usage.queue),
+            inference_time_ns: ns(usage.compute),
         };
-        Ok(Answered {
+        Ok(TextResponse {
             message: vectors,
             metadata,
             compute_type: compute_type(model),
@@ -173,9 +198,23 @@ impl Target {
     }
 }
 
-impl<A> Answered<A> {
-    /// An answer that no device computed.
-    pub(super) fn free(message: A, model: &ServedModel) -> Self {
+/// The error of a text that could not be tokenized, in the request's terms.
+fn invalid_text(failed: &TextError, ranked: bool) -> Error {
+    let TextError { index, error } = failed;
+    if !error.is_callers_input() {
+        return Error::new(Kind::Internal, error.to_string());
+    }
+    let field = if ranked {
+        texts_field(*index)
+    } else {
+        "inputs".into()
+    };
+    Error::invalid(field, text_problem(error))
+}
+
+impl<A> TextResponse<A> {
+    /// A response that no device computed.
+    pub fn free(message: A, model: &ServedModel) -> Self {
         Self {
             message,
             metadata: tei::Metadata::default(),
@@ -184,9 +223,9 @@ impl<A> Answered<A> {
         }
     }
 
-    /// The same costs with another message, which may hold them too.
-    pub(super) fn with<B>(self, message: impl FnOnce(tei::Metadata) -> B) -> Answered<B> {
-        Answered {
+    /// The same usage with another message, which may hold it too.
+    pub fn with<B>(self, message: impl FnOnce(tei::Metadata) -> B) -> TextResponse<B> {
+        TextResponse {
             message: message(self.metadata),
             metadata: self.metadata,
             compute_type: self.compute_type,
@@ -194,26 +233,12 @@ impl<A> Answered<A> {
         }
     }
 
-    /// The costs as the metadata of the answer; times in milliseconds.
-    pub(super) fn to_metadata(&self) -> Metadata {
-        let cost = &self.metadata;
-        let ms = |ns: u64| HeaderValue::from(ns / 1_000_000);
+    /// What the response took, as its metadata.
+    pub fn to_metadata(&self) -> Metadata {
         let mut metadata = Metadata::new();
-        for (name, value) in [
-            (
-                "x-compute-type",
-                HeaderValue::from_static(self.compute_type),
-            ),
-            ("x-compute-time", ms(cost.total_time_ns)),
-            ("x-compute-characters", cost.compute_chars.into()),
-            ("x-compute-tokens", cost.compute_tokens.into()),
-            ("x-total-time", ms(cost.total_time_ns)),
-            ("x-tokenization-time", ms(cost.tokenization_time_ns)),
-            ("x-queue-time", ms(cost.queue_time_ns)),
-            ("x-inference-time", ms(cost.inference_time_ns)),
-        ] {
-            metadata.insert(HeaderName::from_static(name), value);
-        }
+        let compute_type = HeaderValue::from_static(self.compute_type);
+        let tokens = self.metadata.compute_tokens.into();
+        insert_compute_metadata(&mut metadata, Some(compute_type), tokens, &self.metadata);
         if let Some(digest) = &self.digest {
             metadata.insert(DIGEST_KEY, digest.clone());
         }
@@ -235,32 +260,16 @@ fn ns(duration: Duration) -> u64 {
 
 /// The only model of several candidates.
 fn only(mut models: Vec<Arc<ServedModel>>, task: &str) -> Result<Arc<ServedModel>, Error> {
-    match (models.len(), models.pop()) {
-        (1, Some(model)) => Ok(model),
-        (_, None) => Err(Error::new(
-            Kind::NotFound,
-            format!("no model that does {task} is ready"),
-        )),
-        (_, Some(last)) => {
-            models.push(last);
-            let able = listed(&models);
-            Err(Error::invalid(
-                MODEL_KEY,
-                format!("several models do {task}: name one of {able} in the metadata"),
-            ))
-        }
+    if models.len() > 1 {
+        let names: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
+        return Err(Error::several_models(task, &names));
     }
-}
-
-fn listed(models: &[Arc<ServedModel>]) -> String {
-    let names: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
-    names.join(", ")
+    models.pop().ok_or_else(|| Error::no_model(task))
 }
 
 /// What happens to a text that is too long; an unknown direction is an error.
-pub(super) fn truncation(truncate: bool, direction: i32) -> Result<Truncation, Error> {
-    let direction = tei::TruncationDirection::try_from(direction)
-        .map_err(|_| Error::invalid("truncation_direction", "must be 0 (right) or 1 (left)"))?;
+pub fn truncation(truncate: bool, direction: i32) -> Result<Truncation, Error> {
+    let direction = truncation_direction(direction)?;
     Ok(match (truncate, direction) {
         (false, _) => Truncation::Refuse,
         (true, tei::TruncationDirection::Right) => Truncation::Right,
@@ -269,7 +278,7 @@ pub(super) fn truncation(truncate: bool, direction: i32) -> Result<Truncation, E
 }
 
 /// Puts a prompt of the model's configuration before a text.
-pub(super) fn prompted(
+pub fn prompted(
     model: &ServedModel,
     prompt: Option<String>,
     text: String,
@@ -279,33 +288,26 @@ pub(super) fn prompted(
     };
     let prompt = model.card.prompts.get(&name).ok_or_else(|| {
         let known: Vec<&str> = model.card.prompts.keys().map(String::as_str).collect();
-        Error::invalid(
-            "prompt_name",
-            format!(
-                "unknown prompt; the model's prompts are: {}",
-                known.join(", ")
-            ),
-        )
+        let reason = format!("must be one of the model's prompts: {}", known.join(", "));
+        Error::invalid("prompt_name", reason)
     })?;
     Ok(format!("{prompt}{text}"))
 }
 
-/// Tokenizers cut after tokenizing: the cap comes first.
-pub(super) fn check_length(model: &ServedModel, field: &str, text: &str) -> Result<(), Error> {
-    let bytes_max = model.limits.text_bytes_max;
-    if text.len() > bytes_max {
-        let bytes = text.len();
-        return Err(Error::invalid(
-            field,
-            format!("has {bytes} bytes: a text may have {bytes_max}"),
-        ));
-    }
-    Ok(())
+/// Tokenizers truncate after tokenizing: the limit comes first.
+pub fn check_length(
+    model: &ServedModel,
+    text: &str,
+    field: impl FnOnce() -> FieldPath,
+) -> Result<(), Error> {
+    check_text_bytes(text.len(), model.limits.text_bytes_max)
+        .map_err(|reason| Error::invalid(field(), reason))
 }
 
-pub(super) fn tokenizer(model: &ServedModel) -> Result<&Tokenizer, Error> {
-    model
-        .tokenizer
-        .as_deref()
-        .ok_or_else(|| Error::invalid(MODEL_KEY, format!("model '{}' reads no text", model.name)))
+/// The model's tokenizer, or an error where it has none.
+pub fn tokenizer(model: &ServedModel) -> Result<&Tokenizer, Error> {
+    model.tokenizer.as_deref().ok_or_else(|| {
+        let reason = format!("model '{}' has no tokenizer", model.name);
+        Error::invalid(MODEL_KEY, reason)
+    })
 }

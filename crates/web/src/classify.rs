@@ -93,7 +93,6 @@ pub struct ClassifyResponse {
 
 /// The classification of one text.
 #[derive(Debug, Serialize, ToSchema)]
-#[schema(as = Classified)]
 pub struct Classification {
     /// The index of the text in the request.
     #[schema(minimum = 0)]

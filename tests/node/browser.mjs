@@ -113,7 +113,7 @@ async function authorize(value) {
   }
   await bearer.locator("input").fill(value);
   await bearer.locator("button.authorize").click();
-  await dialog.locator("button.btn-done").click();
+  await bearer.locator("button.btn-done").click();
 }
 
 // How bright a color is, from 0 to 255.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use crate::MODEL_KEY;
 use crate::field::{FieldPath, Segment};
-use crate::{MODEL_KEY, ModelName, ModelVersion};
 
 /// The kind of an error. [`Kind::code`] and its siblings read one table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -267,15 +267,10 @@ impl Error {
         )
     }
 
-    /// The model, or the requested version of it, is unknown.
-    pub fn unknown_model(name: &ModelName, version: Option<ModelVersion>) -> Self {
-        let (field, message) = match version {
-            Some(version) => (
-                "model_version",
-                format!("model '{name}' has no version {version}"),
-            ),
-            None => ("model_name", format!("unknown model '{name}'")),
-        };
+    /// A field names something that is unknown here. The message is a sentence
+    /// of its own.
+    pub fn not_found(field: impl Into<FieldPath>, message: impl Into<String>) -> Self {
+        let message = message.into();
         Self {
             violation: Some(Box::new(Violation {
                 field: field.into(),
@@ -425,13 +420,12 @@ mod tests {
     fn a_status_carries_the_whole_error() {
         let retry_after = Duration::from_millis(250);
         let mut errors: Vec<Error> = KINDS.map(|kind| Error::new(kind, "why")).to_vec();
-        let name = ModelName::checked("digits", "name").unwrap();
         errors.extend([
             Error::overloaded("full", retry_after),
             Error::quota_spent("spent", retry_after),
             Error::invalid("inputs[0].shape", "must be [1]"),
             Error::invalid_input("pixels", FieldPath::input(0).field("shape"), "is wrong"),
-            Error::unknown_model(&name, None),
+            Error::not_found("model_name", "unknown model 'x'"),
         ]);
         for error in errors {
             let again = Error::from_status(&error.to_status());
@@ -476,8 +470,8 @@ mod tests {
         let openai = error.clone().map_field(|_| Some("input[3]".into()));
         assert_eq!(openai.to_string(), "input[3]: is not UTF-8");
         assert_eq!(error.clone().map_field(|_| None), error);
-        let name = ModelName::checked("x", "name").unwrap();
-        let unknown = Error::unknown_model(&name, None).map_field(|_| Some("model".into()));
+        let unknown = Error::not_found("model_name", "unknown model 'x'");
+        let unknown = unknown.map_field(|_| Some("model".into()));
         assert_eq!(unknown.to_string(), "unknown model 'x'");
         assert_eq!(unknown.field().unwrap(), "model");
     }

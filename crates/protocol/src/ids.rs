@@ -81,3 +81,16 @@ impl fmt::Display for ModelVersion {
         self.0.fmt(formatter)
     }
 }
+
+impl Error {
+    /// The model, or the requested version of it, is unknown.
+    pub fn unknown_model(name: &ModelName, version: Option<ModelVersion>) -> Self {
+        match version {
+            Some(version) => Self::not_found(
+                "model_version",
+                format!("model '{name}' has no version {version}"),
+            ),
+            None => Self::not_found("model_name", format!("unknown model '{name}'")),
+        }
+    }
+}

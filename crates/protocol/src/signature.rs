@@ -206,7 +206,7 @@ fn dims(spec: &TensorSpec) -> Vec<i64> {
 }
 
 /// A datatype in Triton's configuration.
-pub fn data_type(datatype: Datatype) -> DataType {
+fn data_type(datatype: Datatype) -> DataType {
     match datatype {
         Datatype::Bool => DataType::TypeBool,
         Datatype::Uint8 => DataType::TypeUint8,

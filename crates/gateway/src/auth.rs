@@ -1,5 +1,4 @@
-//! Authentication: which caller an API key, a token or a client certificate
-//! stands for. See docs/decisions/identity.md.
+//! Authentication: the caller behind an API key, a token or a client certificate. See docs/decisions/identity.md.
 
 mod jwks;
 mod jwt;
@@ -26,31 +25,31 @@ use crate::policy::{Caller, Openness, Policy, PolicyCell, Tenant};
 use jwt::Tokens;
 use keys::Keys;
 
-/// Where a gateway learns who its callers are.
+/// The settings of authentication.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct AuthSettings {
-    /// Who may call what, in TOML: tenants, their models, quotas and tokens.
-    /// Read again when it changes
+    /// Policy file in TOML: tenants, their models, quotas and tokens. Reloaded when
+    /// it changes
     #[arg(long, value_name = "FILE")]
     pub policy: Option<PathBuf>,
-    /// The keys that `andon keys` made. Read again when they change
+    /// File with the API keys of `andon keys`. Reloaded when it changes
     #[arg(long, value_name = "FILE", requires = "policy")]
     pub keys: Option<PathBuf>,
-    /// Serve a public address although nobody is asked who they are
+    /// Serve a public address without authentication
     #[arg(long)]
     pub insecure: bool,
 }
 
-/// Why a caller is not recognized: a word for the metric, and a sentence that
-/// repeats nothing of what the caller sent.
+/// Why a credential is rejected: the reason for the metric, and a message that
+/// repeats nothing that the caller sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Refusal {
+struct Rejection {
     reason: &'static str,
     message: &'static str,
     kind: Kind,
 }
 
-impl Refusal {
+impl Rejection {
     const fn new(reason: &'static str, message: &'static str) -> Self {
         Self {
             reason,
@@ -60,28 +59,28 @@ impl Refusal {
     }
 }
 
-const MISSING: Refusal = Refusal::new(
+const MISSING: Rejection = Rejection::new(
     "missing",
-    "a key or a token is needed: authorization: Bearer, or x-api-key",
+    "an API key or a token is required: set authorization: Bearer, or x-api-key",
 );
-const MALFORMED: Refusal = Refusal::new(
+const MALFORMED: Rejection = Rejection::new(
     "malformed",
-    "the credential cannot be read: authorization takes Bearer and a key or token, x-api-key a key",
+    "the credential is malformed: authorization takes Bearer and a key or token, x-api-key takes a key",
 );
-const CONTRADICTORY: Refusal = Refusal::new(
+const CONTRADICTORY: Rejection = Rejection::new(
     "contradictory",
-    "the call brings several credentials that are not the same",
+    "the call has several credentials that differ",
 );
-const STRANGER: Refusal = Refusal::new(
+const UNKNOWN_CERTIFICATE: Rejection = Rejection::new(
     "certificate_unknown",
-    "the certificate does not stand for a tenant",
+    "the client certificate belongs to no tenant",
 );
-const NO_TOKENS: Refusal = Refusal::new(
+const TOKENS_DISABLED: Rejection = Rejection::new(
     "token_not_taken",
-    "the bearer is not a key of this server, and it takes no tokens",
+    "the bearer is no API key of this server, and the server accepts no tokens",
 );
 
-/// Recognizes callers.
+/// Authenticates callers.
 #[derive(Debug)]
 pub struct Auth {
     settings: AuthSettings,
@@ -144,7 +143,7 @@ impl Auth {
         })
     }
 
-    /// What is counted of refused callers.
+    /// The metrics of authentication.
     pub(crate) fn metrics(&self) -> &AuthMetrics {
         &self.metrics
     }
@@ -217,29 +216,33 @@ impl Auth {
         self.settings.policy.is_some()
     }
 
-    /// Whether reflection is answered without asking.
+    /// Whether reflection needs no authentication.
     pub fn reflection_is_open(&self) -> bool {
         !self.is_required() || self.state.load().policy.reflection == Openness::Open
     }
 
-    /// The policy as it stands now.
+    /// The current policy.
     pub fn policy(&self) -> &PolicyCell {
         &self.policy
     }
 
-    /// Who calls: by a key or a token in the metadata, or by a certificate.
+    /// Authenticates a caller by a key or a token in the metadata, or by a client
+    /// certificate. The error says why the credential is rejected.
     pub async fn caller(&self, headers: &HeaderMap, peer: &Peer) -> Result<Caller, Error> {
         if !self.is_required() {
             return Ok(self.anyone.clone());
         }
         let state = self.state.load_full();
-        state.recognize(headers, peer).await.map_err(|refusal| {
-            self.metrics.refused(refusal.reason);
-            Error::new(refusal.kind, refusal.message)
-        })
+        state
+            .authenticate(headers, peer)
+            .await
+            .map_err(|rejection| {
+                self.metrics.refused(rejection.reason);
+                Error::new(rejection.kind, rejection.message)
+            })
     }
 
-    /// Whoever calls what needs no identity.
+    /// The caller of a call that needs no authentication.
     pub fn anyone(&self) -> Caller {
         self.anyone.clone()
     }
@@ -293,29 +296,27 @@ impl State {
         }
     }
 
-    async fn recognize(&self, headers: &HeaderMap, peer: &Peer) -> Result<Caller, Refusal> {
-        let shown = match credential(headers)? {
-            Some(key) if key.starts_with(keys::BEGINNING) => {
+    async fn authenticate(&self, headers: &HeaderMap, peer: &Peer) -> Result<Caller, Rejection> {
+        let by_credential = match credential(headers)? {
+            Some(key) if key.starts_with(keys::KEY_PREFIX) => {
                 Some(self.keys.caller(key, SystemTime::now())?)
             }
             Some(token) => match &self.tokens {
                 Some(tokens) => Some(tokens.caller(token).await?),
-                None => return Err(NO_TOKENS),
+                None => return Err(TOKENS_DISABLED),
             },
             None => None,
         };
-        match (shown, self.certified(peer)?) {
-            (Some(shown), Some(certified)) if shown.tenant.name != certified.tenant.name => {
-                Err(CONTRADICTORY)
-            }
+        match (by_credential, self.caller_by_certificate(peer)?) {
+            (Some(one), Some(other)) if one.tenant.name != other.tenant.name => Err(CONTRADICTORY),
             (Some(caller), _) | (None, Some(caller)) => Ok(caller),
-            (None, None) if self.is_stranger(peer) => Err(STRANGER),
+            (None, None) if self.has_unknown_certificate(peer) => Err(UNKNOWN_CERTIFICATE),
             (None, None) => self.anonymous.clone().ok_or(MISSING),
         }
     }
 
-    /// Whom the other end's certificate stands for.
-    fn certified(&self, peer: &Peer) -> Result<Option<Caller>, Refusal> {
+    /// The caller of the client certificate.
+    fn caller_by_certificate(&self, peer: &Peer) -> Result<Option<Caller>, Rejection> {
         let mut found: Option<&Caller> = None;
         for caller in peer
             .certificate_names
@@ -333,41 +334,41 @@ impl State {
         Ok(found.cloned())
     }
 
-    /// Whether certificates stand for tenants here, and this one does not.
-    fn is_stranger(&self, peer: &Peer) -> bool {
+    /// Whether the certificate belongs to no tenant, where others do.
+    fn has_unknown_certificate(&self, peer: &Peer) -> bool {
         !self.certificates.is_empty() && !peer.certificate_names.is_empty()
     }
 }
 
-/// The one credential that the metadata brings. The same one may be there
-/// twice, under two names.
-fn credential(headers: &HeaderMap) -> Result<Option<&str>, Refusal> {
+/// The credential in the metadata. The same one may be there twice, under two
+/// names.
+fn credential(headers: &HeaderMap) -> Result<Option<&str>, Rejection> {
     let mut found: Option<&str> = None;
     let bearers = headers.get_all(AUTHORIZATION).iter().map(bearer);
     let keys = ["x-api-key", "api-key"];
     let keys = keys.iter().flat_map(|name| headers.get_all(*name)).map(key);
-    for shown in bearers.chain(keys) {
-        let shown = shown.ok_or(MALFORMED)?;
+    for credential in bearers.chain(keys) {
+        let credential = credential.ok_or(MALFORMED)?;
         match found {
-            Some(other) if other != shown => return Err(CONTRADICTORY),
-            _ => found = Some(shown),
+            Some(other) if other != credential => return Err(CONTRADICTORY),
+            _ => found = Some(credential),
         }
     }
     Ok(found)
 }
 
 fn bearer(value: &HeaderValue) -> Option<&str> {
-    let (scheme, shown) = value.to_str().ok()?.trim().split_once(' ')?;
-    let shown = shown.trim_start();
-    (scheme.eq_ignore_ascii_case("bearer") && !shown.is_empty()).then_some(shown)
+    let (scheme, token) = value.to_str().ok()?.trim().split_once(' ')?;
+    let token = token.trim_start();
+    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
 }
 
 fn key(value: &HeaderValue) -> Option<&str> {
-    let shown = value.to_str().ok()?.trim();
-    shown.starts_with(keys::BEGINNING).then_some(shown)
+    let key = value.to_str().ok()?.trim();
+    key.starts_with(keys::KEY_PREFIX).then_some(key)
 }
 
-/// A name for the trace, of at most 64 characters that do no harm there.
+/// A name for the trace, of at most 64 characters without control characters.
 fn shortened(name: &str) -> String {
     name.chars()
         .filter(|character| !character.is_control())

@@ -1,10 +1,12 @@
-//! Which worker answers, and which next when it does not.
+//! Load balancing and retries: which worker a call is sent to, and which one it is
+//! retried at.
 //!
-//! The lesser load of two random choices (Mitzenmacher, "The power of two
-//! choices in randomized load balancing", 2001). Calls that fail go to another
-//! worker within a budget, after gRFC A6: a failure costs one token, a success
-//! gives a tenth back, and nothing is sent again while half of them are gone.
-//! Calls that the worker never began are sent again for nothing.
+//! A worker is chosen by the power of two choices: the less loaded of two random
+//! workers (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing",
+//! 2001). Failed calls are retried at another worker within a retry budget, after
+//! gRFC A6: a failure costs one token, a success returns a tenth of one, and no
+//! call is retried while fewer than half of the tokens are left. A call that no
+//! worker has processed is retried at no cost.
 
 mod metrics;
 
@@ -21,15 +23,16 @@ use tonic::Code;
 
 use crate::request::Request;
 use crate::route::{Route, no_worker_reachable};
-use crate::upstream::{Attempt, Response, SendError, Upstream};
+use crate::upstream::{Response, SendError, SendOptions, Upstream};
 
-/// Sends of one call, the first included.
+/// Attempts of one call, the first included.
 const ATTEMPTS_MAX: usize = 5;
-/// Before a worker is asked that has just failed the same call.
-const PAUSE: Duration = Duration::from_millis(20);
+/// The backoff, before its doubling, at a worker that has just failed the same
+/// call.
+const BACKOFF: Duration = Duration::from_millis(20);
 const NOT_FOUND: &str = "not_found";
 
-/// The choice of workers.
+/// The load balancer.
 #[derive(Debug)]
 pub struct Balance {
     budget: RetryBudget,
@@ -37,26 +40,30 @@ pub struct Balance {
     metrics: BalanceMetrics,
 }
 
-/// What an attempt came to.
+/// The outcome of an attempt.
 enum Outcome {
-    /// The caller gets this.
-    Answered(Response),
-    /// The caller gets this: no other worker would do better.
+    /// The caller gets this response.
+    Responded(Response),
+    /// The caller gets this error: no other worker would do better.
     Failed(Error),
     /// Another worker may do better.
-    Elsewhere(Failure),
+    Retryable(RetryableFailure),
 }
 
-struct Failure {
+/// A failed attempt that may be retried.
+struct RetryableFailure {
+    /// The result for the caller when there is no further attempt.
     last: Result<Response, Error>,
+    /// The reason, for the metric.
     reason: &'static str,
-    /// Whether sending again costs a token.
+    /// Whether a retry costs a token.
     costs: bool,
+    /// How long the worker asks to wait (pushback).
     pause: Option<Duration>,
 }
 
 impl Balance {
-    /// A budget of so many tokens, and what answers are held to.
+    /// Balances with a retry budget of `retry_tokens`; `limits` bounds responses.
     pub fn new(retry_tokens: u32, limits: MessageLimits, metrics: BalanceMetrics) -> Self {
         Self {
             budget: RetryBudget::new(retry_tokens),
@@ -65,31 +72,31 @@ impl Balance {
         }
     }
 
-    /// Sends a call until a worker answers, the deadline or the budget says
-    /// no, or there is no_worker_reachable left. Every call that comes here computes and
-    /// changes nothing: it may be sent twice.
+    /// Sends a call until a worker responds, the deadline or the retry budget
+    /// forbids a further attempt, or no worker is left. Every call that comes here
+    /// is idempotent: it computes and changes nothing, and may be sent twice.
     pub async fn send(&self, route: &Route, request: &Request) -> Result<Response, Error> {
-        // By address: a worker may be asked again only when no other is left.
+        // By address: a worker is tried again only when no other is left.
         let mut tried: Vec<usize> = Vec::new();
         let mut last = Err(no_worker_reachable());
         for number in 0..ATTEMPTS_MAX {
-            let Some((upstream, again)) = pick(route, &tried) else {
+            let Some((upstream, tried_before)) = pick(route, &tried) else {
                 break;
             };
-            if again && number > 0 {
-                tokio::time::sleep(PAUSE * (1 << number.min(4))).await;
+            if tried_before && number > 0 {
+                tokio::time::sleep(BACKOFF * (1 << number.min(4))).await;
             }
             tried.push(Arc::as_ptr(upstream).addr());
-            let attempt = Attempt {
+            let options = SendOptions {
                 number,
                 chosen: route.chosen.as_ref(),
                 limits: Some(&self.limits),
             };
-            let sent = upstream.send(request, attempt).await;
-            let failure = match self.judge(upstream, sent) {
-                Outcome::Answered(answer) => return Ok(answer),
+            let sent = upstream.send(request, options).await;
+            let failure = match self.classify(upstream, sent) {
+                Outcome::Responded(response) => return Ok(response),
                 Outcome::Failed(error) => return Err(error),
-                Outcome::Elsewhere(failure) => failure,
+                Outcome::Retryable(failure) => failure,
             };
             last = failure.last;
             if failure.costs && !self.budget.failed() {
@@ -111,38 +118,38 @@ impl Balance {
         last
     }
 
-    fn judge(&self, upstream: &Upstream, sent: Result<Response, SendError>) -> Outcome {
-        let answer = match sent {
-            Ok(answer) => answer,
-            Err(unanswered) => return self.unanswered(upstream, unanswered),
+    fn classify(&self, upstream: &Upstream, sent: Result<Response, SendError>) -> Outcome {
+        let response = match sent {
+            Ok(response) => response,
+            Err(error) => return self.classify_error(upstream, error),
         };
         if matches!(
-            answer.code(),
+            response.code(),
             Code::Internal | Code::Unknown | Code::DataLoss
         ) {
             upstream.failed();
-            return Outcome::Answered(answer);
+            return Outcome::Responded(response);
         }
-        // Any other answer is one of a worker that is well.
+        // Any other response is that of a healthy worker.
         upstream.succeeded();
-        let reason = match answer.code() {
-            // Full: another worker may have room.
+        let reason = match response.code() {
+            // Overloaded: another worker may have room.
             Code::Unavailable => "unavailable",
-            // The model left this worker a moment ago; once is enough to see.
+            // The model left this worker a moment ago: one retry is enough.
             Code::NotFound => NOT_FOUND,
             _ => {
                 self.budget.succeeded();
-                return Outcome::Answered(answer);
+                return Outcome::Responded(response);
             }
         };
-        let pushback = answer
+        let pushback = response
             .status_metadata("grpc-retry-pushback-ms")
             .map(str::parse::<u64>);
         match pushback {
-            // A worker that says so, or says nothing readable, wants no more.
-            Some(Err(_)) => Outcome::Answered(answer),
-            pushback => Outcome::Elsewhere(Failure {
-                last: Ok(answer),
+            // A negative or malformed pushback forbids a retry (gRFC A6).
+            Some(Err(_)) => Outcome::Responded(response),
+            pushback => Outcome::Retryable(RetryableFailure {
+                last: Ok(response),
                 reason,
                 costs: reason != NOT_FOUND,
                 pause: pushback.and_then(Result::ok).map(Duration::from_millis),
@@ -150,9 +157,9 @@ impl Balance {
         }
     }
 
-    fn unanswered(&self, upstream: &Upstream, unanswered: SendError) -> Outcome {
-        let message = format!("worker {}: {unanswered}", upstream.target);
-        let (reason, costs) = match unanswered {
+    fn classify_error(&self, upstream: &Upstream, error: SendError) -> Outcome {
+        let message = format!("worker {}: {error}", upstream.target);
+        let (reason, costs) = match error {
             SendError::NotSent(_) => ("not_sent", false),
             SendError::Broken(_) => ("broken", true),
             SendError::TooLarge(_) => {
@@ -165,11 +172,11 @@ impl Balance {
                 return Outcome::Failed(Error::overloaded(message, retry_after));
             }
         };
-        // A connection that ended in order is no fault of the worker's.
+        // A connection that was closed in order is no fault of the worker.
         if costs {
             upstream.failed();
         }
-        Outcome::Elsewhere(Failure {
+        Outcome::Retryable(RetryableFailure {
             last: Err(Error::new(Kind::NotReady, message)),
             reason,
             costs,
@@ -178,28 +185,28 @@ impl Balance {
     }
 }
 
-/// A worker that has not been tried, the less loaded of two; else one that has
-/// been, which is said in the second place. Workers that are left alone are
-/// taken only when there is no other.
+/// Picks a worker that has not been tried, else one that has; the flag says which.
+/// Ejected workers are picked only when there is no other.
 fn pick<'r>(route: &'r Route, tried: &[usize]) -> Option<(&'r Arc<Upstream>, bool)> {
     let reachable = || route.upstreams().iter().filter(|u| u.reachable());
     let untried = |upstream: &&Arc<Upstream>| !tried.contains(&Arc::as_ptr(upstream).addr());
-    let well = lesser(route.name(), || {
+    let healthy = less_loaded(route.name(), || {
         reachable()
             .filter(untried)
             .filter(|upstream| !upstream.ejected())
     });
-    if let Some(upstream) = well {
+    if let Some(upstream) = healthy {
         return Some((upstream, false));
     }
-    let unwell = lesser(route.name(), || reachable().filter(untried));
-    if let Some(upstream) = unwell {
+    let ejected = less_loaded(route.name(), || reachable().filter(untried));
+    if let Some(upstream) = ejected {
         return Some((upstream, false));
     }
-    lesser(route.name(), reachable).map(|upstream| (upstream, true))
+    less_loaded(route.name(), reachable).map(|upstream| (upstream, true))
 }
 
-fn lesser<'r, I>(model: &str, candidates: impl Fn() -> I) -> Option<&'r Arc<Upstream>>
+/// The less loaded of two random candidates.
+fn less_loaded<'r, I>(model: &str, candidates: impl Fn() -> I) -> Option<&'r Arc<Upstream>>
 where
     I: Iterator<Item = &'r Arc<Upstream>>,
 {

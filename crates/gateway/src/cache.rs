@@ -1,14 +1,14 @@
-//! Answers that are known already, row by row, and rows that are being computed.
-//! Only those of models that are declared deterministic.
+//! The response cache of deterministic models, row by row: hits in memory or in
+//! Redis, and single-flight (request coalescing) of the misses.
 
-mod counts;
-mod flight;
 mod key;
-mod known;
+mod lookup;
 mod memory;
+mod metrics;
 mod readings;
-mod remote;
+mod redis;
 mod rows;
+mod single_flight;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -27,36 +27,36 @@ use crate::redis::{Redis, RedisError, RedisSettings};
 use crate::request::{Request, Usage};
 use crate::route::Route;
 use crate::upstream::Response;
-use counts::Counts;
-use flight::Flights;
-use key::Source;
-use known::{Compute, Found, Known};
-use memory::{Memory, Row};
-use readings::Readings;
-use remote::{Remote, Seal};
-use rows::{Paid, Rows};
+use key::KeyContext;
+use lookup::{Compute, LookupResult, RowCache};
+use memory::{CachedRow, MemoryCache};
+use metrics::CacheMetrics;
+use readings::CacheCollector;
+use redis::{RedisCache, Seal};
+use rows::{ComputedUsage, RowRequest};
+use single_flight::SingleFlight;
 
-/// What is kept, and for how long.
+/// The settings of the response cache.
 #[derive(Debug, Clone, clap::Args)]
 pub struct CacheSettings {
-    /// Answers of deterministic models that are kept in memory, in bytes; 0
-    /// keeps none
+    /// Size of the in-memory response cache of deterministic models, in bytes; 0
+    /// disables it
     #[arg(long, value_name = "BYTES", default_value = "128MiB", value_parser = bytes_or_none)]
     pub cache_bytes: usize,
-    /// How long an answer is kept
+    /// Time to live (TTL) of a cached response
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = platform::config::positive_duration)]
     pub cache_ttl: Duration,
-    /// The file with the secret that authenticates answers in Redis: only with
-    /// it they are kept there too
+    /// The file with the secret that authenticates cached responses in Redis;
+    /// without it responses are cached in memory only
     #[arg(long, value_name = "FILE", requires = "redis")]
     pub cache_secret_file: Option<PathBuf>,
 }
 
 fn bytes_or_none(text: &str) -> Result<usize, String> {
-    match text {
-        "0" => Ok(0),
-        text => platform::config::bytes(text),
+    if text == "0" {
+        return Ok(0);
     }
+    platform::config::bytes(text)
 }
 
 /// Why a cache cannot be used as it is configured.
@@ -70,72 +70,73 @@ pub enum CacheError {
     Redis(#[from] RedisError),
 }
 
-/// Longer than any answer is worth keeping.
+/// The longest TTL of a cached row.
 const TTL_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// Known answers.
+/// The response cache.
 #[derive(Debug)]
 pub struct Cache {
-    known: Arc<Known>,
-    /// Its own connection: large values must not keep quotas waiting.
+    rows: Arc<RowCache>,
+    /// A connection of its own: large values must not delay quotas.
     redis: Option<Arc<Redis>>,
-    remote: Option<Arc<Remote>>,
+    redis_rows: Option<Arc<RedisCache>>,
 }
 
-/// What the caller wants of the cache.
+/// The directive of the caller's `cache-control` header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wish {
-    /// An answer, known or not.
-    Any,
-    /// One that is computed now.
-    Fresh,
-    /// The same, which is not kept either.
-    Unkept,
+enum CacheControl {
+    /// A cached response will do.
+    Use,
+    /// `no-cache`: the response is computed now, and cached.
+    Refresh,
+    /// `no-store`: the response is computed now, and not cached.
+    Bypass,
 }
 
 impl Cache {
-    /// An empty cache; nothing is connected yet.
+    /// An empty cache; nothing is connected yet. An error when the secret or Redis
+    /// is misconfigured.
     pub fn new(
         settings: &CacheSettings,
         shared: &RedisSettings,
         metrics: &Metrics,
     ) -> Result<Self, CacheError> {
         let ttl = settings.cache_ttl.min(TTL_MAX);
-        let (mut redis, mut remote) = (None, None);
+        let (mut redis, mut redis_rows) = (None, None);
         if let (Some(opened), Some(secret)) = (shared.open()?, &settings.cache_secret_file) {
             let seal = Seal::read(secret)?;
-            let help = "1 while answers are looked up and kept in Redis";
+            let help = "1 while responses are cached in Redis";
             metrics.register(|registry| {
                 registry.register("andon_gateway_cache_redis_up", help, opened.up());
             });
-            remote = Some(Arc::new(Remote::new(opened.clone(), seal, ttl)));
+            redis_rows = Some(Arc::new(RedisCache::new(opened.clone(), seal, ttl)));
             redis = Some(opened);
         }
         let bytes = settings.cache_bytes;
-        let known = Arc::new(Known {
-            memory: (bytes > 0).then(|| Memory::new(bytes, ttl)),
-            flights: Flights::default(),
-            remote: remote.clone(),
-            counts: Counts::register(metrics),
+        let rows = Arc::new(RowCache {
+            memory: (bytes > 0).then(|| MemoryCache::new(bytes, ttl)),
+            flights: SingleFlight::default(),
+            redis: redis_rows.clone(),
+            metrics: CacheMetrics::register(metrics),
         });
-        let readings = Readings(known.clone());
+        let readings = CacheCollector(rows.clone());
         metrics.register(|registry| registry.register_collector(Box::new(readings)));
         Ok(Self {
-            known,
+            rows,
             redis,
-            remote,
+            redis_rows,
         })
     }
 
-    /// Connects to Redis and writes there, until the tasks are dropped.
+    /// Connects to Redis and writes new rows there, until the tasks are dropped.
     pub fn follow(&self) -> Vec<OwnedTask> {
         let connecting = self.redis.as_ref().map(Redis::follow);
-        let writing = self.remote.as_ref().and_then(Remote::follow);
+        let writing = self.redis_rows.as_ref().and_then(RedisCache::follow);
         connecting.into_iter().chain(writing).collect()
     }
 
-    /// The response to a request: cached rows, and the others computed by what
-    /// is below the cache.
+    /// The response to a request: hits from the cache, and misses computed by the
+    /// layers below it.
     pub async fn respond<B: Backend>(
         &self,
         backend: &B,
@@ -145,58 +146,58 @@ impl Cache {
         let Some(digest) = route.digest() else {
             return backend.send(request).await;
         };
-        let source = Source {
+        let source = KeyContext {
             scope: &request.caller.tenant.cache_scope,
             model: route.name(),
             version: route.number(),
             digest,
         };
-        let wish = wish(&request.headers);
-        if wish == Wish::Unkept {
-            let mut answer = backend.send(request).await?;
-            let note = HeaderValue::from_static("miss");
-            answer.metadata_mut().insert(CACHE_KEY, note);
-            return Ok(answer);
+        let control = cache_control(&request.headers);
+        if control == CacheControl::Bypass {
+            let mut response = backend.send(request).await?;
+            let header = HeaderValue::from_static("miss");
+            response.metadata_mut().insert(CACHE_KEY, header);
+            return Ok(response);
         }
-        let Some(rows) = rows::of(request, &source) else {
+        let Some(rows) = rows::split_request(request, &source) else {
             return backend.send(request).await;
         };
-        let asking = Asking {
+        let call = CachedCall {
             backend,
             request,
             digest,
             rows: rows.as_ref(),
-            sent: Mutex::default(),
+            state: Mutex::default(),
         };
-        let found = match wish {
-            Wish::Any => self.known.rows(rows.keys(), &asking).await,
-            _ => self.known.fresh(rows.keys(), &asking).await,
+        let looked_up = match control {
+            CacheControl::Use => self.rows.get_or_compute(rows.keys(), &call).await,
+            _ => self.rows.refresh(rows.keys(), &call).await,
         };
-        match found {
-            Ok(Some(found)) => asking.answer(found).await,
-            Ok(None) => asking.anew().await,
-            Err(instead) => (*instead).map(|answer| answer.also_spent(asking.spent())),
+        match looked_up {
+            Ok(Some(looked_up)) => call.join(looked_up).await,
+            Ok(None) => call.send_whole().await,
+            Err(outcome) => (*outcome).map(|response| response.with_usage_of(call.take_usage())),
         }
     }
 }
 
-/// What the request's metadata asks for.
-fn wish(headers: &HeaderMap) -> Wish {
-    let mut wish = Wish::Any;
+/// Reads the `cache-control` headers; `no-store` wins.
+fn cache_control(headers: &HeaderMap) -> CacheControl {
+    let mut control = CacheControl::Use;
     for value in headers.get_all(CACHE_CONTROL) {
         for directive in value.to_str().unwrap_or_default().split(',') {
             let directive = directive.trim();
             if directive.eq_ignore_ascii_case("no-store") {
-                return Wish::Unkept;
+                return CacheControl::Bypass;
             }
             if directive.eq_ignore_ascii_case("no-cache")
                 || directive.eq_ignore_ascii_case("max-age=0")
             {
-                wish = Wish::Fresh;
+                control = CacheControl::Refresh;
             }
         }
     }
-    wish
+    control
 }
 
 /// The layers below the cache, for one request.
@@ -208,148 +209,148 @@ pub trait Backend: Sync {
     fn charge(&self, usage: Usage);
 }
 
-/// One request, some of whose rows have to be computed.
-struct Asking<'a, B: Backend> {
+/// One request on its way through the cache. It computes the misses.
+struct CachedCall<'a, B: Backend> {
     backend: &'a B,
     request: &'a Request,
     digest: &'a str,
-    rows: &'a dyn Rows,
-    sent: Mutex<Sent>,
+    rows: &'a dyn RowRequest,
+    state: Mutex<CallState>,
 }
 
-/// What was spent and is in no answer is charged all the same.
-impl<B: Backend> Drop for Asking<'_, B> {
+/// Usage that is in no response is charged all the same.
+impl<B: Backend> Drop for CachedCall<'_, B> {
     fn drop(&mut self) {
-        self.backend.charge(self.spent());
+        self.backend.charge(self.take_usage());
     }
 }
 
-/// What was sent on, and what came back.
+/// What the calls below the cache have come to.
 #[derive(Debug, Default)]
-struct Sent {
-    paid: Paid,
-    /// The answer to the request as it came.
+struct CallState {
+    pending: ComputedUsage,
+    /// The response to the unchanged request, when that was sent.
     whole: Option<Response>,
 }
 
-/// What the caller gets when its rows cannot be put together. Boxed, since it
-/// is large and rare.
-type Instead = Box<Result<Response, Status>>;
+/// The result for the caller when rows cannot be computed: an error, or a
+/// response that cannot be split into rows. Boxed, since it is large and rare.
+type WholeResult = Box<Result<Response, Status>>;
 
-impl<B: Backend> Compute for Asking<'_, B> {
-    type Instead = Instead;
+impl<B: Backend> Compute for CachedCall<'_, B> {
+    type Failure = WholeResult;
 
-    async fn compute(&self, places: &[usize]) -> Result<Vec<Row>, Instead> {
-        if places.len() == self.rows.keys().len() {
-            let answer = self.sent(None).await?;
-            let Some(rows) = self.read(&answer, places.len()) else {
-                return Err(Box::new(Ok(answer)));
+    async fn compute(&self, indices: &[usize]) -> Result<Vec<CachedRow>, WholeResult> {
+        if indices.len() == self.rows.keys().len() {
+            let response = self.send(None).await?;
+            let Some(rows) = self.read(&response, indices.len()) else {
+                return Err(Box::new(Ok(response)));
             };
-            self.lock().whole = Some(answer);
+            self.lock().whole = Some(response);
             return Ok(rows);
         }
-        let part = self.request.with_message(self.rows.part(places));
-        let answer = self.sent(Some(&part)).await?;
-        match self.read(&answer, places.len()) {
+        let part = self.request.with_message(self.rows.part(indices));
+        let response = self.send(Some(&part)).await?;
+        match self.read(&response, indices.len()) {
             Some(rows) => Ok(rows),
-            // It names places of a part that the caller does not know, or
-            // comes from another version than the rows that are known.
-            None if matches!(answer.code(), Code::Ok | Code::InvalidArgument) => {
-                self.pay(answer.usage());
-                Err(Box::new(Ok(self.sent(None).await?)))
+            // An error names rows of a part that the caller does not know; another
+            // version does not fit the rows that are cached.
+            None if matches!(response.code(), Code::Ok | Code::InvalidArgument) => {
+                self.add_usage(response.usage());
+                Err(Box::new(Ok(self.send(None).await?)))
             }
-            None => Err(Box::new(Ok(answer))),
+            None => Err(Box::new(Ok(response))),
         }
     }
 }
 
-impl<B: Backend> Asking<'_, B> {
-    /// Sends a part of the request, or the request as it came.
-    async fn sent(&self, part: Option<&Request>) -> Result<Response, Instead> {
+impl<B: Backend> CachedCall<'_, B> {
+    /// Sends a part of the request, or the unchanged request.
+    async fn send(&self, part: Option<&Request>) -> Result<Response, WholeResult> {
         let request = part.unwrap_or(self.request);
         let sent = self.backend.send(request).await;
         sent.map_err(|status| Box::new(Err(status)))
     }
 
-    /// The rows of an answer, and what they took; none when the answer is no
-    /// such answer, or that of another version.
-    fn read(&self, answer: &Response, count: usize) -> Option<Vec<Row>> {
-        let digest = answer.metadata().get(DIGEST_KEY)?;
+    /// Splits a response into rows and adds its usage. None when the response has
+    /// another form, or is of another version.
+    fn read(&self, response: &Response, count: usize) -> Option<Vec<CachedRow>> {
+        let digest = response.metadata().get(DIGEST_KEY)?;
         if digest.as_bytes() != self.digest.as_bytes() {
             return None;
         }
         let split = self
             .rows
-            .split(answer.message()?, answer.metadata(), count)?;
-        self.pay(answer.usage());
-        let paid = &mut self.lock().paid;
-        let (sum, took) = (&mut paid.took, split.took);
-        sum.compute_chars = sum.compute_chars.saturating_add(took.compute_chars);
-        sum.compute_tokens = sum.compute_tokens.saturating_add(took.compute_tokens);
+            .split(response.message()?, response.metadata(), count)?;
+        self.add_usage(response.usage());
+        let pending = &mut self.lock().pending;
+        let (sum, timing) = (&mut pending.timing, split.timing);
+        sum.compute_chars = sum.compute_chars.saturating_add(timing.compute_chars);
+        sum.compute_tokens = sum.compute_tokens.saturating_add(timing.compute_tokens);
         for (sum, ns) in [
-            (&mut sum.total_time_ns, took.total_time_ns),
-            (&mut sum.tokenization_time_ns, took.tokenization_time_ns),
-            (&mut sum.queue_time_ns, took.queue_time_ns),
-            (&mut sum.inference_time_ns, took.inference_time_ns),
+            (&mut sum.total_time_ns, timing.total_time_ns),
+            (&mut sum.tokenization_time_ns, timing.tokenization_time_ns),
+            (&mut sum.queue_time_ns, timing.queue_time_ns),
+            (&mut sum.inference_time_ns, timing.inference_time_ns),
         ] {
             *sum = sum.saturating_add(ns);
         }
         Some(split.rows)
     }
 
-    fn pay(&self, usage: Usage) {
-        let paid = &mut self.lock().paid;
-        paid.tokens = paid.tokens.saturating_add(usage.tokens);
-        paid.cost += usage.cost;
+    fn add_usage(&self, usage: Usage) {
+        let pending = &mut self.lock().pending;
+        pending.tokens = pending.tokens.saturating_add(usage.tokens);
+        pending.cost += usage.cost;
     }
 
-    /// What was spent until now, for who charges it.
-    fn spent(&self) -> Usage {
-        let paid = std::mem::take(&mut self.lock().paid);
+    /// Takes the usage that is not charged yet.
+    fn take_usage(&self) -> Usage {
+        let pending = std::mem::take(&mut self.lock().pending);
         Usage {
-            tokens: paid.tokens,
-            cost: paid.cost,
+            tokens: pending.tokens,
+            cost: pending.cost,
         }
     }
 
-    /// The answer to the request as it came, when there is no other.
-    async fn anew(&self) -> Result<Response, Status> {
-        let answer = self.backend.send(self.request).await?;
-        Ok(answer.also_spent(self.spent()))
+    /// Sends the unchanged request, when its rows cannot be put together.
+    async fn send_whole(&self) -> Result<Response, Status> {
+        let response = self.backend.send(self.request).await?;
+        Ok(response.with_usage_of(self.take_usage()))
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Sent> {
-        self.sent.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, CallState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The answer of the rows that were found.
-    async fn answer(&self, found: Found) -> Result<Response, Status> {
-        let note = note(&found);
-        tracing::Span::current().record("andon.cache", note.to_str().unwrap_or_default());
+    /// Joins the rows to a response.
+    async fn join(&self, looked_up: LookupResult) -> Result<Response, Status> {
+        let header = cache_header(&looked_up);
+        tracing::Span::current().record("andon.cache", header.to_str().unwrap_or_default());
         let whole = self.lock().whole.take();
         if let Some(mut whole) = whole {
-            // It says itself what it took, and nothing else was sent.
-            self.spent();
-            whole.metadata_mut().insert(CACHE_KEY, note);
+            // It reports its usage itself, and nothing else was sent.
+            self.take_usage();
+            whole.metadata_mut().insert(CACHE_KEY, header);
             return Ok(whole);
         }
         let mut headers = HeaderMap::with_capacity(16);
-        let paid = self.lock().paid;
-        let Some(framed) = self.rows.join(&found.rows, &paid, &mut headers) else {
-            return self.anew().await;
+        let pending = self.lock().pending;
+        let Some(framed) = self.rows.join(&looked_up.rows, &pending, &mut headers) else {
+            return self.send_whole().await;
         };
-        let cost = self.spent().cost;
-        headers.insert(CACHE_KEY, note);
+        let cost = self.take_usage().cost;
+        headers.insert(CACHE_KEY, header);
         if let Ok(digest) = HeaderValue::try_from(self.digest) {
             headers.insert(DIGEST_KEY, digest);
         }
-        Ok(Response::of_framed(framed, headers).costing(cost))
+        Ok(Response::of_framed(framed, headers).with_cost(cost))
     }
 }
 
-/// How many of the rows were known.
-fn note(found: &Found) -> HeaderValue {
-    let (count, computed) = (found.rows.len(), found.computed);
+/// The value of the cache header: how many of the rows were hits.
+fn cache_header(looked_up: &LookupResult) -> HeaderValue {
+    let (count, computed) = (looked_up.rows.len(), looked_up.computed);
     match computed {
         0 => HeaderValue::from_static("hit"),
         computed if computed >= count => HeaderValue::from_static("miss"),
@@ -363,7 +364,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_metadata_asks_for_freshness() {
+    fn cache_control_is_read() {
         let headers = |values: &[&'static str]| {
             let mut headers = HeaderMap::new();
             for value in values {
@@ -372,27 +373,27 @@ mod tests {
             headers
         };
         for (values, wanted) in [
-            (&[][..], Wish::Any),
-            (&["max-age=60"], Wish::Any),
-            (&["no-cache"], Wish::Fresh),
-            (&["max-age=60, No-Cache"], Wish::Fresh),
-            (&["max-age=0"], Wish::Fresh),
-            (&["no-cache", "no-store"], Wish::Unkept),
-            (&["no-store,no-cache"], Wish::Unkept),
+            (&[][..], CacheControl::Use),
+            (&["max-age=60"], CacheControl::Use),
+            (&["no-cache"], CacheControl::Refresh),
+            (&["max-age=60, No-Cache"], CacheControl::Refresh),
+            (&["max-age=0"], CacheControl::Refresh),
+            (&["no-cache", "no-store"], CacheControl::Bypass),
+            (&["no-store,no-cache"], CacheControl::Bypass),
         ] {
-            assert_eq!(wish(&headers(values)), wanted, "{values:?}");
+            assert_eq!(cache_control(&headers(values)), wanted, "{values:?}");
         }
     }
 
     #[test]
-    fn the_note_counts_known_rows() {
-        let found = |count: usize, computed| Found {
+    fn the_cache_header_counts_hits() {
+        let looked_up = |count: usize, computed| LookupResult {
             rows: vec![memory::tests::row("a"); count],
             computed,
         };
-        assert_eq!(note(&found(4, 0)), "hit");
-        assert_eq!(note(&found(4, 1)), "3/4");
-        assert_eq!(note(&found(4, 4)), "miss");
-        assert_eq!(note(&found(1, 1)), "miss");
+        assert_eq!(cache_header(&looked_up(4, 0)), "hit");
+        assert_eq!(cache_header(&looked_up(4, 1)), "3/4");
+        assert_eq!(cache_header(&looked_up(4, 4)), "miss");
+        assert_eq!(cache_header(&looked_up(1, 1)), "miss");
     }
 }

@@ -1,6 +1,6 @@
-//! Which workers there are, and what each serves. Workers are named one by one
-//! or by a DNS name that is resolved again and again; each is kept connected,
-//! and is listened to or asked.
+//! Service discovery: the workers of the fleet and the models of each. Workers are
+//! named one by one, or by a DNS name that is resolved periodically. The gateway
+//! stays connected to each worker and follows its reports, or polls it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,54 +22,56 @@ use crate::route::Routes;
 use crate::upstream::{Upstream, UpstreamMetrics};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// The first pause before connecting again, and the longest.
+/// The first backoff before a reconnect, without its jitter.
 const BACKOFF: Duration = Duration::from_millis(50);
+/// The longest backoff before a reconnect.
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// A worker reports every second: silence for longer is a frozen one.
-const SILENCE_MAX: Duration = Duration::from_secs(3);
-/// How often connections are looked after.
-const MAINTAIN: Duration = Duration::from_millis(20);
-/// How often a worker that does not report is asked.
-const ASK: Duration = Duration::from_secs(1);
+/// The timeout of a report. A worker reports every second; one that is silent for
+/// longer hangs.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often closed connections are replaced.
+const REPLACE_INTERVAL: Duration = Duration::from_millis(20);
+/// How often a worker that sends no reports is polled.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How a gateway finds workers.
+/// The settings of service discovery.
 #[derive(Debug, Clone)]
 pub struct DiscoverSettings {
-    /// Workers that are named one by one.
+    /// The addresses of workers.
     pub targets: Vec<Target>,
-    /// Names that stand for a worker per address, with their port.
+    /// DNS names and ports, with a worker at each address.
     pub names: Vec<String>,
     /// How often names are resolved.
     pub interval: Duration,
-    /// Connections to each worker from each shard.
+    /// The number of connections to each worker from each shard.
     pub connections: usize,
-    /// Where calls run.
+    /// The threads that drive the connections.
     pub shards: Arc<Shards>,
 }
 
-/// The workers that are known now.
+/// The workers of the fleet now.
 #[derive(Debug)]
 pub struct Discovery {
     routes: Arc<Routes>,
     metrics: UpstreamMetrics,
     connections: usize,
     shards: Arc<Shards>,
-    workers: Mutex<BTreeMap<String, Known>>,
+    workers: Mutex<BTreeMap<String, DiscoveredWorker>>,
 }
 
-/// A worker that something names.
+/// A worker that the settings or a DNS name list.
 #[derive(Debug)]
-struct Known {
+struct DiscoveredWorker {
     upstream: Arc<Upstream>,
-    /// What names it; when nothing does any more, it is forgotten.
+    /// The names that list it, which is removed with the last of them.
     sources: BTreeSet<String>,
     _task: OwnedTask,
 }
 
-/// The source of workers that are named one by one.
+/// The source of workers that the settings list by address.
 const STATIC: &str = "";
 
-/// Keeps finding workers until the returned tasks are dropped.
+/// Discovers workers until the returned tasks are dropped.
 pub fn start(
     settings: DiscoverSettings,
     routes: Arc<Routes>,
@@ -107,12 +109,12 @@ fn keep(discovery: Arc<Discovery>) -> OwnedTask {
 impl Discovery {
     fn add(self: &Arc<Self>, target: Target, source: &str) {
         let key = target.to_string();
-        if let Some(known) = self.lock().get_mut(&key) {
-            known.sources.insert(source.to_owned());
+        if let Some(worker) = self.lock().get_mut(&key) {
+            worker.sources.insert(source.to_owned());
             return;
         }
         let upstream = Arc::new(Upstream::new(target, self.metrics.of(key.clone())));
-        let (discovery, kept) = (Arc::downgrade(self), upstream.clone());
+        let (discovery, worker) = (Arc::downgrade(self), upstream.clone());
         let (connections, shards) = (self.connections, self.shards.clone());
         let task = spawn_owned(async move {
             let changed = || {
@@ -120,80 +122,84 @@ impl Discovery {
                     discovery.rebuild();
                 }
             };
-            attend(&kept, connections, &shards, changed).await;
+            keep_connected(&worker, connections, &shards, changed).await;
         });
-        let known = Known {
+        let worker = DiscoveredWorker {
             upstream,
             sources: [source.to_owned()].into(),
             _task: task,
         };
-        self.lock().insert(key, known);
+        self.lock().insert(key, worker);
         self.rebuild();
     }
 
-    /// A source names a worker no more. Calls that it still has hold its
-    /// connection.
+    /// Removes a worker from a source. Its calls in flight hold its connection.
     fn remove(&self, address: &str, source: &str) {
         let mut workers = self.lock();
-        let unnamed = workers.get_mut(address).is_some_and(|known| {
-            known.sources.remove(source);
-            known.sources.is_empty()
+        let unlisted = workers.get_mut(address).is_some_and(|worker| {
+            worker.sources.remove(source);
+            worker.sources.is_empty()
         });
-        if unnamed {
+        if unlisted {
             workers.remove(address);
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Known>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, DiscoveredWorker>> {
         self.workers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn rebuild(&self) {
         let workers = self.lock();
-        let upstreams = workers.values().map(|known| known.upstream.clone());
+        let upstreams = workers.values().map(|worker| worker.upstream.clone());
         // Under the lock, so that an older table never replaces a newer one.
         self.routes.rebuild(upstreams.collect());
     }
 
-    /// Follows the addresses of one name.
+    /// Follows the addresses of a DNS name.
     async fn resolve(self: Arc<Self>, name: String, interval: Duration) {
-        let mut known = BTreeSet::new();
+        let mut addresses = BTreeSet::new();
         loop {
             match tokio::net::lookup_host(&name).await {
                 Ok(found) => {
                     let found: BTreeSet<String> = found.map(|a| a.to_string()).collect();
-                    for address in found.difference(&known) {
+                    for address in found.difference(&addresses) {
                         tracing::info!(worker = address, name, "found");
                         self.add(Target::Tcp(address.clone()), &name);
                     }
-                    for address in known.difference(&found) {
+                    for address in addresses.difference(&found) {
                         tracing::info!(worker = address, name, "gone");
                         self.remove(address, &name);
                     }
-                    if found != known {
+                    if found != addresses {
                         self.rebuild();
                     }
-                    known = found;
+                    addresses = found;
                 }
-                // A name server that fails must not empty the fleet.
-                Err(error) => tracing::debug!(name, %error, "the name cannot be resolved"),
+                // A failing name server must not empty the fleet.
+                Err(error) => tracing::debug!(name, %error, "cannot resolve the name"),
             }
             tokio::time::sleep(interval).await;
         }
     }
 }
 
-/// Keeps a worker connected and follows what it serves.
-async fn attend(upstream: &Upstream, connections: usize, shards: &Shards, changed: impl Fn()) {
+/// Keeps a worker connected and follows its reports.
+async fn keep_connected(
+    upstream: &Upstream,
+    connections: usize,
+    shards: &Shards,
+    changed: impl Fn(),
+) {
     let mut backoff = BACKOFF;
     loop {
         match connect(upstream, connections, shards).await {
             Ok(()) => {
                 backoff = BACKOFF;
-                upstream.returned();
+                upstream.reset_circuit();
                 let reason = tokio::select! {
                     reason = follow(upstream, &changed) => reason,
-                    reason = maintain(upstream, shards) => reason,
+                    reason = replace_closed(upstream, shards) => reason,
                 };
                 tracing::info!(worker = %upstream.target, reason = reason.message(), "lost");
             }
@@ -201,7 +207,7 @@ async fn attend(upstream: &Upstream, connections: usize, shards: &Shards, change
                 tracing::debug!(worker = %upstream.target, %error, "cannot be reached");
             }
         }
-        upstream.connected(Vec::new());
+        upstream.set_channels(Vec::new());
         changed();
         tokio::time::sleep(backoff.mul_f64(rand::random_range(0.5..1.5))).await;
         backoff = (backoff * 2).min(BACKOFF_MAX);
@@ -218,7 +224,7 @@ async fn connect(upstream: &Upstream, connections: usize, shards: &Shards) -> st
         }
         all.push(own);
     }
-    upstream.connected(all);
+    upstream.set_channels(all);
     Ok(())
 }
 
@@ -233,57 +239,62 @@ async fn connect_from(
     Ok(Arc::new(shards.handle(shard).spawn(connect).await??))
 }
 
-/// Replaces connections that have come to their age.
-async fn maintain(upstream: &Upstream, shards: &Shards) -> Status {
+/// Replaces connections that have been closed at their maximum age.
+async fn replace_closed(upstream: &Upstream, shards: &Shards) -> Status {
     loop {
-        tokio::time::sleep(MAINTAIN).await;
-        for (shard, index) in upstream.closed_places() {
-            // A worker that cannot be reached is seen by its reports.
-            if let Ok(channel) = connect_from(shard, upstream, shards).await {
-                upstream.replace(shard, index, channel);
+        tokio::time::sleep(REPLACE_INTERVAL).await;
+        for at in upstream.closed_channels() {
+            // The missing reports show that a worker is unreachable.
+            if let Ok(channel) = connect_from(at.shard, upstream, shards).await {
+                upstream.replace(at, channel);
             }
         }
     }
 }
 
-/// Follows a worker's reports, on a connection of their own, for as long as
-/// there can be one. Returns why there cannot.
+/// Follows the reports of a worker on a connection of their own, until the worker
+/// is unreachable or hangs. Returns the reason.
 async fn follow(upstream: &Upstream, changed: &impl Fn()) -> Status {
     loop {
         let channel = match Channel::connect(&upstream.target, CONNECT_TIMEOUT).await {
             Ok(channel) => channel,
             Err(error) => return Status::unavailable(error.to_string()),
         };
-        match listen(upstream, &channel, changed).await {
+        match watch_reports(upstream, &channel, changed).await {
             Err(status) if status.code() == Code::DeadlineExceeded => {
-                // Frozen: its calls end here, and go elsewhere.
+                // It hangs: its calls in flight are aborted, and retried elsewhere.
                 upstream.abort();
                 return status;
             }
-            // Its connection came to its age, or it ended: the next says.
-            _ => tokio::time::sleep(MAINTAIN).await,
+            // The connection was closed at its maximum age, or the worker ended:
+            // the next connection shows which.
+            _ => tokio::time::sleep(REPLACE_INTERVAL).await,
         }
     }
 }
 
-/// Follows a worker's reports until it ends, breaks or falls silent.
-async fn listen(upstream: &Upstream, channel: &Channel, changed: &impl Fn()) -> Result<(), Status> {
+/// Follows the reports on one connection until it ends, breaks or times out.
+async fn watch_reports(
+    upstream: &Upstream,
+    channel: &Channel,
+    changed: &impl Fn(),
+) -> Result<(), Status> {
     let deadline = Instant::now() + Duration::from_secs(365 * 24 * 3600);
     let request = Request::internal(Method::WatchReport, &WatchReportRequest {}, deadline);
     let mut body = match upstream.open(channel, &request).await {
         Ok(body) => body,
         Err(status) if status.code() == Code::Unimplemented => {
-            return ask(upstream, channel, changed).await;
+            return poll_index(upstream, channel, changed).await;
         }
         Err(status) => return Err(status),
     };
-    // The connection is new even if the report is not.
+    // The connection is new even if the report is unchanged.
     changed();
-    let mut gathered = bytes::BytesMut::new();
+    let mut buffer = bytes::BytesMut::new();
     loop {
-        let frame = tokio::time::timeout(SILENCE_MAX, body.frame())
+        let frame = tokio::time::timeout(REPORT_TIMEOUT, body.frame())
             .await
-            .map_err(|_| Status::deadline_exceeded("it is silent"))?;
+            .map_err(|_| Status::deadline_exceeded("no report within the timeout"))?;
         let Some(frame) = frame else {
             return Ok(());
         };
@@ -291,44 +302,49 @@ async fn listen(upstream: &Upstream, channel: &Channel, changed: &impl Fn()) -> 
         let Ok(data) = frame.into_data() else {
             return Ok(());
         };
-        gathered.extend_from_slice(&data);
-        while let Some(report) = next_report(&mut gathered)? {
-            if upstream.reported(report) {
+        buffer.extend_from_slice(&data);
+        while let Some(report) = next_report(&mut buffer)? {
+            if upstream.set_report(report) {
                 changed();
             }
         }
     }
 }
 
-fn next_report(gathered: &mut bytes::BytesMut) -> Result<Option<WatchReportResponse>, Status> {
-    let Some((prefix, rest)) = gathered.split_first_chunk::<5>() else {
+fn next_report(buffer: &mut bytes::BytesMut) -> Result<Option<WatchReportResponse>, Status> {
+    let Some((prefix, rest)) = buffer.split_first_chunk::<5>() else {
         return Ok(None);
     };
     let length = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
     if length > 16 << 20 {
-        return Err(Status::internal("a report is too long"));
+        return Err(Status::internal("a report is larger than 16 MiB"));
     }
     if rest.len() < length {
         return Ok(None);
     }
-    let _ = gathered.split_to(5);
-    decode(gathered.split_to(length).freeze()).map(Some)
+    let _ = buffer.split_to(5);
+    decode(buffer.split_to(length).freeze()).map(Some)
 }
 
-/// Asks a server of another make what it serves, again and again.
-async fn ask(upstream: &Upstream, channel: &Channel, changed: &impl Fn()) -> Result<(), Status> {
+/// Polls the repository index of a server that sends no reports: another
+/// implementation of the Open Inference Protocol.
+async fn poll_index(
+    upstream: &Upstream,
+    channel: &Channel,
+    changed: &impl Fn(),
+) -> Result<(), Status> {
     loop {
-        let deadline = Instant::now() + SILENCE_MAX;
-        let asked = RepositoryIndexRequest::default();
+        let deadline = Instant::now() + REPORT_TIMEOUT;
+        let request = RepositoryIndexRequest::default();
         let index: RepositoryIndexResponse = upstream
-            .call(Method::RepositoryIndex, &asked, deadline)
+            .call(Method::RepositoryIndex, &request, deadline)
             .await?;
         let models = index
             .models
             .into_iter()
             .map(|model| ModelReport {
                 name: model.name,
-                // KServe's servers leave versions out.
+                // The servers of KServe leave versions out.
                 version: if model.version.is_empty() {
                     "1".to_owned()
                 } else {
@@ -342,12 +358,12 @@ async fn ask(upstream: &Upstream, channel: &Channel, changed: &impl Fn()) -> Res
             draining: false,
             models,
         };
-        if upstream.reported(report) {
+        if upstream.set_report(report) {
             changed();
         }
         if channel.closed() {
             return Err(Status::unavailable("the connection closed"));
         }
-        tokio::time::sleep(ASK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }

@@ -1,5 +1,5 @@
-//! Calls about the whole fleet, which the gateway answers from its routing table
-//! or by asking every worker.
+//! Calls about the whole fleet: the gateway responds from its routing table, or
+//! calls every worker.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -82,8 +82,8 @@ impl Stack {
         Ok(upstreams)
     }
 
-    /// Asks every reachable worker.
-    async fn ask_workers<Q: prost::Message, A: prost::Message + Default>(
+    /// Calls every reachable worker.
+    async fn call_workers<Q: prost::Message, A: prost::Message + Default>(
         &self,
         method: Method,
         request: &Q,
@@ -96,8 +96,8 @@ impl Stack {
         Ok(join_all(calls).await)
     }
 
-    /// The same; having no worker is no error where there are providers.
-    async fn ask_workers_if_any<Q: prost::Message, A: prost::Message + Default>(
+    /// Calls every reachable worker. No worker is no error when there are providers.
+    async fn call_workers_if_any<Q: prost::Message, A: prost::Message + Default>(
         &self,
         method: Method,
         request: &Q,
@@ -106,7 +106,7 @@ impl Stack {
         if self.reachable().is_err() && !self.0.routes.catalogue.providers.is_empty() {
             return Ok(Vec::new());
         }
-        self.ask_workers(method, request, deadline).await
+        self.call_workers(method, request, deadline).await
     }
 
     /// The statistics of models, summed over all workers.
@@ -121,12 +121,12 @@ impl Stack {
         }
         let catalogue = &self.0.routes.catalogue;
         if catalogue.has(&request.name) {
-            // What providers do is in the metrics alone.
+            // The statistics of providers are in the metrics only.
             self.route(&selector(request), caller)?;
             return Ok(ModelStatisticsResponse::default());
         }
         let responses = self
-            .ask_workers_if_any::<_, ModelStatisticsResponse>(
+            .call_workers_if_any::<_, ModelStatisticsResponse>(
                 Method::ModelStatistics,
                 request,
                 deadline,
@@ -151,8 +151,8 @@ impl Stack {
         })
     }
 
-    /// Every model version of the workers, which is ready if one worker has it
-    /// ready, and the models and chains of providers.
+    /// Every model version of the workers, ready if it is ready on one of them, and
+    /// the models and chains of providers.
     pub async fn index(
         &self,
         request: &RepositoryIndexRequest,
@@ -161,7 +161,7 @@ impl Stack {
     ) -> Result<RepositoryIndexResponse, Status> {
         protocol::check_repository_name(&request.repository_name)?;
         let responses = self
-            .ask_workers_if_any::<_, RepositoryIndexResponse>(
+            .call_workers_if_any::<_, RepositoryIndexResponse>(
                 Method::RepositoryIndex,
                 request,
                 deadline,
@@ -174,14 +174,15 @@ impl Stack {
             .filter(|model| caller.tenant.may_call(&model.name))
         {
             let key = (model.name.clone(), model.version.clone());
-            let known = models.get(&key).is_some_and(|known| known.state == "READY");
-            if !known && !self.0.routes.catalogue.has(&model.name) {
+            let listed = models.get(&key);
+            let ready = listed.is_some_and(|model| model.state == "READY");
+            if !ready && !self.0.routes.catalogue.has(&model.name) {
                 models.insert(key, model);
             }
         }
         for (name, reason) in self.0.routes.catalogue.names() {
             if caller.tenant.may_call(name) {
-                let model = outside(name, reason);
+                let model = provider_index(name, reason);
                 models.insert((model.name.clone(), model.version.clone()), model);
             }
         }
@@ -199,7 +200,7 @@ impl Stack {
         let name = protocol::load_target(request)?;
         self.0.routes.catalogue.must_be_workers(name.as_str())?;
         let responses = self
-            .ask_workers(Method::RepositoryModelLoad, request, deadline)
+            .call_workers(Method::RepositoryModelLoad, request, deadline)
             .await?;
         let response = unless_one_failed(responses)?;
         let name = name.as_str();
@@ -208,7 +209,7 @@ impl Stack {
         Ok(response)
     }
 
-    /// Unloads a model on every worker, and waits until the routing table has it no more.
+    /// Unloads a model on every worker, and waits until it has left the routing table.
     pub async fn unload(
         &self,
         request: &RepositoryModelUnloadRequest,
@@ -217,7 +218,7 @@ impl Stack {
         let name = protocol::unload_target(request)?;
         self.0.routes.catalogue.must_be_workers(name.as_str())?;
         let responses = self
-            .ask_workers(Method::RepositoryModelUnload, request, deadline)
+            .call_workers(Method::RepositoryModelUnload, request, deadline)
             .await?;
         let response = unless_one_failed(responses)?;
         let name = name.as_str();
@@ -257,7 +258,7 @@ impl Stack {
 }
 
 /// The index entry of a model or chain of providers.
-fn outside(name: &str, reason: &str) -> ModelIndex {
+fn provider_index(name: &str, reason: &str) -> ModelIndex {
     ModelIndex {
         name: name.to_owned(),
         version: MODEL_VERSION.to_owned(),
@@ -293,13 +294,13 @@ fn unless_all_failed<A>(responses: Vec<Result<A, Status>>) -> Result<Vec<A>, Sta
 /// One response, if every worker that has the model succeeded.
 fn unless_one_failed<A>(responses: Vec<Result<A, Status>>) -> Result<A, Status> {
     let mut succeeded = None;
-    let mut unknown = None;
+    let mut not_found = None;
     for response in responses {
         match response {
             Ok(response) => succeeded = Some(response),
-            Err(status) if status.code() == Code::NotFound => unknown = Some(status),
+            Err(status) if status.code() == Code::NotFound => not_found = Some(status),
             Err(status) => return Err(status),
         }
     }
-    succeeded.ok_or_else(|| unknown.unwrap_or_else(|| no_worker_reachable().to_status()))
+    succeeded.ok_or_else(|| not_found.unwrap_or_else(|| no_worker_reachable().to_status()))
 }

@@ -1,5 +1,5 @@
-//! Takes calls, chooses workers and forwards tensor bytes untouched. The whole
-//! order stands in [`stack`].
+//! The gateway: accepts calls, routes them to workers and forwards tensor bytes
+//! unchanged. The order of its layers is in [`stack`].
 
 pub mod auth;
 mod balance;
@@ -48,25 +48,25 @@ use shed::Shed;
 use stack::{CallMetrics, Layers, Stack};
 use upstream::UpstreamMetrics;
 
-/// Where a gateway finds workers.
+/// The workers of a gateway.
 #[derive(Debug, Clone, clap::Args)]
 pub struct FleetSettings {
-    /// A worker; repeat for several
+    /// Address of a worker; repeat for several
     #[arg(long, value_name = "HOST:PORT", value_parser = host_and_port)]
     pub worker: Vec<String>,
-    /// A name with a worker behind each of its addresses, such as a Kubernetes
-    /// headless service; repeat for several
+    /// DNS name with a worker at each of its addresses, such as a Kubernetes headless
+    /// service; repeat for several
     #[arg(long, value_name = "NAME:PORT", value_parser = host_and_port)]
     pub worker_dns: Vec<String>,
-    /// How often those names are resolved
+    /// How often the DNS names are resolved
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = platform::config::positive_duration)]
     pub dns_interval: Duration,
 }
 
-/// What a gateway is held to.
+/// The settings of a gateway.
 #[derive(Debug, Clone, clap::Args)]
 pub struct GatewaySettings {
-    /// Where HTTP is served
+    /// Address of the HTTP server
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8000")]
     pub http_addr: SocketAddr,
     #[command(flatten)]
@@ -87,14 +87,14 @@ pub struct GatewaySettings {
     #[command(flatten)]
     #[allow(missing_docs, reason = "their fields are documented")]
     pub providers: ProviderSettings,
-    /// Calls that may be in flight; more are refused at once
+    /// Calls that may be in flight; more are refused at once (load shedding)
     #[arg(long, value_name = "COUNT", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
     pub calls_max: u32,
     /// Tokens of the retry budget, as in gRFC A6: failures in a row that are
     /// retried
     #[arg(long, value_name = "COUNT", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub retry_tokens: u32,
-    /// Connections to each worker from each of the gateway's threads
+    /// Connections to each worker from each thread of the gateway
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub worker_connections: u32,
 }
@@ -113,9 +113,9 @@ fn host_and_port(text: &str) -> Result<String, String> {
 /// Why a gateway cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
-    /// There is nobody to forward to.
+    /// No worker and no provider is configured.
     #[error(
-        "nobody to forward to: give --worker HOST:PORT, --worker-dns NAME:PORT or --providers FILE"
+        "no worker or provider is configured: set --worker HOST:PORT, --worker-dns NAME:PORT or --providers FILE"
     )]
     NoWorkers,
     /// A file of certificates, of the policy, of keys or of providers cannot be
@@ -128,12 +128,12 @@ pub enum GatewayError {
     /// The cache cannot be used as it is configured.
     #[error(transparent)]
     Cache(#[from] CacheError),
-    /// Anybody could call.
+    /// A public address would be served without authentication.
     #[error(
-        "{0} is not a loopback address, and nobody is asked who they are: give --policy FILE, or --insecure if something else guards the port"
+        "{0} is not a loopback address and authentication is off: set --policy FILE, or --insecure if something else protects the port"
     )]
     Open(SocketAddr),
-    /// The descriptors are broken: the build is.
+    /// The embedded descriptors are malformed: a defect of the build.
     #[error("the descriptors of the services cannot be read: {0}")]
     Descriptors(String),
 }
@@ -154,15 +154,15 @@ pub struct Gateway {
 
 impl Gateway {
     /// Checks the settings; no port is open and no worker is connected yet.
-    /// `inside` are workers of the same process.
+    /// `in_process` are workers of the same process.
     pub fn new(
         fleet: FleetSettings,
         settings: &GatewaySettings,
         server: ServerSettings,
         process: Process,
-        inside: Vec<Target>,
+        in_process: Vec<Target>,
     ) -> Result<Self, GatewayError> {
-        let mut targets = inside;
+        let mut targets = in_process;
         targets.extend(fleet.worker.into_iter().map(Target::Tcp));
         let limits = server.message_limits();
         let catalogue = Arc::new(Catalogue::new(&settings.providers, &limits)?);
@@ -175,7 +175,7 @@ impl Gateway {
         auth.metrics().register(&process.metrics);
         let redis = settings.redis.open()?;
         if let Some(redis) = &redis {
-            let help = "1 while Redis answers";
+            let help = "1 while Redis responds";
             let up = redis.up();
             let register =
                 |registry: &mut Registry| registry.register("andon_gateway_redis_up", help, up);
@@ -236,7 +236,7 @@ impl Gateway {
         })
     }
 
-    /// An error when an address is public and nobody is asked who they are.
+    /// An error when an address is public and authentication is off.
     pub fn may_serve(&self, address: SocketAddr, insecure: bool) -> Result<(), GatewayError> {
         if address.ip().is_loopback() || insecure || self.stack.0.auth.is_required() {
             return Ok(());
@@ -264,7 +264,7 @@ impl Gateway {
         let _redis = self.redis.as_ref().map(Redis::follow);
         let _quotas = layers.limit.follow();
         let _secrets = layers.routes.catalogue.follow();
-        let _kept = layers.cache.follow();
+        let _cache = layers.cache.follow();
         let web = Server {
             name: "http",
             ..self.server.clone()
@@ -280,7 +280,7 @@ impl Gateway {
         );
     }
 
-    /// Keeps the answers of health in step with the workers and the drain.
+    /// Keeps the health service in step with the workers and the drain.
     fn follow_health(&self) -> OwnedTask {
         let (routes, health) = (self.stack.0.routes.clone(), self.health.clone());
         let mut drain = self.process.drain.clone();

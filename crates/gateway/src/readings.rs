@@ -49,13 +49,13 @@ impl Collector for Readings {
         let table = self.routes.table();
         let count = |state: &str| {
             let states = table.upstreams.iter().map(|upstream| {
-                match (upstream.reachable(), upstream.out()) {
+                match (upstream.reachable(), upstream.circuit_open()) {
                     (false, _) => "connecting",
                     (true, true) => "ejected",
                     (true, false) => "ready",
                 }
             });
-            states.filter(|found| *found == state).count()
+            states.filter(|other| *other == state).count()
         };
         let name = "andon_gateway_workers";
         let mut family = encoder.encode_descriptor(name, "Workers", None, MetricType::Gauge)?;

@@ -1,5 +1,5 @@
-//! A request as every layer below the doors passes it on: read once, checked
-//! once, its tensor bytes never decoded.
+//! A request as the layers below the doors pass it on: read once, checked once,
+//! its tensor bytes never decoded.
 
 use http::{HeaderMap, HeaderValue};
 use platform::grpc::{Call, Message, MessageLimits, frame_bytes};
@@ -12,7 +12,7 @@ use crate::policy::Caller;
 /// The bytes of a gRPC frame before its message: a flag and the length.
 const FRAME_PREFIX_BYTES: usize = 5;
 
-/// A message for a model, and what travels with it.
+/// A message for a model, with its metadata, deadline and caller.
 #[derive(Debug)]
 pub struct Request {
     /// The method that is called.
@@ -23,9 +23,9 @@ pub struct Request {
     pub message: Message,
     /// When the caller stops waiting.
     pub deadline: Instant,
-    /// Whose request it is.
+    /// The caller.
     pub caller: Caller,
-    /// What the tenant's quotas count it as.
+    /// How the tenant's quotas count it.
     pub unit: QuotaUnit,
 }
 
@@ -54,7 +54,7 @@ pub enum SelectorSource {
     Metadata(&'static [Task]),
 }
 
-/// What quotas count a request as.
+/// How quotas count a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QuotaUnit {
     /// A request and its rows.
@@ -64,7 +64,7 @@ pub enum QuotaUnit {
     Part,
 }
 
-/// What a response took to compute.
+/// The usage of a response.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Usage {
     /// Computed tokens, without those of cached rows.

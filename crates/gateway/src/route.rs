@@ -17,15 +17,15 @@ use crate::policy::Caller;
 use crate::request::ModelSelector;
 use crate::upstream::Upstream;
 
-/// How long a gateway that has providers too waits for its first worker before
+/// How long a gateway with workers and providers waits for its first worker before
 /// it is ready.
 const STARTUP_GRACE: Duration = Duration::from_secs(10);
 
-/// The models of all workers.
+/// The routing table: the models of all workers.
 #[derive(Debug, Default)]
 pub struct Table {
     models: HashMap<String, Arc<ModelRoute>>,
-    /// Every worker, whether it can be reached or not.
+    /// Every worker, reachable or not.
     pub upstreams: Vec<Arc<Upstream>>,
 }
 
@@ -40,11 +40,11 @@ pub struct ModelRoute {
 /// One version of a model.
 #[derive(Debug, Default)]
 struct VersionRoute {
-    /// The workers that have it ready.
+    /// The workers on which it is ready.
     upstreams: Vec<Arc<Upstream>>,
-    /// Those that are draining: used only when there is no other.
+    /// Those of them that are draining: used only when there is no other.
     draining: Vec<Arc<Upstream>>,
-    /// Whether a worker that has it ready is unreachable.
+    /// Whether a worker on which it was ready is unreachable.
     unreachable: bool,
     /// The digest that all its workers report, when it is deterministic.
     digest: Option<Arc<str>>,
@@ -56,7 +56,7 @@ struct VersionRoute {
 #[derive(Debug, Clone)]
 pub struct Route {
     target: RouteTarget,
-    /// The model's name for the metadata of a call that named none.
+    /// The name of the model, for the metadata of a call that names none.
     pub chosen: Option<HeaderValue>,
 }
 
@@ -69,17 +69,17 @@ enum RouteTarget {
     Provider(Arc<Provider>),
 }
 
-/// How a request is answered.
+/// Which models may respond to a request.
 #[derive(Debug, Clone)]
 pub enum Plan {
-    /// By one model.
+    /// One model.
     One(Route),
-    /// By the first of several that can.
+    /// The first model of a fallback chain that can respond.
     Chain(Arc<Chain>),
 }
 
 impl Plan {
-    /// The name that the caller asked for, or the model that was chosen.
+    /// The name in the request, or the name of the chosen model.
     pub fn name(&self) -> &str {
         match self {
             Self::One(route) => route.name(),
@@ -106,7 +106,7 @@ impl Route {
         }
     }
 
-    /// The model's name.
+    /// The name of the model.
     pub fn name(&self) -> &str {
         match &self.target {
             RouteTarget::Workers { model, .. } => model.name.as_str(),
@@ -114,7 +114,7 @@ impl Route {
         }
     }
 
-    /// What the model does, for example `embedding`.
+    /// The task of the model, for example `embedding`.
     pub fn task(&self) -> &str {
         match &self.target {
             RouteTarget::Workers { model, .. } => &model.task,
@@ -122,13 +122,13 @@ impl Route {
         }
     }
 
-    /// The workers that have the version, ready.
+    /// The workers on which the version is ready.
     pub fn upstreams(&self) -> &[Arc<Upstream>] {
-        self.version().map_or(&[], VersionRoute::able)
+        self.version().map_or(&[], VersionRoute::ready)
     }
 
-    /// What stands for the model version when its answers may be kept: its
-    /// workers agree on it and say that it is deterministic.
+    /// The digest of the model version, when its responses may be cached: its
+    /// workers report the same digest, and that it is deterministic.
     pub fn digest(&self) -> Option<&str> {
         if let RouteTarget::Provider(provider) = &self.target {
             return provider.digest.as_deref();
@@ -136,7 +136,7 @@ impl Route {
         self.version()?.digest.as_deref()
     }
 
-    /// The outside service that answers, where one does.
+    /// The provider, for a model of an outside service.
     pub fn provider(&self) -> Option<&Arc<Provider>> {
         match &self.target {
             RouteTarget::Provider(provider) => Some(provider),
@@ -144,7 +144,7 @@ impl Route {
         }
     }
 
-    /// The version's number; 0 for a model of a provider.
+    /// The number of the version; 0 for a model of a provider.
     pub fn number(&self) -> u64 {
         match &self.target {
             RouteTarget::Workers { version, .. } => version.number(),
@@ -160,14 +160,14 @@ impl Route {
     }
 }
 
-/// The table as it stands now.
+/// The current routing table, and the models of providers.
 #[derive(Debug, Default)]
 pub struct Routes {
     table: RwLock<Arc<Table>>,
     changed: watch::Sender<u64>,
-    /// Whether workers are configured, and not providers alone.
+    /// Whether workers are configured, not only providers.
     workers: bool,
-    /// Whether a worker has had a model ready since the start.
+    /// Whether a model has been ready on a worker since the start.
     seen_ready: AtomicBool,
     /// When the startup grace period ends.
     startup_ends: Option<Instant>,
@@ -176,7 +176,7 @@ pub struct Routes {
 }
 
 impl Routes {
-    /// No workers yet, and whether there are to be any.
+    /// An empty table; `workers` says whether workers are configured.
     pub fn new(catalogue: Arc<Catalogue>, workers: bool) -> Self {
         Self {
             catalogue,
@@ -186,7 +186,7 @@ impl Routes {
         }
     }
 
-    /// The table as it stands now.
+    /// A snapshot of the routing table.
     pub fn table(&self) -> Arc<Table> {
         self.table
             .read()
@@ -194,7 +194,7 @@ impl Routes {
             .clone()
     }
 
-    /// Makes the table anew from what the workers report.
+    /// Rebuilds the table from the reports of the workers.
     pub fn rebuild(&self, upstreams: Vec<Arc<Upstream>>) {
         let table = Arc::new(build(upstreams));
         if table.readiness().any(|(_, ready)| ready) {
@@ -204,13 +204,13 @@ impl Routes {
         self.changed.send_modify(|count| *count += 1);
     }
 
-    /// Tells when the table changes.
+    /// A receiver that is notified when the table changes.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
-    /// Waits a little until the table is as a caller expects it to be after
-    /// what it has just changed.
+    /// Waits up to two seconds until the table shows a change that a caller has
+    /// made.
     pub async fn settle(&self, settled: impl Fn(&Table) -> bool) {
         let mut changes = self.changes();
         let wait = async { while !settled(&self.table()) && changes.changed().await.is_ok() {} };
@@ -218,8 +218,9 @@ impl Routes {
         let _ = tokio::time::timeout(Duration::from_secs(2), wait).await;
     }
 
-    /// How a request is answered. The model that is named must be one that the
-    /// caller may call; where none is named, one of those is chosen.
+    /// Chooses the models that may respond to a request. The caller must be allowed
+    /// to call the model that it names. When it names none, the only model for the
+    /// task that it may call is chosen.
     pub fn choose(&self, selector: &ModelSelector, caller: &Caller) -> Result<Plan, Error> {
         match selector {
             ModelSelector::Named {
@@ -238,8 +239,8 @@ impl Routes {
         }
     }
 
-    /// An error unless a model, an alias or a version of it can be called. A
-    /// chain can be, when one of its models can.
+    /// An error unless a model, alias or version is ready. A chain is ready when one
+    /// of its models is.
     pub fn ready(&self, name: &str, version: &str) -> Result<(), Error> {
         let Some(chain) = self.catalogue.chains.get(name) else {
             return self.model_ready(name, version);
@@ -263,7 +264,7 @@ impl Routes {
 
     /// Whether some model can respond. A gateway with workers and providers is
     /// not ready before the first worker, or the end of the startup grace
-    /// period: it must not be sent calls for models that it does not know yet.
+    /// period: it must receive no calls for models that are not in its table yet.
     pub fn ready_to_serve(&self) -> bool {
         let started =
             !self.workers || self.seen_ready.load(Ordering::Acquire) || !self.in_startup();
@@ -282,9 +283,8 @@ impl Routes {
         }
     }
 
-    /// The models and chains by name, and whether one can be called. A model
-    /// of a provider can, whatever the provider says: no outside service takes
-    /// a gateway out of service.
+    /// The models and chains by name, and whether each is ready. A model of a
+    /// provider always is: no outside service takes a gateway out of service.
     pub fn readiness(&self) -> BTreeMap<String, bool> {
         let mut readiness: BTreeMap<String, bool> = self.table().readiness().collect();
         let providers = self.catalogue.providers.keys();
@@ -297,7 +297,7 @@ impl Routes {
         readiness
     }
 
-    /// A model of a chain, whoever asks: they may call the chain.
+    /// A model of a chain, without a check of the caller: it may call the chain.
     pub fn member(&self, name: &str) -> Result<Route, Error> {
         self.model(name, "", "model_name")
     }
@@ -319,16 +319,16 @@ impl Routes {
     /// The only model for one of these tasks that the caller may call.
     fn only_model(&self, tasks: &[Task], caller: &Caller) -> Result<Route, Error> {
         let table = self.table();
-        let may = |name: &str| caller.tenant.may_call(name);
-        let does = |route: &Route| {
+        let allowed = |name: &str| caller.tenant.may_call(name);
+        let matches = |route: &Route| {
             let mut tasks = tasks.iter();
-            tasks.any(|task| task.as_str() == route.task()) && may(route.name())
+            tasks.any(|task| task.as_str() == route.task()) && allowed(route.name())
         };
         let providers = &self.catalogue.providers;
-        // A provider's model takes the place of a worker's of the same name.
-        let own = |route: &Route| !providers.contains_key(route.name());
-        let mut able: Vec<Route> = table.ready().filter(does).filter(own).collect();
-        able.extend(providers.values().map(Route::of_provider).filter(does));
+        // A model of a provider replaces a model of workers with the same name.
+        let of_workers = |route: &Route| !providers.contains_key(route.name());
+        let mut able: Vec<Route> = table.ready().filter(matches).filter(of_workers).collect();
+        able.extend(providers.values().map(Route::of_provider).filter(matches));
         able.sort_by(|a, b| a.name().cmp(b.name()));
         let task = if let [task] = tasks {
             task.as_str()
@@ -355,14 +355,14 @@ impl Table {
         self.upstreams.iter().any(|upstream| upstream.reachable())
     }
 
-    /// The models by name, and whether one can be called.
+    /// The models by name, and whether each is ready.
     pub fn readiness(&self) -> impl Iterator<Item = (String, bool)> + '_ {
         self.models
             .iter()
             .map(|(name, route)| (name.clone(), route.newest().is_some()))
     }
 
-    /// Who has a model version.
+    /// The route to a model version; without a version, to the newest that is ready.
     pub fn named(&self, name: &str, version: &str, field: &'static str) -> Result<Route, Error> {
         let version = ModelVersion::optional(version, "model_version")?;
         let Some(model) = self.models.get(name) else {
@@ -376,7 +376,7 @@ impl Table {
             None => model.newest().ok_or_else(|| model.not_ready())?,
             Some(version) => match model.versions.get(&version) {
                 None => return Err(Error::unknown_model(&model.name, Some(version))),
-                Some(route) if route.able().is_empty() => {
+                Some(route) if route.ready().is_empty() => {
                     return Err(Error::new(
                         Kind::NotReady,
                         format!("version {version} of model '{name}' is not ready"),
@@ -396,13 +396,13 @@ impl Table {
     }
 }
 
-/// No worker can be reached at all.
+/// The error when no worker is reachable.
 pub fn no_worker_reachable() -> Error {
     Error::new(Kind::NotReady, "no worker is reachable")
 }
 
 impl VersionRoute {
-    fn able(&self) -> &[Arc<Upstream>] {
+    fn ready(&self) -> &[Arc<Upstream>] {
         if self.upstreams.is_empty() {
             return &self.draining;
         }
@@ -413,12 +413,12 @@ impl VersionRoute {
 impl ModelRoute {
     fn newest(&self) -> Option<ModelVersion> {
         let ready = |(version, route): (&ModelVersion, &VersionRoute)| {
-            (!route.able().is_empty()).then_some(*version)
+            (!route.ready().is_empty()).then_some(*version)
         };
         self.versions.iter().rev().find_map(ready)
     }
 
-    /// Why no version can be called.
+    /// The error when no version is ready.
     fn not_ready(&self) -> Error {
         let name = &self.name;
         if self.versions.values().any(|route| route.unreachable) {
@@ -434,8 +434,8 @@ impl ModelRoute {
     }
 }
 
-/// A model that is known stays known while its workers are out of reach: its
-/// callers are told to try again, not that there is no such model.
+/// Builds the table. A model stays in it while its workers are unreachable: its
+/// callers get an error to retry, not that there is no such model.
 fn build(upstreams: Vec<Arc<Upstream>>) -> Table {
     let mut models: HashMap<String, ModelRoute> = HashMap::new();
     for upstream in &upstreams {
@@ -444,7 +444,7 @@ fn build(upstreams: Vec<Arc<Upstream>>) -> Table {
         for reported in &report.models {
             let name = ModelName::checked(&reported.name, "name");
             let version = ModelVersion::checked(&reported.version, "version");
-            // A worker of another make may have names that no caller can use.
+            // Another implementation may have names that no caller can use.
             let (Ok(name), Ok(version)) = (name, version) else {
                 continue;
             };
@@ -463,7 +463,7 @@ fn build(upstreams: Vec<Arc<Upstream>>) -> Table {
                 let digest = (reported.deterministic && !reported.digest.is_empty())
                     .then(|| Arc::from(reported.digest.as_str()));
                 route.digest = match (route.has_report, route.digest.take()) {
-                    (true, agreed) if agreed != digest => None,
+                    (true, reported) if reported != digest => None,
                     _ => digest,
                 };
                 route.has_report = true;

@@ -60,12 +60,12 @@ pub struct Layers {
     pub(crate) deadline_max: Duration,
 }
 
-/// Who may make a call.
+/// The callers that may make a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Anybody, without authentication.
+    /// All callers, without authentication.
     Open,
-    /// Anybody if the policy says so, else like `Caller`.
+    /// As `Open` if the policy opens reflection, else as `Caller`.
     Reflection,
     /// An authenticated caller.
     Caller,
@@ -87,12 +87,12 @@ pub enum EntryKind {
     StreamMessage,
 }
 
-/// What a call shows when it enters.
+/// The credentials and the kind of a call that enters.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry<'a> {
     /// How it enters.
     pub kind: EntryKind,
-    /// Who may make it.
+    /// The callers that may make it.
     pub access: Access,
     /// The metadata, with the credential.
     pub headers: &'a HeaderMap,
@@ -103,7 +103,7 @@ pub struct Entry<'a> {
 /// A call that has entered.
 #[derive(Debug)]
 pub struct Entered {
-    /// Whose call it is.
+    /// The authenticated caller.
     pub caller: Caller,
     /// To be held until the response has been sent.
     pub guard: EntryGuard,
@@ -118,12 +118,12 @@ pub struct EntryGuard {
     slot: Option<TenantSlot>,
 }
 
-/// One exchange with a model, which a caller waits for.
+/// One exchange with a model, for which a caller waits.
 pub trait Exchange: Sync {
     /// What a model responds with.
     type Output: Send;
 
-    /// Whose exchange it is.
+    /// The caller.
     fn caller(&self) -> &Caller;
 
     /// When the caller stops waiting for the output to begin.
@@ -170,13 +170,13 @@ pub struct Attempt<'a> {
 pub type Reservations = [Option<Reservation>; 2];
 
 impl Stack {
-    /// shed → auth → limit: whose call it is, and the permits that it holds.
+    /// shed → auth → limit: authenticates a call and takes the permits that it holds.
     pub async fn enter(&self, entry: Entry<'_>) -> Result<Entered, Error> {
         let layers = &self.0;
         let admitted = matches!(entry.kind, EntryKind::Call | EntryKind::Stream);
         // shed: more calls than the gateway may have in flight are refused.
         let permit = admitted.then(|| layers.shed.admit()).transpose()?;
-        // auth: who calls, and whether they may.
+        // auth: the caller, and whether it may make the call.
         let caller = self.authenticate(entry).await?;
         // shed: one tenant does not hold every permit.
         let several_tenants = || layers.auth.policy().load().tenants.len() > 1;

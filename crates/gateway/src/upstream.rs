@@ -1,5 +1,5 @@
-//! One worker as the gateway sees it: its connections, what it reports, how it
-//! fares, and how a call is sent to it.
+//! A worker as an upstream: its connections, its reports, its circuit breaker,
+//! and how a call is sent to it.
 
 mod metrics;
 pub mod provider;
@@ -29,12 +29,12 @@ use response::read;
 
 /// A worker.
 pub struct Upstream {
-    /// Where it is.
+    /// The address.
     pub target: Target,
     authority: Authority,
-    /// By shard: a call stays on the thread that its caller's connection is on.
+    /// By shard: a call stays on the thread of its caller's connection.
     channels: RwLock<Vec<Vec<Arc<Channel>>>>,
-    turn: AtomicUsize,
+    next_channel: AtomicUsize,
     report: RwLock<Arc<WatchReportResponse>>,
     in_flight: AtomicUsize,
     breaker: CircuitBreaker,
@@ -47,18 +47,26 @@ impl fmt::Debug for Upstream {
     }
 }
 
-/// One sending of a call.
+/// How one attempt of a call is sent to a worker.
 #[derive(Debug, Clone, Copy)]
-pub struct Attempt<'a> {
-    /// How often the call was sent before.
+pub struct SendOptions<'a> {
+    /// The number of earlier attempts.
     pub number: usize,
-    /// The model's name, for a call that named none.
+    /// The name of the model, for a call that names none.
     pub chosen: Option<&'a HeaderValue>,
-    /// What answers are held to.
+    /// The limits of the response.
     pub limits: Option<&'a MessageLimits>,
 }
 
-impl Attempt<'_> {
+/// A connection of a worker: the shard that drives it, and its index there.
+#[derive(Debug, Clone, Copy)]
+pub struct ChannelIndex {
+    /// The shard.
+    pub shard: usize,
+    index: usize,
+}
+
+impl SendOptions<'_> {
     fn first() -> Self {
         Self {
             number: 0,
@@ -79,7 +87,7 @@ impl Upstream {
             target,
             authority: authority.unwrap_or_else(|| Authority::from_static("andon")),
             channels: RwLock::default(),
-            turn: AtomicUsize::new(0),
+            next_channel: AtomicUsize::new(0),
             report: RwLock::default(),
             in_flight: AtomicUsize::new(0),
             breaker: CircuitBreaker::default(),
@@ -87,22 +95,22 @@ impl Upstream {
         }
     }
 
-    /// Replaces the connections of each shard.
-    pub fn connected(&self, channels: Vec<Vec<Arc<Channel>>>) {
+    /// Replaces the connections of each shard; with none, the worker is lost.
+    pub fn set_channels(&self, channels: Vec<Vec<Arc<Channel>>>) {
         *self
             .channels
             .write()
             .unwrap_or_else(PoisonError::into_inner) = channels;
     }
 
-    /// Whether calls can be sent: it has not been lost. For some milliseconds
-    /// all its connections may be at their age and not replaced yet.
+    /// Whether the worker is connected. For some milliseconds all its connections
+    /// may have reached their maximum age and not be replaced yet.
     pub fn reachable(&self) -> bool {
         let channels = self.channels.read().unwrap_or_else(PoisonError::into_inner);
         !channels.is_empty()
     }
 
-    /// What the worker said last.
+    /// The last report of the worker.
     pub fn report(&self) -> Arc<WatchReportResponse> {
         self.report
             .read()
@@ -110,19 +118,18 @@ impl Upstream {
             .clone()
     }
 
-    /// Keeps what the worker says; true when it serves other models than
-    /// before.
-    pub fn reported(&self, report: WatchReportResponse) -> bool {
+    /// Stores a report; true when the worker serves other models than before.
+    pub fn set_report(&self, report: WatchReportResponse) -> bool {
         let serves = |report: &WatchReportResponse| {
             let models = report.models.iter();
             let models = models.map(|m| {
-                let kept = (m.deterministic, m.digest.clone());
+                let cacheable = (m.deterministic, m.digest.clone());
                 (
                     m.name.clone(),
                     m.version.clone(),
                     m.ready,
                     m.task.clone(),
-                    kept,
+                    cacheable,
                 )
             });
             (report.draining, models.collect::<Vec<_>>())
@@ -133,8 +140,8 @@ impl Upstream {
         changed
     }
 
-    /// How loaded the worker is for a model: calls of this gateway that it
-    /// has, and rows that it says wait.
+    /// The load of the worker for a model: the calls of this gateway in flight,
+    /// and the rows that it reports as queued.
     pub fn load(&self, model: &str) -> u64 {
         let report = self.report.read().unwrap_or_else(PoisonError::into_inner);
         let waiting: u64 = report
@@ -146,35 +153,35 @@ impl Upstream {
         waiting + self.in_flight.load(Ordering::Relaxed) as u64
     }
 
-    /// Whether the worker is left alone because it failed. When its time is
-    /// over, one call at a time may try it.
+    /// Whether the worker is ejected because it failed. When its time is over,
+    /// one call at a time may probe it.
     pub fn ejected(&self) -> bool {
         self.breaker.is_ejected()
     }
 
-    /// Whether the worker is being left alone, without trying it.
-    pub fn out(&self) -> bool {
+    /// Whether the circuit breaker of the worker is open. It starts no probe.
+    pub fn circuit_open(&self) -> bool {
         self.breaker.is_open()
     }
 
-    /// The worker answered.
+    /// Records that the worker responded.
     pub fn succeeded(&self) {
         if self.breaker.succeeded() {
-            tracing::info!(worker = %self.target, "answers again");
+            tracing::info!(worker = %self.target, "responds again: the circuit breaker is closed");
         }
     }
 
-    /// The worker failed: after several times, or when it was being tried, it
-    /// is left alone.
+    /// Records that the worker failed. After several failures, or when a probe
+    /// fails, it is ejected.
     pub fn failed(&self) {
         if let Some(rest) = self.breaker.failed() {
             self.metrics.ejections.inc();
-            tracing::warn!(worker = %self.target, ?rest, "left alone: it failed repeatedly");
+            tracing::warn!(worker = %self.target, ?rest, "ejected after repeated failures");
         }
     }
 
-    /// Forgets that the worker was left alone: its connection is new.
-    pub fn returned(&self) {
+    /// Closes the circuit breaker: the connection is new.
+    pub fn reset_circuit(&self) {
         self.breaker.reset();
     }
 
@@ -185,49 +192,51 @@ impl Upstream {
             .get(shards::current())
             .filter(|own| !own.is_empty());
         if let Some(own) = own {
-            let start = match own.len() {
-                1 => 0,
-                _ => self.turn.fetch_add(1, Ordering::Relaxed),
+            let start = if own.len() == 1 {
+                0
+            } else {
+                self.next_channel.fetch_add(1, Ordering::Relaxed)
             };
-            let mut turns = (0..own.len()).filter_map(|step| own.get((start + step) % own.len()));
-            if let Some(channel) = turns.find(open) {
+            let mut candidates =
+                (0..own.len()).filter_map(|step| own.get((start + step) % own.len()));
+            if let Some(channel) = candidates.find(open) {
                 return Some(channel.clone());
             }
         }
         channels.iter().flatten().find(open).cloned()
     }
 
-    /// Sends a call and reads its whole answer, so that a worker that dies in
-    /// the middle of one costs the caller nothing.
+    /// Sends a call and reads its whole response, so that a call whose worker dies
+    /// in the middle of a response can be retried.
     pub async fn send(
         &self,
         request: &Request,
-        attempt: Attempt<'_>,
+        options: SendOptions<'_>,
     ) -> Result<Response, SendError> {
         let channel = self
             .channel()
-            .ok_or_else(|| SendError::NotSent("not connected".to_owned()))?;
+            .ok_or_else(|| SendError::NotSent("the worker is not connected".to_owned()))?;
         let mut headers = request.headers.clone();
         set_timeout(&mut headers, request.deadline);
-        if attempt.number > 0 {
-            headers.insert(PREVIOUS_ATTEMPTS, HeaderValue::from(attempt.number));
+        if options.number > 0 {
+            headers.insert(PREVIOUS_ATTEMPTS, HeaderValue::from(options.number));
         }
-        if let Some(chosen) = attempt.chosen {
+        if let Some(chosen) = options.chosen {
             headers.insert(HeaderName::from_static(MODEL_KEY), chosen.clone());
         }
         let head = self.head(request.method, headers);
         let framed = request.message.framed().clone();
-        let mut sending = Sending::begin(self, request.deadline);
-        let answered = async {
+        let mut in_flight = InFlightCall::begin(self, request.deadline);
+        let result = async {
             let response = self.send_on_any(channel, head, framed).await?;
-            read(response, attempt.limits).await
+            read(response, options.limits).await
         }
         .await;
-        sending.ended = true;
-        answered
+        in_flight.ended = true;
+        result
     }
 
-    /// Sends on a connection, or on the next when it turns out to be ending.
+    /// Sends on a connection, or on another one when that has been closed.
     async fn send_on_any(
         &self,
         mut channel: Arc<Channel>,
@@ -239,12 +248,12 @@ impl Upstream {
                 Err(ChannelError::Unprocessed(error)) if channel.closed() => {
                     channel = self.channel().ok_or(ChannelError::Unprocessed(error))?;
                 }
-                sent => return sent,
+                result => return result,
             }
         }
     }
 
-    /// Breaks every connection, so that the calls that they have go elsewhere.
+    /// Breaks every connection, so that the calls in flight are retried elsewhere.
     pub fn abort(&self) {
         let channels = self.channels.read().unwrap_or_else(PoisonError::into_inner);
         channels
@@ -253,31 +262,33 @@ impl Upstream {
             .for_each(|channel| channel.abort());
     }
 
-    /// The places of the connections that take no more calls.
-    pub fn closed_places(&self) -> Vec<(usize, usize)> {
+    /// The connections that take no more calls.
+    pub fn closed_channels(&self) -> Vec<ChannelIndex> {
         let channels = self.channels.read().unwrap_or_else(PoisonError::into_inner);
-        let places = channels.iter().enumerate().flat_map(|(shard, own)| {
+        let closed = channels.iter().enumerate().flat_map(|(shard, own)| {
             let closed = own
                 .iter()
                 .enumerate()
                 .filter(|(_, channel)| channel.closed());
-            closed.map(move |(index, _)| (shard, index))
+            closed.map(move |(index, _)| ChannelIndex { shard, index })
         });
-        places.collect()
+        closed.collect()
     }
 
-    /// Puts a new connection in a place. Calls that the old one has go on.
-    pub fn replace(&self, shard: usize, index: usize, channel: Arc<Channel>) {
+    /// Replaces a connection. The calls in flight on the old one continue.
+    pub fn replace(&self, at: ChannelIndex, channel: Arc<Channel>) {
         let mut channels = self
             .channels
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        if let Some(place) = channels.get_mut(shard).and_then(|own| own.get_mut(index)) {
-            *place = channel;
+        let own = channels.get_mut(at.shard);
+        if let Some(old) = own.and_then(|own| own.get_mut(at.index)) {
+            *old = channel;
         }
     }
 
-    /// Calls the worker with a message of the gateway's own.
+    /// Calls the worker with a message of the gateway itself, and decodes the
+    /// response.
     pub async fn call<Q: prost::Message, A: prost::Message + Default>(
         &self,
         method: Method,
@@ -285,9 +296,10 @@ impl Upstream {
         deadline: Instant,
     ) -> Result<A, Status> {
         let request = Request::internal(method, message, deadline);
-        let sent = tokio::time::timeout_at(deadline, self.send(&request, Attempt::first())).await;
-        let answer = match sent {
-            Ok(Ok(answer)) => answer,
+        let sent =
+            tokio::time::timeout_at(deadline, self.send(&request, SendOptions::first())).await;
+        let response = match sent {
+            Ok(Ok(response)) => response,
             Ok(Err(error)) => {
                 return Err(Status::unavailable(format!(
                     "worker {}: {error}",
@@ -296,10 +308,10 @@ impl Upstream {
             }
             Err(_) => return Err(Error::deadline_passed().to_status()),
         };
-        platform::grpc::decode(answer.into_message()?)
+        platform::grpc::decode(response.into_message()?)
     }
 
-    /// Opens a stream of messages on one connection; they stay framed.
+    /// Opens a stream of messages on one connection; the messages stay framed.
     pub async fn open(&self, channel: &Channel, request: &Request) -> Result<Incoming, Status> {
         let head = self.head(request.method, request.headers.clone());
         let response = channel
@@ -319,7 +331,7 @@ impl Upstream {
         parts.path_and_query = Some(PathAndQuery::from_static(method.path()));
         let mut request = http::Request::new(());
         *request.method_mut() = http::Method::POST;
-        // All three parts are there, so that they always make an address.
+        // All three parts are set, so that they always make a URI.
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
         *request.headers_mut() = headers;
         request
@@ -329,7 +341,7 @@ impl Upstream {
 const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static("grpc-previous-rpc-attempts");
 const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
-/// Forwards what remains of the deadline.
+/// Forwards the rest of the deadline.
 fn set_timeout(headers: &mut HeaderMap, deadline: Instant) {
     let left = deadline.saturating_duration_since(Instant::now());
     let us = left.as_micros();
@@ -344,16 +356,17 @@ fn set_timeout(headers: &mut HeaderMap, deadline: Instant) {
     }
 }
 
-/// A call that is under way, however it ends.
-struct Sending<'u> {
+/// A call in flight, until it is dropped: however it ends, it is counted and
+/// judged by the circuit breaker.
+struct InFlightCall<'u> {
     upstream: &'u Upstream,
     started: Instant,
     deadline: Instant,
-    /// Whether the worker answered or broke, and not the caller's patience.
+    /// Whether the worker responded or failed, before the caller stopped waiting.
     ended: bool,
 }
 
-impl<'u> Sending<'u> {
+impl<'u> InFlightCall<'u> {
     fn begin(upstream: &'u Upstream, deadline: Instant) -> Self {
         upstream.in_flight.fetch_add(1, Ordering::Relaxed);
         upstream.breaker.begin_probe();
@@ -366,17 +379,17 @@ impl<'u> Sending<'u> {
     }
 }
 
-impl Drop for Sending<'_> {
+impl Drop for InFlightCall<'_> {
     fn drop(&mut self) {
         let upstream = self.upstream;
         upstream.in_flight.fetch_sub(1, Ordering::Relaxed);
-        let took = self.started.elapsed();
-        upstream.metrics.duration.observe(took.as_secs_f64());
+        let elapsed = self.started.elapsed();
+        upstream.metrics.duration.observe(elapsed.as_secs_f64());
         if self.ended {
             return;
         }
-        // A worker that keeps callers waiting past their deadlines, call after
-        // call, is as bad as one that breaks; a caller who left proves nothing.
+        // A worker that lets deadline after deadline pass is as bad as one that
+        // fails; a caller who left says nothing about the worker.
         if Instant::now() >= self.deadline {
             upstream.failed();
         } else {

@@ -155,7 +155,7 @@ async fn keys_let_in_whom_they_stand_for() -> Result<()> {
     is(
         &guarded.infer(&[("x-api-key", &forged)]).await?,
         Code::Unauthenticated,
-        "not known",
+        "is unknown",
     )?;
     is(
         &guarded.infer(&[("x-api-key", "sk-1")]).await?,
@@ -211,7 +211,7 @@ async fn keys_end_when_they_expire_or_are_revoked() -> Result<()> {
     is(
         &guarded.infer(&[("x-api-key", &forged(&key))]).await?,
         Code::Unauthenticated,
-        "not known",
+        "is unknown",
     )?;
     is(
         &guarded.infer(&[("x-api-key", &other)]).await?,

@@ -1,5 +1,5 @@
-//! The keys of those who sign tokens: from a file or a page, never from a
-//! token.
+//! The keys that verify tokens (JSON Web Key Set, RFC 7517): from a file or a URL,
+//! never from a token.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,46 +17,44 @@ use serde::Deserialize;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::Refusal;
+use super::Rejection;
 use crate::policy::JwksSource;
 
 const WHAT: &str = "the signers' keys";
-/// A set of some hundreds of keys.
+/// The largest key set: some hundreds of keys.
 const BYTES_MAX: u64 = 1 << 20;
 const KEYS_MAX: usize = 1000;
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often the page is fetched in any case: a key that its signer has
-/// withdrawn is good no longer.
+/// How often the keys are fetched in any case: a key that its signer has withdrawn
+/// must not be accepted any longer.
 const FETCH_INTERVAL: Duration = Duration::from_secs(600);
-/// How soon a fetch that failed is tried again, at first and at last.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// How often a key that is not known may make the gateway fetch: whoever can
-/// send tokens can make up names of keys.
-const ASK_INTERVAL: Duration = Duration::from_secs(60);
+/// The first backoff after a failed fetch, and the longest.
+const BACKOFF: Duration = Duration::from_secs(1);
+const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// How often unknown keys may cause a fetch: anyone can send tokens with invented key
+/// ids.
+const FETCH_ON_DEMAND_INTERVAL: Duration = Duration::from_secs(60);
 /// Calls that may wait for a fetch.
 const WAITING_MAX: usize = 64;
 
-const UNKNOWN: Refusal = Refusal::new(
+const UNKNOWN: Rejection = Rejection::new("token_key", "the token is signed with an unknown key");
+const UNNAMED: Rejection = Rejection::new(
     "token_key",
-    "the token is signed with a key that is not known",
+    "the token has no key id (kid), and the server has several keys",
 );
-const UNNAMED: Refusal = Refusal::new(
-    "token_key",
-    "the token does not say which key it is signed with",
-);
-const NOT_FETCHED: Refusal = Refusal {
+const NOT_FETCHED: Rejection = Rejection {
     reason: "signers_unreachable",
-    message: "tokens cannot be checked yet: the signers' keys cannot be fetched",
+    message: "tokens cannot be verified now: the keys of their issuer are unavailable",
     kind: protocol::Kind::NotReady,
 };
 
-const BUSY: Refusal = Refusal {
+const BUSY: Rejection = Rejection {
     reason: "signers_busy",
-    message: "the token cannot be checked yet: many wait for the signers' keys",
+    message: "the token cannot be verified now: too many calls wait for the keys of its issuer",
     kind: protocol::Kind::NotReady,
 };
 
-/// One key of a signer, and the only algorithm that it is good for.
+/// One key of a signer, and the only algorithm for which it is accepted.
 #[derive(Debug)]
 pub struct Signer {
     pub algorithm: Algorithm,
@@ -64,10 +62,10 @@ pub struct Signer {
     material: AlgorithmParameters,
 }
 
-/// The keys of all signers, at one moment.
+/// A snapshot of the keys of all signers.
 #[derive(Debug)]
 pub struct KeySet {
-    /// No two sets that a process reads have the same.
+    /// Unique among the sets of a process.
     pub number: u64,
     text: String,
     named: HashMap<String, Arc<Signer>>,
@@ -75,18 +73,19 @@ pub struct KeySet {
 }
 
 #[derive(Deserialize)]
-struct Page {
+struct JwkSet {
     keys: Vec<serde_json::Value>,
 }
 
 impl KeySet {
-    /// Reads a set (RFC 7517). Keys of other kinds and for other uses are
-    /// left out; a set without a usable key is an error.
+    /// Parses a set (RFC 7517). Keys of other types and for other uses are skipped; a
+    /// set without a usable key is an error.
     pub fn parse(text: String) -> Result<Self, ContentError> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let wrong = |reason: &str| ContentError::new(reason);
-        let page: Page = serde_json::from_str(&text).map_err(|error| wrong(&error.to_string()))?;
-        if page.keys.len() > KEYS_MAX {
+        let document: JwkSet =
+            serde_json::from_str(&text).map_err(|error| wrong(&error.to_string()))?;
+        if document.keys.len() > KEYS_MAX {
             return Err(wrong("there are more than 1000 keys"));
         }
         let mut set = Self {
@@ -95,7 +94,7 @@ impl KeySet {
             named: HashMap::new(),
             unnamed: Vec::new(),
         };
-        let read = page.keys.into_iter();
+        let read = document.keys.into_iter();
         for jwk in read.filter_map(|key| serde_json::from_value::<Jwk>(key).ok()) {
             let Some(signer) = signer(&jwk).map(Arc::new) else {
                 continue;
@@ -117,8 +116,8 @@ impl KeySet {
         Ok(set)
     }
 
-    /// The key of a name; without a name, the only key.
-    fn choose(&self, kid: Option<&str>) -> Result<Arc<Signer>, Refusal> {
+    /// The key of an id; without an id, the only key.
+    fn choose(&self, kid: Option<&str>) -> Result<Arc<Signer>, Rejection> {
         if let Some(kid) = kid {
             return self.named.get(kid).cloned().ok_or(UNKNOWN);
         }
@@ -130,8 +129,8 @@ impl KeySet {
     }
 }
 
-/// What a key is good for, by its own kind: what a token's head says does not
-/// enter.
+/// A key with its algorithm, by the type of the key: the algorithm in the header of a
+/// token is not trusted.
 fn signer(jwk: &Jwk) -> Option<Signer> {
     let algorithm = match &jwk.algorithm {
         AlgorithmParameters::RSA(_) => Algorithm::RS256,
@@ -157,28 +156,28 @@ fn signer(jwk: &Jwk) -> Option<Signer> {
     })
 }
 
-/// The signers' keys, as they are now.
+/// The current keys of the signers, and their source.
 #[derive(Debug)]
 pub struct Signers {
     pub source: JwksSource,
     current: ArcSwapOption<KeySet>,
     /// Its file, where it has one.
     file: Mutex<Option<Followed<KeySet>>>,
-    asking: Mutex<Asking>,
-    asked: Notify,
+    demand: Mutex<FetchDemand>,
+    fetch_demanded: Notify,
     fetched: watch::Sender<()>,
     waiting: Semaphore,
 }
 
-/// Whether somebody has asked for a fetch.
+/// Fetches that calls have caused.
 #[derive(Debug, Default)]
-struct Asking {
+struct FetchDemand {
     last: Option<Instant>,
-    under_way: bool,
+    in_flight: bool,
 }
 
 impl Signers {
-    /// Reads a file now; a page is fetched when it is followed.
+    /// Reads a file now; a URL is fetched by the task of `fetching`.
     pub fn new(source: &JwksSource) -> Result<Self, FileError> {
         let file = match source {
             JwksSource::File(path) => Some(Followed::open_text(
@@ -192,14 +191,14 @@ impl Signers {
             source: source.clone(),
             current: ArcSwapOption::new(current),
             file: Mutex::new(file),
-            asking: Mutex::default(),
-            asked: Notify::new(),
+            demand: Mutex::default(),
+            fetch_demanded: Notify::new(),
             fetched: watch::Sender::new(()),
             waiting: Semaphore::new(WAITING_MAX),
         })
     }
 
-    /// The number of the present set.
+    /// The number of the current set.
     pub fn number(&self) -> Option<u64> {
         self.current.load().as_ref().map(|set| set.number)
     }
@@ -212,51 +211,51 @@ impl Signers {
         }
     }
 
-    /// The key that a token names, and the number of its set. One that is not
-    /// known may have been made since the last fetch.
-    pub async fn choose(&self, kid: Option<&str>) -> Result<(Arc<Signer>, u64), Refusal> {
-        let chosen = self.known(kid);
-        let may_be_new = matches!(chosen, Err(refusal) if refusal != UNNAMED);
-        if may_be_new && self.ask().await? {
-            return self.known(kid);
+    /// The key with an id, and the number of its set. An unknown key may be newer
+    /// than the last fetch.
+    pub async fn choose(&self, kid: Option<&str>) -> Result<(Arc<Signer>, u64), Rejection> {
+        let chosen = self.current_key(kid);
+        let may_be_new = matches!(chosen, Err(rejection) if rejection != UNNAMED);
+        if may_be_new && self.fetch_now().await? {
+            return self.current_key(kid);
         }
         chosen
     }
 
-    fn known(&self, kid: Option<&str>) -> Result<(Arc<Signer>, u64), Refusal> {
+    fn current_key(&self, kid: Option<&str>) -> Result<(Arc<Signer>, u64), Rejection> {
         let set = self.current.load();
         let set = set.as_ref().ok_or(NOT_FETCHED)?;
         Ok((set.choose(kid)?, set.number))
     }
 
-    /// Has the page fetched once for all who ask meanwhile, and waits for it;
-    /// false when that was done a moment ago, or nobody fetches. When many wait
+    /// Causes a fetch and waits for it (single-flight for concurrent calls). False
+    /// when the last one was recent, or there is no URL. When too many calls wait
     /// already, a further one is refused at once.
-    async fn ask(&self) -> Result<bool, Refusal> {
-        let (mut fetched, _place) = {
-            let mut asking = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
-            let lately = asking
+    async fn fetch_now(&self) -> Result<bool, Rejection> {
+        let (mut fetched, _permit) = {
+            let mut demand = self.demand.lock().unwrap_or_else(PoisonError::into_inner);
+            let recent = demand
                 .last
-                .is_some_and(|last| last.elapsed() < ASK_INTERVAL);
-            if !asking.under_way && (lately || matches!(self.source, JwksSource::File(_))) {
+                .is_some_and(|last| last.elapsed() < FETCH_ON_DEMAND_INTERVAL);
+            if !demand.in_flight && (recent || matches!(self.source, JwksSource::File(_))) {
                 return Ok(false);
             }
-            let place = self.waiting.try_acquire().map_err(|_| BUSY)?;
-            if !asking.under_way {
-                (asking.under_way, asking.last) = (true, Some(Instant::now()));
-                self.asked.notify_one();
+            let permit = self.waiting.try_acquire().map_err(|_| BUSY)?;
+            if !demand.in_flight {
+                (demand.in_flight, demand.last) = (true, Some(Instant::now()));
+                self.fetch_demanded.notify_one();
             }
-            (self.fetched.subscribe(), place)
+            (self.fetched.subscribe(), permit)
         };
-        let patience = FETCH_TIMEOUT + Duration::from_secs(1);
+        let wait_max = FETCH_TIMEOUT + Duration::from_secs(1);
         Ok(matches!(
-            timeout(patience, fetched.changed()).await,
+            timeout(wait_max, fetched.changed()).await,
             Ok(Ok(()))
         ))
     }
 
-    /// Fetches the page now, from time to time, and when somebody asks; none
-    /// where there is none to fetch.
+    /// A task that fetches the URL now, periodically, and when a call needs an unknown
+    /// key. None without a URL.
     pub fn fetching(self: &Arc<Self>) -> Option<OwnedTask> {
         let JwksSource::Url(url) = &self.source else {
             return None;
@@ -269,41 +268,40 @@ impl Signers {
                     return tracing::error!(%error, "{WHAT} cannot be fetched");
                 }
             };
-            let (retry_min, retry_max) = RETRY;
-            let mut retry = retry_min;
+            let mut backoff = BACKOFF;
             loop {
                 let outcome = fetch(&client, &url)
                     .await
-                    .and_then(|text| signers.take(text));
+                    .and_then(|text| signers.replace(text));
                 let wait = match outcome {
                     Ok(()) => {
-                        retry = retry_min;
+                        backoff = BACKOFF;
                         FETCH_INTERVAL
                     }
                     Err(reason) => {
-                        // Once for each time that the page is lost.
-                        if retry == retry_min {
+                        // Logged once for each outage.
+                        if backoff == BACKOFF {
                             tracing::warn!(
                                 reason,
-                                "{WHAT} cannot be fetched: those that are known stay"
+                                "{WHAT} cannot be fetched: the last ones stay in use"
                             );
                         }
-                        let wait = retry;
-                        retry = (retry * 2).min(retry_max);
+                        let wait = backoff;
+                        backoff = (backoff * 2).min(BACKOFF_MAX);
                         wait
                     }
                 };
-                signers.answer();
+                signers.fetch_ended();
                 tokio::select! {
                     () = sleep(wait) => {}
-                    () = signers.asked.notified() => {}
+                    () = signers.fetch_demanded.notified() => {}
                 }
             }
         }))
     }
 
-    fn take(&self, text: String) -> Result<(), String> {
-        // Known tokens stay known when nothing has changed.
+    fn replace(&self, text: String) -> Result<(), String> {
+        // Verified tokens stay cached when the keys are unchanged.
         if self
             .current
             .load()
@@ -321,10 +319,10 @@ impl Signers {
         Ok(())
     }
 
-    /// Wakes who waits for a fetch.
-    fn answer(&self) {
-        let mut asking = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
-        asking.under_way = false;
+    /// Wakes the calls that wait for a fetch.
+    fn fetch_ended(&self) {
+        let mut demand = self.demand.lock().unwrap_or_else(PoisonError::into_inner);
+        demand.in_flight = false;
         self.fetched.send_replace(());
     }
 }
@@ -332,29 +330,29 @@ impl Signers {
 fn client(url: &reqwest::Url) -> Result<reqwest::Client, reqwest::Error> {
     let builder = reqwest::Client::builder()
         .timeout(FETCH_TIMEOUT)
-        // A page that sends elsewhere could send to where it is not safe.
+        // A redirect could lead to an unsafe address.
         .redirect(reqwest::redirect::Policy::none());
     match url.scheme() {
-        // The same machine is reached by no proxy.
+        // Plain HTTP is for the same machine, which needs no proxy.
         "http" => builder.no_proxy().build(),
         _ => builder.build(),
     }
 }
 
 async fn fetch(client: &reqwest::Client, url: &reqwest::Url) -> Result<String, String> {
-    let said = |error: reqwest::Error| error.without_url().to_string();
-    let answered = client.get(url.clone()).send().await.map_err(said)?;
-    if answered.status() != reqwest::StatusCode::OK {
-        return Err(format!("the answer is {}", answered.status()));
+    let reason = |error: reqwest::Error| error.without_url().to_string();
+    let mut response = client.get(url.clone()).send().await.map_err(reason)?;
+    if response.status() != reqwest::StatusCode::OK {
+        return Err(format!("the response has status {}", response.status()));
     }
-    let (mut answered, mut page) = (answered, Vec::new());
-    while let Some(part) = answered.chunk().await.map_err(said)? {
-        if (page.len() + part.len()) as u64 > BYTES_MAX {
-            return Err(format!("the answer has more than {BYTES_MAX} bytes"));
+    let mut document = Vec::new();
+    while let Some(part) = response.chunk().await.map_err(reason)? {
+        if (document.len() + part.len()) as u64 > BYTES_MAX {
+            return Err(format!("the response has more than {BYTES_MAX} bytes"));
         }
-        page.extend_from_slice(&part);
+        document.extend_from_slice(&part);
     }
-    String::from_utf8(page).map_err(|_| "the answer is not text".to_owned())
+    String::from_utf8(document).map_err(|_| "the response is not UTF-8".to_owned())
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Tokens that another party signed.
+//! JSON Web Tokens (RFC 7519) of an outside issuer.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -10,60 +10,62 @@ use platform::files::FileError;
 use serde_json::{Map, Value};
 
 use super::jwks::Signers;
-use super::{Refusal, sha256, shortened};
+use super::{Rejection, sha256, shortened};
 use crate::policy::{Caller, JwtPolicy, Policy};
 
-/// Tokens that are remembered as good: a signature takes longer to check than
-/// the rest of a call together.
-const KNOWN_MAX: u64 = 10_000;
-/// A token with some dozens of claims.
+/// Verified tokens that are cached: to verify a signature takes longer than the rest
+/// of a call.
+const CACHED_TOKENS_MAX: u64 = 10_000;
+/// The largest token: one with some dozens of claims.
 const TOKEN_BYTES_MAX: usize = 8 << 10;
 
-const MALFORMED: Refusal = Refusal::new(
+const MALFORMED: Rejection = Rejection::new(
     "token_malformed",
-    "the bearer is neither a key of this server nor a token signed with RS256, ES256 or EdDSA",
+    "the bearer is neither an API key of this server nor a token signed with RS256, ES256 or EdDSA",
 );
-const ALGORITHM: Refusal = Refusal::new(
+const ALGORITHM: Rejection = Rejection::new(
     "token_algorithm",
-    "the token is not signed in the way that its key is for",
+    "the token is not signed with the algorithm of its key",
 );
-const SIGNATURE: Refusal = Refusal::new("token_signature", "the token's signature does not match");
-const EXPIRED: Refusal = Refusal::new("token_expired", "the token has expired");
-const EARLY: Refusal = Refusal::new("token_early", "the token is not valid yet");
-const ISSUER: Refusal = Refusal::new("token_issuer", "the token was issued by somebody else");
-const AUDIENCE: Refusal = Refusal::new("token_audience", "the token is meant for somebody else");
-const CLAIMS: Refusal = Refusal::new(
+const SIGNATURE: Rejection =
+    Rejection::new("token_signature", "the token's signature does not match");
+const EXPIRED: Rejection = Rejection::new("token_expired", "the token has expired");
+const EARLY: Rejection = Rejection::new("token_early", "the token is not valid yet");
+const ISSUER: Rejection = Rejection::new("token_issuer", "the issuer of the token is not accepted");
+const AUDIENCE: Rejection = Rejection::new(
+    "token_audience",
+    "the audience of the token does not include this server",
+);
+const CLAIMS: Rejection = Rejection::new(
     "token_claims",
-    "the token lacks a claim, or has one that cannot be read: it needs exp, iss and aud",
+    "a claim of the token is missing or malformed: exp, iss and aud are required",
 );
-const NO_TENANT: Refusal = Refusal::new(
-    "tenant_unknown",
-    "the token does not name a tenant that may call",
-);
+const NO_TENANT: Rejection =
+    Rejection::new("tenant_unknown", "the token names no tenant of this server");
 
-/// Recognizes callers by their tokens, under one policy.
+/// Authenticates callers by their tokens, under one policy.
 #[derive(Debug)]
 pub struct Tokens {
     policy: Arc<Policy>,
     rules: JwtPolicy,
     signers: Arc<Signers>,
-    /// By the tokens' hashes.
-    known: Cache<[u8; 32], Known>,
+    /// Verified tokens by their hashes.
+    verified: Cache<[u8; 32], VerifiedToken>,
 }
 
-/// A token that was found good.
+/// A token that has been verified.
 #[derive(Debug, Clone)]
-struct Known {
+struct VerifiedToken {
     caller: Caller,
-    /// The set whose key it is signed with.
+    /// The number of the key set that it was verified with.
     set: u64,
     /// In seconds since 1970, with the leeway.
-    until: u64,
+    expires: u64,
 }
 
 impl Tokens {
-    /// Takes tokens by a policy that says whose. Signers that `before` has
-    /// already, and that are still the same, are not asked again.
+    /// Accepts tokens as the policy says. Signers that are unchanged since `before`
+    /// are kept, and not fetched again.
     pub fn new(
         policy: Arc<Policy>,
         rules: JwtPolicy,
@@ -78,16 +80,16 @@ impl Tokens {
             policy,
             rules,
             signers,
-            known: Cache::new(KNOWN_MAX),
+            verified: Cache::new(CACHED_TOKENS_MAX),
         })
     }
 
-    /// Whether both have their keys from the same place.
+    /// Whether both have the same signers.
     pub fn same_signers(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.signers, &other.signers)
     }
 
-    /// Fetches the signers' keys while it is held, where they are a page.
+    /// A task that fetches the signers' keys while it is held, when they have a URL.
     pub fn fetching(&self) -> Option<platform::tasks::OwnedTask> {
         self.signers.fetching()
     }
@@ -97,29 +99,29 @@ impl Tokens {
         self.signers.poll_file();
     }
 
-    /// Who shows this token.
-    pub async fn caller(&self, token: &str) -> Result<Caller, Refusal> {
+    /// The caller of a token.
+    pub async fn caller(&self, token: &str) -> Result<Caller, Rejection> {
         if token.len() > TOKEN_BYTES_MAX {
             return Err(MALFORMED);
         }
         let hash = sha256(token.as_bytes());
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.map_or(u64::MAX, |now| now.as_secs());
-        if let Some(known) = self.known.get(&hash)
-            && Some(known.set) == self.signers.number()
-            && now < known.until
+        if let Some(verified) = self.verified.get(&hash)
+            && Some(verified.set) == self.signers.number()
+            && now < verified.expires
         {
-            return Ok(known.caller);
+            return Ok(verified.caller);
         }
-        let known = self.check(token).await?;
-        let caller = known.caller.clone();
-        self.known.insert(hash, known);
+        let verified = self.check(token).await?;
+        let caller = verified.caller.clone();
+        self.verified.insert(hash, verified);
         Ok(caller)
     }
 
-    async fn check(&self, token: &str) -> Result<Known, Refusal> {
+    async fn check(&self, token: &str) -> Result<VerifiedToken, Rejection> {
         let head = decode_header(token).map_err(|_| MALFORMED)?;
-        // What must be understood (RFC 7515, 4.1.11) is not.
+        // No critical extension (RFC 7515, section 4.1.11) is supported.
         if head.crit.is_some() {
             return Err(MALFORMED);
         }
@@ -131,10 +133,10 @@ impl Tokens {
         rules.set_audience(&[&self.rules.audience]);
         rules.set_required_spec_claims(&["exp", "iss", "aud"]);
         let claims = decode::<Map<String, Value>>(token, &signer.key, &rules)
-            .map_err(|error| refusal(error.kind()))?
+            .map_err(|error| rejection(error.kind()))?
             .claims;
         let text = |name: &str| claims.get(name).and_then(Value::as_str);
-        // A list of issuers, of which ours is one, says nothing.
+        // A list of issuers that includes ours proves nothing.
         if text("iss") != Some(&self.rules.issuer) {
             return Err(ISSUER);
         }
@@ -145,21 +147,20 @@ impl Tokens {
             .get("exp")
             .and_then(Value::as_f64)
             .unwrap_or_default();
-        Ok(Known {
+        Ok(VerifiedToken {
             caller: Caller {
                 tenant: tenant.clone(),
                 credential: format!("jwt:{subject}").into(),
             },
             set,
-            // A number that is no time becomes the nearest one that is.
-            until: (expires as u64).saturating_add(self.rules.leeway.as_secs()),
+            // The cast saturates: a number that is no time becomes the nearest.
+            expires: (expires as u64).saturating_add(self.rules.leeway.as_secs()),
         })
     }
 }
 
-/// What a caller is told. What the claims say is not looked at before the
-/// signature is.
-fn refusal(kind: &ErrorKind) -> Refusal {
+/// The rejection for an error. Claims are not checked before the signature is.
+fn rejection(kind: &ErrorKind) -> Rejection {
     match kind {
         ErrorKind::InvalidAlgorithm | ErrorKind::InvalidKeyFormat => ALGORITHM,
         ErrorKind::InvalidSignature | ErrorKind::Provider(_) => SIGNATURE,

@@ -1,4 +1,4 @@
-//! API keys: shown once, stored as hashes, known by their prefix.
+//! API keys: shown once, stored as hashes, identified by their prefix.
 //! See docs/decisions/identity.md.
 
 mod file;
@@ -8,44 +8,47 @@ use std::time::SystemTime;
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 
-use super::{Refusal, sha256};
+use super::{Rejection, sha256};
 use crate::policy::{Caller, Policy};
 
 pub use file::{KeyError, KeyFile, NewKey, StoredKey, parse, source};
 
-/// What every key begins with: a bearer that begins so is no token.
-pub const BEGINNING: &str = "andon_";
-/// Characters by which people and the gateway recognize a key.
+/// The prefix of every API key: a bearer with it is no token.
+pub const KEY_PREFIX: &str = "andon_";
+/// The length of the part that identifies a key, for people and the gateway.
 pub const PREFIX_BYTES: usize = 8;
 /// 256 random bits in base64.
 const SECRET_BYTES: usize = 43;
 
-/// What an unknown key is compared with, so that it takes as long.
-const NOBODY: [u8; 32] = [0; 32];
+/// The hash that an unknown key is compared with, so that it takes as long.
+const DUMMY_HASH: [u8; 32] = [0; 32];
 
-const MALFORMED: Refusal = Refusal::new("key_malformed", "the key is not one of this server's");
-const UNKNOWN: Refusal = Refusal::new("key_unknown", "the key is not known");
-const REVOKED: Refusal = Refusal::new("key_revoked", "the key has been revoked");
-const EXPIRED: Refusal = Refusal::new("key_expired", "the key has expired");
-const NO_TENANT: Refusal = Refusal::new("tenant_unknown", "the key's tenant may not call any more");
+const MALFORMED: Rejection = Rejection::new("key_malformed", "the API key is malformed");
+const UNKNOWN: Rejection = Rejection::new("key_unknown", "the API key is unknown");
+const REVOKED: Rejection = Rejection::new("key_revoked", "the API key has been revoked");
+const EXPIRED: Rejection = Rejection::new("key_expired", "the API key has expired");
+const NO_TENANT: Rejection = Rejection::new(
+    "tenant_unknown",
+    "the tenant of the API key does not exist any more",
+);
 
 /// The keys by their prefixes.
 #[derive(Debug, Default)]
-pub struct Keys(HashMap<String, Known>);
+pub struct Keys(HashMap<String, KeyEntry>);
 
 #[derive(Debug)]
-struct Known {
+struct KeyEntry {
     sha256: [u8; 32],
     expires: Option<SystemTime>,
     revoked: bool,
-    /// None when the policy does not name its tenant.
+    /// None when the policy does not have its tenant.
     caller: Option<Caller>,
 }
 
 impl Keys {
-    /// The stored keys with the tenants that they stand for.
+    /// The stored keys with their tenants in the policy.
     pub fn new(stored: &[StoredKey], policy: &Policy) -> Self {
-        let known = |key: &StoredKey| Known {
+        let known = |key: &StoredKey| KeyEntry {
             sha256: key.sha256,
             expires: key.expires,
             revoked: key.revoked.is_some(),
@@ -56,23 +59,23 @@ impl Keys {
         };
         let keys = stored.iter().map(|key| (key.prefix.clone(), known(key)));
         let keys = Self(keys.collect());
-        // Not refused: a key that is revoked in the same file must be.
-        let strangers = keys.0.values().filter(|key| key.caller.is_none()).count();
-        if strangers > 0 {
+        // No error: the file may revoke other keys, which must take effect.
+        let without_tenant = keys.0.values().filter(|key| key.caller.is_none()).count();
+        if without_tenant > 0 {
             tracing::warn!(
-                keys = strangers,
-                "some keys are of tenants that the policy does not name"
+                keys = without_tenant,
+                "some keys belong to tenants that the policy does not have"
             );
         }
         keys
     }
 
-    /// Who shows this key. Only who has the whole key learns that it has
+    /// The caller of a key. Only the holder of the whole key learns that it has
     /// expired or was revoked.
-    pub fn caller(&self, key: &str, now: SystemTime) -> Result<Caller, Refusal> {
+    pub fn caller(&self, key: &str, now: SystemTime) -> Result<Caller, Rejection> {
         let prefix = prefix(key).ok_or(MALFORMED)?;
         let known = self.0.get(prefix);
-        let expected = known.map_or(&NOBODY, |known| &known.sha256);
+        let expected = known.map_or(&DUMMY_HASH, |known| &known.sha256);
         let same = verify_slices_are_equal(&sha256(key.as_bytes()), expected).is_ok();
         let Some(known) = known.filter(|_| same) else {
             return Err(UNKNOWN);
@@ -87,10 +90,10 @@ impl Keys {
     }
 }
 
-/// The prefix of a text that has the form of a key.
+/// The identifying part of a text in the format of a key.
 fn prefix(key: &str) -> Option<&str> {
     let (prefix, secret) = key
-        .strip_prefix(BEGINNING)?
+        .strip_prefix(KEY_PREFIX)?
         .split_at_checked(PREFIX_BYTES)?;
     let secret = secret.strip_prefix('_')?;
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
@@ -146,8 +149,8 @@ mod tests {
         assert_eq!(reason(&of(expired.clone()), &other), "key_unknown");
         expired.revoked = Some(now);
         assert_eq!(reason(&of(expired), &key), "key_revoked");
-        let mut stranger = stored(&key);
-        stranger.tenant = "b".to_owned();
-        assert_eq!(reason(&of(stranger), &key), "tenant_unknown");
+        let mut without_tenant = stored(&key);
+        without_tenant.tenant = "b".to_owned();
+        assert_eq!(reason(&of(without_tenant), &key), "tenant_unknown");
     }
 }

@@ -1,4 +1,4 @@
-//! What authentication counts.
+//! The metrics of authentication.
 
 use platform::metrics::Metrics;
 use prometheus_client::encoding::EncodeLabelSet;

@@ -161,7 +161,7 @@ async fn reason(auth: &Auth, headers: &HeaderMap) -> &'static str {
     let state = auth.state.load_full();
     match state.recognize(headers, &Peer::default()).await {
         Ok(_) => "recognized",
-        Err(refusal) => refusal.reason,
+        Err(rejection) => rejection.reason,
     }
 }
 

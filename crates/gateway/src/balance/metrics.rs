@@ -1,4 +1,4 @@
-//! What the balancer counts.
+//! The metrics of retries.
 
 use platform::metrics::Metrics;
 use prometheus_client::encoding::EncodeLabelSet;
@@ -30,23 +30,23 @@ pub struct BalanceMetrics {
 impl BalanceMetrics {
     /// Registers the metrics.
     pub fn register(metrics: &Metrics) -> Self {
-        let made = Self::default();
+        let new = Self::default();
         for reason in REASONS {
-            drop(made.retries.get_or_create(&ReasonLabel { reason }));
+            drop(new.retries.get_or_create(&ReasonLabel { reason }));
         }
         metrics.register(|registry| {
             registry.register(
                 "andon_gateway_retries",
                 "Calls retried",
-                made.retries.clone(),
+                new.retries.clone(),
             );
             registry.register(
                 "andon_gateway_retry_budget_exhausted",
                 "Failures that were not retried because the retry budget was empty",
-                made.budget_exhausted.clone(),
+                new.budget_exhausted.clone(),
             );
         });
-        made
+        new
     }
 
     /// Counts a retry.

@@ -1,32 +1,33 @@
-//! What stands for a row: a hash of everything that its answer depends on.
+//! The cache key of a row: a hash of everything that its response depends on.
 
 use aws_lc_rs::digest::{SHA256, digest};
 
-/// SHA-256 over a row in its one form. Rows with equal keys have equal answers.
+/// SHA-256 over a row in its canonical form. Rows with equal keys have equal
+/// responses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Key(pub(super) [u8; 32]);
+pub struct RowKey(pub(super) [u8; 32]);
 
-/// What all rows of a request have in common.
+/// The part of a key that all rows of a request have in common.
 #[derive(Debug, Clone, Copy)]
-pub struct Source<'a> {
-    /// Tenants of one scope share answers.
+pub struct KeyContext<'a> {
+    /// The cache scope: tenants of one scope share cached rows.
     pub scope: &'a str,
     /// The model.
     pub model: &'a str,
-    /// The version's number: answers say it.
+    /// The number of the version, which responses contain.
     pub version: u64,
-    /// What stands for the version's files and how they are computed.
+    /// The digest of the version's files and of how they are computed.
     pub digest: &'a str,
 }
 
-/// Writes what a key stands for. Every part is preceded by its length, so that
-/// no two rows can be written alike.
+/// Writes the canonical form of a row. Every part is preceded by its length, so
+/// that no two rows have the same form.
 #[derive(Debug)]
 pub struct KeyWriter(Vec<u8>);
 
 impl KeyWriter {
-    /// Begins with the kind of call and where its answer comes from.
-    pub fn new(call: &str, source: &Source<'_>) -> Self {
+    /// Begins with the kind of call and the part that all rows have in common.
+    pub fn new(call: &str, source: &KeyContext<'_>) -> Self {
         let mut writer = Self(Vec::with_capacity(512));
         writer
             .part(b"andon row 1")
@@ -38,28 +39,29 @@ impl KeyWriter {
         writer
     }
 
-    /// Adds some bytes.
+    /// Appends bytes, preceded by their length.
     pub fn part(&mut self, bytes: &[u8]) -> &mut Self {
         self.number(bytes.len() as u64);
         self.0.extend_from_slice(bytes);
         self
     }
 
-    /// Adds a number.
+    /// Appends a number.
     pub fn number(&mut self, number: u64) -> &mut Self {
         self.0.extend_from_slice(&number.to_le_bytes());
         self
     }
 
-    /// The key of what was written.
-    pub fn key(&self) -> Key {
+    /// The key of what has been written.
+    pub fn key(&self) -> RowKey {
         let mut key = [0; 32];
         key.copy_from_slice(digest(&SHA256, &self.0).as_ref());
-        Key(key)
+        RowKey(key)
     }
 
-    /// Forgets all but its hash, and leaves a place to come back to: what the
-    /// rows of a request have in common is hashed once.
+    /// Replaces what has been written with its hash, and returns the position to
+    /// rewind to: the part that the rows of a request have in common is hashed
+    /// once.
     pub fn fold(&mut self) -> usize {
         let key = self.key();
         self.0.clear();
@@ -67,9 +69,9 @@ impl KeyWriter {
         self.0.len()
     }
 
-    /// Goes back to a place.
-    pub fn back(&mut self, place: usize) {
-        self.0.truncate(place);
+    /// Drops what was written after a position.
+    pub fn rewind(&mut self, position: usize) {
+        self.0.truncate(position);
     }
 }
 
@@ -77,14 +79,14 @@ impl KeyWriter {
 mod tests {
     use super::*;
 
-    const SOURCE: Source<'_> = Source {
+    const SOURCE: KeyContext<'_> = KeyContext {
         scope: "team",
         model: "minilm",
         version: 1,
         digest: "abc",
     };
 
-    fn key(call: &str, source: Source<'_>, parts: &[&[u8]]) -> Key {
+    fn key(call: &str, source: KeyContext<'_>, parts: &[&[u8]]) -> RowKey {
         let mut writer = KeyWriter::new(call, &source);
         for part in parts {
             writer.part(part);
@@ -93,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_that_an_answer_depends_on_changes_the_key() {
+    fn everything_that_a_response_depends_on_changes_the_key() {
         let keys = [
             key("call", SOURCE, &[b"ab", b"c"]),
             key("call", SOURCE, &[b"a", b"bc"]),
@@ -103,7 +105,7 @@ mod tests {
             key("other", SOURCE, &[b"ab", b"c"]),
             key(
                 "call",
-                Source {
+                KeyContext {
                     scope: "te",
                     model: "amminilm",
                     ..SOURCE
@@ -112,7 +114,7 @@ mod tests {
             ),
             key(
                 "call",
-                Source {
+                KeyContext {
                     scope: "two",
                     ..SOURCE
                 },
@@ -120,7 +122,7 @@ mod tests {
             ),
             key(
                 "call",
-                Source {
+                KeyContext {
                     model: "digits",
                     ..SOURCE
                 },
@@ -128,7 +130,7 @@ mod tests {
             ),
             key(
                 "call",
-                Source {
+                KeyContext {
                     version: 2,
                     ..SOURCE
                 },
@@ -136,7 +138,7 @@ mod tests {
             ),
             key(
                 "call",
-                Source {
+                KeyContext {
                     digest: "abd",
                     ..SOURCE
                 },
@@ -154,18 +156,18 @@ mod tests {
         let mut one = KeyWriter::new("call", &SOURCE);
         let mut other = KeyWriter::new(
             "call",
-            &Source {
+            &KeyContext {
                 scope: "two",
                 ..SOURCE
             },
         );
-        let place = one.fold();
+        let position = one.fold();
         other.fold();
         assert_ne!(one.part(b"row").key(), other.part(b"row").key());
         let first = one.key();
-        one.back(place);
+        one.rewind(position);
         assert_ne!(one.part(b"another").key(), first);
-        one.back(place);
+        one.rewind(position);
         assert_eq!(one.part(b"row").key(), first);
     }
 }

@@ -7,33 +7,37 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
 
-use super::known::Known;
-use super::memory::Memory;
+use super::lookup::RowCache;
+use super::memory::MemoryCache;
 
-/// The size of the cache, read when metrics are scraped.
+/// The size of the cache, read when the metrics are scraped.
 #[derive(Debug)]
-pub struct Readings(pub Arc<Known>);
+pub struct CacheCollector(pub Arc<RowCache>);
 
-impl Collector for Readings {
+impl Collector for CacheCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let known = &self.0;
-        let (entries, bytes) = known.memory.as_ref().map_or((0, 0), Memory::size);
-        let unwritten = known.remote.as_ref().map_or(0, |remote| remote.unwritten());
+        let cache = &self.0;
+        let (entries, bytes) = cache.memory.as_ref().map_or((0, 0), MemoryCache::size);
+        let unwritten = cache.redis.as_ref().map_or(0, |redis| redis.unwritten());
         for (name, help, count) in [
-            ("andon_gateway_cache_entries", "Rows in memory", entries),
+            (
+                "andon_gateway_cache_entries",
+                "Rows cached in memory",
+                entries,
+            ),
             (
                 "andon_gateway_cache_bytes",
-                "Bytes that the rows in memory take",
+                "Bytes of the rows cached in memory",
                 bytes,
             ),
             (
                 "andon_gateway_cache_in_flight",
-                "Rows that are being computed for all who ask",
-                known.flights.count() as u64,
+                "Rows that one call computes for all that need them (single-flight)",
+                cache.flights.count() as u64,
             ),
             (
                 "andon_gateway_cache_unwritten",
-                "Rows that were not written to Redis: it is too slow or out of reach, or they are too large",
+                "Rows that were not written to Redis: it is too slow or unavailable, or they are too large",
                 unwritten,
             ),
         ] {

@@ -1,6 +1,6 @@
-//! Requests as rows that are known or computed each on its own. What cannot be
-//! read as such goes to a worker as it came, so that the worker's own error
-//! comes back.
+//! Requests split into rows, each of which is cached or computed on its own. A
+//! request that cannot be split goes to a worker unchanged, so that the caller
+//! gets the worker's own error.
 
 mod infer;
 mod rerank;
@@ -12,54 +12,59 @@ use platform::grpc::Message;
 use protocol::tei::v1 as tei;
 use protocol::{COMPUTE_TYPE_KEY, Method, insert_compute_metadata};
 
-use super::key::{Key, Source};
-use super::memory::Row;
+use super::key::{KeyContext, RowKey};
+use super::memory::CachedRow;
 use crate::request::Request;
 
-/// Rows of one request: more are seldom asked for twice.
+/// Rows of a request that is cached: larger requests are seldom repeated.
 const ROWS_MAX: usize = 4096;
-/// Bytes of one request: hashing them keeps a thread for some milliseconds.
+/// Bytes of a request that is cached: to hash them takes some milliseconds.
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
 
-/// A request whose rows are known or computed each on its own.
-pub trait Rows: Send + Sync {
-    /// What stands for each row.
-    fn keys(&self) -> &[Key];
+/// A request whose rows are cached or computed each on its own.
+pub trait RowRequest: Send + Sync {
+    /// The cache key of each row.
+    fn keys(&self) -> &[RowKey];
 
-    /// The request for some of the rows.
-    fn part(&self, places: &[usize]) -> Message;
+    /// The request for the rows at some indices.
+    fn part(&self, indices: &[usize]) -> Message;
 
-    /// The rows of an answer to so many, and what they took; none when the
-    /// answer is not what such a request has.
-    fn split(&self, answer: Bytes, headers: &HeaderMap, count: usize) -> Option<Split>;
+    /// Splits the response to a request of `count` rows. None when the response
+    /// has another form.
+    fn split(&self, response: Bytes, headers: &HeaderMap, count: usize) -> Option<SplitResponse>;
 
-    /// The answer of some rows, one for each of the request, framed; adds to
-    /// its metadata. None when the rows do not belong together.
-    fn join(&self, rows: &[Row], paid: &Paid, headers: &mut HeaderMap) -> Option<Bytes>;
+    /// Joins rows, one for each row of the request, to a framed response, and adds
+    /// its metadata to `headers`. None when the rows do not belong together.
+    fn join(
+        &self,
+        rows: &[CachedRow],
+        usage: &ComputedUsage,
+        headers: &mut HeaderMap,
+    ) -> Option<Bytes>;
 }
 
-/// An answer in rows.
+/// A response split into rows.
 #[derive(Debug)]
-pub struct Split {
-    /// One for each row that was asked for.
-    pub rows: Vec<Row>,
-    /// What the call says it took.
-    pub took: tei::Metadata,
+pub struct SplitResponse {
+    /// One for each row of the request.
+    pub rows: Vec<CachedRow>,
+    /// The timing that the response reports.
+    pub timing: tei::Metadata,
 }
 
-/// What the computed part of an answer took.
+/// The usage of the rows that were computed, not cached.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Paid {
-    /// Tokens.
+pub struct ComputedUsage {
+    /// Computed tokens.
     pub tokens: u64,
-    /// What an outside provider takes for it.
+    /// The price of an outside provider, in the currency of the price table.
     pub cost: f64,
-    /// What text calls say of it.
-    pub took: tei::Metadata,
+    /// The timing that text calls report.
+    pub timing: tei::Metadata,
 }
 
-/// A request in rows; none when it is no such request.
-pub fn of(request: &Request, source: &Source<'_>) -> Option<Box<dyn Rows>> {
+/// Splits a request into rows. None when it cannot be split: it is not cached.
+pub fn split_request(request: &Request, source: &KeyContext<'_>) -> Option<Box<dyn RowRequest>> {
     let framed = request.message.framed();
     if framed.len() < 5 || framed.len() > MESSAGE_BYTES_MAX {
         return None;
@@ -67,42 +72,44 @@ pub fn of(request: &Request, source: &Source<'_>) -> Option<Box<dyn Rows>> {
     let message = framed.slice(5..);
     let method = request.method;
     match method {
-        Method::ModelInfer => infer::Infer::read(message, source),
-        Method::Rerank => rerank::Rerank::read(message, source),
+        Method::ModelInfer => infer::InferRows::read(message, source),
+        Method::Rerank => rerank::RerankRows::read(message, source),
         Method::Embed => {
-            text::Text::<tei::EmbedRequest, tei::EmbedResponse>::read(message, method, source)
+            text::TextRow::<tei::EmbedRequest, tei::EmbedResponse>::read(message, method, source)
         }
-        Method::EmbedAll => {
-            text::Text::<tei::EmbedAllRequest, tei::EmbedAllResponse>::read(message, method, source)
-        }
-        Method::Predict => {
-            text::Text::<tei::PredictRequest, tei::PredictResponse>::read(message, method, source)
-        }
-        Method::PredictPair => text::Text::<tei::PredictPairRequest, tei::PredictResponse>::read(
+        Method::EmbedAll => text::TextRow::<tei::EmbedAllRequest, tei::EmbedAllResponse>::read(
             message, method, source,
         ),
+        Method::Predict => text::TextRow::<tei::PredictRequest, tei::PredictResponse>::read(
+            message, method, source,
+        ),
+        Method::PredictPair => {
+            text::TextRow::<tei::PredictPairRequest, tei::PredictResponse>::read(
+                message, method, source,
+            )
+        }
         Method::Tokenize => {
-            text::Text::<tei::EncodeRequest, tei::EncodeResponse>::read(message, method, source)
+            text::TextRow::<tei::EncodeRequest, tei::EncodeResponse>::read(message, method, source)
         }
         Method::Decode => {
-            text::Text::<tei::DecodeRequest, tei::DecodeResponse>::read(message, method, source)
+            text::TextRow::<tei::DecodeRequest, tei::DecodeResponse>::read(message, method, source)
         }
         _ => None,
     }
 }
 
-/// The metadata of a text call's answer: `kind` is the kind of device that
-/// computed it once; the tokens are those of this call.
-fn text_headers(kind: &[u8], characters: u32, paid: &Paid, headers: &mut HeaderMap) {
-    let took = tei::Metadata {
+/// Adds the metadata of a response to a text call: `kind` is the kind of device
+/// that computed it once; the tokens are those of this call.
+fn text_headers(kind: &[u8], characters: u32, usage: &ComputedUsage, headers: &mut HeaderMap) {
+    let timing = tei::Metadata {
         compute_chars: characters,
-        ..paid.took
+        ..usage.timing
     };
     let kind = HeaderValue::from_bytes(kind).ok();
-    insert_compute_metadata(headers, kind, paid.tokens, &took);
+    insert_compute_metadata(headers, kind, usage.tokens, &timing);
 }
 
-/// The kind of device that an answer names.
+/// The kind of device that a response names.
 fn compute_type(headers: &HeaderMap) -> &[u8] {
     let kind = headers.get(COMPUTE_TYPE_KEY).map(HeaderValue::as_bytes);
     kind.unwrap_or_default()

@@ -1,4 +1,5 @@
-//! Charges for calls of outside services whose callers do not wait for the end.
+//! Pending charges: calls of outside services are charged even when their callers
+//! do not wait for the response.
 
 use std::sync::Arc;
 
@@ -10,8 +11,8 @@ use crate::policy::Caller;
 use crate::request::Usage;
 
 /// The charge of one call that has no response yet. Dropped before it is
-/// settled, it charges the tenant for what the service has taken, with an
-/// estimate of what is not known: a caller who leaves pays.
+/// settled, it charges the tenant for the usage that the service reported, with an
+/// estimate of the rest: a caller who leaves is charged.
 pub(super) struct PendingCharge<'a> {
     limit: &'a Limit,
     caller: &'a Caller,
@@ -37,13 +38,13 @@ impl<'a> PendingCharge<'a> {
         &self.usage
     }
 
-    /// What the provider's calls are bound by.
+    /// The deadline and the meter of the provider's calls.
     pub(super) fn context(&self, deadline: Instant) -> CallContext<'_> {
         let usage = &self.usage;
         CallContext { deadline, usage }
     }
 
-    /// Ends the pending charge: the response is charged.
+    /// Drops the charge: the response is charged instead.
     pub(super) fn settle(mut self) {
         self.settled = true;
     }

@@ -21,7 +21,7 @@ use crate::route::{Plan, Route};
 /// A conversation whose continuation is returned whole.
 #[derive(Debug, Clone, Copy)]
 pub struct Chat<'a> {
-    /// Whose conversation it is.
+    /// The caller.
     pub caller: &'a Caller,
     /// The conversation.
     pub request: &'a ChatRequest,
@@ -34,14 +34,14 @@ pub struct Chat<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct ChatStreaming<'a>(pub Chat<'a>);
 
-/// What a model generated.
+/// The output of a model.
 #[derive(Debug)]
 pub struct Generated<T> {
     /// The text, or the stream of its parts.
     pub content: T,
     /// The model that generated it.
     pub model: String,
-    /// The fallback header, where it is not the first model of its chain.
+    /// The fallback header, when it is not the first model of its chain.
     pub fallback: Option<HeaderValue>,
     provider: Arc<Provider>,
 }

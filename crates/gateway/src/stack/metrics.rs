@@ -1,4 +1,4 @@
-//! What is counted of each call.
+//! The metrics of calls at both doors.
 
 use platform::metrics::{Metrics, duration_histogram};
 use prometheus_client::encoding::EncodeLabelSet;
@@ -32,7 +32,7 @@ pub struct CallMetrics {
 impl CallMetrics {
     /// Registers the metrics.
     pub fn register(metrics: &Metrics) -> Self {
-        let made = Self {
+        let new = Self {
             requests: Family::default(),
             durations: Family::new_with_constructor(duration_histogram as fn() -> Histogram),
         };
@@ -40,15 +40,15 @@ impl CallMetrics {
             registry.register(
                 "andon_gateway_requests",
                 "Calls by model, method and status code",
-                made.requests.clone(),
+                new.requests.clone(),
             );
             registry.register(
                 "andon_gateway_request_duration_seconds",
                 "From the call to the head of its response",
-                made.durations.clone(),
+                new.durations.clone(),
             );
         });
-        made
+        new
     }
 
     /// Begins the record of a call.

@@ -1,4 +1,4 @@
-//! What is counted of each worker.
+//! The metrics of workers.
 
 use platform::metrics::{Metrics, duration_histogram};
 use prometheus_client::encoding::EncodeLabelSet;
@@ -30,7 +30,7 @@ pub struct WorkerMetrics {
 impl UpstreamMetrics {
     /// Registers the metrics.
     pub fn register(metrics: &Metrics) -> Self {
-        let made = Self {
+        let new = Self {
             durations: Family::new_with_constructor(duration_histogram as fn() -> Histogram),
             ejections: Family::default(),
         };
@@ -38,15 +38,15 @@ impl UpstreamMetrics {
             registry.register(
                 "andon_gateway_upstream_duration_seconds",
                 "From sending a call to its whole response",
-                made.durations.clone(),
+                new.durations.clone(),
             );
             registry.register(
                 "andon_gateway_ejections",
                 "Ejections of a worker after repeated failures",
-                made.ejections.clone(),
+                new.ejections.clone(),
             );
         });
-        made
+        new
     }
 
     /// The metrics of one worker.

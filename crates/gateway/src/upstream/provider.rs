@@ -30,5 +30,5 @@ pub async fn respond(
         _ => tei::respond(provider, request, usage).await?,
     };
     let cost = provider.charge(&request.caller.tenant.name, consumed);
-    Ok(response.costing(cost))
+    Ok(response.with_cost(cost))
 }

@@ -1,4 +1,4 @@
-//! What a worker answered, or why it did not.
+//! The response of a worker or provider, or why there is none.
 
 use std::fmt;
 
@@ -12,30 +12,29 @@ use tonic::{Code, Status};
 
 use crate::request::Usage;
 
-/// What a worker answered, whatever its status.
+/// A response with any status. Its message stays encoded.
 #[derive(Debug)]
 pub struct Response {
     headers: HeaderMap,
     first: Option<Bytes>,
     rest: Vec<Bytes>,
     trailers: Option<HeaderMap>,
-    /// Its bytes count as in flight until they have been sent on.
+    /// Its bytes count as in flight until they have been forwarded.
     held: Vec<BytesHeld>,
-    /// What an outside provider takes for it.
+    /// The price of an outside provider, in the currency of the price table.
     cost: f64,
 }
 
-/// Why a worker gave no answer.
+/// Why there is no response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SendError {
-    /// The call did not reach the worker, or was not begun: sending it again
-    /// is free.
+    /// The worker has not processed the call: a retry costs nothing.
     NotSent(String),
-    /// The connection broke with the call under way.
+    /// The connection broke with the call in flight.
     Broken(String),
-    /// The answer is over the limit.
+    /// The response exceeds the limit of this many bytes read.
     TooLarge(usize),
-    /// There is no room for the answer among the messages in flight.
+    /// The memory for messages in flight is exhausted.
     NoRoom,
 }
 
@@ -48,13 +47,13 @@ impl From<ChannelError> for SendError {
     }
 }
 
-/// Reads an answer to its end.
+/// Reads a response to its end.
 pub(super) async fn read(
     response: http::Response<Incoming>,
     limits: Option<&MessageLimits>,
 ) -> Result<Response, SendError> {
     let (head, mut body) = response.into_parts();
-    let mut answer = Response {
+    let mut whole = Response {
         headers: head.headers,
         first: None,
         rest: Vec::new(),
@@ -73,31 +72,31 @@ pub(super) async fn read(
                         return Err(SendError::TooLarge(bytes));
                     }
                     let held = limits.budget.take(data.len());
-                    answer.held.extend(held.map_err(|_| SendError::NoRoom)?);
+                    whole.held.extend(held.map_err(|_| SendError::NoRoom)?);
                 }
-                if answer.first.is_none() {
-                    answer.first = Some(data);
+                if whole.first.is_none() {
+                    whole.first = Some(data);
                 } else {
-                    answer.rest.push(data);
+                    whole.rest.push(data);
                 }
             }
-            Err(frame) => answer.trailers = frame.into_trailers().ok(),
+            Err(frame) => whole.trailers = frame.into_trailers().ok(),
         }
     }
-    if answer.trailers.is_none() && !answer.headers.contains_key("grpc-status") {
-        // A reply without a status was cut off.
-        return Err(SendError::Broken("the answer has no status".to_owned()));
+    if whole.trailers.is_none() && !whole.headers.contains_key("grpc-status") {
+        // A response without a status was cut off.
+        return Err(SendError::Broken("the response has no status".to_owned()));
     }
-    Ok(answer)
+    Ok(whole)
 }
 
 impl Response {
-    /// An answer that the gateway made itself.
+    /// A successful response of the gateway itself.
     pub fn own(message: &impl prost::Message, metadata: HeaderMap) -> Self {
         Self::of_framed(frame(message), metadata)
     }
 
-    /// An answer of an encoded message with its prefix.
+    /// A successful response with an encoded message and its prefix.
     pub fn of_framed(framed: Bytes, metadata: HeaderMap) -> Self {
         let mut headers = metadata;
         headers.insert(
@@ -116,20 +115,20 @@ impl Response {
         }
     }
 
-    /// The same answer at a cost, in the currency of the price table.
+    /// The same response at a cost, in the currency of the price table.
     #[must_use]
-    pub fn costing(mut self, cost: f64) -> Self {
+    pub fn with_cost(mut self, cost: f64) -> Self {
         self.cost = cost;
         self
     }
 
-    /// The same answer, with what was spent on the way to it.
+    /// The same response with further usage, of earlier attempts.
     #[must_use]
-    pub fn also_spent(mut self, spent: Usage) -> Self {
+    pub fn with_usage_of(mut self, earlier: Usage) -> Self {
         let own = self.usage();
-        self.cost += spent.cost;
-        if spent.tokens > 0 {
-            let tokens = own.tokens.saturating_add(spent.tokens);
+        self.cost += earlier.cost;
+        if earlier.tokens > 0 {
+            let tokens = own.tokens.saturating_add(earlier.tokens);
             self.headers.insert(TOKENS_KEY, tokens.into());
         }
         self
@@ -140,12 +139,12 @@ impl Response {
         &self.headers
     }
 
-    /// The metadata that precedes the message, to be added to.
+    /// The metadata that precedes the message, to add to it.
     pub fn metadata_mut(&mut self) -> &mut HeaderMap {
         &mut self.headers
     }
 
-    /// What it took to compute.
+    /// Its usage.
     pub fn usage(&self) -> Usage {
         let tokens = self.headers.get(TOKENS_KEY);
         let tokens = tokens.and_then(|tokens| tokens.to_str().ok()?.parse().ok());
@@ -155,8 +154,8 @@ impl Response {
         }
     }
 
-    /// The message of an answer that has one, without its prefix. It is copied
-    /// only when it came in pieces.
+    /// The message without its prefix; None when the response has none. It is
+    /// copied only when it came in several chunks.
     pub fn message(&self) -> Option<Bytes> {
         let first = self.first.clone()?;
         if self.code() != Code::Ok || first.first() != Some(&0) {
@@ -172,24 +171,24 @@ impl Response {
         (framed.len() >= 5).then(|| framed.slice(5..))
     }
 
-    /// The status's code.
+    /// The status code.
     pub fn code(&self) -> Code {
         head_code(self.trailers.as_ref().unwrap_or(&self.headers))
     }
 
-    /// One entry of the metadata that came with the status.
+    /// An entry of the metadata that came with the status.
     pub fn status_metadata(&self, name: &str) -> Option<&str> {
         let headers = self.trailers.as_ref().unwrap_or(&self.headers);
         headers.get(name)?.to_str().ok()
     }
 
-    /// What keeps the answer's bytes counted as in flight, to be held until
-    /// they have been sent in another form.
+    /// Takes the permits that count the bytes as in flight, to be held until the
+    /// bytes have been sent in another form.
     pub fn take_held(&mut self) -> Vec<BytesHeld> {
         std::mem::take(&mut self.held)
     }
 
-    /// The reply that passes the answer on, untouched.
+    /// The reply that forwards the response, unchanged.
     pub fn into_reply(self) -> Reply {
         let body = Body::whole(self.first, self.rest, self.trailers);
         let mut reply = Reply::new(body.guarded(self.held));
@@ -197,7 +196,7 @@ impl Response {
         reply
     }
 
-    /// The framed message, or the status that came instead.
+    /// The framed message; the error is a status other than OK.
     pub fn into_framed(self) -> Result<Bytes, Status> {
         let status = head_status(self.trailers.as_ref().unwrap_or(&self.headers));
         if let Some(status) = status
@@ -213,7 +212,7 @@ impl Response {
         Ok(chunks.collect::<Vec<_>>().concat().into())
     }
 
-    /// The status of an answer that has no message.
+    /// The status of a response without a message.
     pub fn into_status(self) -> Status {
         match self.into_framed() {
             Ok(_) => Status::new(Code::Ok, ""),
@@ -221,13 +220,13 @@ impl Response {
         }
     }
 
-    /// The message, or the status that came instead.
+    /// The message; the error is a status other than OK.
     pub fn into_message(self) -> Result<Bytes, Status> {
         let framed = self.into_framed()?;
         match framed.get(..5) {
             Some([0, ..]) => Ok(framed.slice(5..)),
             _ => Err(Status::internal(
-                "a worker answered with a message that cannot be read",
+                "the message of a worker's response is malformed",
             )),
         }
     }
@@ -238,8 +237,8 @@ impl fmt::Display for SendError {
         match self {
             Self::NotSent(reason) => write!(formatter, "the call was not sent: {reason}"),
             Self::Broken(reason) => write!(formatter, "the connection broke: {reason}"),
-            Self::TooLarge(bytes) => write!(formatter, "the answer has over {bytes} bytes"),
-            Self::NoRoom => formatter.write_str("there is no room for the answer"),
+            Self::TooLarge(bytes) => write!(formatter, "the response has over {bytes} bytes"),
+            Self::NoRoom => formatter.write_str("there is no memory for the response"),
         }
     }
 }

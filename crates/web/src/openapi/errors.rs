@@ -127,7 +127,7 @@ fn response(traits: Traits<'_>, status: u16, description: &str) -> Response {
 fn error(traits: Traits<'_>, status: u16) -> Option<Error> {
     Some(match status {
         400 => invalid_field(traits),
-        401 => Error::new(Kind::Unauthenticated, "the key is not known"),
+        401 => Error::new(Kind::Unauthenticated, "the API key is unknown"),
         403 => {
             let message = "the caller is not allowed to call this model";
             Error::new(Kind::Forbidden, message)

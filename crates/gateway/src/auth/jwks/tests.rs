@@ -81,8 +81,8 @@ async fn a_flood_of_unknown_keys_fetches_once_for_all() {
     let flood = names.iter().map(|name| signers.choose(Some(name)));
     // So many wait for it; the others are told at once to come again.
     let refused = futures::future::join_all(flood).await;
-    let refused: Vec<Refusal> = refused.into_iter().filter_map(Result::err).collect();
-    let with = |refusal: Refusal| refused.iter().filter(|one| **one == refusal).count();
+    let refused: Vec<Rejection> = refused.into_iter().filter_map(Result::err).collect();
+    let with = |rejection: Rejection| refused.iter().filter(|one| **one == rejection).count();
     assert_eq!(with(UNKNOWN) + with(BUSY), 200);
     assert!(with(UNKNOWN) >= WAITING_MAX && with(BUSY) > 0);
     assert_eq!(page.fetched(), 2);

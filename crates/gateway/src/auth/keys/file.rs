@@ -12,7 +12,7 @@ use platform::files::{ContentError, FileError, FileSource, from_toml};
 use protocol::ModelName;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::{BEGINNING, PREFIX_BYTES};
+use super::{KEY_PREFIX, PREFIX_BYTES};
 use crate::auth::sha256;
 
 /// Some ten thousand keys.
@@ -173,7 +173,7 @@ impl KeyFile {
     /// Ends a key, known by its prefix, and returns it as it is stored. One
     /// that was revoked before stays so.
     pub fn revoke(&self, prefix: &str) -> Result<StoredKey, KeyError> {
-        let prefix = prefix.strip_prefix(BEGINNING).unwrap_or(prefix);
+        let prefix = prefix.strip_prefix(KEY_PREFIX).unwrap_or(prefix);
         if prefix.len() > PREFIX_BYTES {
             return Err(KeyError::Wrong(
                 "give the key's prefix alone: the rest is a secret",
@@ -253,7 +253,7 @@ fn random() -> Result<(String, String), KeyError> {
     let digit = |byte: &u8| char::from(DIGITS[usize::from(byte % 32)]);
     let prefix: String = short.iter().map(digit).collect();
     let secret = URL_SAFE_NO_PAD.encode(long);
-    let key = format!("{BEGINNING}{prefix}_{secret}");
+    let key = format!("{KEY_PREFIX}{prefix}_{secret}");
     Ok((prefix, key))
 }
 

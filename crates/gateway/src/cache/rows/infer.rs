@@ -1,4 +1,4 @@
-//! `ModelInfer`: each place of the first dimension of all inputs is a row.
+//! `ModelInfer`: each index of the first dimension of all inputs is a row.
 
 use std::collections::HashMap;
 
@@ -13,50 +13,50 @@ use protocol::tei::v1::Metadata;
 use protocol::{InferRequest, TOKENS_KEY, Value, renamed};
 use tensor::{Datatype, Shape, Tensor, bytes_elements};
 
-use super::super::key::{Key, KeyWriter, Source};
-use super::super::memory::Row;
-use super::{Paid, ROWS_MAX, Rows, Split};
+use super::super::key::{KeyContext, KeyWriter, RowKey};
+use super::super::memory::CachedRow;
+use super::{ComputedUsage, ROWS_MAX, RowRequest, SplitResponse};
 
-/// Parameters of requests that belong to others before and after them.
+/// Parameters of requests that depend on requests before them.
 const STATEFUL: [&str; 3] = ["sequence_id", "sequence_start", "sequence_end"];
 
 /// A request of the Open Inference Protocol.
 #[derive(Debug)]
-pub struct Infer {
+pub struct InferRows {
     model_name: String,
     model_version: String,
     request: InferRequest,
-    /// As they came, for the requests of parts.
+    /// Unchanged, for the requests for some of the rows.
     parameters: HashMap<String, InferParameter>,
     outputs: Vec<InferRequestedOutputTensor>,
-    /// Where the rows of each input are.
-    cuts: Vec<Cut>,
-    keys: Vec<Key>,
+    /// The byte ranges of the rows of each input.
+    ranges: Vec<RowRanges>,
+    keys: Vec<RowKey>,
 }
 
-/// Where the rows of a tensor begin and end.
+/// The byte ranges of the rows of a tensor.
 #[derive(Debug)]
-enum Cut {
-    /// All have so many bytes.
-    Even(usize),
-    /// One ends where the next begins.
-    At(Vec<usize>),
+enum RowRanges {
+    /// All rows have this many bytes.
+    Equal(usize),
+    /// The offsets at which rows begin, and the end of the last.
+    Offsets(Vec<usize>),
 }
 
-impl Cut {
-    /// None unless the tensor has that many rows.
+impl RowRanges {
+    /// None unless the tensor has `rows` rows.
     fn of(tensor: &Tensor, rows: usize) -> Option<Self> {
         if rows == 0 || tensor.shape().sizes().first() != Some(&rows) {
             return None;
         }
         if tensor.datatype() != Datatype::Bytes {
-            return Some(Self::Even(tensor.raw().len() / rows));
+            return Some(Self::Equal(tensor.raw().len() / rows));
         }
         let elements = tensor.shape().elements() / rows;
         let mut ends = Vec::with_capacity(rows + 1);
         let (mut end, mut count) = (0, 0);
         if elements == 0 {
-            return Some(Self::Even(0));
+            return Some(Self::Equal(0));
         }
         ends.push(0);
         for element in bytes_elements(tensor.raw()) {
@@ -66,13 +66,13 @@ impl Cut {
                 ends.push(end);
             }
         }
-        (ends.len() == rows + 1).then_some(Self::At(ends))
+        (ends.len() == rows + 1).then_some(Self::Offsets(ends))
     }
 
     fn row<'r>(&self, raw: &'r [u8], row: usize) -> &'r [u8] {
         let range = match self {
-            Self::Even(bytes) => row * bytes..(row + 1) * bytes,
-            Self::At(ends) => match (ends.get(row), ends.get(row + 1)) {
+            Self::Equal(bytes) => row * bytes..(row + 1) * bytes,
+            Self::Offsets(ends) => match (ends.get(row), ends.get(row + 1)) {
                 (Some(&begin), Some(&end)) => begin..end,
                 _ => 0..0,
             },
@@ -81,14 +81,14 @@ impl Cut {
     }
 }
 
-impl Infer {
-    /// Reads a message; none when anything of it is odd.
-    pub fn read(message: Bytes, source: &Source<'_>) -> Option<Box<dyn Rows>> {
+impl InferRows {
+    /// Reads a message; None when it is malformed or cannot be cached.
+    pub fn read(message: Bytes, source: &KeyContext<'_>) -> Option<Box<dyn RowRequest>> {
         let infer = Self::checked(message, source)?;
         Some(Box::new(infer))
     }
 
-    fn checked(message: Bytes, source: &Source<'_>) -> Option<Self> {
+    fn checked(message: Bytes, source: &KeyContext<'_>) -> Option<Self> {
         let bytes = message;
         let mut message = ModelInferRequest::decode(bytes.clone()).ok()?;
         let known = message.encoded_len() == bytes.len();
@@ -109,27 +109,27 @@ impl Infer {
         if rows > ROWS_MAX {
             return None;
         }
-        let cuts = request
+        let ranges = request
             .inputs
             .iter()
-            .map(|input| Cut::of(&input.tensor, rows));
-        let cuts = cuts.collect::<Option<Vec<_>>>()?;
+            .map(|input| RowRanges::of(&input.tensor, rows));
+        let ranges = ranges.collect::<Option<Vec<_>>>()?;
         request.outputs.sort_unstable();
-        let keys = keys(&request, &cuts, rows, source);
+        let keys = keys(&request, &ranges, rows, source);
         Some(Self {
             model_name,
             model_version,
             request,
             parameters,
             outputs,
-            cuts,
+            ranges,
             keys,
         })
     }
 }
 
-/// Whether all of a message's fields are known here but for the name of another
-/// model, which is added at its end. What is unknown may change the answer.
+/// Whether all fields of a message are known here, except that the name of
+/// another model is appended. An unknown field may change the response.
 fn is_renamed(bytes: &[u8], name: &str) -> bool {
     let added = renamed(&[], name);
     bytes.strip_suffix(&added[..]).is_some_and(|whole| {
@@ -137,9 +137,15 @@ fn is_renamed(bytes: &[u8], name: &str) -> bool {
     })
 }
 
-/// What each row stands for. Inputs, outputs and parameters are named, so that
-/// their order does not count; `priority` and `timeout` change no answer.
-fn keys(request: &InferRequest, cuts: &[Cut], rows: usize, source: &Source<'_>) -> Vec<Key> {
+/// The cache key of each row. Inputs, outputs and parameters are sorted by name,
+/// so that their order does not matter; `priority` and `timeout` change no
+/// response and are not in it.
+fn keys(
+    request: &InferRequest,
+    ranges: &[RowRanges],
+    rows: usize,
+    source: &KeyContext<'_>,
+) -> Vec<RowKey> {
     let mut writer = KeyWriter::new("infer", source);
     writer.number(request.outputs.len() as u64);
     for name in &request.outputs {
@@ -155,7 +161,7 @@ fn keys(request: &InferRequest, cuts: &[Cut], rows: usize, source: &Source<'_>) 
             Value::Number(value) => writer.number(4).number(value.to_bits()),
         };
     }
-    let mut inputs: Vec<_> = request.inputs.iter().zip(cuts).collect();
+    let mut inputs: Vec<_> = request.inputs.iter().zip(ranges).collect();
     inputs.sort_unstable_by(|(a, _), (b, _)| a.name.cmp(&b.name));
     writer.number(inputs.len() as u64);
     for (input, _) in &inputs {
@@ -167,32 +173,32 @@ fn keys(request: &InferRequest, cuts: &[Cut], rows: usize, source: &Source<'_>) 
             writer.number(*size as u64);
         }
     }
-    let place = writer.fold();
+    let common = writer.fold();
     let row = |row: usize| {
-        writer.back(place);
-        for (input, cut) in &inputs {
-            writer.part(cut.row(input.tensor.raw(), row));
+        writer.rewind(common);
+        for (input, range) in &inputs {
+            writer.part(range.row(input.tensor.raw(), row));
         }
         writer.key()
     };
     (0..rows).map(row).collect()
 }
 
-impl Rows for Infer {
-    fn keys(&self) -> &[Key] {
+impl RowRequest for InferRows {
+    fn keys(&self) -> &[RowKey] {
         &self.keys
     }
 
-    fn part(&self, places: &[usize]) -> Message {
-        let mut inputs = Vec::with_capacity(self.cuts.len());
-        let mut raw_input_contents = Vec::with_capacity(self.cuts.len());
-        for (input, cut) in self.request.inputs.iter().zip(&self.cuts) {
+    fn part(&self, indices: &[usize]) -> Message {
+        let mut inputs = Vec::with_capacity(self.ranges.len());
+        let mut raw_input_contents = Vec::with_capacity(self.ranges.len());
+        for (input, range) in self.request.inputs.iter().zip(&self.ranges) {
             let raw = input.tensor.raw();
-            let rows: Vec<&[u8]> = places.iter().map(|&place| cut.row(raw, place)).collect();
+            let rows: Vec<&[u8]> = indices.iter().map(|&index| range.row(raw, index)).collect();
             raw_input_contents.push(Bytes::from(rows.concat()));
             let mut shape = input.tensor.shape().to_wire();
             if let Some(rows) = shape.first_mut() {
-                *rows = i64::try_from(places.len()).unwrap_or(i64::MAX);
+                *rows = i64::try_from(indices.len()).unwrap_or(i64::MAX);
             }
             inputs.push(InferInputTensor {
                 name: input.name.clone(),
@@ -212,68 +218,73 @@ impl Rows for Infer {
         })
     }
 
-    /// The head is the answer without its contents and its first dimension,
-    /// the content each output's length and bytes.
-    fn split(&self, answer: Bytes, _headers: &HeaderMap, count: usize) -> Option<Split> {
-        let mut answer = ModelInferResponse::decode(answer).ok()?;
-        let raw = std::mem::take(&mut answer.raw_output_contents);
-        let plain = answer.parameters.is_empty()
-            && answer
+    /// The head of a row is the response without its contents and its first
+    /// dimension, its content the length and bytes of each output.
+    fn split(&self, response: Bytes, _headers: &HeaderMap, count: usize) -> Option<SplitResponse> {
+        let mut response = ModelInferResponse::decode(response).ok()?;
+        let raw = std::mem::take(&mut response.raw_output_contents);
+        let plain = response.parameters.is_empty()
+            && response
                 .outputs
                 .iter()
                 .all(|output| output.parameters.is_empty() && output.contents.is_none());
-        if !plain || answer.outputs.is_empty() || raw.len() != answer.outputs.len() {
+        if !plain || response.outputs.is_empty() || raw.len() != response.outputs.len() {
             return None;
         }
         let mut outputs = Vec::with_capacity(raw.len());
-        for (output, raw) in answer.outputs.iter_mut().zip(raw) {
+        for (output, raw) in response.outputs.iter_mut().zip(raw) {
             let datatype: Datatype = output.datatype.parse().ok()?;
             let shape = Shape::checked(&output.shape).ok()?;
             let tensor = Tensor::from_raw(datatype, shape, raw).ok()?;
-            let cut = Cut::of(&tensor, count)?;
+            let range = RowRanges::of(&tensor, count)?;
             output.shape.remove(0);
-            outputs.push((tensor, cut));
+            outputs.push((tensor, range));
         }
-        answer.id.clear();
-        let head = Bytes::from(answer.encode_to_vec());
+        response.id.clear();
+        let head = Bytes::from(response.encode_to_vec());
         let mut rows = Vec::with_capacity(count);
-        for place in 0..count {
+        for index in 0..count {
             let mut content = BytesMut::new();
-            for (tensor, cut) in &outputs {
-                let row = cut.row(tensor.raw(), place);
+            for (tensor, range) in &outputs {
+                let row = range.row(tensor.raw(), index);
                 content.put_u32(u32::try_from(row.len()).ok()?);
                 content.put_slice(row);
             }
-            rows.push(Row {
+            rows.push(CachedRow {
                 head: head.clone(),
-                // A copy of its own length, which keeps nothing else alive.
+                // A copy of the exact length, which holds no other memory.
                 content: Bytes::copy_from_slice(&content),
             });
         }
-        Some(Split {
+        Some(SplitResponse {
             rows,
-            took: Metadata::default(),
+            timing: Metadata::default(),
         })
     }
 
-    fn join(&self, rows: &[Row], paid: &Paid, headers: &mut HeaderMap) -> Option<Bytes> {
+    fn join(
+        &self,
+        rows: &[CachedRow],
+        usage: &ComputedUsage,
+        headers: &mut HeaderMap,
+    ) -> Option<Bytes> {
         let head = &rows.first()?.head;
         if rows.iter().any(|row| row.head != *head) {
             return None;
         }
-        let mut answer = ModelInferResponse::decode(head.clone()).ok()?;
-        answer.id.clone_from(&self.request.id);
-        for output in &mut answer.outputs {
+        let mut response = ModelInferResponse::decode(head.clone()).ok()?;
+        response.id.clone_from(&self.request.id);
+        for output in &mut response.outputs {
             output.shape.insert(0, i64::try_from(rows.len()).ok()?);
         }
-        answer.raw_output_contents = contents(rows, &answer.outputs)?;
-        headers.insert(TOKENS_KEY, paid.tokens.into());
-        Some(frame(&answer))
+        response.raw_output_contents = contents(rows, &response.outputs)?;
+        headers.insert(TOKENS_KEY, usage.tokens.into());
+        Some(frame(&response))
     }
 }
 
 /// The contents of each output, from the rows in order.
-fn contents(rows: &[Row], outputs: &[InferOutputTensor]) -> Option<Vec<Bytes>> {
+fn contents(rows: &[CachedRow], outputs: &[InferOutputTensor]) -> Option<Vec<Bytes>> {
     let mut rests: Vec<Bytes> = rows.iter().map(|row| row.content.clone()).collect();
     let mut contents = Vec::with_capacity(outputs.len());
     for _ in outputs {

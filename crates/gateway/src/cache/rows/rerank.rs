@@ -6,23 +6,23 @@ use platform::grpc::{Message, frame};
 use prost::Message as _;
 use protocol::tei::v1 as tei;
 
-use super::super::key::{Key, KeyWriter, Source};
-use super::super::memory::Row;
-use super::{Paid, ROWS_MAX, Rows, Split, compute_type, text_headers};
+use super::super::key::{KeyContext, KeyWriter, RowKey};
+use super::super::memory::CachedRow;
+use super::{ComputedUsage, ROWS_MAX, RowRequest, SplitResponse, compute_type, text_headers};
 
-/// A query and its texts.
+/// A request to rerank texts by a query.
 #[derive(Debug)]
-pub struct Rerank {
+pub struct RerankRows {
     request: tei::RerankRequest,
-    keys: Vec<Key>,
+    keys: Vec<RowKey>,
 }
 
-impl Rerank {
-    /// Reads a message; none when it is no such request.
-    pub fn read(message: Bytes, source: &Source<'_>) -> Option<Box<dyn Rows>> {
+impl RerankRows {
+    /// Reads a message; None when it cannot be cached.
+    pub fn read(message: Bytes, source: &KeyContext<'_>) -> Option<Box<dyn RowRequest>> {
         let bytes = message.len();
         let request = tei::RerankRequest::decode(message).ok()?;
-        // Fields that are unknown here may change the answer.
+        // A field that is unknown here may change the response.
         if request.encoded_len() != bytes {
             return None;
         }
@@ -35,9 +35,9 @@ impl Rerank {
             .number(request.raw_scores.into())
             .number(u64::from(request.truncation_direction.cast_unsigned()))
             .part(request.query.as_bytes());
-        let place = writer.fold();
+        let common = writer.fold();
         let keys = request.texts.iter().map(|text| {
-            writer.back(place);
+            writer.rewind(common);
             writer.part(text.as_bytes()).key()
         });
         let keys = keys.collect();
@@ -45,15 +45,15 @@ impl Rerank {
     }
 }
 
-impl Rows for Rerank {
-    fn keys(&self) -> &[Key] {
+impl RowRequest for RerankRows {
+    fn keys(&self) -> &[RowKey] {
         &self.keys
     }
 
-    fn part(&self, places: &[usize]) -> Message {
-        let texts = places
+    fn part(&self, indices: &[usize]) -> Message {
+        let texts = indices
             .iter()
-            .filter_map(|&place| self.request.texts.get(place).cloned());
+            .filter_map(|&index| self.request.texts.get(index).cloned());
         Message::encode(&tei::RerankRequest {
             query: self.request.query.clone(),
             texts: texts.collect(),
@@ -64,33 +64,38 @@ impl Rows for Rerank {
         })
     }
 
-    /// The head is the kind of device, the content the score.
-    fn split(&self, answer: Bytes, headers: &HeaderMap, count: usize) -> Option<Split> {
-        let answer = tei::RerankResponse::decode(answer).ok()?;
-        if answer.ranks.len() != count {
+    /// The head of a row is the kind of device, its content the score.
+    fn split(&self, response: Bytes, headers: &HeaderMap, count: usize) -> Option<SplitResponse> {
+        let response = tei::RerankResponse::decode(response).ok()?;
+        if response.ranks.len() != count {
             return None;
         }
         let mut scores = vec![None; count];
-        for rank in &answer.ranks {
-            let place = scores.get_mut(usize::try_from(rank.index).ok()?)?;
-            if place.replace(rank.score).is_some() {
+        for rank in &response.ranks {
+            let score = scores.get_mut(usize::try_from(rank.index).ok()?)?;
+            if score.replace(rank.score).is_some() {
                 return None;
             }
         }
         let head = Bytes::copy_from_slice(compute_type(headers));
         let rows = scores.into_iter().map(|score: Option<f32>| {
-            Some(Row {
+            Some(CachedRow {
                 head: head.clone(),
                 content: Bytes::copy_from_slice(&score?.to_le_bytes()),
             })
         });
-        Some(Split {
+        Some(SplitResponse {
             rows: rows.collect::<Option<_>>()?,
-            took: answer.metadata.unwrap_or_default(),
+            timing: response.metadata.unwrap_or_default(),
         })
     }
 
-    fn join(&self, rows: &[Row], paid: &Paid, headers: &mut HeaderMap) -> Option<Bytes> {
+    fn join(
+        &self,
+        rows: &[CachedRow],
+        usage: &ComputedUsage,
+        headers: &mut HeaderMap,
+    ) -> Option<Bytes> {
         let texts = &self.request.texts;
         if rows.len() != texts.len() {
             return None;
@@ -103,13 +108,13 @@ impl Rows for Rerank {
                 score: f32::from_le_bytes(row.content.as_ref().try_into().ok()?),
             });
         }
-        // As a worker does: equal scores stay in the order of the request.
+        // As in a worker: equal scores keep the order of the request.
         ranks.sort_by(|a, b| b.score.total_cmp(&a.score));
         let kind = rows.first().map(|row| row.head.clone()).unwrap_or_default();
-        text_headers(&kind, paid.took.compute_chars, paid, headers);
+        text_headers(&kind, usage.timing.compute_chars, usage, headers);
         Some(frame(&tei::RerankResponse {
             ranks,
-            metadata: Some(paid.took),
+            metadata: Some(usage.timing),
         }))
     }
 }
@@ -119,7 +124,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const SOURCE: Source<'_> = Source {
+    const SOURCE: KeyContext<'_> = KeyContext {
         scope: "team",
         model: "reranker",
         version: 1,
@@ -135,12 +140,12 @@ mod tests {
         }
     }
 
-    fn read(request: &tei::RerankRequest) -> Box<dyn Rows> {
-        Rerank::read(request.encode_to_vec().into(), &SOURCE).unwrap()
+    fn read(request: &tei::RerankRequest) -> Box<dyn RowRequest> {
+        RerankRows::read(request.encode_to_vec().into(), &SOURCE).unwrap()
     }
 
-    /// As a worker answers.
-    fn answer(request: &tei::RerankRequest, score: impl Fn(&str) -> f32) -> tei::RerankResponse {
+    /// The response of a worker.
+    fn response(request: &tei::RerankRequest, score: impl Fn(&str) -> f32) -> tei::RerankResponse {
         let mut ranks: Vec<tei::Rank> = request
             .texts
             .iter()
@@ -159,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn the_query_and_the_ways_of_scoring_change_every_key() {
+    fn the_query_and_the_parameters_change_every_key() {
         let plain = request(&["a", "b"]);
         let keys = read(&plain).keys().to_vec();
         assert_ne!(keys[0], keys[1]);
@@ -188,23 +193,24 @@ mod tests {
             ..plain
         };
         assert_eq!(read(&untexted).keys(), keys);
-        assert!(Rerank::read(Bytes::new(), &SOURCE).is_none());
+        assert!(RerankRows::read(Bytes::new(), &SOURCE).is_none());
     }
 
     #[test]
-    fn an_answer_that_lacks_a_text_is_no_answer() {
+    fn a_response_without_one_of_the_texts_is_not_split() {
         let request = request(&["a", "b"]);
         let rows = read(&request);
-        let mut answer = answer(&request, |_| 1.0);
-        answer.ranks[1].index = answer.ranks[0].index;
+        let mut response = response(&request, |_| 1.0);
+        response.ranks[1].index = response.ranks[0].index;
         let headers = HeaderMap::new();
-        let split =
-            |answer: &tei::RerankResponse| rows.split(answer.encode_to_vec().into(), &headers, 2);
-        assert!(split(&answer).is_none());
-        answer.ranks[1].index = 7;
-        assert!(split(&answer).is_none());
-        answer.ranks.pop();
-        assert!(split(&answer).is_none());
+        let split = |response: &tei::RerankResponse| {
+            rows.split(response.encode_to_vec().into(), &headers, 2)
+        };
+        assert!(split(&response).is_none());
+        response.ranks[1].index = 7;
+        assert!(split(&response).is_none());
+        response.ranks.pop();
+        assert!(split(&response).is_none());
     }
 
     proptest! {
@@ -220,23 +226,23 @@ mod tests {
             let headers = HeaderMap::new();
             let mut found = vec![None; texts.len()];
             for side in [0, 1] {
-                let places: Vec<usize> =
-                    (0..texts.len()).filter(|place| cut >> place & 1 == side).collect();
-                if places.is_empty() {
+                let indices: Vec<usize> =
+                    (0..texts.len()).filter(|index| cut >> index & 1 == side).collect();
+                if indices.is_empty() {
                     continue;
                 }
-                let part = rows.part(&places);
+                let part = rows.part(&indices);
                 let part = tei::RerankRequest::decode(part.bytes()).unwrap();
-                let answered = answer(&part, score).encode_to_vec();
-                let split = rows.split(answered.into(), &headers, places.len()).unwrap();
-                for (place, row) in places.into_iter().zip(split.rows) {
-                    found[place] = Some(row);
+                let response = response(&part, score).encode_to_vec();
+                let split = rows.split(response.into(), &headers, indices.len()).unwrap();
+                for (index, row) in indices.into_iter().zip(split.rows) {
+                    found[index] = Some(row);
                 }
             }
-            let found: Vec<Row> = found.into_iter().map(Option::unwrap).collect();
-            let joined = rows.join(&found, &Paid::default(), &mut HeaderMap::new()).unwrap();
+            let found: Vec<CachedRow> = found.into_iter().map(Option::unwrap).collect();
+            let joined = rows.join(&found, &ComputedUsage::default(), &mut HeaderMap::new()).unwrap();
             let joined = tei::RerankResponse::decode(&joined[5..]).unwrap();
-            prop_assert_eq!(joined, answer(&request, score));
+            prop_assert_eq!(joined, response(&request, score));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Calls of `tei.v1` that have one row: the message itself.
+//! Calls of `tei.v1` with one row: the message itself.
 
 use std::marker::PhantomData;
 
@@ -8,57 +8,61 @@ use platform::grpc::{Message, frame_bytes};
 use protocol::Method;
 use protocol::tei::v1 as tei;
 
-use super::super::key::{Key, KeyWriter, Source};
-use super::super::memory::Row;
-use super::{Paid, Rows, Split, compute_type, text_headers};
+use super::super::key::{KeyContext, KeyWriter, RowKey};
+use super::super::memory::CachedRow;
+use super::{ComputedUsage, RowRequest, SplitResponse, compute_type, text_headers};
 
-/// A message that may say what it took.
-pub trait Timed: prost::Message + Default {
-    /// What it took.
-    fn took(&mut self) -> Option<&mut tei::Metadata>;
+/// A response that may report its timing.
+pub trait TextResponse: prost::Message + Default {
+    /// Its timing and token counts.
+    fn timing(&mut self) -> Option<&mut tei::Metadata>;
 }
 
-macro_rules! timed {
+macro_rules! text_response {
     ($($message:ident)*) => {$(
-        impl Timed for tei::$message {
-            fn took(&mut self) -> Option<&mut tei::Metadata> {
+        impl TextResponse for tei::$message {
+            fn timing(&mut self) -> Option<&mut tei::Metadata> {
                 self.metadata.as_mut()
             }
         }
     )*};
 }
 
-timed!(EmbedResponse EmbedAllResponse PredictResponse);
+text_response!(EmbedResponse EmbedAllResponse PredictResponse);
 
-impl Timed for tei::EncodeResponse {
-    fn took(&mut self) -> Option<&mut tei::Metadata> {
+impl TextResponse for tei::EncodeResponse {
+    fn timing(&mut self) -> Option<&mut tei::Metadata> {
         None
     }
 }
 
-impl Timed for tei::DecodeResponse {
-    fn took(&mut self) -> Option<&mut tei::Metadata> {
+impl TextResponse for tei::DecodeResponse {
+    fn timing(&mut self) -> Option<&mut tei::Metadata> {
         None
     }
 }
 
-/// A request of type `Q`, answered with an `A`.
+/// A request of type `Q` with a response of type `A`.
 #[derive(Debug)]
-pub struct Text<Q, A> {
-    /// The message in its one form.
+pub struct TextRow<Q, A> {
+    /// The message in its canonical encoding.
     message: Vec<u8>,
-    key: [Key; 1],
+    key: [RowKey; 1],
     types: PhantomData<fn(Q) -> A>,
 }
 
-impl<Q, A> Text<Q, A>
+impl<Q, A> TextRow<Q, A>
 where
     Q: prost::Message + Default + 'static,
-    A: Timed + 'static,
+    A: TextResponse + 'static,
 {
-    /// Reads a message; none when it is no `Q`, or has fields that are unknown
-    /// here: they may change the answer.
-    pub fn read(message: Bytes, method: Method, source: &Source<'_>) -> Option<Box<dyn Rows>> {
+    /// Reads a message; None when it is no `Q`, or has fields that are unknown
+    /// here: they may change the response.
+    pub fn read(
+        message: Bytes,
+        method: Method,
+        source: &KeyContext<'_>,
+    ) -> Option<Box<dyn RowRequest>> {
         let bytes = message.len();
         let message = Q::decode(message).ok()?.encode_to_vec();
         if message.len() != bytes {
@@ -73,53 +77,58 @@ where
     }
 }
 
-impl<Q, A> Rows for Text<Q, A>
+impl<Q, A> RowRequest for TextRow<Q, A>
 where
     Q: prost::Message,
-    A: Timed,
+    A: TextResponse,
 {
-    fn keys(&self) -> &[Key] {
+    fn keys(&self) -> &[RowKey] {
         &self.key
     }
 
-    fn part(&self, _places: &[usize]) -> Message {
+    fn part(&self, _indices: &[usize]) -> Message {
         Message::from_framed(frame_bytes(&self.message))
     }
 
-    /// The head has the characters and the kind of device; the content is the
-    /// answer as a repeated one has it, whose times are none.
-    fn split(&self, answer: Bytes, headers: &HeaderMap, count: usize) -> Option<Split> {
+    /// The head of the row holds the number of characters and the kind of device.
+    /// Its content is the response of a hit: without times.
+    fn split(&self, response: Bytes, headers: &HeaderMap, count: usize) -> Option<SplitResponse> {
         if count != 1 {
             return None;
         }
-        let mut answer = A::decode(answer).ok()?;
-        let mut took = tei::Metadata::default();
-        if let Some(metadata) = answer.took() {
-            took = *metadata;
+        let mut response = A::decode(response).ok()?;
+        let mut timing = tei::Metadata::default();
+        if let Some(metadata) = response.timing() {
+            timing = *metadata;
             *metadata = tei::Metadata {
-                compute_chars: took.compute_chars,
-                compute_tokens: took.compute_tokens,
+                compute_chars: timing.compute_chars,
+                compute_tokens: timing.compute_tokens,
                 ..Default::default()
             };
         }
         let kind = compute_type(headers);
         let mut head = BytesMut::with_capacity(4 + kind.len());
-        head.put_u32(took.compute_chars);
+        head.put_u32(timing.compute_chars);
         head.put_slice(kind);
-        let row = Row {
+        let row = CachedRow {
             head: head.freeze(),
-            content: answer.encode_to_vec().into(),
+            content: response.encode_to_vec().into(),
         };
-        Some(Split {
+        Some(SplitResponse {
             rows: vec![row],
-            took,
+            timing,
         })
     }
 
-    fn join(&self, rows: &[Row], paid: &Paid, headers: &mut HeaderMap) -> Option<Bytes> {
+    fn join(
+        &self,
+        rows: &[CachedRow],
+        usage: &ComputedUsage,
+        headers: &mut HeaderMap,
+    ) -> Option<Bytes> {
         let [row] = rows else { return None };
         let (characters, kind) = row.head.split_first_chunk::<4>()?;
-        text_headers(kind, u32::from_be_bytes(*characters), paid, headers);
+        text_headers(kind, u32::from_be_bytes(*characters), usage, headers);
         Some(frame_bytes(&row.content))
     }
 }
@@ -130,27 +139,27 @@ mod tests {
 
     use super::*;
 
-    const SOURCE: Source<'_> = Source {
+    const SOURCE: KeyContext<'_> = KeyContext {
         scope: "team",
         model: "minilm",
         version: 1,
         digest: "abc",
     };
 
-    fn embed(request: &tei::EmbedRequest) -> Box<dyn Rows> {
+    fn embed(request: &tei::EmbedRequest) -> Box<dyn RowRequest> {
         let message = request.encode_to_vec().into();
-        Text::<tei::EmbedRequest, tei::EmbedResponse>::read(message, Method::Embed, &SOURCE)
+        TextRow::<tei::EmbedRequest, tei::EmbedResponse>::read(message, Method::Embed, &SOURCE)
             .unwrap()
     }
 
     #[test]
-    fn a_repeated_answer_took_no_time() {
+    fn a_hit_reports_no_time() {
         let request = tei::EmbedRequest {
             inputs: "a text".to_owned(),
             ..Default::default()
         };
         let rows = embed(&request);
-        let mut answer = tei::EmbedResponse {
+        let mut response = tei::EmbedResponse {
             embeddings: vec![0.5, -1.0, f32::MIN_POSITIVE],
             metadata: Some(tei::Metadata {
                 compute_chars: 6,
@@ -164,19 +173,19 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert("x-compute-type", "cpu".parse().unwrap());
         let split = rows
-            .split(answer.encode_to_vec().into(), &headers, 1)
+            .split(response.encode_to_vec().into(), &headers, 1)
             .unwrap();
-        assert_eq!(Some(split.took), answer.metadata);
+        assert_eq!(Some(split.timing), response.metadata);
         let mut joined = HeaderMap::new();
         let framed = rows
-            .join(&split.rows, &Paid::default(), &mut joined)
+            .join(&split.rows, &ComputedUsage::default(), &mut joined)
             .unwrap();
-        answer.metadata = Some(tei::Metadata {
+        response.metadata = Some(tei::Metadata {
             compute_chars: 6,
             compute_tokens: 4,
             ..Default::default()
         });
-        assert_eq!(tei::EmbedResponse::decode(&framed[5..]).unwrap(), answer);
+        assert_eq!(tei::EmbedResponse::decode(&framed[5..]).unwrap(), response);
         for (name, value) in [
             ("x-compute-type", "cpu"),
             ("x-compute-characters", "6"),
@@ -188,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn every_field_counts_and_unknown_ones_are_not_passed_over() {
+    fn every_field_changes_the_key_and_unknown_fields_are_not_ignored() {
         let plain = tei::EmbedRequest {
             inputs: "a text".to_owned(),
             ..Default::default()
@@ -228,7 +237,7 @@ mod tests {
         let mut message = plain.encode_to_vec();
         message.extend([0xf8, 0x07, 0x01]);
         let no_message = Bytes::from_static(b"\xff\xff");
-        let read = Text::<tei::EmbedRequest, tei::EmbedResponse>::read;
+        let read = TextRow::<tei::EmbedRequest, tei::EmbedResponse>::read;
         assert!(read(message.into(), Method::Embed, &SOURCE).is_none());
         assert!(read(no_message, Method::Embed, &SOURCE).is_none());
     }

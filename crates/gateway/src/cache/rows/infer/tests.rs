@@ -5,7 +5,7 @@ use tensor::encode_bytes_elements;
 
 use super::*;
 
-const SOURCE: Source<'_> = Source {
+const SOURCE: KeyContext<'_> = KeyContext {
     scope: "team",
     model: "model",
     version: 1,
@@ -47,8 +47,8 @@ fn request() -> ModelInferRequest {
     }
 }
 
-fn read(request: &ModelInferRequest) -> Option<Infer> {
-    Infer::checked(request.encode_to_vec().into(), &SOURCE)
+fn read(request: &ModelInferRequest) -> Option<InferRows> {
+    InferRows::checked(request.encode_to_vec().into(), &SOURCE)
 }
 
 fn changed(change: impl Fn(&mut ModelInferRequest)) -> ModelInferRequest {
@@ -58,7 +58,7 @@ fn changed(change: impl Fn(&mut ModelInferRequest)) -> ModelInferRequest {
 }
 
 #[test]
-fn what_changes_an_answer_changes_the_key() {
+fn what_changes_a_response_changes_the_key() {
     let mut keys = read(&request()).unwrap().keys;
     assert_ne!(keys[0], keys[1]);
     let text = |texts: &[&str]| Bytes::from(encode_bytes_elements(texts).unwrap());
@@ -102,7 +102,7 @@ fn what_changes_an_answer_changes_the_key() {
 }
 
 #[test]
-fn what_changes_no_answer_changes_no_key() {
+fn what_changes_no_response_changes_no_key() {
     let keys = read(&request()).unwrap().keys;
     let int64 = |value| parameter(ParameterChoice::Int64Param(value));
     let others = [
@@ -134,7 +134,7 @@ fn what_changes_no_answer_changes_no_key() {
 }
 
 #[test]
-fn what_is_odd_goes_to_a_worker_as_it_came() {
+fn an_unusual_request_goes_to_a_worker_unchanged() {
     let int64 = |value| parameter(ParameterChoice::Int64Param(value));
     let odd = [
         changed(|r| r.inputs.clear()),
@@ -164,12 +164,12 @@ fn what_is_odd_goes_to_a_worker_as_it_came() {
     for request in &odd {
         assert!(read(request).is_none(), "{request:?}");
     }
-    assert!(Infer::checked(Bytes::from_static(b"\xff"), &SOURCE).is_none());
+    assert!(InferRows::checked(Bytes::from_static(b"\xff"), &SOURCE).is_none());
 }
 
-/// A model that answers a row's texts joined, and the sum of its numbers
-/// twice.
-fn answer(request: &ModelInferRequest) -> ModelInferResponse {
+/// A model that responds with the texts of a row joined, and twice with the sum
+/// of its numbers.
+fn response(request: &ModelInferRequest) -> ModelInferResponse {
     let rows = request.inputs[0].shape[0] as usize;
     let texts = bytes_elements(&request.raw_input_contents[0]);
     let texts: Vec<&[u8]> = texts.map(Result::unwrap).collect();
@@ -203,45 +203,49 @@ fn answer(request: &ModelInferRequest) -> ModelInferResponse {
     }
 }
 
-fn split(rows: &dyn Rows, answer: &ModelInferResponse, count: usize) -> Option<Split> {
-    rows.split(answer.encode_to_vec().into(), &HeaderMap::new(), count)
+fn split(
+    rows: &dyn RowRequest,
+    response: &ModelInferResponse,
+    count: usize,
+) -> Option<SplitResponse> {
+    rows.split(response.encode_to_vec().into(), &HeaderMap::new(), count)
 }
 
-fn joined(rows: &dyn Rows, found: &[Row]) -> Option<ModelInferResponse> {
-    let framed = rows.join(found, &Paid::default(), &mut HeaderMap::new())?;
+fn joined(rows: &dyn RowRequest, found: &[CachedRow]) -> Option<ModelInferResponse> {
+    let framed = rows.join(found, &ComputedUsage::default(), &mut HeaderMap::new())?;
     ModelInferResponse::decode(framed.slice(5..)).ok()
 }
 
 #[test]
-fn an_answer_of_another_form_is_not_cut() {
+fn a_response_of_another_form_is_not_split() {
     let (request, rows) = (request(), read(&request()).unwrap());
-    let right = answer(&request);
+    let right = response(&request);
     let found = split(&rows, &right, 2).unwrap().rows;
     assert_eq!(joined(&rows, &found), Some(right.clone()));
     assert!(split(&rows, &right, 1).is_none());
     let wrong = |change: &dyn Fn(&mut ModelInferResponse)| {
-        let mut answer = right.clone();
-        change(&mut answer);
-        split(&rows, &answer, 2).is_none()
+        let mut response = right.clone();
+        change(&mut response);
+        split(&rows, &response, 2).is_none()
     };
-    assert!(wrong(&|answer| answer.outputs.clear()));
-    assert!(wrong(&|answer| answer.outputs[1].shape = vec![4]));
-    assert!(wrong(&|answer| answer.outputs[1].shape = vec![]));
+    assert!(wrong(&|response| response.outputs.clear()));
+    assert!(wrong(&|response| response.outputs[1].shape = vec![4]));
+    assert!(wrong(&|response| response.outputs[1].shape = vec![]));
     assert!(wrong(
-        &|answer| answer.outputs[0].datatype = "TEXT".to_owned()
+        &|response| response.outputs[0].datatype = "TEXT".to_owned()
     ));
-    assert!(wrong(&|answer| drop(answer.raw_output_contents.pop())));
+    assert!(wrong(&|response| drop(response.raw_output_contents.pop())));
     let own = parameter(ParameterChoice::BoolParam(true));
-    assert!(wrong(&|answer| {
-        answer.parameters.insert("own".to_owned(), own.clone());
+    assert!(wrong(&|response| {
+        response.parameters.insert("own".to_owned(), own.clone());
     }));
-    // Rows of two versions are not one answer.
+    // Rows of two versions make no response.
     let mut other = right.clone();
     other.model_version = "2".to_owned();
     let other = split(&rows, &other, 2).unwrap().rows;
     assert!(joined(&rows, &[found[0].clone(), other[1].clone()]).is_none());
     assert!(joined(&rows, &[]).is_none());
-    let cut = Row {
+    let cut = CachedRow {
         content: found[0].content.slice(1..),
         ..found[0].clone()
     };
@@ -275,30 +279,30 @@ proptest! {
         let count = rows.keys().len();
         let mut found = vec![None; count];
         for side in [0, 1] {
-            let places: Vec<usize> =
-                (0..count).filter(|place| sides >> place & 1 == side).collect();
-            if places.is_empty() {
+            let indices: Vec<usize> =
+                (0..count).filter(|index| sides >> index & 1 == side).collect();
+            if indices.is_empty() {
                 continue;
             }
-            let part = ModelInferRequest::decode(rows.part(&places).bytes()).unwrap();
-            // A part's keys are those of its places.
-            let keys: Vec<Key> = places.iter().map(|&place| rows.keys()[place]).collect();
+            let part = ModelInferRequest::decode(rows.part(&indices).bytes()).unwrap();
+            // The keys of a part are those of its rows.
+            let keys: Vec<RowKey> = indices.iter().map(|&index| rows.keys()[index]).collect();
             prop_assert_eq!(&read(&part).unwrap().keys, &keys);
-            let split = split(&rows, &answer(&part), places.len()).unwrap();
-            for (place, row) in places.into_iter().zip(split.rows) {
-                found[place] = Some(row);
+            let split = split(&rows, &response(&part), indices.len()).unwrap();
+            for (index, row) in indices.into_iter().zip(split.rows) {
+                found[index] = Some(row);
             }
         }
-        let found: Vec<Row> = found.into_iter().map(Option::unwrap).collect();
-        prop_assert_eq!(joined(&rows, &found), Some(answer(&request)));
+        let found: Vec<CachedRow> = found.into_iter().map(Option::unwrap).collect();
+        prop_assert_eq!(joined(&rows, &found), Some(response(&request)));
     }
 
     #[test]
     fn equal_keys_are_equal_rows(request in requests()) {
         let rows = read(&request).unwrap();
-        let row = |place: usize| {
-            let inputs = rows.request.inputs.iter().zip(&rows.cuts);
-            let rows = inputs.map(|(input, cut)| cut.row(input.tensor.raw(), place).to_vec());
+        let row = |index: usize| {
+            let inputs = rows.request.inputs.iter().zip(&rows.ranges);
+            let rows = inputs.map(|(input, cut)| cut.row(input.tensor.raw(), index).to_vec());
             rows.collect::<Vec<_>>()
         };
         for (a, key) in rows.keys().iter().enumerate() {
@@ -312,9 +316,9 @@ proptest! {
     fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
         let rows = read(&request()).unwrap();
         let bytes = Bytes::from(bytes);
-        let _ = Infer::checked(bytes.clone(), &SOURCE);
+        let _ = InferRows::checked(bytes.clone(), &SOURCE);
         let _ = rows.split(bytes.clone(), &HeaderMap::new(), 2);
-        let row = Row { head: bytes.clone(), content: bytes };
+        let row = CachedRow { head: bytes.clone(), content: bytes };
         let _ = joined(&rows, &[row.clone(), row]);
     }
 }

@@ -1,4 +1,4 @@
-//! How rows were found, in the metrics of the process.
+//! The metrics of lookups: hits, misses and coalesced rows.
 
 use platform::metrics::Metrics;
 use prometheus_client::encoding::EncodeLabelSet;
@@ -10,32 +10,33 @@ struct OutcomeLabel {
     outcome: &'static str,
 }
 
-/// Rows by how they were found.
+/// Counters of rows by the outcome of their lookup.
 #[derive(Debug, Clone, Default)]
-pub struct Counts {
-    /// In memory.
+pub struct CacheMetrics {
+    /// Hits in memory.
     pub memory: Counter,
-    /// In Redis.
+    /// Hits in Redis.
     pub shared: Counter,
-    /// In another call that was computing them, or twice in one call.
+    /// Rows that another call was computing (single-flight), or that a request
+    /// has twice.
     pub coalesced: Counter,
-    /// Nowhere.
+    /// Misses.
     pub computed: Counter,
 }
 
-impl Counts {
-    /// Registers what is counted.
+impl CacheMetrics {
+    /// Registers the counters.
     pub fn register(metrics: &Metrics) -> Self {
         let rows: Family<OutcomeLabel, Counter> = Family::default();
         let counter = |outcome| rows.get_or_create_owned(&OutcomeLabel { outcome });
-        let counts = Self {
+        let counters = Self {
             memory: counter("hit_memory"),
             shared: counter("hit_shared"),
             coalesced: counter("coalesced"),
             computed: counter("computed"),
         };
-        let help = "Rows of deterministic models by how they were found";
+        let help = "Rows of deterministic models by the outcome of their cache lookup";
         metrics.register(|registry| registry.register("andon_gateway_cache_rows", help, rows));
-        counts
+        counters
     }
 }

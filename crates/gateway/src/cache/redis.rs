@@ -1,5 +1,5 @@
-//! Rows that are known in Redis, where several gateways keep them. What is read
-//! from there is believed only when its seal fits.
+//! The cache in Redis, which several gateways share. A row that is read from
+//! there is used only when its authentication tag is valid.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -16,43 +16,45 @@ use platform::files::{ContentError, FileError, FileSource};
 use platform::tasks::{OwnedTask, spawn_owned};
 use tokio::sync::mpsc;
 
-use super::key::Key;
-use super::memory::Row;
+use super::key::RowKey;
+use super::memory::CachedRow;
 use crate::redis::Redis;
 
-/// Rows of one round trip; those beyond are computed.
+/// Rows looked up in one round trip; those beyond are misses.
 const ROWS_MAX: usize = 256;
-/// A longer row costs more to fetch than most to compute, and would keep the
-/// connection from others.
+/// A larger row is not cached: to fetch it costs more than to compute most rows,
+/// and would delay others on the connection.
 const ROW_BYTES_MAX: usize = 256 << 10;
-/// Bytes of one write: as many as pass a network in the time of a command.
+/// Bytes of one write: as many as a network carries within the timeout of a
+/// command.
 const WRITE_BYTES_MAX: usize = 512 << 10;
-/// What may wait to be written; what comes then is dropped.
+/// Batches that may wait to be written; further ones are dropped.
 const WAITING_MAX: usize = 256;
+/// Bytes that may wait to be written.
 const WAITING_BYTES_MAX: usize = 16 << 20;
-/// Bytes of the secret.
+/// The length of the secret in bytes.
 const SECRET_BYTES_MIN: usize = 32;
 const SECRET_BYTES_MAX: u64 = 4096;
 
-/// A name in Redis and what stands there.
-pub type Written = (String, Bytes);
+/// A key in Redis and its value.
+pub type StoredValue = (String, Bytes);
 
-/// Where sealed rows are kept. Nothing of it may wait long: it answers none
-/// when it is lost.
-pub trait Store: Send + Sync + std::fmt::Debug + 'static {
-    /// What stands under some names, in their order.
+/// A store of sealed rows. Its methods return soon: with None or false when the
+/// store is lost.
+pub trait RowStore: Send + Sync + std::fmt::Debug + 'static {
+    /// The values of some names, in their order. None when the store is lost.
     fn get(&self, names: Vec<String>) -> BoxFuture<'_, Option<Vec<Option<Vec<u8>>>>>;
 
-    /// Keeps values for so long; whether it did.
-    fn set(&self, values: Vec<Written>, ttl: Duration) -> BoxFuture<'_, bool>;
+    /// Stores values with a TTL; false when the store is lost.
+    fn set(&self, values: Vec<StoredValue>, ttl: Duration) -> BoxFuture<'_, bool>;
 }
 
-impl Store for Redis {
+impl RowStore for Redis {
     fn get(&self, names: Vec<String>) -> BoxFuture<'_, Option<Vec<Option<Vec<u8>>>>> {
         Box::pin(async move { self.run(::redis::cmd("MGET").arg(names)).await })
     }
 
-    fn set(&self, values: Vec<Written>, ttl: Duration) -> BoxFuture<'_, bool> {
+    fn set(&self, values: Vec<StoredValue>, ttl: Duration) -> BoxFuture<'_, bool> {
         Box::pin(async move {
             let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1);
             let mut pipeline = ::redis::pipe();
@@ -65,25 +67,25 @@ impl Store for Redis {
     }
 }
 
-/// Rows of one answer.
-type Entries = Vec<(Key, Row)>;
+/// The rows of one response.
+type RowBatch = Vec<(RowKey, CachedRow)>;
 
-/// Rows in Redis.
+/// The cache in Redis.
 #[derive(Debug)]
-pub struct Remote {
-    store: Arc<dyn Store>,
+pub struct RedisCache {
+    store: Arc<dyn RowStore>,
     seal: Seal,
     ttl: Duration,
-    queue: mpsc::Sender<Entries>,
-    /// Until somebody writes them.
-    queued: Mutex<Option<mpsc::Receiver<Entries>>>,
+    queue: mpsc::Sender<RowBatch>,
+    /// Until the task that writes takes it.
+    queued: Mutex<Option<mpsc::Receiver<RowBatch>>>,
     waiting_bytes: Arc<AtomicUsize>,
     unwritten: Arc<AtomicU64>,
 }
 
-impl Remote {
-    /// Rows are kept for so long.
-    pub fn new(store: Arc<dyn Store>, seal: Seal, ttl: Duration) -> Self {
+impl RedisCache {
+    /// Rows are written with this TTL.
+    pub fn new(store: Arc<dyn RowStore>, seal: Seal, ttl: Duration) -> Self {
         let (queue, queued) = mpsc::channel(WAITING_MAX);
         Self {
             store,
@@ -96,20 +98,20 @@ impl Remote {
         }
     }
 
-    /// Rows that were not written.
+    /// The number of rows that were not written.
     pub fn unwritten(&self) -> u64 {
         self.unwritten.load(Ordering::Relaxed)
     }
 
-    /// The rows that stand there, and how long they still hold, in the order
-    /// of their keys.
-    pub async fn get(&self, keys: &[Key]) -> Vec<Option<(Row, Duration)>> {
+    /// The rows of some keys and the rest of their TTL, in the order of the keys;
+    /// None for a miss.
+    pub async fn get(&self, keys: &[RowKey]) -> Vec<Option<(CachedRow, Duration)>> {
         let names = keys.iter().take(ROWS_MAX).map(|key| self.seal.name(key));
         let values = self.store.get(names.collect()).await.unwrap_or_default();
         let now_ms = now_ms();
         let opened = keys.iter().zip(values).map(|(key, value)| {
-            let (row, until_ms) = self.seal.open(key, value?.into())?;
-            let left_ms = until_ms
+            let (row, expires_ms) = self.seal.unseal(key, value?.into())?;
+            let left_ms = expires_ms
                 .checked_sub(now_ms)
                 .filter(|left_ms| *left_ms > 0)?;
             Some((row, Duration::from_millis(left_ms)))
@@ -117,8 +119,8 @@ impl Remote {
         opened.collect()
     }
 
-    /// Writes rows soon, unless too many wait.
-    pub fn write_back(&self, rows: Vec<(Key, Row)>) {
+    /// Queues rows to be written; they are dropped when too many wait.
+    pub fn write_back(&self, rows: Vec<(RowKey, CachedRow)>) {
         let count = rows.len() as u64;
         let bytes = bytes(&rows);
         let waiting = self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -129,32 +131,32 @@ impl Remote {
         }
     }
 
-    /// Writes what waits, until the task is dropped.
+    /// Writes the queued rows, until the task is dropped.
     pub fn follow(self: &Arc<Self>) -> Option<OwnedTask> {
         let mut queued = self
             .queued
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take()?;
-        let remote = self.clone();
+        let redis = self.clone();
         Some(spawn_owned(async move {
             while let Some(mut rows) = queued.recv().await {
-                // What else waits goes along.
+                // Further batches are written along.
                 while bytes(&rows) < WRITE_BYTES_MAX
                     && let Ok(more) = queued.try_recv()
                 {
                     rows.extend(more);
                 }
                 let bytes = bytes(&rows);
-                remote.write(rows).await;
-                remote.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+                redis.write(rows).await;
+                redis.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
             }
         }))
     }
 
-    async fn write(&self, rows: Vec<(Key, Row)>) {
+    async fn write(&self, rows: Vec<(RowKey, CachedRow)>) {
         let ttl_ms = u64::try_from(self.ttl.as_millis()).unwrap_or(u64::MAX);
-        let until_ms = now_ms().saturating_add(ttl_ms);
+        let expires_ms = now_ms().saturating_add(ttl_ms);
         let mut values = Vec::new();
         let mut bytes = 0;
         for (key, row) in &rows {
@@ -162,7 +164,7 @@ impl Remote {
                 self.unwritten.fetch_add(1, Ordering::Relaxed);
                 continue;
             }
-            let value = self.seal.close(key, row, until_ms);
+            let value = self.seal.seal(key, row, expires_ms);
             if bytes + value.len() > WRITE_BYTES_MAX {
                 self.set(std::mem::take(&mut values)).await;
                 bytes = 0;
@@ -173,7 +175,7 @@ impl Remote {
         self.set(values).await;
     }
 
-    async fn set(&self, values: Vec<Written>) {
+    async fn set(&self, values: Vec<StoredValue>) {
         let count = values.len() as u64;
         if count > 0 && !self.store.set(values, self.ttl).await {
             self.unwritten.fetch_add(count, Ordering::Relaxed);
@@ -181,7 +183,7 @@ impl Remote {
     }
 }
 
-fn bytes(rows: &[(Key, Row)]) -> usize {
+fn bytes(rows: &[(RowKey, CachedRow)]) -> usize {
     rows.iter()
         .map(|(_, row)| row.head.len() + row.content.len() + 64)
         .sum()
@@ -192,8 +194,8 @@ fn now_ms() -> u64 {
     now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// Names rows and proves that they were written by a gateway of the same
-/// secret. The rows themselves are not hidden.
+/// Derives the names of rows and authenticates them with HMAC-SHA256: a valid row
+/// was written by a gateway with the same secret. Rows are not encrypted.
 pub struct Seal {
     names: hmac::Key,
     values: hmac::Key,
@@ -205,14 +207,14 @@ impl std::fmt::Debug for Seal {
     }
 }
 
-/// The form of a value.
-const FORM: u8 = 1;
+/// The format version of a value.
+const FORMAT: u8 = 1;
 const TAG_BYTES: usize = 32;
-/// The form, the tag and until when the value holds.
+/// The format, the tag and the time of expiry.
 const PREFIX_BYTES: usize = 1 + TAG_BYTES + 8;
 
 impl Seal {
-    /// Seals with keys that are made from a secret.
+    /// Derives the keys from a secret.
     pub fn new(secret: &[u8]) -> Self {
         let secret = hmac::Key::new(HMAC_SHA256, secret);
         let derived = |purpose: &str| {
@@ -225,7 +227,7 @@ impl Seal {
         }
     }
 
-    /// Reads the secret from a file.
+    /// Reads the secret from a file. The error says what is wrong with it.
     pub fn read(path: &Path) -> Result<Self, FileError> {
         let source = FileSource::new(path, "cache secret file", SECRET_BYTES_MAX);
         let secret = source.read()?;
@@ -237,31 +239,31 @@ impl Seal {
         Ok(Self::new(secret))
     }
 
-    /// The name of a row: without the secret nobody can tell what text it
-    /// stands for, not even by trying.
-    fn name(&self, key: &Key) -> String {
+    /// The name of a row in Redis: without the secret it reveals nothing about the
+    /// text, not even to a guess.
+    fn name(&self, key: &RowKey) -> String {
         let name = hmac::sign(&self.names, &key.0);
         let mut text = "andon:row:".to_owned();
         BASE64_URL_SAFE_NO_PAD.encode_string(name.as_ref(), &mut text);
         text
     }
 
-    fn tag(&self, key: &Key, until: &[u8], body: &[u8]) -> hmac::Tag {
+    fn tag(&self, key: &RowKey, expires: &[u8], body: &[u8]) -> hmac::Tag {
         let mut context = hmac::Context::with_key(&self.values);
-        // The first two have one length each, so that parts cannot be moved.
+        // The first two have a fixed length, so that parts cannot be moved.
         context.update(&key.0);
-        context.update(until);
+        context.update(expires);
         context.update(body);
         context.sign()
     }
 
-    /// The value that stands for a row.
-    fn close(&self, key: &Key, row: &Row, until_ms: u64) -> Bytes {
+    /// The authenticated value of a row.
+    fn seal(&self, key: &RowKey, row: &CachedRow, expires_ms: u64) -> Bytes {
         let length = PREFIX_BYTES + 4 + row.head.len() + row.content.len();
         let mut value = BytesMut::with_capacity(length);
-        value.put_u8(FORM);
+        value.put_u8(FORMAT);
         value.put_bytes(0, TAG_BYTES);
-        value.put_u64(until_ms);
+        value.put_u64(expires_ms);
         value.put_u32(u32::try_from(row.head.len()).unwrap_or(u32::MAX));
         value.put_slice(&row.head);
         value.put_slice(&row.content);
@@ -271,24 +273,26 @@ impl Seal {
         value.freeze()
     }
 
-    /// The row that a value stands for, and until when; none unless the value
-    /// was made for this key, with this secret, and not changed since.
-    fn open(&self, key: &Key, value: Bytes) -> Option<(Row, u64)> {
+    /// The row of a value and its expiry in Unix milliseconds. None unless the
+    /// value was made for this key with this secret, and is unchanged.
+    fn unseal(&self, key: &RowKey, value: Bytes) -> Option<(CachedRow, u64)> {
         let (prefix, body) = value.split_at_checked(PREFIX_BYTES)?;
-        let (tag, until) = prefix.strip_prefix(&[FORM])?.split_at_checked(TAG_BYTES)?;
-        verify_slices_are_equal(self.tag(key, until, body).as_ref(), tag).ok()?;
-        let until_ms = u64::from_be_bytes(until.try_into().ok()?);
+        let (tag, expires) = prefix
+            .strip_prefix(&[FORMAT])?
+            .split_at_checked(TAG_BYTES)?;
+        verify_slices_are_equal(self.tag(key, expires, body).as_ref(), tag).ok()?;
+        let expires_ms = u64::from_be_bytes(expires.try_into().ok()?);
         let (length, _) = body.split_first_chunk::<4>()?;
         let rest = value.slice(PREFIX_BYTES + 4..);
         let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
         if length > rest.len() {
             return None;
         }
-        let row = Row {
+        let row = CachedRow {
             head: rest.slice(..length),
             content: rest.slice(length..),
         };
-        Some((row, until_ms))
+        Some((row, expires_ms))
     }
 }
 
@@ -301,13 +305,13 @@ pub(super) mod tests {
     use super::super::memory::tests::row;
     use super::*;
 
-    const KEY: Key = Key([7; 32]);
+    const KEY: RowKey = RowKey([7; 32]);
 
     fn seal() -> Seal {
         Seal::new(b"a secret of the tests, long enough")
     }
 
-    /// A Redis of the test.
+    /// A store in memory.
     #[derive(Debug, Default)]
     pub struct Fake {
         pub values: Mutex<HashMap<String, Bytes>>,
@@ -315,7 +319,7 @@ pub(super) mod tests {
         pub lost: std::sync::atomic::AtomicBool,
     }
 
-    impl Store for Fake {
+    impl RowStore for Fake {
         fn get(&self, names: Vec<String>) -> BoxFuture<'_, Option<Vec<Option<Vec<u8>>>>> {
             self.round_trips.fetch_add(1, Ordering::Relaxed);
             let values = self.values.lock().unwrap();
@@ -325,93 +329,93 @@ pub(super) mod tests {
             Box::pin(std::future::ready((!lost).then_some(found)))
         }
 
-        fn set(&self, values: Vec<Written>, _ttl: Duration) -> BoxFuture<'_, bool> {
+        fn set(&self, values: Vec<StoredValue>, _ttl: Duration) -> BoxFuture<'_, bool> {
             self.values.lock().unwrap().extend(values);
             Box::pin(std::future::ready(true))
         }
     }
 
-    pub fn remote(store: Arc<Fake>) -> Remote {
-        Remote::new(store, seal(), Duration::from_secs(60))
+    pub fn redis(store: Arc<Fake>) -> RedisCache {
+        RedisCache::new(store, seal(), Duration::from_secs(60))
     }
 
     #[test]
-    fn opens_what_it_closed_and_nothing_else() {
-        let value = seal().close(&KEY, &row("answer"), 1234);
+    fn a_seal_opens_its_own_values_and_no_others() {
+        let value = seal().seal(&KEY, &row("answer"), 1234);
         assert_eq!(
-            seal().open(&KEY, value.clone()),
+            seal().unseal(&KEY, value.clone()),
             Some((row("answer"), 1234))
         );
         // Another row's value, and another secret's.
-        assert_eq!(seal().open(&Key([8; 32]), value.clone()), None);
+        assert_eq!(seal().unseal(&RowKey([8; 32]), value.clone()), None);
         let other = Seal::new(b"another secret of the tests, long enough");
-        assert_eq!(other.open(&KEY, value.clone()), None);
+        assert_eq!(other.unseal(&KEY, value.clone()), None);
         assert_ne!(other.name(&KEY), seal().name(&KEY));
         for length in 0..value.len() {
-            assert_eq!(seal().open(&KEY, value.slice(..length)), None);
+            assert_eq!(seal().unseal(&KEY, value.slice(..length)), None);
         }
-        for place in 0..value.len() {
+        for index in 0..value.len() {
             let mut poisoned = value.to_vec();
-            poisoned[place] ^= 1;
-            assert_eq!(seal().open(&KEY, poisoned.into()), None, "{place}");
+            poisoned[index] ^= 1;
+            assert_eq!(seal().unseal(&KEY, poisoned.into()), None, "{index}");
         }
         let mut longer = value.to_vec();
         longer.push(0);
-        assert_eq!(seal().open(&KEY, longer.into()), None);
+        assert_eq!(seal().unseal(&KEY, longer.into()), None);
     }
 
     proptest! {
         #[test]
         fn no_bytes_open_or_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            prop_assert_eq!(seal().open(&KEY, bytes.into()), None);
+            prop_assert_eq!(seal().unseal(&KEY, bytes.into()), None);
         }
     }
 
     #[tokio::test]
     async fn what_is_written_back_is_found_and_names_no_text() {
         let store = Arc::new(Fake::default());
-        let remote = Arc::new(remote(store.clone()));
-        let large = Row {
+        let redis = Arc::new(redis(store.clone()));
+        let large = CachedRow {
             head: Bytes::new(),
             content: vec![0; ROW_BYTES_MAX + 1].into(),
         };
-        remote.write_back(vec![(KEY, row("a")), (Key([9; 32]), large)]);
-        let _writing = remote.follow();
+        redis.write_back(vec![(KEY, row("a")), (RowKey([9; 32]), large)]);
+        let _writing = redis.follow();
         while store.values.lock().unwrap().is_empty() {
             tokio::task::yield_now().await;
         }
-        let found = remote.get(&[Key([9; 32]), KEY]).await;
+        let found = redis.get(&[RowKey([9; 32]), KEY]).await;
         assert_eq!(found[0], None);
         let (found, left) = found[1].clone().unwrap();
         assert_eq!(found, row("a"));
         assert!(left <= Duration::from_secs(60));
-        assert_eq!(remote.unwritten(), 1);
+        assert_eq!(redis.unwritten(), 1);
         let names: Vec<String> = store.values.lock().unwrap().keys().cloned().collect();
         assert_eq!(names, [seal().name(&KEY)]);
-        // A value that is over is none.
-        let over = seal().close(&KEY, &row("a"), now_ms() - 1);
+        // An expired value is a miss.
+        let over = seal().seal(&KEY, &row("a"), now_ms() - 1);
         store.values.lock().unwrap().insert(seal().name(&KEY), over);
-        assert_eq!(remote.get(&[KEY]).await, [None]);
+        assert_eq!(redis.get(&[KEY]).await, [None]);
     }
 
     #[tokio::test]
     async fn a_full_queue_drops_and_counts() {
-        let remote = remote(Arc::default());
+        let redis = redis(Arc::default());
         let rows = |bytes: usize| {
             let content = vec![0; bytes].into();
             vec![(
                 KEY,
-                Row {
+                CachedRow {
                     head: Bytes::new(),
                     content,
                 },
             )]
         };
-        remote.write_back(rows(WAITING_BYTES_MAX));
-        assert_eq!(remote.unwritten(), 1);
+        redis.write_back(rows(WAITING_BYTES_MAX));
+        assert_eq!(redis.unwritten(), 1);
         for _ in 0..WAITING_MAX + 5 {
-            remote.write_back(rows(1));
+            redis.write_back(rows(1));
         }
-        assert_eq!(remote.unwritten(), 6);
+        assert_eq!(redis.unwritten(), 6);
     }
 }

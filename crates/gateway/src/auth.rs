@@ -113,7 +113,7 @@ struct State {
 }
 
 impl Auth {
-    /// Reads the files; without a policy everybody is the same tenant, who may
+    /// Reads the files; without a policy all callers are one tenant, which may
     /// do everything.
     pub fn new(settings: &AuthSettings) -> Result<Self, FileError> {
         let (mut files, mut state) = (None, State::default());
@@ -277,7 +277,7 @@ impl State {
         })
     }
 
-    /// The same with what is new.
+    /// The same state with a new policy or new keys.
     fn next(
         &self,
         policy: Option<Arc<Policy>>,

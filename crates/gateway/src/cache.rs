@@ -225,7 +225,7 @@ impl<B: Backend> Drop for CachedCall<'_, B> {
     }
 }
 
-/// What the calls below the cache have come to.
+/// The usage and the response of the calls below the cache.
 #[derive(Debug, Default)]
 struct CallState {
     pending: ComputedUsage,

@@ -85,7 +85,7 @@ pub struct Reservation {
     _slots: Vec<InFlightSlot>,
 }
 
-/// What a call needs of its tenant's quotas.
+/// The amounts that a call reserves of its tenant's quotas.
 #[derive(Debug, Clone, Copy)]
 pub struct QuotaRequest<'a> {
     /// The model or chain that responds.

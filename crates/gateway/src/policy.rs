@@ -1,5 +1,5 @@
 //! The policy: tenants, the models they may call, their quotas, and the callers
-//! that stand for them.
+//! of each tenant.
 
 mod file;
 mod pattern;
@@ -22,31 +22,30 @@ const BYTES_MAX: u64 = 4 << 20;
 /// The policy as it stands now: replaced when its file changes.
 pub type PolicyCell = Arc<ArcSwap<Policy>>;
 
-/// Who may do what.
+/// The policy file.
 #[derive(Debug, Default)]
 pub struct Policy {
     /// The tenants by their names.
     pub tenants: BTreeMap<String, Arc<Tenant>>,
-    /// Whose the calls are that bring no credential; without it they are
-    /// refused.
+    /// The tenant of calls without a credential; without it they are refused.
     pub anonymous: Option<Arc<Tenant>>,
-    /// Whether reflection is answered without a credential.
+    /// Whether reflection needs no credential.
     pub reflection: Openness,
     /// The tenants by the names in their certificates.
     pub certificates: BTreeMap<String, Arc<Tenant>>,
-    /// Whose tokens are taken; without it none are.
+    /// The tokens that are accepted; without it none are.
     pub jwt: Option<JwtPolicy>,
     /// How quotas are counted.
     pub limits: LimitPolicy,
 }
 
-/// Whether something is for everybody.
+/// Whether a service is open to all callers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Openness {
-    /// For everybody.
+    /// To all callers.
     Open,
-    /// For callers with a credential.
+    /// To callers with a credential.
     #[default]
     Closed,
 }
@@ -54,7 +53,7 @@ pub enum Openness {
 /// How quotas are counted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LimitPolicy {
-    /// What happens to calls when Redis is lost.
+    /// How calls are treated while Redis is lost.
     pub redis_lost: RedisLost,
     /// Gateways that count together: each holds its share, limit ÷ replicas,
     /// while Redis is lost.
@@ -70,7 +69,7 @@ impl Default for LimitPolicy {
     }
 }
 
-/// What happens to calls when Redis is lost.
+/// How calls are treated while Redis is lost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RedisLost {
@@ -81,16 +80,16 @@ pub enum RedisLost {
     Closed,
 }
 
-/// Whose tokens are taken.
+/// The tokens that are accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JwtPolicy {
     /// Where the signers' keys are.
     pub jwks: JwksSource,
-    /// Who must have issued them.
+    /// The required issuer (`iss`).
     pub issuer: String,
-    /// Whom they must be for.
+    /// The required audience (`aud`).
     pub audience: String,
-    /// How far the clocks may be apart.
+    /// The tolerated clock skew.
     pub leeway: Duration,
     /// The claim that names the tenant.
     pub tenant_claim: String,
@@ -116,8 +115,8 @@ pub struct Tenant {
     pub models: Vec<Pattern>,
     /// Its share under overload, relative to those of other tenants.
     pub weight: u32,
-    /// Tenants of one scope share cached answers; it is the tenant's own name
-    /// unless the policy says otherwise.
+    /// Tenants of one scope share cached responses; the tenant's own name unless
+    /// the policy sets another.
     pub cache_scope: String,
     /// How much it may call altogether.
     pub quota: Quota,
@@ -125,8 +124,8 @@ pub struct Tenant {
     pub model_quotas: Vec<(Pattern, Quota)>,
 }
 
-/// How much may be called, of all models together or of some. What is not
-/// named has no limit.
+/// The limits on calls, for all models together or for some. A limit that is not
+/// set does not apply.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Quota {
@@ -142,21 +141,20 @@ pub struct Quota {
     pub tokens_per_minute: Option<u64>,
     /// Computed tokens per day.
     pub tokens_per_day: Option<u64>,
-    /// Requests that may be under way at once.
+    /// Requests that may be in flight at once.
     pub in_flight: Option<u32>,
-    /// What outside providers may cost per day, in the currency of the price
-    /// table.
+    /// The cost of outside providers per day, in the currency of the price table.
     pub cost_per_day: Option<f64>,
-    /// What outside providers may cost per month of 30 days.
+    /// The cost of outside providers per month of 30 days.
     pub cost_per_month: Option<f64>,
 }
 
-/// Who calls. Cheap to clone.
+/// The caller of a request. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Caller {
-    /// Whose call it is.
+    /// The tenant that is charged.
     pub tenant: Arc<Tenant>,
-    /// What proved it, for the trace: a key's prefix, a token's subject or a
+    /// The credential, for the trace: a key's prefix, a token's subject or a
     /// certificate's name. Never a secret.
     pub credential: Arc<str>,
 }
@@ -183,7 +181,7 @@ impl Policy {
 }
 
 impl Tenant {
-    /// Everybody, where nobody is asked who they are.
+    /// The tenant of all callers, when authentication is off.
     pub fn anyone() -> Self {
         Self {
             name: "anyone".to_owned(),

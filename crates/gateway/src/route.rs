@@ -176,7 +176,7 @@ pub struct Routes {
 }
 
 impl Routes {
-    /// An empty table; `workers` says whether workers are configured.
+    /// An empty table; `workers` is whether workers are configured.
     pub fn new(catalogue: Arc<Catalogue>, workers: bool) -> Self {
         Self {
             catalogue,

@@ -43,7 +43,7 @@ use charge::PendingCharge;
 #[derive(Debug, Clone)]
 pub struct Stack(pub(crate) Arc<Layers>);
 
-/// The layers in the order that a call meets them, and what they share.
+/// The layers in the order of a call, and the state that they share.
 #[derive(Debug)]
 pub struct Layers {
     pub(crate) shed: Arc<Shed>,
@@ -109,7 +109,7 @@ pub struct Entered {
     pub guard: EntryGuard,
 }
 
-/// What a call holds while it is in flight.
+/// The permits that a call holds while it is in flight.
 #[derive(Debug)]
 #[allow(dead_code, reason = "its fields are released when dropped")]
 pub struct EntryGuard {
@@ -120,7 +120,7 @@ pub struct EntryGuard {
 
 /// One exchange with a model, for which a caller waits.
 pub trait Exchange: Sync {
-    /// What a model responds with.
+    /// The output of a model.
     type Output: Send;
 
     /// The caller.
@@ -161,7 +161,7 @@ pub struct Attempt<'a> {
     pub route: &'a Route,
     /// When it must have responded.
     pub deadline: Instant,
-    /// Where the model stands for a fallback chain: the chain.
+    /// The attempts of the fallback chain, for a model of one.
     pub fallback: Option<&'a fallback::Attempts<'a>>,
 }
 
@@ -250,8 +250,8 @@ impl Stack {
         self.0.routes.choose(selector, caller)
     }
 
-    /// limit → cache → balance → upstream: asks the model of a plan, or the
-    /// models of its fallback chain in turn.
+    /// limit → cache → balance → upstream: runs an exchange with the model of a
+    /// plan, or with the models of its fallback chain in turn.
     pub async fn run<E: Exchange>(&self, plan: &Plan, exchange: &E) -> Result<E::Output, Status> {
         // limit: the quotas of the model, now that it is known, and rows.
         let request = QuotaRequest {

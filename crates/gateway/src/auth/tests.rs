@@ -159,7 +159,7 @@ fn shown(names: &[&str]) -> Peer {
 
 async fn reason(auth: &Auth, headers: &HeaderMap) -> &'static str {
     let state = auth.state.load_full();
-    match state.recognize(headers, &Peer::default()).await {
+    match state.authenticate(headers, &Peer::default()).await {
         Ok(_) => "recognized",
         Err(rejection) => rejection.reason,
     }

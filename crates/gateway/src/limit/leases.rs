@@ -46,7 +46,7 @@ pub struct QuotaLease {
     size: u64,
     /// When Redis was asked last, in seconds since the gateway started.
     requested_at: Option<f64>,
-    /// Redis has not this much or more: it is not asked for it until then.
+    /// This much or more is exhausted in Redis, which is not asked for it before.
     exhausted_amount: u64,
     exhausted_until: f64,
     /// Usage that Redis does not know yet: charged after a response, or counted

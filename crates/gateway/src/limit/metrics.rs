@@ -1,4 +1,4 @@
-//! What quotas count.
+//! The metrics of quotas.
 
 use std::sync::atomic::AtomicU64;
 

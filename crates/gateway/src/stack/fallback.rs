@@ -1,4 +1,4 @@
-//! Fallback chains: the models of a chain are asked in turn, until one responds.
+//! Fallback chains: the models of a chain are tried in turn, until one responds.
 
 use std::time::Duration;
 

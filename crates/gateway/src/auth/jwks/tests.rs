@@ -112,7 +112,7 @@ async fn a_fetch_that_fails_keeps_what_is_known() {
     ] {
         page.now_answers(bad.clone());
         let before = page.fetched();
-        *signers.asking.lock().unwrap() = Asking::default();
+        *signers.demand.lock().unwrap() = FetchDemand::default();
         assert_eq!(signers.choose(Some("new")).await.err(), Some(UNKNOWN));
         assert!(page.fetched() > before, "{bad:.40} was not fetched");
         assert!(signers.choose(Some("old")).await.is_ok());

@@ -28,7 +28,7 @@ pub use rerank::RerankGathering;
 pub use settings::{LogSettings, TraceSettings};
 pub use signature::{Signature, check_text_bytes};
 pub use statistics::add_statistics;
-pub use task::{ReportedTask, Task, UnknownTask};
+pub use task::{Task, UnknownTask};
 pub use text::{COMPUTE_TYPE_KEY, insert_compute_metadata, truncation_direction};
 
 /// Metadata key that names the model of a `tei.v1` call.

@@ -1,6 +1,5 @@
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
 
 /// What a model does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -61,57 +60,6 @@ impl FromStr for Task {
     }
 }
 
-/// The task that a worker reports for a model. A worker of another
-/// implementation may name one that is not known here: its name passes through.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ReportedTask {
-    /// One of the known tasks.
-    Known(Task),
-    /// Another one, by the name that was reported.
-    Other(Arc<str>),
-}
-
-impl ReportedTask {
-    /// The task of a report's field; none when the field is empty.
-    pub fn from_report(name: &str) -> Option<Self> {
-        if name.is_empty() {
-            return None;
-        }
-        Some(
-            name.parse()
-                .map_or_else(|_| Self::Other(name.into()), Self::Known),
-        )
-    }
-
-    /// The known task.
-    pub fn known(&self) -> Option<Task> {
-        match self {
-            Self::Known(task) => Some(*task),
-            Self::Other(_) => None,
-        }
-    }
-
-    /// Whether it is one of some tasks.
-    pub fn is_one_of(&self, tasks: &[Task]) -> bool {
-        self.known().is_some_and(|task| tasks.contains(&task))
-    }
-}
-
-impl fmt::Display for ReportedTask {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::Known(task) => task.as_str(),
-            Self::Other(name) => name,
-        })
-    }
-}
-
-impl From<Task> for ReportedTask {
-    fn from(task: Task) -> Self {
-        Self::Known(task)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,15 +71,5 @@ mod tests {
         }
         assert_eq!("Embedding".parse::<Task>(), Err(UnknownTask));
         assert_eq!("".parse::<Task>(), Err(UnknownTask));
-    }
-
-    #[test]
-    fn an_unknown_task_passes_through() {
-        let reported = ReportedTask::from_report("vision").unwrap();
-        assert_eq!(reported.to_string(), "vision");
-        assert!(!reported.is_one_of(&Task::ALL));
-        let rerank = ReportedTask::from_report("rerank").unwrap();
-        assert!(rerank.is_one_of(Task::TEXT));
-        assert_eq!(ReportedTask::from_report(""), None);
     }
 }

@@ -106,9 +106,7 @@ impl Cache {
         if let (Some(opened), Some(secret)) = (shared.open()?, &settings.cache_secret_file) {
             let seal = Seal::read(secret)?;
             let help = "1 while responses are cached in Redis";
-            metrics.register(|registry| {
-                registry.register("andon_gateway_cache_redis_up", help, opened.up());
-            });
+            opened.register(metrics, "andon_gateway_cache_redis_up", help);
             redis_rows = Some(Arc::new(RedisCache::new(opened.clone(), seal, ttl)));
             redis = Some(opened);
         }

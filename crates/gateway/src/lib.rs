@@ -31,7 +31,6 @@ use platform::server::{Grpc, Http, Listener, Server, ServerSettings};
 use platform::tasks::{OwnedTask, spawn_owned};
 use platform::tls::{Tls, TlsSettings};
 use platform::{CommonServices, Process};
-use prometheus_client::registry::Registry;
 use protocol::{DESCRIPTORS, SERVICES};
 use providers::{Catalogue, ProviderSettings};
 
@@ -176,10 +175,7 @@ impl Gateway {
         let redis = settings.redis.open()?;
         if let Some(redis) = &redis {
             let help = "1 while Redis responds";
-            let up = redis.up();
-            let register =
-                |registry: &mut Registry| registry.register("andon_gateway_redis_up", help, up);
-            process.metrics.register(register);
+            redis.register(&process.metrics, "andon_gateway_redis_up", help);
         }
         let limit_metrics = LimitMetrics::default();
         limit_metrics.register(&process.metrics);

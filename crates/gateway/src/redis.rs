@@ -16,6 +16,7 @@ use ::redis::{
 };
 use arc_swap::ArcSwapOption;
 use platform::files::{ContentError, FileError, FileSource};
+use platform::metrics::Metrics;
 use platform::tasks::{OwnedTask, spawn_owned};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::Notify;
@@ -136,9 +137,9 @@ impl Redis {
         Self::new(url, password.map(read).transpose()?)
     }
 
-    /// The gauge that is 1 while Redis responds.
-    pub fn up(&self) -> Gauge {
-        self.up.clone()
+    /// Registers the gauge that is 1 while Redis responds.
+    pub fn register(&self, metrics: &Metrics, name: &'static str, help: &'static str) {
+        metrics.register(|registry| registry.register(name, help, self.up.clone()));
     }
 
     /// Whether the circuit breaker is closed: a command would be sent.

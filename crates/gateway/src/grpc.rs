@@ -184,8 +184,8 @@ impl Handler for GrpcDoor {
             let Entered { caller, guard } = self.stack.enter(entry).await?;
             let reply = match (action, method) {
                 (Action::Forward(source), Some(method)) => {
-                    self.forward(call, method, source, caller, &mut record)
-                        .await?
+                    let request = Request::read(call, method, &layers.limits, caller).await?;
+                    self.forward(request, source, &mut record).await?
                 }
                 (Action::ForwardEach(source), Some(method)) => {
                     stream::forward_each(self.stack.clone(), call, method, source)?
@@ -208,19 +208,15 @@ impl Handler for GrpcDoor {
 }
 
 impl GrpcDoor {
-    /// Reads a message once, and forwards it to the model that it names.
+    /// Forwards a message to the model that it names.
     async fn forward(
         &self,
-        call: Call,
-        method: Method,
+        request: Request,
         source: SelectorSource,
-        caller: Caller,
         record: &mut CallRecord,
     ) -> Result<Reply, Status> {
-        let request = Request::read(call, method, &self.stack.0.limits, caller).await?;
-        let plan = self
-            .stack
-            .route(&request.selector(source)?, &request.caller)?;
+        let selector = request.selector(source)?;
+        let plan = self.stack.route(&selector, &request.caller)?;
         plan.name().clone_into(&mut record.model);
         Ok(self.stack.run(&plan, &request).await?.into_reply())
     }

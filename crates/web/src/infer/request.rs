@@ -387,7 +387,7 @@ impl BinaryData {
 
 fn joined(chunks: Vec<Bytes>) -> Bytes {
     Received {
-        chunks: chunks,
+        chunks,
         ..Received::default()
     }
     .joined()

@@ -169,13 +169,18 @@ impl Auth {
                 if !after.same_signers(&before) {
                     _fetching = fetching(&after);
                 }
-                self.policy.store(after.policy.clone());
-                self.state.store(after);
+                self.replace(after);
             }
             if let Some(tokens) = &self.state.load().tokens {
                 tokens.poll_file();
             }
         }
+    }
+
+    /// Makes a state the current one, and its policy that of the other layers.
+    fn replace(&self, state: Arc<State>) {
+        self.policy.store(state.policy.clone());
+        self.state.store(state);
     }
 
     /// The state after a poll of the files, if they have changed. A policy whose

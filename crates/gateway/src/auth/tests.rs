@@ -408,7 +408,7 @@ async fn a_bad_file_keeps_no_key_from_being_revoked() {
     let mut reload = || {
         let after = auth.renewed(&mut files).map(Arc::new);
         after.is_some_and(|after| {
-            auth.state.store(after);
+            auth.replace(after);
             true
         })
     };

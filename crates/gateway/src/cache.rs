@@ -370,7 +370,7 @@ mod tests {
             }
             headers
         };
-        for (values, wanted) in [
+        for (values, expected) in [
             (&[][..], CacheControl::Use),
             (&["max-age=60"], CacheControl::Use),
             (&["no-cache"], CacheControl::Refresh),
@@ -379,7 +379,7 @@ mod tests {
             (&["no-cache", "no-store"], CacheControl::Bypass),
             (&["no-store,no-cache"], CacheControl::Bypass),
         ] {
-            assert_eq!(cache_control(&headers(values)), wanted, "{values:?}");
+            assert_eq!(cache_control(&headers(values)), expected, "{values:?}");
         }
     }
 

@@ -306,7 +306,7 @@ mod tests {
     #[test]
     fn errors_name_the_line_and_the_field() {
         let jwt = "[jwt]\nissuer = \"i\"\naudience = \"a\"\n";
-        for (text, said) in [
+        for (text, parts) in [
             ("[tenants.a]\nmodel = []", ["line 2", "tenants.a", "model"]),
             (
                 "[tenants.a]\n\nweight = 0",
@@ -340,7 +340,7 @@ mod tests {
             ),
             (
                 "[tenants.a.quota]\nin_flight = 0",
-                ["line 1", "tenants.a.quota.in_flight", "more than nothing"],
+                ["line 1", "tenants.a.quota.in_flight", "greater than 0"],
             ),
             (
                 "[tenants.a.quota]\nrequests_per_second = inf",
@@ -362,8 +362,8 @@ mod tests {
             ("a = ", ["line 1", "policy", ""]),
         ] {
             let error = parse(text).unwrap_err();
-            for said in said {
-                assert!(error.contains(said), "{text}\n{error}\nlacks {said}");
+            for part in parts {
+                assert!(error.contains(part), "{text}\n{error}\nlacks {part}");
             }
         }
     }

@@ -89,8 +89,8 @@ pub const SERVICES: [&str; 6] = [
     "tei.v1.Tokenize",
 ];
 
-/// The extensions of the protocol that every role offers.
-pub const EXTENSIONS: [&str; 7] = [
+/// The protocol extensions that every role supports.
+const EXTENSIONS: [&str; 7] = [
     "model_repository",
     "model_configuration",
     "statistics",

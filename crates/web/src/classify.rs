@@ -422,7 +422,7 @@ mod tests {
 
     #[test]
     fn cache_hits_are_summed_over_the_responses() {
-        for (responses, wanted) in [
+        for (responses, expected) in [
             (&[][..], None),
             (&[(1, "hit"), (1, "hit")], Some("hit")),
             (&[(1, "miss")], Some("miss")),
@@ -439,7 +439,7 @@ mod tests {
             }
             let headers = results.headers();
             let found = headers.get(CACHE_KEY);
-            assert_eq!(found, wanted.map(HeaderValue::from_static).as_ref());
+            assert_eq!(found, expected.map(HeaderValue::from_static).as_ref());
         }
         let mut results = Results::default();
         results.finish(2, HeaderMap::new(), Vec::new());

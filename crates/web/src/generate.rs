@@ -211,10 +211,10 @@ mod tests {
         .unwrap();
         assert_eq!((chat.max_tokens, chat.stop.len()), (Some(3), 1));
         let written = serde_json::to_value(format.response("b".into())).unwrap();
-        let wanted = serde_json::json!(
+        let expected = serde_json::json!(
             {"model_name": "a", "model_version": "1", "id": "7", "text_output": "b"}
         );
-        assert_eq!(written, wanted);
+        assert_eq!(written, expected);
         for (text, field) in [
             (r#"{"text_input": ""}"#, "text_input"),
             (r#"{"text_input": "a", "max_token": 1}"#, "max_token"),

@@ -123,11 +123,12 @@ pub async fn ready(context: RequestContext) -> Result<(), ApiError> {
     get, path = "/v2", tag = "Inference", operation_id = "server_metadata",
     responses((status = 200, description = "Its name, version and extensions", body = ServerMetadata))
 )]
-pub async fn server() -> Json<Value> {
+pub async fn server(context: RequestContext) -> Json<Value> {
+    let metadata = context.stack.server_metadata();
     Json(json!({
-        "name": "andon",
-        "version": platform::VERSION,
-        "extensions": protocol::EXTENSIONS,
+        "name": metadata.name,
+        "version": metadata.version,
+        "extensions": metadata.extensions,
     }))
 }
 

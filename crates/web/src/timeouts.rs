@@ -96,7 +96,7 @@ mod tests {
             let timeouts = Timeouts::of(headers, format, max).unwrap();
             (timeouts.response, timeouts.stream)
         };
-        for (name, value, wanted) in [
+        for (name, value, expected) in [
             (CLIENT_TIMEOUTS[0], "1", second),
             (CLIENT_TIMEOUTS[1], "1.0", second),
             (CLIENT_TIMEOUTS[1], "600", max),
@@ -107,7 +107,11 @@ mod tests {
             (CLIENT_TIMEOUTS[0], "None", max),
         ] {
             let headers = with(name, value);
-            assert_eq!(of(&headers, ErrorFormat::OpenAi), (wanted, max), "{value}");
+            assert_eq!(
+                of(&headers, ErrorFormat::OpenAi),
+                (expected, max),
+                "{value}"
+            );
             assert_eq!(of(&headers, ErrorFormat::Problem), (max, max), "{value}");
         }
         let mut both = with(CLIENT_TIMEOUTS[0], "1");

@@ -55,13 +55,13 @@ pub async fn infer(
         outputs
     } else {
         let texts = texts(model, &request)?;
-        let wanted = if model.task() == Task::Embedding {
+        let output = if model.task() == Task::Embedding {
             TextOutput::Embedding
         } else {
             TextOutput::Logits
         };
         let (outputs, usage) = model
-            .texts(texts, wanted, options.truncation, urgency)
+            .texts(texts, output, options.truncation, urgency)
             .await?
             .map_err(|error| invalid_text(&request, &error))?;
         stages.input = usage.tokenize;

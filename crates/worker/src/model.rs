@@ -238,7 +238,7 @@ impl ServedModel {
     pub async fn texts(
         &self,
         texts: Vec<OwnedText>,
-        wanted: TextOutput,
+        output: TextOutput,
         truncation: Truncation,
         urgency: Urgency,
     ) -> Result<Result<(Vec<Vec<f32>>, Usage), TextError>, ModelError> {
@@ -250,7 +250,7 @@ impl ServedModel {
             .map_err(|refusal| self.refuse(&refusal, texts.len()))?;
         let started = Instant::now();
         let bytes: usize = texts.iter().map(OwnedText::bytes).sum();
-        let tokenize = move || tokenize(&tokenizer, &texts, wanted, truncation);
+        let tokenize = move || tokenize(&tokenizer, &texts, output, truncation);
         let rows = if bytes <= INLINE_TEXT_BYTES_MAX {
             tokenize()
         } else {
@@ -344,7 +344,7 @@ impl Drop for ServedModel {
 fn tokenize(
     tokenizer: &Tokenizer,
     texts: &[OwnedText],
-    wanted: TextOutput,
+    output: TextOutput,
     truncation: Truncation,
 ) -> Result<Vec<(engine::TokenRow, TextOutput)>, TextError> {
     texts
@@ -353,7 +353,7 @@ fn tokenize(
         .map(|(index, text)| {
             tokenizer
                 .encode(text.as_text(), truncation)
-                .map(|tokens| (tokens, wanted))
+                .map(|tokens| (tokens, output))
                 .map_err(|error| TextError { index, error })
         })
         .collect()

@@ -250,7 +250,7 @@ fn checked(quota: Spanned<Quota>, field: &str, source: &Source<'_>) -> Result<Qu
     ] {
         if value.is_some_and(|value| !value.is_finite() || value <= 0.0) {
             let field = format!("{field}.{name}");
-            return Err(source.wrong(&quota, &field, "must be a number that is more than nothing"));
+            return Err(source.wrong(&quota, &field, "must be a number greater than 0"));
         }
     }
     if given.burst.is_some() && given.requests_per_second.is_none() {

@@ -242,13 +242,13 @@ mod tests {
 
     #[test]
     fn flat_and_nested_data_are_the_same_tensor() {
-        let wanted: Vec<u8> = [1.5_f32, -2.0, 3e-4, 0.1]
+        let expected: Vec<u8> = [1.5_f32, -2.0, 3e-4, 0.1]
             .iter()
             .flat_map(|v| v.to_le_bytes())
             .collect();
         for text in ["[1.5,-2,3e-4,0.1]", "[ [1.5, -2],\n [3e-4, 0.1] ]"] {
             let raw = parse_data(text, Datatype::Fp32, &shape(&[2, 2])).unwrap();
-            assert_eq!(raw, wanted, "{text}");
+            assert_eq!(raw, expected, "{text}");
         }
         assert_eq!(
             parse_data("[]", Datatype::Int8, &shape(&[0, 3])),

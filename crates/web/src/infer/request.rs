@@ -372,13 +372,13 @@ impl BinaryData {
     /// The next `count` bytes, without a copy; none if fewer are left.
     fn take(&mut self, count: usize) -> Option<Vec<Bytes>> {
         self.left = self.left.checked_sub(count)?;
-        let (mut chunks, mut wanted) = (Vec::new(), count);
-        while wanted > 0 {
+        let (mut chunks, mut remaining) = (Vec::new(), count);
+        while remaining > 0 {
             let mut chunk = self.chunks.pop_front()?;
-            if chunk.len() > wanted {
-                self.chunks.push_front(chunk.split_off(wanted));
+            if chunk.len() > remaining {
+                self.chunks.push_front(chunk.split_off(remaining));
             }
-            wanted -= chunk.len();
+            remaining -= chunk.len();
             chunks.push(chunk);
         }
         Some(chunks)
@@ -501,7 +501,7 @@ mod tests {
             }
             json!({"inputs": [input]})
         };
-        for (body, wanted) in [
+        for (body, expected) in [
             (json!({}), "inputs"),
             (json!({"inputs": 5}), "inputs"),
             (json!({"inputs": [], "extra": 1}), "extra"),
@@ -534,7 +534,7 @@ mod tests {
                 "outputs[0].parameters[binary_data]",
             ),
         ] {
-            assert_eq!(field(&body), wanted, "{body}");
+            assert_eq!(field(&body), expected, "{body}");
         }
     }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use engine::{DeviceChoice, Dtype, Kernels, LoadOptions, Task};
+use platform::files::from_toml;
 use protocol::{ModelName, ModelVersion};
 use serde::Deserialize;
 
@@ -35,7 +36,7 @@ struct Settings {
     deterministic: bool,
 }
 
-/// Which versions are served.
+/// The versions to serve.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 enum Versions {
@@ -101,7 +102,7 @@ pub fn plan(root: &Path, name: &ModelName, defaults: Defaults) -> Result<Plan, S
     let settings = settings(root, &root.join(name.as_str()))?;
     let found = versions(root, name);
     let newest = || found.last_key_value().map(|(version, _)| *version);
-    let wanted: Vec<ModelVersion> = match &settings.versions {
+    let chosen: Vec<ModelVersion> = match &settings.versions {
         None => newest().into_iter().collect(),
         Some(Versions::Named(named)) if named == "latest" => newest().into_iter().collect(),
         Some(Versions::Named(named)) if named == "all" => found.keys().copied().collect(),
@@ -120,32 +121,32 @@ pub fn plan(root: &Path, name: &ModelName, defaults: Defaults) -> Result<Plan, S
             })
             .collect::<Result<_, _>>()?,
     };
-    if wanted.is_empty() {
+    if chosen.is_empty() {
         return Err("no version: a version is a folder named by a positive number".to_owned());
     }
-    let versions = wanted
+    let versions = chosen
         .into_iter()
         .filter_map(|version| Some((version, found.get(&version)?.clone())))
         .map(|(version, folder)| {
-            let folder = beneath(root, &folder);
+            let folder = within(root, &folder);
             folder
                 .map(|folder| (version, folder))
                 .map_err(|error| format!("the folder of version {version} {error}"))
         })
         .collect::<Result<_, String>>()?;
-    made(versions, &settings, defaults)
+    checked_plan(versions, &settings, defaults)
 }
 
 /// The plan of a bare folder, which is version 1 of its model.
 pub fn bare_plan(folder: &Path, defaults: Defaults) -> Result<Plan, String> {
     let version = ModelVersion::checked("1", "version").map_err(|error| error.to_string())?;
     let versions = [(version, folder.to_owned())].into();
-    made(versions, &settings(folder, folder)?, defaults)
+    checked_plan(versions, &settings(folder, folder)?, defaults)
 }
 
 /// The real path of a folder or file, if it is in the root: a link may not
 /// lead out.
-fn beneath(root: &Path, folder: &Path) -> Result<PathBuf, String> {
+fn within(root: &Path, folder: &Path) -> Result<PathBuf, String> {
     let unreadable = |error: std::io::Error| format!("cannot be read: {}", error.kind());
     let root = root.canonicalize().map_err(unreadable)?;
     let real = folder.canonicalize().map_err(unreadable)?;
@@ -162,7 +163,7 @@ fn settings(root: &Path, folder: &Path) -> Result<Settings, String> {
             return Ok(Settings::default());
         }
         Err(error) => return Err(format!("{SETTINGS}: {}", error.kind())),
-        Ok(metadata) if !metadata.is_file() => return Err(format!("{SETTINGS}: is no file")),
+        Ok(metadata) if !metadata.is_file() => return Err(format!("{SETTINGS}: is not a file")),
         Ok(metadata) if metadata.len() > SETTINGS_BYTES_MAX => {
             return Err(format!(
                 "{SETTINGS}: longer than {SETTINGS_BYTES_MAX} bytes"
@@ -170,12 +171,12 @@ fn settings(root: &Path, folder: &Path) -> Result<Settings, String> {
         }
         Ok(_) => {}
     }
-    let path = beneath(root, &path).map_err(|error| format!("{SETTINGS}: {error}"))?;
+    let path = within(root, &path).map_err(|error| format!("{SETTINGS}: {error}"))?;
     let text = std::fs::read_to_string(&path).map_err(|e| format!("{SETTINGS}: {}", e.kind()))?;
-    toml::from_str(&text).map_err(|error| format!("{SETTINGS}: {}", error.message()))
+    from_toml(&text).map_err(|error| format!("{SETTINGS}: {error}"))
 }
 
-fn made(
+fn checked_plan(
     versions: BTreeMap<ModelVersion, PathBuf>,
     settings: &Settings,
     defaults: Defaults,

@@ -115,7 +115,7 @@ impl Service {
         let texts = TextRequest {
             texts: TextsField::One(request.inputs),
             prompt: request.prompt_name,
-            wanted: TextOutput::Embedding,
+            output: TextOutput::Embedding,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
         let mut vectors = target.run(&model, Method::Embed, texts).await?;
@@ -136,7 +136,7 @@ impl Service {
         let texts = TextRequest {
             texts: TextsField::One(request.inputs),
             prompt: request.prompt_name,
-            wanted: TextOutput::TokenEmbeddings,
+            output: TextOutput::TokenEmbeddings,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
         let mut vectors = target.run(&model, Method::EmbedAll, texts).await?;
@@ -190,7 +190,7 @@ impl Service {
         let texts = TextRequest {
             texts: text,
             prompt: None,
-            wanted: TextOutput::Logits,
+            output: TextOutput::Logits,
             truncation,
         };
         let mut vectors = target.run(&model, Method::Predict, texts).await?;
@@ -226,7 +226,7 @@ impl Service {
         let texts = TextRequest {
             texts: TextsField::Ranked(request.query, request.texts),
             prompt: None,
-            wanted: TextOutput::Logits,
+            output: TextOutput::Logits,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
         let mut vectors = target.run(&model, Method::Rerank, texts).await?;

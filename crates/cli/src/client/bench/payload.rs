@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn payloads_have_about_the_given_size() {
-        for (datatype, shape, rows, wanted, bytes) in [
+        for (datatype, shape, rows, expected, bytes) in [
             ("FP32", vec![-1, 64], 4, vec![4, 64], 1024),
             ("FP32", vec![-1], 256, vec![256], 1024),
             ("FP32", vec![-1, -1], 1, vec![1, 256], 1024),
@@ -278,7 +278,7 @@ mod tests {
         ] {
             let input = input(datatype, &shape);
             let (shape, raw) = input_contents(&input, rows_of(rows, &[]), Some(1024)).unwrap();
-            assert_eq!((shape, raw.len()), (wanted, bytes), "{datatype}");
+            assert_eq!((shape, raw.len()), (expected, bytes), "{datatype}");
         }
     }
 

@@ -368,13 +368,13 @@ mod tests {
         assert!(!path.exists());
         file.create(new("a")).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
-        for (from, to, said) in [
+        for (from, to, expected) in [
             ("sha256 = \"", "sha256 = \"é", "keys[0].sha256"),
             ("created = \"2", "created = \"x", "keys[0].created"),
             ("tenant", "owner", "line"),
         ] {
             let error = parse(&text.replace(from, to)).unwrap_err().to_string();
-            assert!(error.contains(said), "{error}");
+            assert!(error.contains(expected), "{error}");
         }
         let twice = format!("{text}\n{}", text.trim_start_matches(HEADING));
         assert!(

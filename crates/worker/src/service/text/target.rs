@@ -39,7 +39,7 @@ pub struct TextResponse<A> {
 pub struct TextRequest {
     pub texts: TextsField,
     pub prompt: Option<String>,
-    pub wanted: TextOutput,
+    pub output: TextOutput,
     pub truncation: Truncation,
 }
 
@@ -177,7 +177,7 @@ impl Target {
             deadline: self.deadline,
         };
         let (vectors, usage) = model
-            .texts(texts, request.wanted, request.truncation, urgency)
+            .texts(texts, request.output, request.truncation, urgency)
             .await?
             .map_err(|error| invalid_text(&error, ranked))?;
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);

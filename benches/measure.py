@@ -26,7 +26,7 @@ def andon_level(port, load):
         command += ["--concurrency", concurrency, *load, *extent, "--output", "json"]
         levels = json.loads(run(command, seconds_max=300))["levels"]
         if len(levels) != 1:
-            raise Failure(f"`andon bench` reported {len(levels)} levels, wanted one")
+            raise Failure(f"`andon bench` reported {len(levels)} levels, expected one")
         return levels[0]
 
     return level

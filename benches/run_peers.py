@@ -261,7 +261,7 @@ def served_scenario(options, folder):
 def digits_scenario(options, folder):
     with Processes(folder) as processes:
         bodies = processes.folder / "digits.jsonl"
-        pixels = [[(row * 7 + place * 5) % 17 for place in range(64)] for row in range(100)]
+        pixels = [[(row * 7 + index * 5) % 17 for index in range(64)] for row in range(100)]
         bodies.write_text("".join(json.dumps({"pixels": row}) + "\n" for row in pixels))
         title = "FastAPI and scikit-learn"
         targets = [fastapi_target(processes, title, ["scikit-learn"], "/predict", bodies)]

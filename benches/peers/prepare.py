@@ -43,11 +43,11 @@ def long_texts(sentences):
     tokens = tokenizer()
     texts = []
     for number in range(LONG_TEXTS):
-        place = number * len(sentences) // LONG_TEXTS
+        index = number * len(sentences) // LONG_TEXTS
         text = ""
         while len(tokens.encode(text).ids) < TOKENS_MAX:
-            text = f"{text} {sentences[place % len(sentences)]}".strip()
-            place += 1
+            text = f"{text} {sentences[index % len(sentences)]}".strip()
+            index += 1
         texts.append(text)
     return texts
 

@@ -172,8 +172,8 @@ def _web_probes(deployment):
     """The kubelet's gRPC probes speak no TLS: the port of metrics is probed in clear text."""
     container, name = main_container(deployment), name_of(deployment)
     for kind, path in (("startupProbe", "/livez"), ("readinessProbe", "/readyz"), ("livenessProbe", "/livez")):
-        wanted = {"port": "metrics", "path": path}
-        if container.get(kind, {}).get("httpGet") != wanted or "grpc" in container[kind]:
+        expected = {"port": "metrics", "path": path}
+        if container.get(kind, {}).get("httpGet") != expected or "grpc" in container[kind]:
             yield f"{name}: {kind} must be an HTTP probe of {path} on the port metrics, since callers come over TLS"
 
 

@@ -50,14 +50,14 @@ const context = await chromium.launchPersistentContext(profile, {
 });
 context.setDefaultTimeout(CALL_MS_MAX);
 
-// All that the page says and asks for, from its first moment.
-const said = [];
-const asked = [];
-context.on("request", (request) => asked.push(request.url()));
-context.on("weberror", (error) => said.push(`uncaught: ${error.error().message}`));
+// The page's messages and requests, from its start.
+const messages = [];
+const requested = [];
+context.on("request", (request) => requested.push(request.url()));
+context.on("weberror", (error) => messages.push(`uncaught: ${error.error().message}`));
 context.on("console", (message) => {
   if (["error", "warning"].includes(message.type())) {
-    said.push(`${message.type()}: ${message.text()}`);
+    messages.push(`${message.type()}: ${message.text()}`);
   }
 });
 
@@ -157,8 +157,8 @@ await checks.check("it_lists_every_operation", async () => {
 await checks.check("every_operation_opens", async () => {
   const operations = page.locator(".opblock");
   expect((await operations.count()) > 10, "no operations are listed");
-  for (let place = 0; place < (await operations.count()); place += 1) {
-    const operation = operations.nth(place);
+  for (let index = 0; index < (await operations.count()); index += 1) {
+    const operation = operations.nth(index);
     const path = await operation.locator("[data-path]").getAttribute("data-path");
     await operation.locator(".opblock-summary-control").click();
     await operation.locator(".opblock-body .responses-table").waitFor();
@@ -251,19 +251,19 @@ await checks.check("a_small_window_is_usable", async () => {
   }
 });
 
-await checks.check("nobody_else_is_asked", async () => {
+await checks.check("no_foreign_requests", async () => {
   const own = [`${origin}/`, `${guarded}/`];
-  const foreign = asked.filter(
+  const foreign = requested.filter(
     (url) => !own.some((known) => url.startsWith(known)) && !/^(data|blob|about):/.test(url),
   );
   expectEqual(foreign, [], "requests elsewhere");
-  expect(asked.length >= 4, `only ${asked.length} requests were seen`);
+  expect(requested.length >= 4, `only ${requested.length} requests were seen`);
 });
 
 await checks.check("the_console_is_silent", async () => {
   // What this script had refused on purpose, the browser reports by itself.
   const own = /Failed to load resource: the server responded with a status of 4\d\d/;
-  expectEqual(said.filter((text) => !own.test(text)), [], "the console");
+  expectEqual(messages.filter((text) => !own.test(text)), [], "the console");
 });
 
 await context.close();

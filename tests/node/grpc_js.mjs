@@ -47,8 +47,8 @@ function call(client, method, request, headers = new grpc.Metadata()) {
 // Rows of 64 pixels, all of one shade.
 function digits(rows, shade = 8) {
   const pixels = Buffer.alloc(rows * 64 * 4);
-  for (let place = 0; place < rows * 64; place += 1) {
-    pixels.writeFloatLE(shade, place * 4);
+  for (let index = 0; index < rows * 64; index += 1) {
+    pixels.writeFloatLE(shade, index * 4);
   }
   return {
     model_name: "digits",
@@ -66,8 +66,8 @@ function expectDigits(answer, rows) {
     "the lengths of the outputs",
   );
   let sum = 0;
-  for (let place = 0; place < 10; place += 1) {
-    sum += answer.raw_output_contents[0].readFloatLE(place * 4);
+  for (let index = 0; index < 10; index += 1) {
+    sum += answer.raw_output_contents[0].readFloatLE(index * 4);
   }
   expect(Math.abs(sum - 1) < 1e-3, `the probabilities sum to ${sum}`);
 }
@@ -110,9 +110,9 @@ await checks.check("stream_with_a_key", async () => {
   stream.end();
   await ended;
   expectEqual(answers.length, 4, "the number of answers");
-  [1, 2, 5].forEach((rows, place) => {
-    expectEqual(answers[place].error_message, "", "an error");
-    expectDigits(answers[place].infer_response, rows);
+  [1, 2, 5].forEach((rows, index) => {
+    expectEqual(answers[index].error_message, "", "an error");
+    expectDigits(answers[index].infer_response, rows);
   });
   expect(answers[3].error_message.length > 0, "an unknown model is no error in the stream");
 });

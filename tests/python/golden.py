@@ -124,7 +124,7 @@ def unigram():
 
 
 def labels(count):
-    return {"num_labels": count, "id2label": {place: f"label {place}" for place in range(count)}}
+    return {"num_labels": count, "id2label": {index: f"label {index}" for index in range(count)}}
 
 
 def bert(scores=0):
@@ -235,9 +235,9 @@ def write_sentence_files(folder, pooling, with_dense):
         (folder / "2_Dense" / "config.json").write_text(json.dumps(config))
         tensors = {"linear.weight": dense.weight.data, "linear.bias": dense.bias.data}
         save_file(tensors, folder / "2_Dense" / "model.safetensors")
-    modules = [{"idx": place, "name": str(place), "path": path,
+    modules = [{"idx": index, "name": str(index), "path": path,
                 "type": f"sentence_transformers.models.{kind}"}
-               for place, (path, kind) in enumerate(modules)]
+               for index, (path, kind) in enumerate(modules)]
     (folder / "modules.json").write_text(json.dumps(modules))
     prompts = {"prompts": {"query": "query: "}, "default_prompt_name": None}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))

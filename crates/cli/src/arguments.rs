@@ -1,4 +1,4 @@
-//! The commands and their flags. The long names are stable: people script them.
+//! The commands and their flags. The long names are stable: scripts use them.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! Every error of the engine, and who is at fault for it.
+//! Every error of the engine, and whether the request caused it.
 
 /// Why a model did not load, or a forward pass failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -35,7 +35,7 @@ pub enum EngineError {
     InvalidFile {
         /// The name of the file inside the model folder, never its path.
         file: String,
-        /// What is wrong with it and, where there is a remedy, what to do.
+        /// The problem and, where there is one, the remedy.
         reason: String,
     },
     /// The device has not enough memory for this batch or this model.

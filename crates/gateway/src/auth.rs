@@ -97,7 +97,7 @@ pub struct Auth {
 struct Files {
     policy: Followed<Policy>,
     keys: Option<Followed<Vec<StoredKey>>>,
-    /// A policy that is valid, but whose JWKS file is not there yet.
+    /// A valid policy whose JWKS file does not exist yet.
     waiting: Option<Arc<Policy>>,
 }
 

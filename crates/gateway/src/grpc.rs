@@ -38,7 +38,7 @@ pub struct GrpcDoor {
     pub common: CommonServices,
 }
 
-/// What the gateway does with a call.
+/// How the gateway handles a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
     /// Forwards its message to a model.
@@ -146,8 +146,8 @@ impl Action {
         }
     }
 
-    /// Who may call it. Probes bring no credential, and unknown methods are
-    /// unknown to everybody.
+    /// The access that it requires. Probes bring no credential, and unknown methods
+    /// have the same error for every caller.
     fn access(self) -> Access {
         match self {
             Self::Reflection => Access::Reflection,

@@ -281,7 +281,7 @@ impl Inner {
         })
     }
 
-    /// Takes what a call needs from all limits of a scope, or from none.
+    /// Charges the demand of a call to all limits of a scope, or to none.
     async fn count(&self, scope: &Arc<QuotaScope>, demand: Demand) -> Result<CountedBy, Error> {
         if scope.demanded(demand).next().is_none() {
             return Ok(CountedBy::Gateway);

@@ -19,7 +19,7 @@ pub use pattern::Pattern;
 /// Some thousands of tenants.
 const BYTES_MAX: u64 = 4 << 20;
 
-/// The policy as it stands now: replaced when its file changes.
+/// The current policy: replaced when its file changes.
 pub type PolicyCell = Arc<ArcSwap<Policy>>;
 
 /// The policy file.

@@ -104,7 +104,7 @@ mod tests {
     use super::*;
     use http_body_util::StreamBody;
 
-    /// A body that sends a chunk of so many bytes every so often, for ever.
+    /// A body that sends a chunk of so many bytes at an interval, without end.
     fn endless(bytes: usize, pause: Duration) -> impl Body<Data = Bytes> + Unpin {
         let chunks = futures::stream::repeat_with(move || async move {
             tokio::time::sleep(pause).await;

@@ -1,5 +1,5 @@
-//! A circuit breaker: what failed repeatedly, a worker or an outside service,
-//! is ejected with exponential backoff, and then probed by one call at a time.
+//! A circuit breaker: a worker or an outside service that failed repeatedly is
+//! ejected with exponential backoff, and then probed by one call at a time.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;

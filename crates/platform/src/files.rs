@@ -44,12 +44,12 @@ pub enum FileError {
     Invalid {
         /// Its kind and name.
         file: String,
-        /// What is wrong and where.
+        /// The problem, with its line and field.
         error: ContentError,
     },
 }
 
-/// What is wrong with the contents of a file, and where.
+/// A problem of a file's contents, with its line and field.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct ContentError {
     line: Option<usize>,
@@ -58,7 +58,7 @@ pub struct ContentError {
 }
 
 impl ContentError {
-    /// A reason without a place. It must not repeat a secret.
+    /// A reason without a position. It must not repeat a secret.
     pub fn new(reason: impl fmt::Display) -> Self {
         // A parser's message may have several lines; a log entry has one.
         let reason = reason.to_string().trim().replace('\n', ", ");

@@ -211,7 +211,7 @@ pub fn stream(messages: BoxStream<'static, Result<Bytes, Status>>) -> Reply {
     respond(Body::stream(messages), Metadata::new())
 }
 
-/// The name of a code as metrics and people write it.
+/// The usual name of a code, as in metrics.
 pub fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",

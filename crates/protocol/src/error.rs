@@ -40,7 +40,7 @@ pub enum Kind {
     Internal,
 }
 
-/// Whose fault an error is.
+/// The party that caused an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// The caller's: the same request fails everywhere.
@@ -96,7 +96,7 @@ impl Kind {
         self.row().http_status
     }
 
-    /// Whose fault an error of this kind is when this process made it.
+    /// The party that caused an error of this kind, if this process made it.
     pub const fn fault(self) -> Fault {
         self.row().fault
     }
@@ -133,7 +133,7 @@ pub struct Violation {
     pub field: FieldPath,
     /// The name of the model's input that the field belongs to, if any.
     pub input: Option<String>,
-    /// What is wrong with it: a predicate of the field, such as `must be FP32`.
+    /// The problem, a predicate of the field, such as `must be FP32`.
     pub description: String,
 }
 
@@ -155,8 +155,8 @@ impl Violation {
     }
 }
 
-/// Why a request failed: what the caller is told, and what programs go by. A
-/// program never reads the sentence.
+/// Why a request failed: a message for people, and a kind for programs. A program
+/// never parses the message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
@@ -310,8 +310,8 @@ impl Error {
         Self::new(Kind::DeadlinePassed, "the deadline passed")
     }
 
-    /// The same error as an upstream's: what would be this process's fault is
-    /// the upstream's.
+    /// The same error as an upstream's: an internal error of this process becomes
+    /// one of the upstream.
     #[must_use]
     pub fn from_upstream(mut self) -> Self {
         if self.fault == Fault::Server {
@@ -340,7 +340,7 @@ impl Error {
         self.kind
     }
 
-    /// Whose fault it is.
+    /// The party that caused it.
     pub fn fault(&self) -> Fault {
         self.fault
     }

@@ -209,7 +209,7 @@ impl InferRequest {
     }
 }
 
-/// The value of a parameter, or what is wrong with it.
+/// The value of a parameter, or the reason why it is invalid.
 fn checked_value(value: InferParameter) -> Result<Value, &'static str> {
     Ok(match value.parameter_choice {
         Some(ParameterChoice::BoolParam(value)) => Value::Bool(value),

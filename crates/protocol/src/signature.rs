@@ -1,5 +1,5 @@
-//! What a model takes and returns: the one check of a request against it, and
-//! the messages that describe it.
+//! The inputs and outputs of a model: the one check of a request against them, and
+//! the messages that describe them.
 
 use std::collections::HashMap;
 
@@ -175,8 +175,8 @@ impl InferRequest {
     }
 }
 
-/// One text, or what is wrong with it. Tokenizers truncate after tokenizing:
-/// the limit comes first.
+/// One text, or the reason why it is invalid. Tokenizers truncate after
+/// tokenizing: the limit comes first.
 fn checked_text(bytes: &[u8], bytes_max: usize) -> Result<String, String> {
     check_text_bytes(bytes.len(), bytes_max)?;
     std::str::from_utf8(bytes)

@@ -1,5 +1,5 @@
-//! What the roles share of `tei.v1`: truncation, and the metadata that says
-//! what a response took to compute.
+//! The common parts of `tei.v1`: truncation, and the metadata with the usage of a
+//! response.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 

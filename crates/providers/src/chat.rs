@@ -11,10 +11,10 @@ const STOPS_MAX: usize = 16;
 /// Tokens that one response can be charged for: services may report anything.
 const TOKENS_MAX: u64 = 1 << 40;
 
-/// Who wrote a message of a conversation.
+/// The author of a message of a conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Whoever gives the instructions.
+    /// The author of the instructions.
     System,
     /// The person or program that asks.
     User,
@@ -36,7 +36,7 @@ impl Role {
 /// One message of a conversation.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ChatMessage {
-    /// Who wrote it.
+    /// The author of the message.
     pub role: Role,
     /// Its text.
     pub text: String,
@@ -77,8 +77,8 @@ impl ChatRequest {
         }
     }
 
-    /// Checks what holds for every provider; the fields have the names that
-    /// callers of every door know.
+    /// Checks the rules of every provider; the fields have the names that callers of
+    /// every API know.
     pub fn check(&self) -> Result<(), Error> {
         if self.messages.is_empty() {
             return Err(Error::invalid("messages", "must not be empty"));
@@ -156,8 +156,8 @@ pub struct TokenUsage {
 }
 
 impl TokenUsage {
-    /// What the service reported, bounded, or an estimate where it reported
-    /// nothing.
+    /// The usage that the service reported, bounded, or an estimate where it
+    /// reported none.
     #[must_use]
     pub fn or_estimate(self, estimate: Self) -> Self {
         let usage = if self == Self::default() {
@@ -208,7 +208,7 @@ impl fmt::Debug for ChatDelta {
     }
 }
 
-/// What has come of a streamed response. A dialect fills it event by event.
+/// The received part of a streamed response. A dialect fills it event by event.
 #[derive(Debug, Default)]
 pub struct StreamProgress {
     /// Texts that have not been passed on.

@@ -12,7 +12,7 @@ use platform::tasks::OwnedTask;
 use crate::dialect::Authentication;
 use crate::settings::{InvalidSetting, ModelSettings};
 
-/// Characters of a service's own message that a caller is told.
+/// Characters of a service's own message in the caller's error message.
 const MESSAGE_CHARS_MAX: usize = 200;
 /// A file with a key is shorter.
 const KEY_BYTES_MAX: u64 = 16 << 10;
@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(redacted, "wrong key … given");
         assert!(parse("", "").is_err() && parse("a\nb", "").is_err());
     }
-    /// What a caller would read of an error's body.
+    /// The message that a caller reads for an error's body.
     fn read(body: &str, secret: Option<&Secret>) -> String {
         let openai = dialect::find("openai").unwrap();
         let message = openai.error_message(body.as_bytes());

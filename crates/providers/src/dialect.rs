@@ -40,7 +40,7 @@ pub trait Dialect: fmt::Debug + Send + Sync {
     /// accepts. The providers file may say another number.
     fn rows_max(&self, task: Task) -> usize;
 
-    /// How a call says who makes it.
+    /// The authentication of a call.
     fn authentication(&self) -> Authentication {
         Authentication {
             header: AUTHORIZATION,
@@ -120,7 +120,7 @@ pub fn find(kind: &str) -> Option<&'static dyn Dialect> {
         .copied()
 }
 
-/// What a dialect reads of a model's settings.
+/// The settings of a model that a dialect uses.
 #[derive(Debug, Clone, Copy)]
 pub struct ModelOptions<'a> {
     /// The service's name for the model.
@@ -129,7 +129,7 @@ pub struct ModelOptions<'a> {
     pub max_tokens: u32,
     /// The field that limits the tokens of a response, of OpenAI's dialect.
     pub max_tokens_field: MaxTokensField,
-    /// What the texts of an embedding are, of Cohere's dialect.
+    /// The `input_type` of Cohere's dialect.
     pub input_type: &'a str,
 }
 
@@ -138,7 +138,7 @@ pub struct ModelOptions<'a> {
 pub struct Authentication {
     /// Its name.
     pub header: HeaderName,
-    /// What stands before the credential, a space at its end included.
+    /// The prefix of the credential, including a trailing space.
     pub prefix: &'static str,
 }
 

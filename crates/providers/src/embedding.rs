@@ -15,7 +15,7 @@ pub const WIDTH_MAX: usize = 65_536;
 /// How a caller wants its embeddings.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct EmbeddingOptions {
-    /// How many leading dimensions are kept; all of them without it.
+    /// The number of leading dimensions to return; all of them without it.
     pub dimensions: Option<usize>,
     /// Whether vectors are scaled to length 1.
     pub normalize: bool,
@@ -28,7 +28,7 @@ pub struct EmbeddingOptions {
 pub struct EmbeddingRequest<'a> {
     /// The texts.
     pub texts: &'a [String],
-    /// How many leading dimensions are kept; all of them without it.
+    /// The number of leading dimensions to return; all of them without it.
     pub dimensions: Option<usize>,
     /// Whether a text that is too long is truncated.
     pub truncate: bool,

@@ -1,5 +1,5 @@
-//! Why a call of an outside service failed, and what the caller is told: the
-//! model's name, and neither credential nor address.
+//! The errors of calls of outside services, and their messages for callers,
+//! which have the model's name, and neither credential nor address.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,7 +8,7 @@ use protocol::{Error, Kind};
 
 /// A longer `retry-after` is cut to this.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(24 * 60 * 60);
-/// When a caller should retry who met a limit of this gateway.
+/// The delay before the retry of a caller that exceeded a limit of this gateway.
 const BUSY_RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// Why there is no response that can be used. Each message continues "the
@@ -62,7 +62,7 @@ pub enum ProviderError {
     Timeout,
 }
 
-/// What the outcome of a call says about the service, for its circuit breaker.
+/// The outcome of a call for the circuit breaker of the service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Health {
     /// It responds: the call, the credential or the quota is to blame.
@@ -74,8 +74,8 @@ pub(crate) enum Health {
 }
 
 impl ProviderError {
-    /// A response with a status that is no success; `message` is what its body
-    /// says, without the credential.
+    /// A response with an error status; `message` is that of its body, without the
+    /// credential.
     pub(crate) fn from_status(status: u16, headers: &HeaderMap, message: String) -> Self {
         match status {
             400 | 413 | 422 => Self::Rejected(message),
@@ -129,8 +129,8 @@ impl ProviderError {
         )
     }
 
-    /// What the error says about the service. What one caller's request brings
-    /// about must not keep the others from it.
+    /// The outcome for the circuit breaker. An error that one caller's request
+    /// causes must not eject the service for the others.
     pub(crate) fn health(&self) -> Health {
         match self {
             Self::Status { status, .. } if *status < 500 => Health::Healthy,
@@ -165,8 +165,8 @@ impl ProviderError {
         }
     }
 
-    /// What the caller of a model is told; `field` is the part of its request
-    /// that the service was sent.
+    /// The error for the caller of a model; `field` is the part of its request that
+    /// was sent to the service.
     pub fn to_error(&self, model: &str, field: &str) -> Error {
         let message = format!("the provider of model '{model}' {self}");
         let error = match (self, self.retry_after()) {

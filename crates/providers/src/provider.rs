@@ -35,7 +35,7 @@ const RETRY_TOKENS: u32 = 20;
 pub struct Provider {
     /// The name that callers know it by.
     pub name: String,
-    /// What its responses are cached under, if they may be.
+    /// The digest in the cache keys of its responses; none when they are not cached.
     pub digest: Option<String>,
     settings: ModelSettings,
     base_url: reqwest::Url,
@@ -80,12 +80,12 @@ impl Provider {
         })
     }
 
-    /// What the providers file says of the model.
+    /// The model's settings in the providers file.
     pub fn settings(&self) -> &ModelSettings {
         &self.settings
     }
 
-    /// What the model does.
+    /// The model's task.
     pub fn task(&self) -> Task {
         self.settings.task
     }
@@ -105,8 +105,8 @@ impl Provider {
         self.credential.follow()
     }
 
-    /// Counts the cost of what a tenant's call consumed, and returns it, in
-    /// the currency of the prices.
+    /// Counts the cost of a tenant's call, and returns it, in the currency of the
+    /// prices.
     pub fn charge(&self, tenant: &str, usage: ProviderUsage) -> f64 {
         let cost = self.settings.price.cost(usage.bounded());
         if cost > 0.0 {
@@ -321,8 +321,8 @@ impl Provider {
         }
     }
 
-    /// Makes a call that consumes about so much. What a response reports is
-    /// for its reader to record.
+    /// Makes a call with an estimated usage. The reader of the response records the
+    /// usage that it reports.
     async fn metered<T: Send + 'static>(
         self: &Arc<Self>,
         outgoing: &HttpRequest,

@@ -24,7 +24,7 @@ pub struct InvalidSetting {
 }
 
 impl InvalidSetting {
-    /// The field's name, and what is wrong with it.
+    /// An error of a field, with its reason.
     pub fn new(field: &'static str, reason: impl Into<String>) -> Self {
         let reason = reason.into();
         Self { field, reason }
@@ -65,7 +65,7 @@ pub struct ModelSettings {
     pub base_url: String,
     /// The service's name for the model.
     pub model: String,
-    /// What the model does.
+    /// The model's task.
     #[serde(deserialize_with = "task")]
     pub task: Task,
     /// The file with the API key; without a key none is sent.
@@ -106,7 +106,7 @@ pub struct ModelSettings {
     /// The field that limits the tokens of a response, of OpenAI's dialect.
     #[serde(default)]
     pub max_tokens_field: MaxTokensField,
-    /// What the texts of an embedding are, of Cohere's dialect.
+    /// The `input_type` of Cohere's dialect.
     #[serde(default = "input_type")]
     pub input_type: String,
     /// Its prices.
@@ -279,7 +279,7 @@ impl ModelSettings {
         Ok(url)
     }
 
-    /// What a dialect reads of the settings.
+    /// The settings that a dialect uses.
     pub fn options(&self) -> ModelOptions<'_> {
         ModelOptions {
             name: &self.model,
@@ -295,8 +295,8 @@ impl ModelSettings {
             .unwrap_or_else(|| self.kind.rows_max(self.task))
     }
 
-    /// A digest of what determines the model's responses. Shared caches are
-    /// keyed by it.
+    /// A digest of the settings that determine the model's responses. It is part of
+    /// the keys of shared caches.
     pub fn digest(&self) -> String {
         let text = format!(
             "{:?}\n{}\n{}\n{:?}\n{:?}\n{}",

@@ -1,5 +1,5 @@
-//! What a call consumes of an outside service, recorded as it goes: a caller
-//! may leave before there is a response, and the service charges all the same.
+//! The usage of an outside service by a call, recorded as it goes: a caller may
+//! cancel before there is a response, and the service charges all the same.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,7 +13,7 @@ use crate::error::ProviderError;
 /// anything.
 const AMOUNT_MAX: u64 = 1 << 40;
 
-/// What calls consumed of a service, in the units that services charge for.
+/// The usage of calls, in the units that services charge for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ProviderUsage {
     /// Tokens that it read.
@@ -88,7 +88,7 @@ pub struct Price {
 }
 
 impl Price {
-    /// The cost of what was consumed, in the currency of the prices.
+    /// The cost of a usage, in the currency of the prices.
     pub fn cost(&self, usage: ProviderUsage) -> f64 {
         let million = 1e6;
         usage.input_tokens as f64 * self.input_per_million / million
@@ -111,20 +111,20 @@ impl Price {
     }
 }
 
-/// What one call of the gateway has consumed so far. It may make several calls
-/// of the service, one after the other.
+/// The usage of one call of the gateway so far. It may make several calls of
+/// the service, one after the other.
 #[derive(Debug, Default)]
 pub struct UsageMeter(Mutex<Recorded>);
 
 #[derive(Debug, Default)]
 struct Recorded {
-    /// What services reported.
+    /// The usage that services reported.
     reported: ProviderUsage,
     /// An estimate of the call in flight.
     estimated: ProviderUsage,
 }
 
-/// What a call is bound by.
+/// The context and limits of a call.
 #[derive(Debug, Clone, Copy)]
 pub struct CallContext<'a> {
     /// When the caller stops waiting.

@@ -63,7 +63,7 @@ pub enum TensorError {
     Element {
         /// The element's index, counted over the whole tensor.
         element: usize,
-        /// What is wrong with it.
+        /// The problem.
         problem: ElementError,
     },
     /// Typed contents are in a field that is not the datatype's.
@@ -99,7 +99,7 @@ impl TensorError {
     }
 }
 
-/// What is wrong with one element: a predicate of it.
+/// The problem of one element: a predicate of it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ElementError {
     /// An element of raw BYTES says that it is longer than the bytes that are

@@ -25,8 +25,8 @@ use gateway::stack::Stack;
 
 /// How long a body may pause.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
-/// JSON that is parsed as a whole: what is parsed takes several times its bytes,
-/// and counts as nothing.
+/// JSON that is parsed as a whole: the parsed values take several times its bytes,
+/// and are not counted.
 const JSON_BYTES_MAX: usize = 16 << 20;
 /// Shorter chunks are joined, since each has an overhead of some bytes.
 const SMALL_BYTES: usize = 4 << 10;
@@ -234,17 +234,17 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Texts<T> {
     }
 }
 
-/// An error, with the whole count, if a list has more elements than `kept`.
+/// An error, with the total count, if a list has elements after the first `read`.
 pub fn reject_rest<'de, A: SeqAccess<'de>>(
     list: &mut A,
-    kept: usize,
+    read: usize,
     reason: impl FnOnce(usize) -> String,
 ) -> Result<(), A::Error> {
-    let mut count = kept;
+    let mut count = read;
     while list.next_element::<IgnoredAny>()?.is_some() {
         count += 1;
     }
-    if count > kept {
+    if count > read {
         return Err(de::Error::custom(reason(count)));
     }
     Ok(())
@@ -252,7 +252,7 @@ pub fn reject_rest<'de, A: SeqAccess<'de>>(
 
 /// The error for wrong JSON, without any value of the caller's.
 fn json_error(path: &str, error: &serde_json::Error) -> Error {
-    let place = format!("line {}, column {}", error.line(), error.column());
+    let position = format!("line {}, column {}", error.line(), error.column());
     let field = match path {
         "" | "." | "?" => "body".to_owned(),
         path => path.chars().take(FIELD_CHARACTERS_MAX).collect(),
@@ -266,7 +266,7 @@ fn json_error(path: &str, error: &serde_json::Error) -> Error {
             Category::Eof => "body".to_owned(),
             _ => field,
         };
-        return Error::invalid(field, format!("invalid JSON at {place}: {text}"));
+        return Error::invalid(field, format!("invalid JSON at {position}: {text}"));
     }
     let below = |name: &str| match field.as_str() {
         "body" => name.to_owned(),
@@ -274,7 +274,7 @@ fn json_error(path: &str, error: &serde_json::Error) -> Error {
     };
     let quoted = || text.split('`').nth(1).unwrap_or_default();
     if text.starts_with("missing field") {
-        return Error::invalid(below(quoted()), format!("is required (at {place})"));
+        return Error::invalid(below(quoted()), format!("is required (at {position})"));
     }
     if text.starts_with("duplicate field") {
         let field = if path.ends_with(quoted()) {
@@ -282,18 +282,18 @@ fn json_error(path: &str, error: &serde_json::Error) -> Error {
         } else {
             below(quoted())
         };
-        return Error::invalid(field, format!("is given twice (at {place})"));
+        return Error::invalid(field, format!("is given twice (at {position})"));
     }
     // The known names come last: the caller's own name before them may have any
     // text.
     let known = text.rsplit_once("`, expected ").map(|(_, known)| known);
     if text.starts_with("unknown field") {
         let known = known.map_or_else(String::new, |known| format!(": expected {known}"));
-        return Error::invalid(field, format!("is an unknown field (at {place}){known}"));
+        return Error::invalid(field, format!("is an unknown field (at {position}){known}"));
     }
     if text.starts_with("unknown variant") {
         let known = known.unwrap_or("another");
-        return Error::invalid(field, format!("must be {known} (at {place})"));
+        return Error::invalid(field, format!("must be {known} (at {position})"));
     }
     let description = match text
         .strip_prefix("invalid ")
@@ -302,9 +302,9 @@ fn json_error(path: &str, error: &serde_json::Error) -> Error {
     {
         Some((found, expected)) => {
             let found = found.split(['"', '`']).next().unwrap_or_default().trim();
-            format!("must be {expected}, not {found} (at {place})")
+            format!("must be {expected}, not {found} (at {position})")
         }
-        None => format!("is invalid (at {place}): {text}"),
+        None => format!("is invalid (at {position}): {text}"),
     };
     Error::invalid(field, description)
 }

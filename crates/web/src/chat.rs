@@ -127,14 +127,14 @@ strict!(word TextFormat);
 #[serde(remote = "Self")]
 #[schema(as = ChatMessage)]
 pub struct Message {
-    /// Whose message it is.
+    /// The author of the message.
     pub role: MessageRole,
     /// A text, or a list of text parts.
     #[schema(value_type = ContentSchema)]
     pub content: Content,
 }
 
-/// Whose message it is.
+/// The author of the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(remote = "Self", rename_all = "lowercase")]
 pub enum MessageRole {

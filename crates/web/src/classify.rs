@@ -253,7 +253,7 @@ impl Calls<'_> {
     }
 }
 
-/// What the calls of one request returned.
+/// The results of the calls of one request.
 #[derive(Default)]
 struct Results {
     classifications: Vec<Classification>,

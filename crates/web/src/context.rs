@@ -1,4 +1,4 @@
-//! What a handler knows of its request besides the body, and the calls that it
+//! The context of a request besides its body, and the calls that its handler
 //! makes down the stack.
 
 use std::pin::Pin;
@@ -29,7 +29,7 @@ use gateway::stack::{Chat, ChatStreaming, Stack};
 pub const RESPONSE_HEADERS: [&str; 5] =
     [REQUEST_ID, CACHE_KEY, FALLBACK_KEY, DIGEST_KEY, TOKENS_KEY];
 
-/// What a handler knows of its request besides the body. An extractor.
+/// The context of a request besides its body. An extractor.
 #[derive(Debug, Clone)]
 pub struct RequestContext {
     /// Takes the calls of this request.
@@ -174,15 +174,15 @@ impl<S: Send + Sync> FromRequestParts<S> for RequestContext {
     }
 }
 
-/// The metadata of calls made for a request: the trace, and what the caller
-/// asks of the cache.
+/// The metadata of calls made for a request: the trace, and the caller's
+/// `cache-control`.
 pub fn call_headers(headers: &HeaderMap) -> HeaderMap {
-    let mut kept = default_headers();
+    let mut forwarded = default_headers();
     if let Some(value) = headers.get(http::header::CACHE_CONTROL) {
-        kept.insert(http::header::CACHE_CONTROL, value.clone());
+        forwarded.insert(http::header::CACHE_CONTROL, value.clone());
     }
-    platform::telemetry::forward_trace(&tracing::Span::current(), headers, &mut kept);
-    kept
+    platform::telemetry::forward_trace(&tracing::Span::current(), headers, &mut forwarded);
+    forwarded
 }
 
 /// Keeps `guard` until the response has been sent, or its connection is gone.

@@ -23,7 +23,7 @@ use super::request_id::RequestId;
 use super::timeouts::Timeouts;
 use gateway::stack::{Access, Entered, Entry, EntryKind, Stack, rescue};
 
-/// What holds for every request of one path.
+/// The properties of every request of one path.
 #[derive(Debug, Clone)]
 struct Endpoint {
     stack: Stack,
@@ -51,7 +51,7 @@ impl Endpoints {
         }
     }
 
-    /// For everybody, under overload too: probes and descriptions.
+    /// Without authentication, under overload too: probes and descriptions.
     pub fn public(self, path: &'static str, methods: MethodRouter<Stack>) -> Self {
         self.add(path, Access::Open, methods)
     }

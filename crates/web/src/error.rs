@@ -107,7 +107,7 @@ pub struct Problem<'e> {
     /// The HTTP status.
     #[schema(minimum = 400, maximum = 599)]
     status: u16,
-    /// What is wrong, or what to do.
+    /// A description of the problem or of its remedy.
     detail: String,
     /// The name of the gRPC status.
     #[schema(example = "INVALID_ARGUMENT")]
@@ -129,10 +129,10 @@ pub struct OpenAiError<'e> {
     error: OpenAiReason<'e>,
 }
 
-/// What is wrong.
+/// The problem.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct OpenAiReason<'e> {
-    /// What is wrong, or what to do.
+    /// A description of the problem or of its remedy.
     message: String,
     /// The type of the error.
     #[schema(example = "invalid_request_error")]

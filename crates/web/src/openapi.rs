@@ -103,7 +103,7 @@ async fn document_as_json() -> Response {
     (headers, JSON.clone()).into_response()
 }
 
-/// What the error responses and headers of an operation depend on.
+/// The traits that determine an operation's error responses and headers.
 #[derive(Debug, Clone, Copy)]
 struct Traits<'p> {
     path: &'p str,
@@ -195,7 +195,7 @@ fn add_versions(document: &mut OpenApi) {
     }
 }
 
-/// Adds what all operations with these traits have.
+/// Adds the parts that all operations with these traits have.
 fn complete(operation: &mut Operation, traits: Traits<'_>) {
     let parameters = operation.parameters.get_or_insert_default();
     parameters.extend(request_headers(traits).map(RefOr::T));

@@ -48,8 +48,8 @@ mod tests {
 
     #[test]
     fn a_callers_id_is_kept_if_it_is_short_and_printable() {
-        let kept = RequestId::of(&with(REQUEST_ID, "abc-1"));
-        assert_eq!(kept.as_str(), "abc-1");
+        let id = RequestId::of(&with(REQUEST_ID, "abc-1"));
+        assert_eq!(id.as_str(), "abc-1");
         for wrong in ["", "a b", "ä", &"x".repeat(129)] {
             let made = RequestId::of(&with(REQUEST_ID, wrong));
             assert_eq!(made.as_str().len(), 32, "{wrong}");

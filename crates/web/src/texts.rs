@@ -1,4 +1,4 @@
-//! What the handlers of texts share: the model that a request is for, calls of
+//! The common parts of the handlers of texts: selection of the model, calls of
 //! it, and checks of the texts.
 
 use http::{HeaderMap, HeaderValue};

@@ -51,7 +51,7 @@ impl From<ModelError> for Error {
     }
 }
 
-/// What is wrong with a text that the engine refused: a predicate of the text.
+/// The problem of a text that the engine refused: a predicate of the text.
 pub fn text_problem(error: &EngineError) -> String {
     match error {
         EngineError::TooManyTokens { tokens, tokens_max } => format!(

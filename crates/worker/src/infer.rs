@@ -21,9 +21,9 @@ const QUERY: &str = "query";
 struct Options {
     /// Whether embeddings are scaled to length 1.
     normalize: bool,
-    /// What happens to texts that are too long.
+    /// The truncation of texts that are too long.
     truncation: Truncation,
-    /// How many leading dimensions of embeddings are returned.
+    /// The number of leading dimensions of embeddings to return.
     dimensions: usize,
 }
 

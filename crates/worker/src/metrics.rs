@@ -318,7 +318,7 @@ pub struct Total {
     pub ns: u64,
 }
 
-/// What a model has done since it was loaded.
+/// The statistics of a model since it was loaded.
 #[derive(Debug)]
 pub struct Statistics {
     /// When the last call ended, in milliseconds since 1970.

@@ -27,7 +27,7 @@ const INLINE_TEXT_BYTES_MAX: usize = 4096;
 /// thread takes tens of them.
 const INLINE_WEIGHT_BYTES_MAX: u64 = 4 << 20;
 
-/// The limits of one model, and what its configuration declares.
+/// The limits of one model, and the properties that its configuration declares.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelLimits {
     /// Batches and waiting rows.
@@ -101,7 +101,7 @@ impl OwnedText {
     }
 }
 
-/// What a response took: tokens and time.
+/// The usage of a response: tokens and time.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Usage {
     /// Tokens computed.
@@ -188,7 +188,7 @@ impl ServedModel {
         })
     }
 
-    /// What the model does.
+    /// The model's task.
     pub fn task(&self) -> protocol::Task {
         match self.card.task {
             engine::Task::Embedding => protocol::Task::Embedding,
@@ -198,7 +198,7 @@ impl ServedModel {
         }
     }
 
-    /// What the model takes and returns.
+    /// The inputs and outputs of the model.
     pub fn signature(&self) -> Signature<'_> {
         Signature {
             inputs: &self.card.inputs,
@@ -359,7 +359,7 @@ fn tokenize(
         .collect()
 }
 
-/// The first forward pass pays for what is set up lazily.
+/// Runs a first forward pass, which does the lazy initialization.
 fn warm_up(model: &mut Model) -> Result<(), EngineError> {
     match model {
         Model::Encoder(model) => {

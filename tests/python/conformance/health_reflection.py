@@ -171,15 +171,15 @@ def uncommented(file):
     services = proto.SERVICE_FIELD_NUMBER
     method_number = descriptor_pb2.ServiceDescriptorProto.METHOD_FIELD_NUMBER
     field_number = descriptor_pb2.DescriptorProto.FIELD_FIELD_NUMBER
-    for place, service in enumerate(file.service):
-        if (services, place) not in have:
+    for index, service in enumerate(file.service):
+        if (services, index) not in have:
             missing.append(service.name)
         for number, method in enumerate(service.method):
-            if (services, place, method_number, number) not in have:
+            if (services, index, method_number, number) not in have:
                 missing.append(f"{service.name}.{method.name}")
-    for place, message in enumerate(file.message_type):
+    for index, message in enumerate(file.message_type):
         for number, field in enumerate(message.field):
-            path = (proto.MESSAGE_TYPE_FIELD_NUMBER, place, field_number, number)
+            path = (proto.MESSAGE_TYPE_FIELD_NUMBER, index, field_number, number)
             if path not in have:
                 missing.append(f"{message.name}.{field.name}")
     return missing

@@ -111,7 +111,7 @@ def main():
     names = operations(options.http)
     last = [name for name in names if name.endswith("/unload")]
     first = [name for name in names if name not in last]
-    steps = [([first[place::PROCESSES] for place in range(PROCESSES)], 1 - LAST_SHARE)]
+    steps = [([first[index::PROCESSES] for index in range(PROCESSES)], 1 - LAST_SHARE)]
     if last:
         steps.append(([last], LAST_SHARE))
     sum_made = 0

@@ -33,7 +33,7 @@ async fn main() -> Result<()> {
 fn row(fault: &str, outcome: &Outcome, what: &str, times: &mut [Duration]) {
     times.sort();
     let failed: usize = outcome.failed.values().sum();
-    let at = |place: usize| times.get(place).copied().unwrap_or_default();
+    let at = |index: usize| times.get(index).copied().unwrap_or_default();
     let last = times.len().saturating_sub(1);
     let (least, median, most) = (at(0), at(times.len() / 2), at(last));
     println!(
@@ -106,13 +106,13 @@ async fn restart() -> Result<()> {
         let client = client(fleet.gateway.grpc).await?;
         let load = Load::start(&client, &digits(), 32, usize::MAX);
         load.reached(5_000).await?;
-        for place in 0..3 {
-            let mut old = fleet.workers[place].take().context("a worker")?;
+        for index in 0..3 {
+            let mut old = fleet.workers[index].take().context("a worker")?;
             let started = Instant::now();
             old.signal(libc::SIGTERM)?;
             old.ended(Duration::from_secs(30)).await?;
             times.push(started.elapsed());
-            fleet.restart(place, old.grpc)?;
+            fleet.restart(index, old.grpc)?;
             fleet.all_connected(3).await?;
         }
         add(&mut sum, load.stopped().await);

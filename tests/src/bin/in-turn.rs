@@ -59,14 +59,14 @@ async fn main() -> Result<()> {
     let mut order: Vec<usize> = (0..targets.len()).collect();
     let mut chance = 0x9e37_79b9_7f4a_7c15_u64;
     for round in 0..WARM + arguments.rounds {
-        for place in (1..order.len()).rev() {
+        for index in (1..order.len()).rev() {
             chance ^= chance << 13;
             chance ^= chance >> 7;
             chance ^= chance << 17;
-            order.swap(place, chance as usize % (place + 1));
+            order.swap(index, chance as usize % (index + 1));
         }
-        for place in &order {
-            let target = targets.get_mut(*place).context("a target")?;
+        for index in &order {
+            let target = targets.get_mut(*index).context("a target")?;
             let took = call(target, round).await?;
             if round >= WARM {
                 target.took.push(took);

@@ -297,8 +297,8 @@ async fn a_new_version_never_gets_an_old_ones_answers() -> Result<()> {
     copy(&repository.0.join("digits/1"), &folder)?;
     let weights = folder.join("model.safetensors");
     let mut bytes = std::fs::read(&weights)?;
-    let place = bytes.len() - 4 * (10 + 10 * 32);
-    bytes[place..place + 4].copy_from_slice(&9.5_f32.to_le_bytes());
+    let offset = bytes.len() - 4 * (10 + 10 * 32);
+    bytes[offset..offset + 4].copy_from_slice(&9.5_f32.to_le_bytes());
     std::fs::remove_file(&weights)?;
     std::fs::write(&weights, bytes)?;
     let load = RepositoryModelLoadRequest {

@@ -94,10 +94,10 @@ async fn text_calls_of_every_role() -> Result<()> {
         &reranker,
     ];
     let fleet = Fleet::with(1, &flags, &[]).await?;
-    let asked = ["--classifier", "classifier", "--reranker", "reranker"];
-    script("tei_client.py", fleet.gateway.grpc, &asked).await?;
+    let flags = ["--classifier", "classifier", "--reranker", "reranker"];
+    script("tei_client.py", fleet.gateway.grpc, &flags).await?;
     let worker = fleet.workers[0].as_ref().context("a worker")?;
-    script("tei_client.py", worker.grpc, &asked).await
+    script("tei_client.py", worker.grpc, &flags).await
 }
 
 #[tokio::test]

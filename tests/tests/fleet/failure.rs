@@ -25,7 +25,7 @@ async fn a_killed_worker_fails_no_request() -> Result<()> {
     ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
     ensure!(
         outcome.succeeded == 10_000,
-        "{} answered",
+        "{} succeeded",
         outcome.succeeded
     );
     Ok(())
@@ -71,7 +71,7 @@ async fn workers_whose_connections_come_to_their_age_fail_no_request() -> Result
     load.reached(1_001).await?;
     let outcome = load.stopped().await;
     ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
-    ensure!(outcome.succeeded > 1_000, "{} answered", outcome.succeeded);
+    ensure!(outcome.succeeded > 1_000, "{} succeeded", outcome.succeeded);
     let ejections = fleet
         .gateway
         .metric_sum("andon_gateway_ejections_total")
@@ -120,17 +120,17 @@ async fn a_rolling_restart_fails_no_request() -> Result<()> {
         usize::MAX,
     );
     load.reached(500).await?;
-    for place in 0..3 {
-        let mut old = fleet.workers[place].take().context("a worker")?;
+    for index in 0..3 {
+        let mut old = fleet.workers[index].take().context("a worker")?;
         old.signal(libc::SIGTERM)?;
         let status = old.ended(Duration::from_secs(20)).await?;
         ensure!(status.success(), "it ended with {status}");
-        fleet.restart(place, old.grpc)?;
+        fleet.restart(index, old.grpc)?;
         fleet.all_connected(3).await?;
     }
     let outcome = load.stopped().await;
     ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
-    ensure!(outcome.succeeded > 1_000, "{} answered", outcome.succeeded);
+    ensure!(outcome.succeeded > 1_000, "{} succeeded", outcome.succeeded);
     Ok(())
 }
 
@@ -150,16 +150,16 @@ async fn a_replaced_upstream_set_fails_no_request() -> Result<()> {
     until(Duration::from_secs(20), "both workers are found", both).await?;
     let load = Load::start(&client(gateway.grpc).await?, &digits(), 16, usize::MAX);
     load.reached(500).await?;
-    for place in 0..2 {
-        let mut old = fleet.workers[place].take().context("a worker")?;
+    for index in 0..2 {
+        let mut old = fleet.workers[index].take().context("a worker")?;
         old.signal(libc::SIGTERM)?;
         old.ended(Duration::from_secs(20)).await?;
-        fleet.restart(place, old.grpc)?;
+        fleet.restart(index, old.grpc)?;
         until(Duration::from_secs(20), "the new worker is found", both).await?;
     }
     let outcome = load.stopped().await;
     ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
-    ensure!(outcome.succeeded > 1_000, "{} answered", outcome.succeeded);
+    ensure!(outcome.succeeded > 1_000, "{} succeeded", outcome.succeeded);
     Ok(())
 }
 
@@ -213,8 +213,8 @@ async fn calls_without_workers_fail_at_once_until_workers_return() -> Result<()>
     let mut fleet = Fleet::start(2).await?;
     let client = client(fleet.gateway.grpc).await?;
     let address = fleet.workers[0].as_ref().context("a worker")?.grpc;
-    for place in 0..2 {
-        let worker = fleet.workers[place].take().context("a worker")?;
+    for index in 0..2 {
+        let worker = fleet.workers[index].take().context("a worker")?;
         worker.signal(libc::SIGKILL)?;
     }
     for _ in 0..20 {

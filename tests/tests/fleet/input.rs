@@ -29,12 +29,12 @@ impl Numbers {
 fn mutated(message: &[u8], numbers: &mut Numbers) -> Vec<u8> {
     let mut bytes = message.to_vec();
     for _ in 0..=numbers.below(6) {
-        let place = numbers.below(bytes.len().max(1));
+        let position = numbers.below(bytes.len().max(1));
         match numbers.below(4) {
-            0 if !bytes.is_empty() => bytes[place] = numbers.next() as u8,
-            1 if !bytes.is_empty() => bytes[place] ^= 1 << numbers.below(8),
-            2 => bytes.truncate(place),
-            _ => bytes.insert(place.min(bytes.len()), numbers.next() as u8),
+            0 if !bytes.is_empty() => bytes[position] = numbers.next() as u8,
+            1 if !bytes.is_empty() => bytes[position] ^= 1 << numbers.below(8),
+            2 => bytes.truncate(position),
+            _ => bytes.insert(position.min(bytes.len()), numbers.next() as u8),
         }
     }
     bytes

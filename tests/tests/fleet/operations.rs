@@ -375,14 +375,14 @@ async fn the_log_of_a_traced_call_holds_nothing_of_its_caller() -> Result<()> {
         let client = reqwest::Client::builder().no_proxy().build()?;
         let answer = client
             .post(format!("http://{}/v1/embeddings", gateway.http))
-            .header("x-request-id", "said-by-the-caller")
+            .header("x-request-id", "set-by-the-caller")
             .json(&json!({ "model": "outside", "input": "a text" }))
             .send()
             .await?;
         ensure!(answer.status().as_u16() == 503, "{}", answer.status());
         let log = gateway.logged();
         ensure!(log.contains("a provider could not be called"), "{log}");
-        for word in ["said-by-the-caller", "quietfolk", "andon.", "otel.name"] {
+        for word in ["set-by-the-caller", "quietfolk", "andon.", "otel.name"] {
             ensure!(!log.contains(word), "{word} is in the log: {log}");
         }
     }

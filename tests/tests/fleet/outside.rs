@@ -197,8 +197,8 @@ async fn the_page_works_in_a_browser() -> Result<()> {
         "--screenshots",
         &screenshots,
     ];
-    let said = node("browser.mjs", &flags).await?;
-    print!("{said}");
+    let output = node("browser.mjs", &flags).await?;
+    print!("{output}");
     Ok(())
 }
 
@@ -211,7 +211,7 @@ async fn no_generated_call_breaks_the_document() -> Result<()> {
     let seconds = std::env::var("OPENAPI_SECONDS").unwrap_or_else(|_| usual.to_owned());
     let serve = serve().await?;
     let http = serve.http.to_string();
-    let said = python("openapi.py", &["--http", &http, "--seconds", &seconds]).await?;
-    print!("{said}");
+    let output = python("openapi.py", &["--http", &http, "--seconds", &seconds]).await?;
+    print!("{output}");
     Ok(())
 }

@@ -292,20 +292,20 @@ async fn two_gateways_share_one_quota() -> Result<()> {
     ensure!((2850..=3000).contains(&sum), "{sum} of 3000");
     one.all_refused(Code::ResourceExhausted, "limit of 3000 items per day")?;
     // Requests per second. One measurement may fall into a moment without Redis.
-    let mut looks = Vec::new();
+    let mut shares = Vec::new();
     let within = loop {
         let report = fleet.run_load("b", 4, 4 * SECOND).await?;
         let share = report.passed.len() as f64 / (30.0 + 300.0 * report.seconds);
         println!("requests: {share:.3} of what is allowed");
-        looks.push(share);
+        shares.push(share);
         let within = (0.95..=1.05).contains(&share);
-        if within || looks.len() == 3 {
+        if within || shares.len() == 3 {
             break within;
         }
         // The burst comes back.
         tokio::time::sleep(SECOND).await;
     };
-    ensure!(within, "{looks:?} of what is allowed");
+    ensure!(within, "{shares:?} of what is allowed");
     for gateway in &fleet.gateways {
         ensure!(
             !gateway.logged().contains("a-password"),
@@ -469,14 +469,14 @@ async fn tenants_share_what_there_is() -> Result<()> {
     println!("forty at once beside eight: the eight have {share:.3} of the rows");
     ensure!((0.4..0.6).contains(&share), "{share}");
     // A machine that is busy with other tests may need another measurement.
-    let mut looks = Vec::new();
+    let mut shares = Vec::new();
     let mut good = false;
-    while !good && looks.len() < 3 {
+    while !good && shares.len() < 3 {
         let (share, flood) = beside(&fleet, time).await?;
         good = flood <= share.mul_f64(1.5) + Duration::from_millis(5);
-        looks.push((share, flood));
+        shares.push((share, flood));
     }
-    ensure!(good, "p99 at its share and beside a flood: {looks:?}");
+    ensure!(good, "p99 at its share and beside a flood: {shares:?}");
     let waiting = fleet.gateways[0]
         .metric("andon_gateway_fair_waiting")
         .await?;

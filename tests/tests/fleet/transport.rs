@@ -137,7 +137,7 @@ async fn messages_over_the_limits_are_refused_and_small_ones_served() -> Result<
     let refused = infer(&client, large, Duration::from_secs(5)).await;
     let code = refused.err().map(|status| status.code());
     ensure!(code == Some(Code::ResourceExhausted), "{code:?}");
-    // Many messages that fit alone but not together: each is answered or
+    // Many messages that fit alone but not together: each succeeds or is
     // refused for overload, and nothing else happens.
     let rows = [[1.0; 64]; 3_500];
     let mut calls = tokio::task::JoinSet::new();
@@ -145,14 +145,14 @@ async fn messages_over_the_limits_are_refused_and_small_ones_served() -> Result<
         let (client, request) = (client.clone(), pixels(&rows));
         calls.spawn(async move { infer(&client, request, Duration::from_secs(20)).await });
     }
-    let mut answered = 0;
+    let mut succeeded = 0;
     while let Some(call) = calls.join_next().await {
         match call.context("a call")? {
-            Ok(_) => answered += 1,
+            Ok(_) => succeeded += 1,
             Err(status) => ensure!(status.code() == Code::Unavailable, "{status:?}"),
         }
     }
-    ensure!(answered > 0, "none was answered");
+    ensure!(succeeded > 0, "none succeeded");
     until(
         Duration::from_secs(5),
         "no bytes are left in flight",
@@ -184,7 +184,7 @@ async fn calls_over_the_cap_are_shed_at_once() -> Result<()> {
     })
     .await?;
     let refused = infer(&client, digits(), Duration::from_secs(5)).await;
-    let status = refused.err().context("it was answered")?;
+    let status = refused.err().context("it succeeded")?;
     ensure!(status.code() == Code::Unavailable, "{status:?}");
     let details = tonic_types::StatusExt::get_error_details(&status);
     ensure!(details.retry_info().is_some(), "no RetryInfo");

@@ -74,7 +74,7 @@ impl From<ChannelError> for CallError {
     }
 }
 
-/// What every request to one server has: its address and its metadata.
+/// The address and metadata of every request to one server.
 #[derive(Debug, Clone)]
 pub struct RequestTemplate {
     scheme: Scheme,

@@ -1,4 +1,4 @@
-//! The connection that the tools share, and what its failures mean to people.
+//! The connection that the tools share, and hints for its errors.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -43,7 +43,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// What every request carries.
+    /// The address and metadata of every request.
     pub fn template(&self) -> anyhow::Result<RequestTemplate> {
         let authority: Authority = self
             .address
@@ -94,7 +94,7 @@ impl Connection {
         })
     }
 
-    /// Why there is no connection, and what to do.
+    /// The error of a failed connection, with a hint.
     pub fn unreachable(&self, reason: &str) -> anyhow::Error {
         let address = &self.address;
         anyhow::anyhow!(
@@ -114,7 +114,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects, or says what to do.
+    /// Connects; an error has a hint.
     pub async fn connect(connection: &Connection) -> anyhow::Result<Self> {
         let template = connection.template()?;
         let target = connection.target()?;
@@ -129,7 +129,7 @@ impl Client {
         })
     }
 
-    /// Calls a unary method. An error is explained with what to do.
+    /// Calls a unary method; an error has a hint.
     pub async fn call<R: prost::Message + Default>(
         &mut self,
         method: Method,
@@ -182,7 +182,7 @@ impl Client {
         self.call(Method::ModelMetadata, &request).await
     }
 
-    /// An error with a hint what to do.
+    /// An error with a hint.
     pub async fn explain(&mut self, error: CallError) -> anyhow::Error {
         let mut text = format!("{}: {error}", error.code());
         let hint = match &error {
@@ -203,7 +203,7 @@ impl Client {
         anyhow::Error::msg(text)
     }
 
-    /// What to do about an error of the server.
+    /// The hint for an error of the server.
     async fn hint(&mut self, code: Code) -> Option<String> {
         let hint = match code {
             Code::NotFound => match self.ready_models().await? {

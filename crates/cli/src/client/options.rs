@@ -12,7 +12,7 @@ const SECRET_HEADERS: [&str; 3] = ["authorization", "x-api-key", "api-key"];
 /// The format of a command's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum OutputFormat {
-    /// For people; long values are shortened
+    /// Human-readable; long values are shortened
     Table,
     /// For programs; complete
     Json,

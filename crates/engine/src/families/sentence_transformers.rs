@@ -12,7 +12,7 @@ use crate::layers::{Activation, Batch, HiddenStates, Linear, Placement, Pooling,
 const MODULES: &str = "modules.json";
 const MODULES_MAX: usize = 16;
 
-/// What turns an encoder's hidden states into embeddings, and the rest of the files.
+/// The head that turns an encoder's hidden states into embeddings, and the rest of the files.
 pub(crate) struct SentenceTransformer {
     pub(crate) head: EmbeddingHead,
     /// Tokens of one row, where the files limit them.

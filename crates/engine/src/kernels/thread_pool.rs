@@ -118,7 +118,7 @@ impl ParallelWork {
 
 struct ThreadPool {
     published: Mutex<Vec<Arc<ParallelWork>>>,
-    /// Work published so far: what a spinning thread watches.
+    /// Work published so far; spinning threads poll it.
     count: AtomicUsize,
     sleepers: AtomicUsize,
     wake: Condvar,

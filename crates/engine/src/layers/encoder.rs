@@ -19,7 +19,7 @@ pub(crate) trait Encoder: Send + Sync {
     /// Runs layer `number`, which replaces the hidden states of the pass.
     fn layer(&self, number: usize, pass: &mut ForwardPass<'_>) -> Result<(), EngineError>;
 
-    /// Runs what follows the last layer.
+    /// Runs the part after the last layer.
     fn finish(&self, hidden: HiddenStates) -> Result<HiddenStates, EngineError> {
         Ok(hidden)
     }
@@ -76,7 +76,7 @@ pub(crate) struct EncoderConfig {
     pub(crate) positions: usize,
     /// Token types; none for a family without them.
     pub(crate) token_types: Option<usize>,
-    /// What layer normalization adds to the variance.
+    /// The epsilon of layer normalization, added to the variance.
     pub(crate) epsilon: f64,
     /// The activation of the feed-forward network.
     pub(crate) activation: Activation,

@@ -15,7 +15,7 @@ pub use file::{KeyError, KeyFile, NewKey, StoredKey, parse, source};
 
 /// The prefix of every API key: a bearer with it is no token.
 pub const KEY_PREFIX: &str = "andon_";
-/// The length of the part that identifies a key, for people and the gateway.
+/// The length of the part that identifies a key.
 pub const PREFIX_BYTES: usize = 8;
 /// 256 random bits in base64.
 const SECRET_BYTES: usize = 43;

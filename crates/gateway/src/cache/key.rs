@@ -52,7 +52,7 @@ impl KeyWriter {
         self
     }
 
-    /// The key of what has been written.
+    /// The key of the bytes written so far.
     pub fn key(&self) -> RowKey {
         let mut key = [0; 32];
         key.copy_from_slice(digest(&SHA256, &self.0).as_ref());
@@ -69,7 +69,7 @@ impl KeyWriter {
         self.0.len()
     }
 
-    /// Drops what was written after a position.
+    /// Drops the bytes after a position.
     pub fn rewind(&mut self, position: usize) {
         self.0.truncate(position);
     }

@@ -227,7 +227,7 @@ impl Seal {
         }
     }
 
-    /// Reads the secret from a file. The error says what is wrong with it.
+    /// Reads the secret from a file.
     pub fn read(path: &Path) -> Result<Self, FileError> {
         let source = FileSource::new(path, "cache secret file", SECRET_BYTES_MAX);
         let secret = source.read()?;

@@ -30,7 +30,7 @@ const CONCURRENCY: usize = 32;
 /// Texts of a rerank stream: as many as a request of the HTTP door may have.
 const TEXTS_MAX: usize = 2048;
 
-/// What the messages of one stream share.
+/// State shared by the messages of one stream.
 #[derive(Debug)]
 struct MessageStream {
     stack: Stack,

@@ -30,7 +30,7 @@ pub struct Moment {
     pub unix_ms: u64,
 }
 
-/// What a quota limits, besides calls in flight.
+/// The unit of a quota, besides calls in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LimitKind {
     RequestsPerSecond,
@@ -162,7 +162,7 @@ fn billionths(cost: f64) -> u64 {
     ((cost * NANO).ceil() as u64).min(COUNT_MAX)
 }
 
-/// What a call consumes of its limits when it is admitted.
+/// The usage that a call is charged at admission.
 #[derive(Debug, Clone, Copy)]
 pub struct Demand {
     /// Requests; None where requests are not counted now.
@@ -373,7 +373,7 @@ impl QuotaScope {
         }
     }
 
-    /// Returns what a call took, when another limit refused the call.
+    /// Returns a call's usage when another limit refused the call.
     pub fn refund(&self, demand: Demand, now: Moment, counted_by: CountedBy) {
         let mut counters = self.counters();
         for (rule, amount) in self.demanded(demand) {

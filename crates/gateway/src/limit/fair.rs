@@ -156,7 +156,7 @@ impl FairRefusal {
     }
 }
 
-/// The place of a call in the queue of its tenant.
+/// The position of a call in the queue of its tenant.
 #[derive(Debug)]
 struct Ticket {
     tenant: String,

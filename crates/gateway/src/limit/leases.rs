@@ -20,7 +20,7 @@ use crate::redis::{COMMAND_TIMEOUT, Redis, RedisFailure};
 const RATE_LEASE_SECONDS: f64 = 1.0;
 /// A lease that is used up within these seconds grows; a slower one shrinks.
 const LEASE_GROWTH_SECONDS: f64 = 0.2;
-/// Seconds for which Redis is not asked again for an exhausted rate.
+/// Seconds for which Redis is not queried again for an exhausted rate.
 const RATE_PAUSE_SECONDS: f64 = 0.005;
 /// Seconds after which the usage of all gateways is refreshed in the background.
 const USAGE_REFRESH_SECONDS: f64 = 0.1;
@@ -44,15 +44,15 @@ pub struct QuotaLease {
     available: u64,
     /// The amount that is requested at once.
     size: u64,
-    /// When Redis was asked last, in seconds since the gateway started.
+    /// When Redis was queried last, in seconds since the gateway started.
     requested_at: Option<f64>,
-    /// This much or more is exhausted in Redis, which is not asked for it before.
+    /// This much or more is exhausted in Redis, which is not queried for it before.
     exhausted_amount: u64,
     exhausted_until: f64,
     /// Usage that Redis does not know yet: charged after a response, or counted
     /// while Redis was lost.
     unreported: u64,
-    /// The usage of all gateways, when Redis was asked last.
+    /// The usage of all gateways, when Redis was queried last.
     used_by_all: Option<u64>,
 }
 
@@ -68,14 +68,14 @@ pub enum QuotaRefusal {
 /// Whether a lease covers a call.
 enum LeaseCheck {
     Covered,
-    /// Redis has to be asked.
+    /// Redis has to be queried.
     Short,
     /// The limit is exceeded; how long to wait.
     Exceeded(Duration),
 }
 
 impl QuotaLease {
-    /// Drops what belongs to an earlier window, and an expired lease of a rate.
+    /// Drops the usage of an earlier window, and an expired lease of a rate.
     fn roll(&mut self, rule: &LimitRule, now: Moment) {
         let window = rule.window(now);
         if self.window != window {
@@ -138,8 +138,8 @@ impl QuotaLease {
         self.size > 1 && self.available * 2 < self.size && now.seconds >= self.exhausted_until
     }
 
-    /// What to request from Redis: the unreported usage to add, and the least
-    /// and the most to grant.
+    /// The request to Redis: the unreported usage to add, and the least and the
+    /// most to grant.
     fn request(&mut self, rule: &LimitRule, amount: u64, now: Moment) -> [u64; 3] {
         self.roll(rule, now);
         // What exceeds the bound is reported the next time.
@@ -167,7 +167,7 @@ impl QuotaLease {
         [unreported, least, least.max(self.size)]
     }
 
-    /// Applies what Redis granted.
+    /// Applies the grant of Redis.
     fn apply(&mut self, request: LeaseRequest, grant: LeaseGrant, now: Moment) {
         let LeaseRequest { rule, least, .. } = request;
         let granted = grant.amount;
@@ -222,7 +222,7 @@ impl QuotaLease {
         self.unreported = self.unreported.saturating_sub(amount);
     }
 
-    /// Returns what a refused call took from the lease.
+    /// Returns the usage of a refused call to the lease.
     pub fn refund(&mut self, rule: &LimitRule, amount: u64, now: Moment) {
         self.roll(rule, now);
         self.available = self.available.saturating_add(amount);
@@ -253,7 +253,7 @@ struct LeaseGrant {
 enum LeaseOutcome {
     /// Taken; `low` when some lease should be refilled.
     Taken { low: bool },
-    /// Redis has to be asked.
+    /// Redis has to be queried.
     Short,
     /// A limit is exceeded.
     Exceeded(LimitExceeded),
@@ -312,8 +312,8 @@ impl SharedQuotas {
         })
     }
 
-    /// Takes what a call needs. None when Redis is lost: at once, or after 20 ms
-    /// for the calls that find it out.
+    /// Charges the demand of a call. None when Redis is lost: at once, or after
+    /// 20 ms for the calls that detect it.
     pub async fn take(
         &self,
         scope: &Arc<QuotaScope>,

@@ -23,7 +23,7 @@ const LEASE_SECONDS: f64 = 3.0;
 const RENEW_INTERVAL: Duration = Duration::from_millis(100);
 /// Scopes whose leases are renewed concurrently.
 const RENEW_CONCURRENCY: usize = 32;
-/// Seconds for which Redis is not asked again after it had no free slot.
+/// Seconds for which Redis is not queried again after it had no free slot.
 const EXHAUSTED_SECONDS: f64 = 0.005;
 
 /// The in-flight slots of one scope.
@@ -43,12 +43,12 @@ struct SlotCounts {
     /// The slots that Redis has leased, and when the lease expires.
     granted: u32,
     expires: f64,
-    /// Redis had no free slot: it is not asked again before.
+    /// Redis had no free slot: it is not queried again before.
     exhausted_until: f64,
     limit: u32,
     /// Calls that wait for a slot.
     waiting: u32,
-    /// When Redis was asked last, and the most slots that it may have recorded
+    /// When Redis was queried last, and the most slots that it may have recorded
     /// for this gateway since.
     requested_at: f64,
     recorded: u32,
@@ -76,7 +76,7 @@ impl Default for ScopeSlots {
     }
 }
 
-/// What the renewal of a lease has to do.
+/// The outcome of a lease's renewal.
 enum Renewal {
     /// Stop: nothing is in use and Redis records nothing.
     Stop,
@@ -96,7 +96,7 @@ impl SlotCounts {
         true
     }
 
-    /// Decides what a renewal does, from the use since the last one.
+    /// Decides on a renewal from the use since the last one.
     fn renewal(&mut self, now: f64) -> Renewal {
         let recorded = self.recorded > 0 && now < self.requested_at + LEASE_SECONDS;
         if self.in_flight == 0 && self.waiting == 0 && !recorded {
@@ -345,7 +345,7 @@ enum LeaseSize {
     Peak,
 }
 
-/// Takes one of the leased slots. None when Redis has to be asked.
+/// Takes one of the leased slots. None when Redis has to be queried.
 fn acquire_leased(
     state: &Arc<ScopeState>,
     limit: u32,

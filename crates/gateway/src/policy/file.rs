@@ -1,4 +1,4 @@
-//! The policy as it stands in its file, and what must hold between its parts.
+//! The format of the policy file, and the checks between its fields.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -130,7 +130,7 @@ impl Source<'_> {
     }
 }
 
-/// Checks a policy file that stands in `folder`.
+/// Checks a policy file of the folder `folder`.
 pub fn parse(text: &str, folder: &Path) -> Result<Policy, ContentError> {
     let file: PolicyFile = from_toml(text)?;
     let source = Source(text);
@@ -297,8 +297,8 @@ fn jwt(
     })
 }
 
-/// Who can change the signers' keys on their way can sign everything: they
-/// come over TLS, or from the same machine.
+/// An attacker who can change the signers' keys in transit can sign any token:
+/// they come over TLS, or from the same machine.
 fn trustworthy(url: &str) -> Result<reqwest::Url, &'static str> {
     let url: reqwest::Url = url.parse().map_err(|_| "must be a whole URL")?;
     if !url.username().is_empty() || url.password().is_some() {

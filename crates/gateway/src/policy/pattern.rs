@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use serde::Deserialize;
 
-/// A model's name, where `*` stands for any characters, also for none.
+/// A model's name, where `*` matches any characters, also none.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Pattern(String);
@@ -46,7 +46,7 @@ impl Pattern {
         &self.0
     }
 
-    /// Whether a name is one of those that the pattern stands for.
+    /// Whether the pattern matches a name.
     pub fn matches(&self, name: &str) -> bool {
         let (pattern, name) = (self.0.as_bytes(), name.as_bytes());
         let (mut p, mut n) = (0, 0);

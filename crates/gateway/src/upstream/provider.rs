@@ -1,5 +1,5 @@
-//! A provider's model in place of a worker: what callers ask by the Open
-//! Inference Protocol or `tei.v1` becomes calls of an outside service.
+//! A provider's model in place of a worker: calls of the Open Inference
+//! Protocol or `tei.v1` become calls of an outside service.
 
 mod generation;
 mod oip;
@@ -18,8 +18,8 @@ use super::Response;
 use crate::request::Request;
 
 /// Responds to one message of the Open Inference Protocol or of `tei.v1`. The
-/// response has its cost; what the call consumed before it failed, or was
-/// dropped, is in `usage`.
+/// response has its cost; the usage of a call that failed or was dropped is in
+/// `usage`.
 pub async fn respond(
     provider: &Arc<Provider>,
     request: &Request,

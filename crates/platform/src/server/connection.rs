@@ -1,5 +1,5 @@
-//! What connections of every protocol share: limits, the first bytes, maximum
-//! age and graceful shutdown.
+//! The common parts of connections of every protocol: limits, the first bytes,
+//! maximum age and graceful shutdown.
 
 use std::io;
 use std::pin::{Pin, pin};

@@ -1,5 +1,5 @@
 //! HTTP to outside services: retries within a budget, a circuit breaker, and
-//! bounds on what is read.
+//! bounds on the bytes read.
 //!
 //! Each model has one client for all shards. A connection is driven by the
 //! thread that opened it, and a call from another thread costs two hand-overs:
@@ -24,7 +24,7 @@ use crate::settings::{InvalidSetting, ModelSettings};
 
 /// The longest response of a service.
 const RESPONSE_BYTES_MAX: usize = 64 << 20;
-/// What is read of a response that is no success.
+/// The maximum bytes read of an error response.
 const ERROR_BYTES_MAX: usize = 16 << 10;
 /// How far a service may be ahead of a slow reader of one stream.
 const WINDOW_BYTES: u32 = 1 << 20;
@@ -41,7 +41,7 @@ const INLINE_PARSE_BYTES_MAX: usize = 256 << 10;
 /// A call that times out sooner proves nothing against a service, nor does one
 /// that times out within a quarter of the model's own timeout.
 const TIMEOUT_BLAME_MIN: Duration = Duration::from_secs(1);
-/// What is kept of a deadline to report whose fault it is that it passes.
+/// The part of a deadline that is reserved for reporting a timeout.
 const REPORT_MARGIN: Duration = Duration::from_millis(10);
 
 /// The client of one model; the error says which field is wrong.
@@ -237,8 +237,8 @@ impl Provider {
         ))
     }
 
-    /// An error of the connection. Its cause is for those who run the gateway,
-    /// and for no caller.
+    /// An error of the connection. Its cause is for the log of the gateway, and not
+    /// for callers.
     fn transport(&self, error: &reqwest::Error) -> ProviderError {
         let reason = root_cause(error);
         tracing::debug!(model = %self.name, %reason, "a provider could not be called");

@@ -36,7 +36,7 @@ struct StreamReader {
     open: OpenStream,
     events: EventParser,
     progress: StreamProgress,
-    /// What went wrong behind the texts that have come.
+    /// The error after the texts received so far.
     error: Option<ProviderError>,
     parts: u64,
     bytes: usize,
@@ -69,7 +69,7 @@ pub(crate) fn read(open: OpenStream) -> ChatStream {
 }
 
 impl StreamReader {
-    /// Sends the parts, until the last or until nobody takes them.
+    /// Sends the parts, until the last or until the receiver is dropped.
     async fn run(mut self, sender: mpsc::Sender<Result<ChatDelta, Error>>) {
         let deadline = self.open.deadline;
         loop {

@@ -14,7 +14,7 @@ use super::super::texts::call_model;
 use super::Prediction;
 use gateway::{Plan, Table};
 
-/// What the configuration of a model says about its scores.
+/// The settings of the scores in a model's configuration.
 #[derive(Debug, Default)]
 pub struct Classifier {
     /// The model that responded: one of the chain, where the request names one.

@@ -10,7 +10,7 @@ pub struct DataError {
     pub element: Option<usize>,
     /// The offset in the text, in bytes.
     pub offset: usize,
-    /// What is wrong.
+    /// The problem.
     pub reason: String,
 }
 

@@ -23,7 +23,7 @@ pub struct Input {
     pub single: bool,
 }
 
-/// What the inputs are.
+/// The inputs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Items {
     /// Texts.

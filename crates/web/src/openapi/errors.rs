@@ -1,5 +1,5 @@
-//! The error responses of operations. Their examples are written by what writes
-//! the errors themselves.
+//! The error responses of operations. Their examples are written by the code that
+//! writes the errors themselves.
 
 use std::time::Duration;
 

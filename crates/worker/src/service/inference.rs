@@ -218,7 +218,7 @@ impl Service {
     }
 }
 
-/// What runs a model, in the words of its metadata and configuration.
+/// The platform in a model's metadata and configuration.
 fn platform_name(model: &ServedModel) -> String {
     format!("andon_{}", model.card.family)
 }

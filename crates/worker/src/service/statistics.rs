@@ -7,7 +7,7 @@ use protocol::inference::{
 use crate::metrics::Total;
 use crate::model::ServedModel;
 
-/// What a model has done since it was loaded.
+/// The statistics of a model since it was loaded.
 pub(super) fn to_message(model: &ServedModel) -> ModelStatistics {
     let statistics = model.metrics.statistics();
     ModelStatistics {

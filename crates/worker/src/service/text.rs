@@ -285,7 +285,7 @@ impl Service {
         let tokens = tokenizer
             .tokens(&text, request.add_special_tokens)
             .map_err(|error| Error::invalid("inputs", error.to_string()))?;
-        let place = |place: Option<usize>| place.and_then(|place| u32::try_from(place).ok());
+        let offset = |offset: Option<usize>| offset.and_then(|offset| u32::try_from(offset).ok());
         let message = tei::EncodeResponse {
             tokens: tokens
                 .into_iter()
@@ -293,8 +293,8 @@ impl Service {
                     id: token.id,
                     text: token.text,
                     special: token.special,
-                    start: place(token.start),
-                    stop: place(token.stop),
+                    start: offset(token.start),
+                    stop: offset(token.stop),
                 })
                 .collect(),
         };

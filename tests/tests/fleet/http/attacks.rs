@@ -62,7 +62,7 @@ async fn errors_in_json_name_their_field_and_position() -> Result<()> {
         )
     };
     let deep = "[".repeat(400_000);
-    for (body, field, place) in [
+    for (body, field, position) in [
         (String::new(), "body", "line 1"),
         (
             "{\"inputs\":\n  [}".to_owned(),
@@ -91,7 +91,7 @@ async fn errors_in_json_name_their_field_and_position() -> Result<()> {
             "{response:?}"
         );
         let error = response.text("error")?.unwrap_or_default();
-        ensure!(error.contains(place), "{place}: {error}");
+        ensure!(error.contains(position), "{position}: {error}");
     }
     let form = web(Protocol::Http1)?
         .post(format!("http://{address}{path}"))
@@ -107,9 +107,9 @@ async fn errors_in_json_name_their_field_and_position() -> Result<()> {
 /// Bodies that are right but for one value inside, and its field.
 fn nested() -> Vec<(&'static str, Value, &'static str)> {
     let chat = json!({"model": "digits", "messages": [{"role": "user", "content": "a"}]});
-    let changed = |place: &str, value: Value| {
+    let changed = |key: &str, value: Value| {
         let mut body = chat.clone();
-        body[place] = value;
+        body[key] = value;
         body
     };
     let infer = json!({"name": "pixels", "datatype": "FP32", "shape": [1, 64], "data": [[0]]});
@@ -217,8 +217,8 @@ async fn heads_and_bodies_that_never_end_are_ended() -> Result<()> {
     let slow = "POST /v2/models/digits/infer HTTP/1.1\r\nhost: andon\r\ntimeout: 300\r\ncontent-length: 1000\r\n\r\n{\"inp";
     let answer = raw(address, slow.as_bytes()).await?;
     ensure!(answer.starts_with("HTTP/1.1 504"), "{answer}");
-    let said = "POST /v2/models/digits/infer HTTP/1.1\r\nhost: andon\r\ncontent-length: 99999999999\r\n\r\n{";
-    let answer = raw(address, said.as_bytes()).await?;
+    let declared = "POST /v2/models/digits/infer HTTP/1.1\r\nhost: andon\r\ncontent-length: 99999999999\r\n\r\n{";
+    let answer = raw(address, declared.as_bytes()).await?;
     ensure!(answer.starts_with("HTTP/1.1 413"), "{answer}");
     let many: String = (0..5_000).map(|n| format!("x-{n}: y\r\n")).collect();
     let bomb = format!("GET /v2 HTTP/1.1\r\nhost: andon\r\n{many}\r\n");
@@ -261,12 +261,12 @@ async fn mutated_requests_get_a_status_and_nobody_panics() -> Result<()> {
         let text = round % 2 == 0;
         let (mut body, mut length) = in_json(&pixels(&[[3.0; 64]; 2]), text);
         for _ in 0..=next(4) {
-            let place = next(if round % 3 == 0 { body.len() } else { 200 });
+            let position = next(if round % 3 == 0 { body.len() } else { 200 });
             match next(4) {
-                0 => body[place] = next(256) as u8,
-                1 => body[place] ^= 1 << next(8),
-                2 => drop(body.drain(place..(place + next(20)).min(body.len()))),
-                _ => body.insert(place, b"[]{}\",:0-"[next(9)]),
+                0 => body[position] = next(256) as u8,
+                1 => body[position] ^= 1 << next(8),
+                2 => drop(body.drain(position..(position + next(20)).min(body.len()))),
+                _ => body.insert(position, b"[]{}\",:0-"[next(9)]),
             }
         }
         if next(5) == 0 {

@@ -12,7 +12,7 @@ use tonic::Code;
 
 use super::{Guarded, TENANTS};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 #[tokio::test]
 async fn certificates_change_under_load_and_no_request_fails() -> Result<()> {
@@ -46,7 +46,7 @@ async fn certificates_change_under_load_and_no_request_fails() -> Result<()> {
                     0 => lasting.clone(),
                     _ => client(address, &authority, None, &seen).await?,
                 };
-                infer(&client, pixels(&[[1.0; 64]]), PATIENCE).await?;
+                infer(&client, pixels(&[[1.0; 64]]), TIMEOUT).await?;
                 response.fetch_add(1, Ordering::Relaxed);
             }
             anyhow::Ok(())
@@ -56,14 +56,14 @@ async fn certificates_change_under_load_and_no_request_fails() -> Result<()> {
         let next = authority.issue(None)?;
         next.write(&cert, &key)?;
         let (seen, next) = (&seen, &next);
-        until(PATIENCE, "the new certificate is shown", || async move {
+        until(TIMEOUT, "the new certificate is shown", || async move {
             Ok(seen
                 .lock()
                 .is_ok_and(|seen| seen.as_ref() == Some(&next.der)))
         })
         .await?;
         let before = response.load(Ordering::Relaxed);
-        until(PATIENCE, "the load goes on", || async {
+        until(TIMEOUT, "the load goes on", || async {
             Ok(response.load(Ordering::Relaxed) > before + 20)
         })
         .await?;
@@ -98,7 +98,7 @@ async fn a_certificate_stands_for_its_tenant() -> Result<()> {
     let address = guarded.fleet.gateway.grpc;
     let code = async |shown: Option<&Certificate>| -> Result<Code> {
         let client = client(address, &authority, shown, &Arc::default()).await?;
-        let response = infer(&client, pixels(&[[1.0; 64]]), PATIENCE).await;
+        let response = infer(&client, pixels(&[[1.0; 64]]), TIMEOUT).await;
         Ok(response.err().map_or(Code::Ok, |status| status.code()))
     };
     let vision = callers.issue(Some("spiffe://andon/vision"))?;
@@ -118,7 +118,7 @@ async fn a_certificate_stands_for_its_tenant() -> Result<()> {
         );
     }
     let refused = "andon_connections_refused_total{listener=\"gateway\",reason=\"tls\"}";
-    until(PATIENCE, "the refused connections are counted", || async {
+    until(TIMEOUT, "the refused connections are counted", || async {
         Ok(guarded.fleet.gateway.metric(refused).await? >= Some(2.0))
     })
     .await?;

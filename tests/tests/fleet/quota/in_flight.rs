@@ -124,8 +124,8 @@ async fn permits_over_the_limit_are_granted_to_nobody() -> Result<()> {
     let redis = Redis::start().await?;
     let client = redis::Client::open(redis.url())?;
     let mut connection = client.get_multiplexed_async_connection().await?;
-    let places = include_str!("../../../../crates/gateway/src/limit/slots.lua");
-    let script = redis::Script::new(places);
+    let source = include_str!("../../../../crates/gateway/src/limit/slots.lua");
+    let script = redis::Script::new(source);
     for (gateway, limit, in_flight, most, granted) in [
         ("one", 8, 0, 4, 4),
         ("other", 8, 0, 5, 4),

@@ -1,4 +1,4 @@
-//! The report: a table for people, JSON for programs.
+//! The report: a readable table, or JSON for programs.
 
 use std::future::Future;
 use std::time::Duration;

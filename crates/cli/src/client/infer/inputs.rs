@@ -138,7 +138,7 @@ fn input_tensor(given: &InputValues, inputs: &[TensorMetadata]) -> anyhow::Resul
     })
 }
 
-/// The positional texts; `-` stands for the lines of standard input.
+/// The positional texts; `-` means the lines of standard input.
 fn texts_tensor(texts: &[String], input: &TensorMetadata) -> anyhow::Result<Tensor> {
     let mut elements = Vec::with_capacity(texts.len());
     for text in texts {

@@ -33,8 +33,8 @@ async fn page(answer: String) -> Page {
     let serving = spawn_owned(async move {
         loop {
             let (mut stream, _) = listener.accept().await.unwrap();
-            let mut asked = [0; 4096];
-            let _ = stream.read(&mut asked).await;
+            let mut request = [0; 4096];
+            let _ = stream.read(&mut request).await;
             counted.fetch_add(1, Ordering::SeqCst);
             let answer = served.lock().unwrap().clone();
             let _ = stream.write_all(answer.as_bytes()).await;

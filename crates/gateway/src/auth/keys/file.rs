@@ -18,9 +18,9 @@ use crate::auth::sha256;
 /// Some ten thousand keys.
 const BYTES_MAX: u64 = 4 << 20;
 
-/// What the digits of a prefix are; 32, so that five bits choose one.
+/// The digits of a prefix: 32, so that five bits choose one.
 const DIGITS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
-/// A key that is to last longer has no expiry.
+/// The maximum lifetime of a key that expires.
 const LIFE_MAX: Duration = Duration::from_secs(100 * 366 * 24 * 3600);
 const NAME_BYTES_MAX: usize = 128;
 
@@ -29,13 +29,13 @@ const HEADING: &str = "# Made by `andon keys`. It holds hashes: a key itself is 
 /// Why a file of keys cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
-    /// It is not what it should be.
+    /// The file is unreadable or invalid.
     #[error(transparent)]
     File(#[from] FileError),
     /// It cannot be written.
     #[error("the file of the keys cannot be written: {0}")]
     Unwritable(#[from] io::Error),
-    /// What a key is made of is wrong.
+    /// A field of a key is invalid.
     #[error("{0}")]
     Wrong(&'static str),
     /// There is no such key.
@@ -55,11 +55,11 @@ pub struct KeyFile {
 /// A key that is made now.
 #[derive(Debug)]
 pub struct NewKey {
-    /// Whom it stands for.
+    /// The tenant that it authenticates.
     pub tenant: String,
-    /// What it is for, in people's words.
+    /// A description of its purpose.
     pub name: Option<String>,
-    /// How long it is good for; for ever if not given.
+    /// The lifetime; none means that it never expires.
     pub life: Option<Duration>,
 }
 
@@ -67,14 +67,14 @@ pub struct NewKey {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StoredKey {
-    /// By what it is recognized.
+    /// The part that identifies it.
     pub prefix: String,
     /// The hash of the whole key.
     #[serde(serialize_with = "to_hex", deserialize_with = "from_hex")]
     pub(super) sha256: [u8; 32],
-    /// Whom it stands for.
+    /// The tenant that it authenticates.
     pub tenant: String,
-    /// What it is for, in people's words.
+    /// A description of its purpose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// When it was made.

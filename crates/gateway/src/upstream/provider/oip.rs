@@ -25,7 +25,7 @@ use super::generation::to_chat;
 use crate::request::Request;
 use crate::upstream::Response;
 
-/// What runs a provider's model, in the words of its metadata.
+/// The platform in the metadata of a provider's model.
 const PLATFORM: &str = "andon_provider";
 /// The most dimensions of an embedding whose width is not configured.
 const WIDTH_MAX: usize = 65_536;
@@ -90,7 +90,7 @@ fn outputs(provider: &Provider) -> Vec<TensorSpec> {
     }
 }
 
-/// What the provider's model takes and returns.
+/// The inputs and outputs of the provider's model.
 fn signature<'o>(provider: &Provider, outputs: &'o [TensorSpec]) -> Signature<'o> {
     Signature {
         inputs: inputs(provider),
@@ -282,7 +282,7 @@ pub fn conversation(
     Ok((chat, request.id))
 }
 
-/// The conversation that a request for generation stands for.
+/// The conversation of a request for generation.
 fn chat_request(request: &InferRequest) -> Result<ChatRequest, Error> {
     let mut texts = request.texts("text_input", TEXT_BYTES_MAX)?;
     to_chat(request, texts.pop().unwrap_or_default())

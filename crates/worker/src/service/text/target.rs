@@ -27,7 +27,7 @@ pub struct Target {
     deadline: Instant,
 }
 
-/// The message of a response and what it took to compute.
+/// The message of a response and the usage of its computation.
 pub struct TextResponse<A> {
     pub message: A,
     metadata: tei::Metadata,
@@ -233,7 +233,7 @@ impl<A> TextResponse<A> {
         }
     }
 
-    /// What the response took, as its metadata.
+    /// The usage of the response, as its metadata.
     pub fn to_metadata(&self) -> Metadata {
         let mut metadata = Metadata::new();
         let compute_type = HeaderValue::from_static(self.compute_type);
@@ -267,7 +267,7 @@ fn only(mut models: Vec<Arc<ServedModel>>, task: &str) -> Result<Arc<ServedModel
     models.pop().ok_or_else(|| Error::no_model(task))
 }
 
-/// What happens to a text that is too long; an unknown direction is an error.
+/// The truncation of a text that is too long; an unknown direction is an error.
 pub fn truncation(truncate: bool, direction: i32) -> Result<Truncation, Error> {
     let direction = truncation_direction(direction)?;
     Ok(match (truncate, direction) {

@@ -170,7 +170,7 @@ await checks.check("every_operation_opens", async () => {
   }
 });
 
-await checks.check("the_embeddings_example_is_answered", async () => {
+await checks.check("the_embeddings_example_succeeds", async () => {
   await open("post", "/v1/embeddings");
   const { status, body } = await send();
   expectEqual(status, 200, `the status (${body.slice(0, 200)})`);
@@ -208,7 +208,7 @@ await checks.check("texts_are_not_read_as_html", async () => {
   expect(body.length > 0, "there is no answer");
 });
 
-await checks.check("a_key_is_asked_for_sent_and_judged", async () => {
+await checks.check("a_key_is_required_sent_and_checked", async () => {
   await load(guarded);
   await open("get", "/v1/models");
   expectEqual((await send()).status, 401, "the status without a key");

@@ -68,11 +68,11 @@ export function expectEqual(found, expected, what) {
 
 // The error that a call must end with.
 export async function refusal(call) {
-  let answer;
+  let response;
   try {
-    answer = await call();
+    response = await call();
   } catch (error) {
     return error;
   }
-  throw new Error(`the call succeeded: ${JSON.stringify(answer)?.slice(0, 200)}`);
+  throw new Error(`the call succeeded: ${JSON.stringify(response)?.slice(0, 200)}`);
 }

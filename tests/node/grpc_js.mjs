@@ -38,8 +38,8 @@ const bearer = (value) => metadata({ authorization: `Bearer ${value}` });
 
 function call(client, method, request, headers = new grpc.Metadata()) {
   return new Promise((resolve, reject) => {
-    client[method](request, headers, deadline(), (error, answer) =>
-      error ? reject(error) : resolve(answer),
+    client[method](request, headers, deadline(), (error, response) =>
+      error ? reject(error) : resolve(response),
     );
   });
 }
@@ -57,17 +57,17 @@ function digits(rows, shade = 8) {
   };
 }
 
-function expectDigits(answer, rows) {
-  const names = answer.outputs.map((output) => output.name);
+function expectDigits(response, rows) {
+  const names = response.outputs.map((output) => output.name);
   expectEqual(names, ["probabilities", "label"], "the outputs");
   expectEqual(
-    answer.raw_output_contents.map((bytes) => bytes.length),
+    response.raw_output_contents.map((bytes) => bytes.length),
     [rows * 10 * 4, rows * 8],
     "the lengths of the outputs",
   );
   let sum = 0;
   for (let index = 0; index < 10; index += 1) {
-    sum += answer.raw_output_contents[0].readFloatLE(index * 4);
+    sum += response.raw_output_contents[0].readFloatLE(index * 4);
   }
   expect(Math.abs(sum - 1) < 1e-3, `the probabilities sum to ${sum}`);
 }
@@ -83,8 +83,8 @@ async function expectCode(code, act) {
 }
 
 await checks.check("health_is_open", async () => {
-  const answer = await call(probe, "check", { service: "" });
-  expectEqual(answer.status, "SERVING", "the health of all");
+  const response = await call(probe, "check", { service: "" });
+  expectEqual(response.status, "SERVING", "the health of all");
   const digits = await call(probe, "check", { service: "digits" });
   expectEqual(digits.status, "SERVING", "the health of digits");
 });
@@ -99,9 +99,9 @@ await checks.check("infer_with_x_api_key", async () => {
 
 await checks.check("stream_with_a_key", async () => {
   const stream = infer.ModelStreamInfer(bearer(key), deadline());
-  const answers = [];
+  const responses = [];
   const ended = new Promise((resolve, reject) => {
-    stream.on("data", (answer) => answers.push(answer));
+    stream.on("data", (response) => responses.push(response));
     stream.on("end", resolve);
     stream.on("error", reject);
   });
@@ -109,12 +109,12 @@ await checks.check("stream_with_a_key", async () => {
   stream.write({ ...digits(1), model_name: "nobody" });
   stream.end();
   await ended;
-  expectEqual(answers.length, 4, "the number of answers");
+  expectEqual(responses.length, 4, "the number of responses");
   [1, 2, 5].forEach((rows, index) => {
-    expectEqual(answers[index].error_message, "", "an error");
-    expectDigits(answers[index].infer_response, rows);
+    expectEqual(responses[index].error_message, "", "an error");
+    expectDigits(responses[index].infer_response, rows);
   });
-  expect(answers[3].error_message.length > 0, "an unknown model is no error in the stream");
+  expect(responses[3].error_message.length > 0, "an unknown model is no error in the stream");
 });
 
 await checks.check("no_key", async () => {
@@ -160,8 +160,8 @@ await checks.check("another_authority_is_not_trusted", async () => {
   const other = new health.health.v1.Health(options.grpc, grpc.credentials.createSsl());
   const error = await refusal(() =>
     new Promise((resolve, reject) =>
-      other.check({ service: "" }, { deadline: Date.now() + 5_000 }, (error, answer) =>
-        error ? reject(error) : resolve(answer),
+      other.check({ service: "" }, { deadline: Date.now() + 5_000 }, (error, response) =>
+        error ? reject(error) : resolve(response),
       ),
     ),
   );
@@ -172,8 +172,8 @@ await checks.check("clear_text_is_refused", async () => {
   const clear = new health.health.v1.Health(options.grpc, grpc.credentials.createInsecure());
   const error = await refusal(() =>
     new Promise((resolve, reject) =>
-      clear.check({ service: "" }, { deadline: Date.now() + 5_000 }, (error, answer) =>
-        error ? reject(error) : resolve(answer),
+      clear.check({ service: "" }, { deadline: Date.now() + 5_000 }, (error, response) =>
+        error ? reject(error) : resolve(response),
       ),
     ),
   );

@@ -24,12 +24,12 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// One that answers.
+    /// One that responds.
     pub async fn start() -> Result<Self> {
         Self::with(None).await
     }
 
-    /// One that answers whoever knows the password.
+    /// One that requires a password.
     pub async fn with(password: Option<&str>) -> Result<Self> {
         let folder = scratch("redis")?;
         std::fs::create_dir_all(&folder)?;
@@ -43,7 +43,7 @@ impl Redis {
         Ok(redis)
     }
 
-    /// What a gateway is told.
+    /// The settings for a gateway.
     pub fn url(&self) -> String {
         format!("redis://{}", self.address)
     }
@@ -76,8 +76,8 @@ impl Redis {
         input.write_all(settings.as_bytes())?;
         drop(input);
         let address = self.address;
-        until(Duration::from_secs(20), "Redis answers", || async move {
-            tokio::task::spawn_blocking(move || answers(address)).await?
+        until(Duration::from_secs(20), "Redis responds", || async move {
+            tokio::task::spawn_blocking(move || responds(address)).await?
         })
         .await
     }
@@ -97,13 +97,13 @@ impl Redis {
     }
 }
 
-fn answers(address: SocketAddr) -> Result<bool> {
+fn responds(address: SocketAddr) -> Result<bool> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1))?;
     stream.set_read_timeout(Some(Duration::from_secs(1)))?;
     stream.write_all(b"PING\r\n")?;
     let mut first = [0; 1];
     stream.read_exact(&mut first)?;
-    // Asking for the password is an answer too.
+    // Asking for the password is a response too.
     Ok(first == *b"+" || first == *b"-")
 }
 

@@ -307,7 +307,7 @@ fn minilm_with(expected: &[Sentence], options: &LoadOptions) {
     }
     let references: Vec<&[f32]> = expected.iter().map(|s| s.vector.as_slice()).collect();
     let vectors: Vec<&[f32]> = together.iter().map(Vec::as_slice).collect();
-    let ranking = rankings_kept(&references, &vectors);
+    let ranking = rankings_preserved(&references, &vectors);
     let least = cosines.iter().copied().fold(1.0, f64::min);
     let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
     let name = format!("{} {}", options.dtype, options.kernels);
@@ -328,7 +328,7 @@ fn minilm_with(expected: &[Sentence], options: &LoadOptions) {
 
 /// Spearman's rank correlation of a search, averaged over the first 20 texts as queries among all
 /// others: 1 where the vectors put them in the reference's order.
-fn rankings_kept(references: &[&[f32]], vectors: &[&[f32]]) -> f64 {
+fn rankings_preserved(references: &[&[f32]], vectors: &[&[f32]]) -> f64 {
     let queries = 20;
     let ranks = |vectors: &[&[f32]], query: usize| -> Vec<f64> {
         let found = vectors[queries..].iter();

@@ -185,7 +185,7 @@ impl Balance {
     }
 }
 
-/// Picks a worker that has not been tried, else one that has; the flag says which.
+/// Picks a worker that has not been tried, else one that has; the flag tells them apart.
 /// Ejected workers are picked only when there is no other.
 fn pick<'r>(route: &'r Route, tried: &[usize]) -> Option<(&'r Arc<Upstream>, bool)> {
     let reachable = || route.upstreams().iter().filter(|u| u.reachable());

@@ -57,7 +57,7 @@ enum Action {
     Common,
 }
 
-/// The methods that are answered for the whole fleet.
+/// The methods whose responses are about the whole fleet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FleetMethod {
     ServerLive,

@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn key_sets_come_from_trustworthy_places() {
+    fn key_sets_come_over_tls_or_loopback() {
         let with = |line: &str| {
             let rest = "issuer = \"i\"\naudience = \"a\"\n";
             parse(&format!("[tenants.a]\n[jwt]\n{rest}{line}")).map(|policy| policy.jwt.unwrap())
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_open_unless_it_is_said() {
+    fn access_is_closed_by_default() {
         let policy = parse("[tenants.a]").unwrap();
         assert!(policy.anonymous.is_none() && policy.jwt.is_none());
         assert_eq!(policy.reflection, Openness::Closed);

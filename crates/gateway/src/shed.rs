@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn no_tenant_takes_every_place() {
+    fn no_tenant_takes_every_slot() {
         let shed = Shed::new(5, &Metrics::default());
         let (a, b) = (tenant("a", "quota = { in_flight = 1 }"), tenant("b", ""));
         let mut held: Vec<TenantPermit> = (0..3).map(|_| shed.admit_tenant(&a).unwrap()).collect();

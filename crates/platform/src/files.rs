@@ -117,7 +117,7 @@ pub fn from_toml<T: DeserializeOwned>(text: &str) -> Result<T, ContentError> {
     })
 }
 
-/// The path of a field as people write it: `tenants.search.models[0]`.
+/// The path of a field in the usual notation: `tenants.search.models[0]`.
 fn field_name(path: &FieldPath) -> Option<String> {
     let mut name = String::new();
     for segment in path.iter() {

@@ -63,7 +63,7 @@ pub struct ServerSettings {
     /// Maximum deadline of a call, and the deadline of calls that set none
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = crate::config::positive_duration)]
     pub deadline_max: Duration,
-    /// How long the ports stay open after the server was told to stop and
+    /// How long the ports stay open after the server began to drain and
     /// became not ready
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = crate::config::duration)]
     pub drain_delay: Duration,

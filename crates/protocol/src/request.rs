@@ -1,4 +1,4 @@
-//! Inference requests: checked once as far as the protocol alone can tell, and
+//! Inference requests: checked once as far as the protocol alone determines, and
 //! then against what a model takes.
 
 use std::collections::BTreeMap;

@@ -23,8 +23,8 @@ pub struct LogSettings<'l> {
 }
 
 impl LogSettings<'_> {
-    /// Changes the settings as a request says, and returns all of them. After
-    /// an error they are changed in part: use none of them.
+    /// Applies the changes of a request, and returns all settings. After an error
+    /// they are changed in part: use none of them.
     pub fn apply(self, request: &LogSettingsRequest) -> Result<LogSettingsResponse, Error> {
         for (name, value) in &request.settings {
             let invalid = |reason| Err(Error::invalid(setting(name), reason));
@@ -78,8 +78,8 @@ pub struct TraceSettings<'l> {
 }
 
 impl TraceSettings<'_> {
-    /// Changes the settings as a request says, and returns all of them. After
-    /// an error they are changed in part: use none of them.
+    /// Applies the changes of a request, and returns all settings. After an error
+    /// they are changed in part: use none of them.
     pub fn apply(self, request: &TraceSettingRequest) -> Result<TraceSettingResponse, Error> {
         if !request.model_name.is_empty() {
             return Err(Error::invalid(

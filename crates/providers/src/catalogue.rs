@@ -27,7 +27,7 @@ pub struct ProviderSettings {
 /// The models of outside services, and the chains.
 #[derive(Debug, Default)]
 pub struct Catalogue {
-    /// Models by the names that callers know them by.
+    /// Models by the names that callers use.
     pub providers: BTreeMap<String, Arc<Provider>>,
     /// Chains by their names.
     pub chains: BTreeMap<String, Arc<Chain>>,
@@ -39,7 +39,7 @@ pub struct Catalogue {
 /// first.
 #[derive(Debug)]
 pub struct Chain {
-    /// The name that callers know it by.
+    /// The name that callers use.
     pub name: String,
     /// Models of workers or of providers.
     pub models: Vec<String>,

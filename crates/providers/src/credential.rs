@@ -99,11 +99,11 @@ fn parse(text: &str, prefix: &str) -> Result<Secret, ContentError> {
         return Err(ContentError::new("the key is empty"));
     }
     if text.len() as u64 > KEY_BYTES_MAX {
-        let reason = format!("a key has at most {KEY_BYTES_MAX} bytes");
+        let reason = format!("the key must have at most {KEY_BYTES_MAX} bytes");
         return Err(ContentError::new(reason));
     }
     let mut header = HeaderValue::try_from(format!("{prefix}{text}"))
-        .map_err(|_| ContentError::new("a key is one line of ASCII"))?;
+        .map_err(|_| ContentError::new("the key must be one line of ASCII"))?;
     header.set_sensitive(true);
     Ok(Secret {
         text: text.to_owned(),

@@ -23,7 +23,7 @@ pub struct EmbeddingOptions {
     pub truncate: bool,
 }
 
-/// The texts of one call, and what a service can be asked to do with them.
+/// The texts of one call, and the options of their embedding.
 #[derive(Debug, Clone, Copy)]
 pub struct EmbeddingRequest<'a> {
     /// The texts.

@@ -35,7 +35,7 @@ pub enum ProviderError {
     /// The service rejected the caller's request, with this message.
     #[error("rejected the request{}", after_colon(.0))]
     Rejected(String),
-    /// The vectors do not have the dimensions that the caller asked for.
+    /// The vectors do not have the requested dimensions.
     #[error("does not support this number of dimensions")]
     UnsupportedDimensions,
     /// The dialect has no call for this task.

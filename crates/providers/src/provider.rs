@@ -33,7 +33,7 @@ const RETRY_TOKENS: u32 = 20;
 
 /// One model of an outside service.
 pub struct Provider {
-    /// The name that callers know it by.
+    /// The name that callers use.
     pub name: String,
     /// The digest in the cache keys of its responses; none when they are not cached.
     pub digest: Option<String>,

@@ -40,9 +40,9 @@ impl InvalidSetting {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProvidersFile {
-    /// Models of outside services by the names that callers know them by.
+    /// Models of outside services by the names that callers use.
     pub models: BTreeMap<String, ModelSettings>,
-    /// Chains by the names that callers know them by.
+    /// Chains by the names that callers use.
     pub chains: BTreeMap<String, ChainSettings>,
 }
 

@@ -102,7 +102,7 @@ impl TensorError {
 /// The problem of one element: a predicate of it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ElementError {
-    /// An element of raw BYTES says that it is longer than the bytes that are
+    /// An element of raw BYTES claims to be longer than the bytes that are
     /// left.
     #[error("claims {claimed} bytes, but {left} are left")]
     Length {

@@ -472,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn long_lists_are_counted_and_not_kept() {
+    fn long_lists_are_counted_and_not_stored() {
         #[derive(Debug, Deserialize)]
         struct Listed {
             #[serde(deserialize_with = "texts")]

@@ -170,7 +170,7 @@ impl<S: Send + Sync> FromRequestParts<S> for RequestContext {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
         let context = parts.extensions.get::<Self>().cloned();
-        context.ok_or_else(|| Error::new(Kind::Internal, "the route is no endpoint").into())
+        context.ok_or_else(|| Error::new(Kind::Internal, "the route is not an endpoint").into())
     }
 }
 

@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_page_asks_nobody_else() {
+    async fn the_page_makes_no_foreign_requests() {
         let script = text("swagger-initializer.js").await;
         assert!(script.contains(r#""validatorUrl": "none""#), "{script}");
         for text in [script, text(STYLE_NAME).await] {

@@ -208,7 +208,7 @@ pub fn request_aborted() -> Error {
     Error::new(Kind::Cancelled, "the request was aborted")
 }
 
-/// The error of a layer around the routes, which answers in plain text.
+/// The error of a layer around the routes, which responds in plain text.
 pub fn from_middleware(response: &Response) -> Option<ApiError> {
     let status = response.status();
     let ours = response.extensions().get::<ApiError>().is_some()

@@ -171,9 +171,9 @@ impl ServedModel {
         let metrics = metrics.model(&name, version, queue.clone());
         let instance = Instance::new(model, queue.clone(), metrics.clone());
         let instance = Arc::new(instance);
-        let thread = instance
-            .start(name.as_str())
-            .map_err(|error| EngineError::Device(format!("no thread could be started: {error}")))?;
+        let thread = instance.start(name.as_str()).map_err(|error| {
+            EngineError::Device(format!("the thread cannot be started: {error}"))
+        })?;
         Ok(Self {
             name,
             version,

@@ -290,11 +290,11 @@ class Server:
     def expect_good(self):
         """A good request succeeds: the last case disturbed nobody."""
         try:
-            answer = self.infer(digits(id="good"))
+            response = self.infer(digits(id="good"))
         except grpc.RpcError as error:
             raise AssertionError(f"a good request now gets {error.code().name}: {error.details()}")
-        expect(answer.id == "good", f"a good request is answered with the id {answer.id!r}")
-        expect(len(answer.outputs) == 2, f"a good request has {len(answer.outputs)} outputs")
+        expect(response.id == "good", f"a good request has a response with the id {response.id!r}")
+        expect(len(response.outputs) == 2, f"a good request has {len(response.outputs)} outputs")
 
     def expect_ready(self):
         """Readiness did not flip."""
@@ -302,8 +302,8 @@ class Server:
         expect(ready.ready, "the server is not ready any more")
         for model in ("minilm", "digits"):
             request = service_pb2.ModelReadyRequest(name=model)
-            answer = self.stub.ModelReady(request, timeout=CALL_SECONDS_MAX)
-            expect(answer.ready, f"{model} is not ready any more")
+            response = self.stub.ModelReady(request, timeout=CALL_SECONDS_MAX)
+            expect(response.ready, f"{model} is not ready any more")
 
 
 def check_infer(checks, server, options):
@@ -317,7 +317,7 @@ def check_infer(checks, server, options):
 
 def check_stream(checks, server, options):
     """Every case over one stream, a good request after each: the stream stays
-    open, errors are answers, and all keep their ids."""
+    open, errors are responses, and all keep their ids."""
     with checks.check("all_over_one_stream"):
         requests = []
         for name, request, _, _ in all_cases(options):
@@ -325,17 +325,17 @@ def check_stream(checks, server, options):
             bad.CopyFrom(request)
             bad.id = f"bad-{name}"
             requests += [bad, digits(id=f"good-after-{name}")]
-        answers = server.stub.ModelStreamInfer(iter(requests), timeout=4 * CALL_SECONDS_MAX)
+        responses = server.stub.ModelStreamInfer(iter(requests), timeout=4 * CALL_SECONDS_MAX)
         seen = []
-        for answer in answers:
-            seen.append(answer.infer_response.id)
-            failed = answer.error_message != ""
-            is_bad = answer.infer_response.id.startswith("bad-")
-            expect(failed == is_bad, f"{answer.infer_response.id!r}: {answer.error_message!r}")
-            expect_no_path(answer.error_message)
+        for response in responses:
+            seen.append(response.infer_response.id)
+            failed = response.error_message != ""
+            is_bad = response.infer_response.id.startswith("bad-")
+            expect(failed == is_bad, f"{response.infer_response.id!r}: {response.error_message!r}")
+            expect_no_path(response.error_message)
         expected = [request.id for request in requests]
-        expect(sorted(seen) == sorted(expected), f"{len(seen)} answers to {len(expected)} requests")
-        expect(seen == expected, "the answers are not in the order of the requests")
+        expect(sorted(seen) == sorted(expected), f"{len(seen)} responses to {len(expected)} requests")
+        expect(seen == expected, "the responses are not in the order of the requests")
         server.expect_good()
 
 

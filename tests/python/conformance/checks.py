@@ -92,7 +92,7 @@ def expect(condition, message):
 def expect_status(call, *codes):
     """Runs `call`, which must fail with one of `codes`; returns the error."""
     try:
-        answer = call()
+        response = call()
     except grpc.RpcError as error:
         expected = " or ".join(code.name for code in codes)
         expect(
@@ -101,7 +101,7 @@ def expect_status(call, *codes):
         )
         expect(error.details(), "the status has no message")
         return error
-    raise AssertionError(f"the call succeeded: {str(answer)[:200]}")
+    raise AssertionError(f"the call succeeded: {str(response)[:200]}")
 
 
 def eventually(condition, message, seconds_max=15.0):
@@ -135,7 +135,7 @@ def open_channel(address, seconds_max=20):
     try:
         grpc.channel_ready_future(channel).result(timeout=seconds_max)
     except grpc.FutureTimeoutError:
-        print(f"FAILED connect: nothing answers gRPC at {address} within {seconds_max} s")
+        print(f"FAILED connect: no gRPC server responds at {address} within {seconds_max} s")
         sys.exit(1)
     return channel
 
@@ -157,8 +157,8 @@ class Reflected:
         """A callable for one method of a service, of its own streaming kind."""
         descriptor = self.pool.FindServiceByName(service).FindMethodByName(method)
         ask = "stream" if descriptor.client_streaming else "unary"
-        answer = "stream" if descriptor.server_streaming else "unary"
-        make = getattr(self.channel, f"{ask}_{answer}")
+        response = "stream" if descriptor.server_streaming else "unary"
+        make = getattr(self.channel, f"{ask}_{response}")
         answer_class = message_factory.GetMessageClass(descriptor.output_type)
         return make(
             f"/{service}/{method}",

@@ -19,14 +19,14 @@ DOCUMENTS = [
 ]
 
 
-def scores(answer):
+def scores(response):
     """(index, score) of each result, the best first."""
-    return [(result.index, result.relevance_score) for result in answer.results]
+    return [(result.index, result.relevance_score) for result in response.results]
 
 
-def expect_order(answer, count):
+def expect_order(response, count):
     """So many different documents, the best first, with probabilities."""
-    found = scores(answer)
+    found = scores(response)
     expect(len(found) == count, f"there are {len(found)} results, expected {count}")
     expect(len({index for index, _ in found}) == count, f"a document comes twice: {found}")
     expect(all(index in range(len(DOCUMENTS)) for index, _ in found), f"they are {found}")
@@ -85,8 +85,8 @@ def main():
         body = {"model": model, "query": QUERY, "documents": DOCUMENTS}
         expect(scores(old.rerank(**body)) == scores(new.rerank(**body)), "the scores differ")
     with checks.check("v1_return_documents"):
-        answer = old.rerank(model=model, query=QUERY, documents=DOCUMENTS, return_documents=True)
-        texts = [(result.index, result.document.text) for result in answer.results]
+        response = old.rerank(model=model, query=QUERY, documents=DOCUMENTS, return_documents=True)
+        texts = [(result.index, result.document.text) for result in response.results]
         expect(all(DOCUMENTS[index] == text for index, text in texts), f"they are {texts}")
     with checks.check("v1_documents_as_objects"):
         objects = [{"text": text} for text in DOCUMENTS]

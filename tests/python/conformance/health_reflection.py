@@ -56,8 +56,8 @@ class Watch:
 
     def _follow(self):
         try:
-            for answer in self.call:
-                self.statuses.put(answer.status)
+            for response in self.call:
+                self.statuses.put(response.status)
         except grpc.RpcError:
             pass
         self.statuses.put(None)
@@ -218,7 +218,7 @@ def check_reflection(checks, channel, reflected):
         request_class(file_containing_symbol="nothing.at.All"),
         request_class(file_by_filename="nothing.proto"),
     ]
-    answers = {}
+    responses = {}
     for version in ("v1alpha", "v1"):
         with checks.check(f"reflection_{version}"):
             call = channel.stream_stream(
@@ -227,29 +227,29 @@ def check_reflection(checks, channel, reflected):
                 response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
             )
             known, unknown = requests[:3], requests[3:]
-            answers[version] = [next(call(iter([r]), timeout=CALL_SECONDS_MAX)) for r in known]
-            kinds = [answer.WhichOneof("message_response") for answer in answers[version]]
+            responses[version] = [next(call(iter([r]), timeout=CALL_SECONDS_MAX)) for r in known]
+            kinds = [response.WhichOneof("message_response") for response in responses[version]]
             expected = ["list_services_response"] + ["file_descriptor_response"] * 2
-            expect(kinds == expected, f"the answers are {kinds}")
+            expect(kinds == expected, f"the responses are {kinds}")
             for request in unknown:
                 expect_not_found(call, request)
-            names = {s.name for s in answers[version][0].list_services_response.service}
+            names = {s.name for s in responses[version][0].list_services_response.service}
             expect(set(SERVICES) <= names, f"{version} lists {sorted(names)}")
     with checks.check("reflection_versions_agree"):
-        for number, (old, new) in enumerate(zip(answers["v1alpha"], answers["v1"])):
+        for number, (old, new) in enumerate(zip(responses["v1alpha"], responses["v1"])):
             kind = old.WhichOneof("message_response")
             same = getattr(old, kind) == getattr(new, kind)
-            expect(same, f"v1alpha and v1 answer request {number} differently")
+            expect(same, f"v1alpha and v1 respond to request {number} differently")
 
 
 def expect_not_found(call, request):
-    """An unknown name is NOT_FOUND, as an answer or as the stream's status."""
+    """An unknown name is NOT_FOUND, as an response or as the stream's status."""
     try:
-        answer = next(call(iter([request]), timeout=CALL_SECONDS_MAX))
+        response = next(call(iter([request]), timeout=CALL_SECONDS_MAX))
     except grpc.RpcError as error:
         expect(error.code() == grpc.StatusCode.NOT_FOUND, f"unknown name: {error.code()}")
         return
-    code = answer.error_response.error_code
+    code = response.error_response.error_code
     expect(code == grpc.StatusCode.NOT_FOUND.value[0], f"unknown name: code {code}")
 
 

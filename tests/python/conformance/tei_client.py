@@ -59,11 +59,11 @@ class Tei:
 
     def call(self, path, request, model=None, version=None):
         """Calls "Embed/Embed"; a list is sent as a stream and a streamed
-        answer is returned as a list."""
+        response is returned as a list."""
         return self.call_with_headers(path, request, model, version)[0]
 
     def call_with_headers(self, path, request, model=None, version=None):
-        """As `call`, with the answer's initial metadata."""
+        """As `call`, with the response's initial metadata."""
         service, method = path.split("/")
         metadata = [("andon-model", model)] if model else []
         metadata += [("andon-model-version", version)] if version else []
@@ -74,8 +74,8 @@ class Tei:
             return list(call), dict(call.initial_metadata())
         if isinstance(callable_, grpc.StreamUnaryMultiCallable):
             request = iter(request)
-        answer, call = callable_.with_call(request, **options)
-        return answer, dict(call.initial_metadata())
+        response, call = callable_.with_call(request, **options)
+        return response, dict(call.initial_metadata())
 
     def embed(self, text, model="minilm", **fields):
         request = self.message("EmbedRequest", inputs=text, **fields)
@@ -138,10 +138,10 @@ def check_embed(checks, tei):
     with checks.check("embed"):
         text = TEXTS[1]
         request = tei.message("EmbedRequest", inputs=text, normalize=True)
-        answer, headers = tei.call_with_headers("Embed/Embed", request, "minilm")
-        expect(len(answer.embeddings) == 384, f"{len(answer.embeddings)} dimensions")
+        response, headers = tei.call_with_headers("Embed/Embed", request, "minilm")
+        expect(len(response.embeddings) == 384, f"{len(response.embeddings)} dimensions")
         expect_headers(headers)
-        metadata = answer.metadata
+        metadata = response.metadata
         tokens = len(tei.tokens(text, add_special_tokens=True))
         expect(metadata.compute_chars == len(text), f"compute_chars {metadata.compute_chars}")
         expect(metadata.compute_tokens == tokens, f"{metadata.compute_tokens} of {tokens} tokens")
@@ -170,13 +170,13 @@ def check_embed(checks, tei):
     with checks.check("embed_stream"):
         expected = [tei.embed(text, normalize=True) for text in TEXTS]
         requests = [tei.message("EmbedRequest", inputs=t, normalize=True) for t in TEXTS]
-        answers = tei.call("Embed/EmbedStream", requests, "minilm")
-        expect(len(answers) == len(TEXTS), f"{len(answers)} answers to {len(TEXTS)} texts")
-        for number, (answer, vector) in enumerate(zip(answers, expected)):
-            found = np.array(answer.embeddings, dtype=np.float32)
-            expect_near(found, vector, f"answer {number} and its unary answer")
+        responses = tei.call("Embed/EmbedStream", requests, "minilm")
+        expect(len(responses) == len(TEXTS), f"{len(responses)} responses to {len(TEXTS)} texts")
+        for number, (response, vector) in enumerate(zip(responses, expected)):
+            found = np.array(response.embeddings, dtype=np.float32)
+            expect_near(found, vector, f"response {number} and its unary response")
     with checks.check("embed_stream_empty"):
-        expect(tei.call("Embed/EmbedStream", [], "minilm") == [], "answers to nothing")
+        expect(tei.call("Embed/EmbedStream", [], "minilm") == [], "responses to nothing")
     with checks.check("embed_sparse"):
         request = tei.message("EmbedSparseRequest", inputs="a")
         refuse = lambda: tei.call("Embed/EmbedSparse", request, "minilm")
@@ -187,14 +187,14 @@ def check_embed(checks, tei):
 
 
 def check_embed_all(checks, tei):
-    def rows(answer):
-        return np.array([list(token.embeddings) for token in answer.token_embeddings])
+    def rows(response):
+        return np.array([list(token.embeddings) for token in response.token_embeddings])
 
     with checks.check("embed_all"):
         text = TEXTS[4]
         request = tei.message("EmbedAllRequest", inputs=text)
-        answer, headers = tei.call_with_headers("Embed/EmbedAll", request, "minilm")
-        found, tokens = rows(answer), tei.tokens(text, add_special_tokens=True)
+        response, headers = tei.call_with_headers("Embed/EmbedAll", request, "minilm")
+        found, tokens = rows(response), tei.tokens(text, add_special_tokens=True)
         expect(found.shape == (len(tokens), 384), f"the shape is {found.shape}")
         expect_headers(headers)
         # minilm pools by the mean, so the mean of all is its embedding.
@@ -202,10 +202,10 @@ def check_embed_all(checks, tei):
     with checks.check("embed_all_stream"):
         requests = [tei.message("EmbedAllRequest", inputs=text) for text in TEXTS]
         expected = [tei.call("Embed/EmbedAll", request, "minilm") for request in requests]
-        answers = tei.call("Embed/EmbedAllStream", requests, "minilm")
-        expect(len(answers) == len(TEXTS), f"{len(answers)} answers to {len(TEXTS)} texts")
-        for number, (answer, one) in enumerate(zip(answers, expected)):
-            expect_near(rows(answer), rows(one), f"answer {number} and its unary answer")
+        responses = tei.call("Embed/EmbedAllStream", requests, "minilm")
+        expect(len(responses) == len(TEXTS), f"{len(responses)} responses to {len(TEXTS)} texts")
+        for number, (response, one) in enumerate(zip(responses, expected)):
+            expect_near(rows(response), rows(one), f"response {number} and its unary response")
 
 
 def check_tokenize(checks, tei):
@@ -236,8 +236,8 @@ def check_tokenize(checks, tei):
         expect("[CLS]" in decode(False), f"special tokens are lost: {decode(False)!r}")
     with checks.check("tokenize_stream"):
         requests = [tei.message("EncodeRequest", inputs=text) for text in TEXTS]
-        answers = tei.call("Tokenize/TokenizeStream", requests, "minilm")
-        found = [[token.id for token in answer.tokens] for answer in answers]
+        responses = tei.call("Tokenize/TokenizeStream", requests, "minilm")
+        found = [[token.id for token in response.tokens] for response in responses]
         expected = [[token.id for token in tei.tokens(text)] for text in TEXTS]
         expect(found == expected, "the stream and the unary calls differ")
     with checks.check("decode_stream"):
@@ -246,8 +246,8 @@ def check_tokenize(checks, tei):
             tei.message("DecodeRequest", ids=[token.id for token in tei.tokens(text)])
             for text in words
         ]
-        answers = tei.call("Tokenize/DecodeStream", requests, "minilm")
-        expect([a.text for a in answers] == words, f"decoded {[a.text for a in answers]}")
+        responses = tei.call("Tokenize/DecodeStream", requests, "minilm")
+        expect([a.text for a in responses] == words, f"decoded {[a.text for a in responses]}")
 
 
 def expect_cannot(tei, path, request, able):
@@ -279,9 +279,9 @@ def check_refusals(checks, tei, options):
             expect_cannot(tei, path, request, able)
 
 
-def predictions(answer):
-    """(label, score) pairs of one answer."""
-    return [(entry.label, entry.score) for entry in answer.predictions]
+def predictions(response):
+    """(label, score) pairs of one response."""
+    return [(entry.label, entry.score) for entry in response.predictions]
 
 
 def expect_same_predictions(found, expected):
@@ -297,9 +297,9 @@ def check_predict(checks, tei, model):
         expect(info.model_type == 1, f"model_type is {info.model_type}, expected CLASSIFIER")
     with checks.check("predict"):
         request = tei.message("PredictRequest", inputs=TEXTS[1])
-        answer, headers = tei.call_with_headers("Predict/Predict", request, model)
+        response, headers = tei.call_with_headers("Predict/Predict", request, model)
         expect_headers(headers)
-        found = predictions(answer)
+        found = predictions(response)
         scores = [score for _, score in found]
         expect(len(found) > 0 and all(label for label, _ in found), f"predictions {found}")
         expect(len({label for label, _ in found}) == len(found), f"labels repeat: {found}")
@@ -316,11 +316,11 @@ def check_predict(checks, tei, model):
             expect(np.allclose(powers / powers.sum(), scores, atol=1e-4), "not its softmax")
     with checks.check("predict_stream"):
         requests = [tei.message("PredictRequest", inputs=text) for text in TEXTS]
-        answers = tei.call("Predict/PredictStream", requests, model)
-        expect(len(answers) == len(TEXTS), f"{len(answers)} answers to {len(TEXTS)} texts")
-        for request, answer in zip(requests, answers):
+        responses = tei.call("Predict/PredictStream", requests, model)
+        expect(len(responses) == len(TEXTS), f"{len(responses)} responses to {len(TEXTS)} texts")
+        for request, response in zip(requests, responses):
             expected = tei.call("Predict/Predict", request, model)
-            expect_same_predictions(predictions(answer), predictions(expected))
+            expect_same_predictions(predictions(response), predictions(expected))
     with checks.check("predict_pair"):
         pairs = [
             tei.message("PredictPairRequest", inputs=[TEXTS[1], text], truncate=True)
@@ -328,10 +328,10 @@ def check_predict(checks, tei, model):
         ]
         expected = [predictions(tei.call("Predict/PredictPair", pair, model)) for pair in pairs]
         expect(all(len(entry) == len(found) for entry in expected), f"predictions {expected}")
-        answers = tei.call("Predict/PredictPairStream", pairs, model)
-        expect(len(answers) == len(pairs), f"{len(answers)} answers to {len(pairs)} pairs")
-        for answer, entry in zip(answers, expected):
-            expect_same_predictions(predictions(answer), entry)
+        responses = tei.call("Predict/PredictPairStream", pairs, model)
+        expect(len(responses) == len(pairs), f"{len(responses)} responses to {len(pairs)} pairs")
+        for response, entry in zip(responses, expected):
+            expect_same_predictions(predictions(response), entry)
     with checks.check("predict_pair_needs_two"):
         for texts in ([], ["a"], ["a", "b", "c"]):
             request = tei.message("PredictPairRequest", inputs=texts)
@@ -340,9 +340,9 @@ def check_predict(checks, tei, model):
             expect("inputs" in error.details(), f"`inputs` is not named: {error.details()!r}")
 
 
-def ranks(answer):
+def ranks(response):
     """(index, score) of each rank."""
-    return [(rank.index, rank.score) for rank in answer.ranks]
+    return [(rank.index, rank.score) for rank in response.ranks]
 
 
 def check_rerank(checks, tei, model):
@@ -353,14 +353,14 @@ def check_rerank(checks, tei, model):
         expect(info.model_type == 2, f"model_type is {info.model_type}, expected RERANKER")
     with checks.check("rerank"):
         request = tei.message("RerankRequest", **base)
-        answer, headers = tei.call_with_headers("Rerank/Rerank", request, model)
+        response, headers = tei.call_with_headers("Rerank/Rerank", request, model)
         expect_headers(headers)
-        found = ranks(answer)
+        found = ranks(response)
         scores = [score for _, score in found]
         expect(sorted(index for index, _ in found) == list(range(8)), f"indexes: {found}")
         expect(scores == sorted(scores, reverse=True), f"not the best first: {scores}")
         expect(all(0 <= score <= 1 for score in scores), f"no probabilities: {scores}")
-        expect(not any(rank.HasField("text") for rank in answer.ranks), "texts came unasked")
+        expect(not any(rank.HasField("text") for rank in response.ranks), "texts came unasked")
     with checks.check("rerank_return_text"):
         request = tei.message("RerankRequest", return_text=True, **base)
         for rank in tei.call("Rerank/Rerank", request, model).ranks:
@@ -376,10 +376,10 @@ def check_rerank(checks, tei, model):
             tei.message("RerankStreamRequest", query=query, text=text, return_text=True)
             for text in texts
         ]
-        answer = tei.call("Rerank/RerankStream", requests, model)
-        streamed = np.array([score for _, score in ranks(answer)])
+        response = tei.call("Rerank/RerankStream", requests, model)
+        streamed = np.array([score for _, score in ranks(response)])
         expect(np.allclose(streamed, scores, atol=1e-4), f"{streamed}, expected {scores}")
-        for rank in answer.ranks:
+        for rank in response.ranks:
             expect(rank.text == texts[rank.index], f"{rank.index} came with {rank.text!r}")
     with checks.check("rerank_bad"):
         empty = tei.message("RerankRequest", query=query, texts=[])

@@ -308,10 +308,10 @@ async fn a_new_version_never_gets_an_old_ones_answers() -> Result<()> {
     client(gateway).await?.repository_model_load(load).await?;
     until(
         Duration::from_secs(20),
-        "the new version answers",
+        "the new version responds",
         || async {
             let reply = call(gateway, &request, &[]).await?;
-            // Whatever is answered meanwhile is wholly of one version.
+            // Meanwhile each response is wholly of one version.
             let one = reply.response.model_version == "1";
             assert_eq!(one, reply.response == old);
             Ok(!one)
@@ -324,7 +324,7 @@ async fn a_new_version_never_gets_an_old_ones_answers() -> Result<()> {
     let direct = call(worker.grpc, &direct, &[]).await?.response;
     let new = call(gateway, &request, &[]).await?;
     ensure!(new.cache == "hit" && new.response == direct);
-    // The old version is still asked for by its number.
+    // The old version can still be requested by its number.
     let mut pinned = request;
     pinned.model_version = "1".to_owned();
     let pinned = call(gateway, &pinned, &[]).await?;

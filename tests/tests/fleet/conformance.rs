@@ -116,7 +116,7 @@ async fn buf_curl_of_every_role() -> Result<()> {
 }
 
 #[tokio::test]
-async fn bad_input_is_answered_alike_by_every_role() -> Result<()> {
+async fn bad_input_has_the_same_errors_in_every_role() -> Result<()> {
     let limit = ["--message-bytes-max", "8MiB"];
     let fleet = Fleet::with(1, &limit, &limit).await?;
     let flags = ["--message-bytes-max", "8388608"];

@@ -44,7 +44,7 @@ async fn a_deadline_ends_the_call_and_the_compute() -> Result<()> {
         ensure!(code == Code::DeadlineExceeded, "{code:?}");
         ensure!(took < Duration::from_millis(500), "{took:?}");
     }
-    // The instance is free again at once: a short text is answered.
+    // The instance is free again at once: a short text succeeds.
     let started = Instant::now();
     infer(&client, texts(&["short"]), Duration::from_secs(5)).await?;
     ensure!(
@@ -62,7 +62,7 @@ async fn a_caller_who_leaves_stops_the_work() -> Result<()> {
     let client = client(fleet.gateway.grpc).await?;
     let timeout = Duration::from_millis(150);
     let left = tokio::time::timeout(timeout, infer(&client, slow(), Duration::from_secs(30)));
-    ensure!(left.await.is_err(), "it was answered within {timeout:?}");
+    ensure!(left.await.is_err(), "it succeeded within {timeout:?}");
     until(Duration::from_secs(5), "the rows are given up", || async {
         Ok(abandoned(&fleet).await? > 0.0)
     })

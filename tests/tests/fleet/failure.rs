@@ -47,7 +47,7 @@ async fn a_frozen_worker_fails_no_request() -> Result<()> {
     fleet.all_connected(2).await?;
     let before = load.succeeded.load(std::sync::atomic::Ordering::Relaxed);
     load.reached(before + 1_000).await?;
-    // Still frozen: the calls that it had must have been answered by others.
+    // Still frozen: its calls must have succeeded on other workers.
     let outcome = load.stopped().await;
     ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
     frozen.signal(libc::SIGCONT)?;
@@ -80,8 +80,7 @@ async fn workers_whose_connections_come_to_their_age_fail_no_request() -> Result
     Ok(())
 }
 
-/// Waits until a process that was told to end is not ready, and calls still
-/// succeed.
+/// Waits until a terminating process is not ready, and calls still succeed.
 async fn goes_on_while_draining(process: &Andon, load: &Load) -> Result<()> {
     until(Duration::from_secs(5), "draining", || async {
         Ok(!process.get("/readyz").await?.starts_with("ready"))

@@ -250,9 +250,9 @@ async fn a_stream_ends_with_its_key() -> Result<()> {
     request.metadata_mut().insert("x-api-key", key.parse()?);
     sender.send(pixels(&[[1.0; 64]])).await?;
     let mut client = fleet_tests::calls::client(guarded.fleet.gateway.grpc).await?;
-    let mut answers = client.model_stream_infer(request).await?.into_inner();
-    let answer = answers.message().await?.context("no answer")?;
-    ensure!(answer.error_message.is_empty(), "{answer:?}");
+    let mut responses = client.model_stream_infer(request).await?.into_inner();
+    let response = responses.message().await?.context("no response")?;
+    ensure!(response.error_message.is_empty(), "{response:?}");
     guarded.keys(&["revoke", &key[6..14]])?;
     let shown = [("x-api-key", key.as_str())];
     until(Duration::from_secs(20), "the key is revoked", || async {
@@ -260,8 +260,8 @@ async fn a_stream_ends_with_its_key() -> Result<()> {
     })
     .await?;
     sender.send(pixels(&[[1.0; 64]])).await?;
-    let answer = answers.message().await?.context("no answer")?;
-    ensure!(answer.error_message.contains("revoked"), "{answer:?}");
+    let response = responses.message().await?.context("no response")?;
+    ensure!(response.error_message.contains("revoked"), "{response:?}");
     guarded.says_nothing_of(&key)
 }
 
@@ -308,7 +308,7 @@ const PROBES: [&str; 3] = [
 ];
 
 #[tokio::test]
-async fn probes_stay_open_and_everything_else_asks() -> Result<()> {
+async fn probes_are_open_and_all_else_requires_a_credential() -> Result<()> {
     let guarded = Guarded::start(TENANTS, &[], &[]).await?;
     let address = guarded.fleet.gateway.grpc;
     // Whoever it is may say little.

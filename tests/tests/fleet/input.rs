@@ -1,4 +1,4 @@
-//! Bytes that are no calls: whatever comes, nobody panics and others are served.
+//! Bytes that are no calls: no process panics, and other callers are served.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -104,7 +104,7 @@ async fn attack(address: SocketAddr, seed: u64) -> Result<()> {
 }
 
 #[tokio::test]
-async fn mutated_messages_get_a_status_and_nobody_panics() -> Result<()> {
+async fn mutated_messages_get_a_status_and_no_process_panics() -> Result<()> {
     let fleet = Fleet::start(1).await?;
     let worker = fleet.workers[0].as_ref().context("a worker")?;
     let (gateway, direct) = (fleet.gateway.grpc, worker.grpc);

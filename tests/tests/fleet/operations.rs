@@ -251,8 +251,8 @@ async fn a_broken_new_version_leaves_the_old_one_serving() -> Result<()> {
     infer(&client, pixels(&[[0.0; 64]]), Duration::from_secs(5)).await?;
     copy_folder(&models()?.join("digits/1"), &broken)?;
     client.repository_model_load(load).await?;
-    let answer = infer(&client, pixels(&[[0.0; 64]]), Duration::from_secs(5)).await?;
-    ensure!(answer.model_version == "2", "{}", answer.model_version);
+    let response = infer(&client, pixels(&[[0.0; 64]]), Duration::from_secs(5)).await?;
+    ensure!(response.model_version == "2", "{}", response.model_version);
     std::fs::remove_dir_all(&repository)?;
     Ok(())
 }
@@ -373,13 +373,13 @@ async fn the_log_of_a_traced_call_holds_nothing_of_its_caller() -> Result<()> {
         let gateway = Andon::start("gateway", &flags, None)?;
         gateway.ready().await?;
         let client = reqwest::Client::builder().no_proxy().build()?;
-        let answer = client
+        let response = client
             .post(format!("http://{}/v1/embeddings", gateway.http))
             .header("x-request-id", "set-by-the-caller")
             .json(&json!({ "model": "outside", "input": "a text" }))
             .send()
             .await?;
-        ensure!(answer.status().as_u16() == 503, "{}", answer.status());
+        ensure!(response.status().as_u16() == 503, "{}", response.status());
         let log = gateway.logged();
         ensure!(log.contains("a provider could not be called"), "{log}");
         for word in ["set-by-the-caller", "quietfolk", "andon.", "otel.name"] {

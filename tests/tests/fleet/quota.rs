@@ -149,7 +149,7 @@ impl Report {
         self.passed.iter().filter(|took| **took >= time).count()
     }
 
-    /// Every refusal has this code, says this, and when to come back.
+    /// Every refusal has this code and message, and a retry delay.
     fn all_refused(&self, code: Code, text: &str) -> Result<()> {
         for status in &self.refused {
             ensure!(
@@ -383,7 +383,7 @@ async fn a_lost_redis_closes_where_the_policy_says_so() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_frozen_redis_holds_nobody_up() -> Result<()> {
+async fn a_frozen_redis_delays_no_call() -> Result<()> {
     let redis = Redis::start().await?;
     let url = redis.url();
     // One at a time is granted: each call would wait for Redis.

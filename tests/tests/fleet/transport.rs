@@ -103,12 +103,12 @@ async fn connections_over_the_cap_are_closed_and_the_others_serve() -> Result<()
 }
 
 #[tokio::test]
-async fn old_connections_are_asked_to_end() -> Result<()> {
+async fn old_connections_are_closed_gracefully() -> Result<()> {
     let fleet = Fleet::with(1, &[], &["--connection-age", "300ms"]).await?;
     let client = client(fleet.gateway.grpc).await?;
     let load = fleet_tests::load::Load::start(&client, &digits(), 4, usize::MAX);
     let accepted = "andon_connections_accepted_total{listener=\"gateway\"}";
-    // The client connects again each time that its connection is told to end.
+    // The client connects again each time that its connection receives GOAWAY.
     until(
         Duration::from_secs(20),
         "the client connects again",
@@ -116,8 +116,8 @@ async fn old_connections_are_asked_to_end() -> Result<()> {
     )
     .await?;
     let mut outcome = load.stopped().await;
-    // What tonic's client says of a call that it had not sent yet when its
-    // connection was told to end; other clients send it on the next one.
+    // The error of tonic's client for a call that it had not sent yet at the
+    // GOAWAY; other clients send it on the next connection.
     outcome.failed.remove("Cancelled: operation was canceled");
     ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
     Ok(())

@@ -51,7 +51,7 @@ pub enum CallError {
 }
 
 impl CallError {
-    /// The code of gRPC that says it best, as people write it; `HTTP` where
+    /// The gRPC code that fits best, in the usual notation; `HTTP` where
     /// the server speaks another protocol.
     pub fn code(&self) -> &'static str {
         code_name(match self {

@@ -254,7 +254,7 @@ fn details(status: &Status) -> String {
         .map(|bad| bad.field_violations.as_slice())
         .unwrap_or_default()
     {
-        // Andon's own messages say it already.
+        // Andon's own messages have the hint already.
         let description = &violation.description;
         if description.is_empty() || !status.message().contains(description) {
             let _ = write!(text, "\n  field {}: {description}", violation.field);

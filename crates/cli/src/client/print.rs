@@ -85,7 +85,7 @@ pub fn short(text: &str, columns: usize) -> String {
     cut
 }
 
-/// A shape as people write it, for example `[-1,384]`.
+/// A shape in the usual notation, for example `[-1,384]`.
 pub fn shape(dimensions: &[i64]) -> String {
     let dimensions: Vec<String> = dimensions.iter().map(i64::to_string).collect();
     format!("[{}]", dimensions.join(","))

@@ -64,7 +64,7 @@ struct VerifiedToken {
 }
 
 impl Tokens {
-    /// Accepts tokens as the policy says. Signers that are unchanged since `before`
+    /// Accepts tokens by the policy. Signers that are unchanged since `before`
     /// are kept, and not fetched again.
     pub fn new(
         policy: Arc<Policy>,

@@ -49,8 +49,8 @@ pub struct QuotaLease {
     /// This much or more is exhausted in Redis, which is not queried for it before.
     exhausted_amount: u64,
     exhausted_until: f64,
-    /// Usage that Redis does not know yet: charged after a response, or counted
-    /// while Redis was lost.
+    /// Usage that is not reported to Redis yet: charged after a response, or
+    /// counted while Redis was lost.
     unreported: u64,
     /// The usage of all gateways, when Redis was queried last.
     used_by_all: Option<u64>,
@@ -206,8 +206,8 @@ impl QuotaLease {
         }
     }
 
-    /// Adds usage that Redis does not know. Requests of a rate are not reported:
-    /// calls would wait for them when Redis is back.
+    /// Adds usage that is not reported to Redis yet. Requests of a rate are never
+    /// reported: calls would wait for them when Redis is back.
     pub fn add_unreported(&mut self, rule: &LimitRule, amount: u64, now: Moment) {
         if rule.kind == LimitKind::RequestsPerSecond {
             return;

@@ -207,7 +207,7 @@ async fn a_chain_and_its_model_count_once_in_one_pattern() {
 }
 
 #[tokio::test]
-async fn what_nobody_waited_for_is_charged() {
+async fn usage_without_a_reservation_is_charged() {
     let limit = limit();
     let caller = caller("quota = { cost_per_day = 0.5, tokens_per_day = 10 }");
     let charge = |tokens, cost| limit.charge(&caller, "m", Usage { tokens, cost });

@@ -119,7 +119,7 @@ fn duration<'de, D: Deserializer<'de>>(reader: D) -> Result<Duration, D::Error> 
     platform::config::duration(&String::deserialize(reader)?).map_err(de::Error::custom)
 }
 
-/// The text, to say where in it something is wrong.
+/// The text, for the positions of errors.
 struct Source<'a>(&'a str);
 
 impl Source<'_> {
@@ -157,7 +157,7 @@ pub fn parse(text: &str, folder: &Path) -> Result<Policy, ContentError> {
             }
             let known = policy.certificates.get(certificate.get_ref());
             if known.is_some_and(|known| known.name != tenant.name) {
-                let reason = "one certificate cannot stand for two tenants";
+                let reason = "a certificate cannot authenticate two tenants";
                 return Err(source.wrong(&certificate, &field, reason));
             }
             let name = certificate.into_inner();
@@ -186,8 +186,8 @@ fn anonymous(
     }
 }
 
-/// A tenant's answers are its own unless it says that it shares them: nobody
-/// can join the scope of a tenant that knows nothing of it.
+/// A tenant's cached rows are its own unless it shares them explicitly: another
+/// tenant can only join a scope whose owner names it too.
 fn check_scopes(
     tenants: &BTreeMap<Name, TenantEntry>,
     source: &Source<'_>,
@@ -230,7 +230,7 @@ fn tenant(name: String, entry: TenantEntry, source: &Source<'_>) -> Result<Tenan
     })
 }
 
-/// A quota of nothing would be told to come back forever: a model that may not
+/// A caller with a quota of 0 would retry forever: a model that may not
 /// be called is not among the tenant's models.
 fn checked(quota: Spanned<Quota>, field: &str, source: &Source<'_>) -> Result<Quota, ContentError> {
     let given = quota.get_ref();

@@ -81,7 +81,10 @@ pub(crate) fn build(model: &ModelSettings) -> Result<Client, InvalidSetting> {
     }
     builder.build().map_err(|error| {
         let reason = root_cause(&error);
-        InvalidSetting::new("base_url", format!("no HTTP client can be made: {reason}"))
+        InvalidSetting::new(
+            "base_url",
+            format!("the HTTP client cannot be created: {reason}"),
+        )
     })
 }
 

@@ -292,7 +292,7 @@ impl ParsedRequest {
         let mut framed = BytesMut::with_capacity(5 + length);
         framed.put_u8(0);
         framed.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
-        // The buffer has the length that prost asked for.
+        // The buffer has the length that prost requested.
         let _ = self.head.encode(&mut framed);
         for chunks in &self.raw {
             encode_key(RAW_CONTENTS, WireType::LengthDelimited, &mut framed);

@@ -1,4 +1,4 @@
-//! Requests that no client sends: whatever comes, it is answered, and others
+//! Requests that no client sends: each has a response, and others
 //! are served.
 
 use std::net::SocketAddr;
@@ -246,7 +246,7 @@ async fn heads_and_bodies_that_never_end_are_ended() -> Result<()> {
 }
 
 #[tokio::test]
-async fn mutated_requests_get_a_status_and_nobody_panics() -> Result<()> {
+async fn mutated_requests_get_a_status_and_no_process_panics() -> Result<()> {
     let fleet = fleet().await?;
     let address = fleet.gateway.http;
     let client = web(Protocol::Http2)?;

@@ -112,7 +112,7 @@ async fn a_flood_of_unknown_signers_fetches_once() -> Result<()> {
             .await
         });
     }
-    // So many wait for the page; the others are told to come again.
+    // So many wait for the page; the others are rejected with a retry delay.
     while let Some(response) = flood.join_next().await {
         let status = response??;
         match status.code() {

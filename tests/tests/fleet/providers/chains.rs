@@ -16,7 +16,7 @@ fn chain(models: &[&str]) -> String {
 }
 
 #[tokio::test]
-async fn a_model_of_no_worker_is_answered_for_by_a_provider() -> Result<()> {
+async fn a_model_without_workers_falls_back_to_a_provider() -> Result<()> {
     let server = embedder().await;
     let catalogue = embedding("small", &server, "") + &chain(&["minilm", "small"]);
     // A worker that is not there.
@@ -38,7 +38,7 @@ async fn a_model_of_no_worker_is_answered_for_by_a_provider() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_provider_that_is_gone_is_answered_for_by_a_worker() -> Result<()> {
+async fn an_unreachable_provider_falls_back_to_a_worker() -> Result<()> {
     let url = format!("http://{}/v1", free_port()?);
     let more = format!("{EMBEDDING}\nretries_max = 0");
     let file = scratch("providers.toml")?;
@@ -55,7 +55,7 @@ async fn a_provider_that_is_gone_is_answered_for_by_a_worker() -> Result<()> {
     let answer = response.into_inner();
     ensure!(answer.model_name == "minilm");
     ensure!(answer.raw_output_contents == direct.raw_output_contents);
-    // The first model's answer says nothing of a chain.
+    // The first model's response has no fallback header.
     let own = client
         .clone()
         .model_infer(texts("minilm", &["one"]))

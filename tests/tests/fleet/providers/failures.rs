@@ -257,7 +257,7 @@ async fn calls_over_the_cap_are_refused_at_once() -> Result<()> {
         outside.fails(texts("small", &["b"])).await
     };
     let status = tokio::select! {
-        _ = first => anyhow::bail!("the first was answered"),
+        _ = first => anyhow::bail!("the first succeeded"),
         status = second => status?,
     };
     ensure!(status.code() == Code::Unavailable, "{status:?}");

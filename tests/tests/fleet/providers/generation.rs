@@ -44,8 +44,8 @@ fn prompt(model: &str, id: &str, text: &str) -> ModelInferRequest {
     }
 }
 
-fn generated(answer: &ModelInferResponse) -> Result<String> {
-    let raw = answer.raw_output_contents.first().context("no output")?;
+fn generated(response: &ModelInferResponse) -> Result<String> {
+    let raw = response.raw_output_contents.first().context("no output")?;
     let text = raw.get(4..).context("no element")?;
     Ok(String::from_utf8(text.to_vec())?)
 }
@@ -53,15 +53,20 @@ fn generated(answer: &ModelInferResponse) -> Result<String> {
 pub(super) const OPENAI: &str = "kind = \"openai\"\ntask = \"generation\"\n\
                       price = { input_per_million = 1e6, output_per_million = 2e6 }";
 
-fn openai_asks() -> Value {
+fn openai_request() -> Value {
     json!({
         "model": "theirs", "max_tokens": 7, "temperature": 0.5, "stop": ["END"],
         "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}],
     })
 }
 
-/// Answers whole, or in these events when a stream is asked for.
-pub(super) async fn writer(path: &str, received: Value, answer: Value, events: &str) -> MockServer {
+/// Responds whole, or with these events when a stream is requested.
+pub(super) async fn writer(
+    path: &str,
+    received: Value,
+    response: Value,
+    events: &str,
+) -> MockServer {
     let server = MockServer::start().await;
     let sse = ResponseTemplate::new(200).set_body_raw(events.to_owned(), "text/event-stream");
     posts(path)
@@ -73,7 +78,7 @@ pub(super) async fn writer(path: &str, received: Value, answer: Value, events: &
         .await;
     posts(path)
         .and(body_partial_json(received))
-        .respond_with(ResponseTemplate::new(200).set_body_json(answer))
+        .respond_with(ResponseTemplate::new(200).set_body_json(response))
         .mount(&server)
         .await;
     server
@@ -87,11 +92,17 @@ pub(super) const OPENAI_EVENTS: &str = "data: {\"choices\":[{\"delta\":{\"role\"
     data: [DONE]\n\n";
 
 async fn openai_writer() -> MockServer {
-    let answer = json!({
+    let response = json!({
         "choices": [{"message": {"role": "assistant", "content": "Good day"}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 3, "completion_tokens": 2},
     });
-    writer("/v1/chat/completions", openai_asks(), answer, OPENAI_EVENTS).await
+    writer(
+        "/v1/chat/completions",
+        openai_request(),
+        response,
+        OPENAI_EVENTS,
+    )
+    .await
 }
 
 /// Sends messages on one stream and gathers what comes back.
@@ -100,16 +111,20 @@ async fn streamed(
     requests: Vec<ModelInferRequest>,
 ) -> Result<Vec<ModelStreamInferResponse>> {
     let requests = futures::stream::iter(requests);
-    let answers = outside.client.clone().model_stream_infer(requests).await?;
-    let answers: Vec<_> = answers.into_inner().collect().await;
-    Ok(answers.into_iter().collect::<Result<_, _>>()?)
+    let responses = outside.client.clone().model_stream_infer(requests).await?;
+    let responses: Vec<_> = responses.into_inner().collect().await;
+    Ok(responses.into_iter().collect::<Result<_, _>>()?)
 }
 
 /// The id, the text and whether it is the last, of each part.
-fn parts(answers: &[ModelStreamInferResponse]) -> Result<Vec<(String, String, bool)>> {
-    let parts = answers.iter().map(|answer| {
-        ensure!(answer.error_message.is_empty(), "{}", answer.error_message);
-        let part = answer.infer_response.as_ref().context("no answer")?;
+fn parts(responses: &[ModelStreamInferResponse]) -> Result<Vec<(String, String, bool)>> {
+    let parts = responses.iter().map(|response| {
+        ensure!(
+            response.error_message.is_empty(),
+            "{}",
+            response.error_message
+        );
+        let part = response.infer_response.as_ref().context("no response")?;
         let last = part.parameters.get("triton_final_response");
         let last = last.and_then(|last| last.parameter_choice.clone());
         let last = last == Some(ParameterChoice::BoolParam(true));
@@ -131,8 +146,8 @@ async fn an_openai_shaped_service_writes_whole_and_in_parts() -> Result<()> {
     let server = openai_writer().await;
     let url = format!("{}/v1", server.uri());
     let outside = Outside::start(&entry("big", &url, OPENAI)).await?;
-    let (answer, metadata) = outside.call(prompt("big", "1", "hello")).await?;
-    ensure!(generated(&answer)? == "Good day" && answer.id == "1");
+    let (response, metadata) = outside.call(prompt("big", "1", "hello")).await?;
+    ensure!(generated(&response)? == "Good day" && response.id == "1");
     ensure!(
         metadata
             .get("x-compute-tokens")
@@ -142,14 +157,16 @@ async fn an_openai_shaped_service_writes_whole_and_in_parts() -> Result<()> {
     );
     ensure!(outside.gateway.metric(COST).await? == Some(7.0));
 
-    // The answers to two requests of one stream keep their order.
+    // The responses to two requests of one stream keep their order.
     let requests = vec![prompt("big", "a", "hello"), prompt("big", "b", "hello")];
-    let answers = streamed(&outside, requests).await?;
+    let responses = streamed(&outside, requests).await?;
     ensure!(
-        parts(&answers)? == [expected("a"), expected("b")].concat(),
-        "{answers:?}"
+        parts(&responses)? == [expected("a"), expected("b")].concat(),
+        "{responses:?}"
     );
-    let last = answers.last().and_then(|last| last.infer_response.as_ref());
+    let last = responses
+        .last()
+        .and_then(|last| last.infer_response.as_ref());
     let reason = last.and_then(|last| last.parameters.get("finish_reason").cloned());
     let length = ParameterChoice::StringParam("length".to_owned());
     ensure!(reason.and_then(|reason| reason.parameter_choice) == Some(length));
@@ -163,7 +180,7 @@ async fn an_anthropic_shaped_service_writes_whole_and_in_parts() -> Result<()> {
         "model": "theirs", "max_tokens": 7, "system": "be kind", "stop_sequences": ["END"],
         "messages": [{"role": "user", "content": "hello"}],
     });
-    let answer = json!({
+    let response = json!({
         "content": [{"type": "text", "text": "Good day"}], "stop_reason": "end_turn",
         "usage": {"input_tokens": 3, "output_tokens": 2},
     });
@@ -173,7 +190,7 @@ async fn an_anthropic_shaped_service_writes_whole_and_in_parts() -> Result<()> {
         event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"delta\":{\"type\":\"text_delta\",\"text\":\"day\"}}\n\n\
         event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{\"output_tokens\":2}}\n\n\
         event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n";
-    let server = writer("/v1/messages", received, answer, events).await;
+    let server = writer("/v1/messages", received, response, events).await;
     let (url, key) = (format!("{}/v1", server.uri()), key()?);
     let more = format!(
         "{}\nkey_file = {}",
@@ -182,10 +199,10 @@ async fn an_anthropic_shaped_service_writes_whole_and_in_parts() -> Result<()> {
     );
     let mut outside = Outside::start(&entry("big", &url, &more)).await?;
     outside.files.push(key);
-    let (answer, _) = outside.call(prompt("big", "", "hello")).await?;
-    ensure!(generated(&answer)? == "Good day");
-    let answers = streamed(&outside, vec![prompt("big", "a", "hello")]).await?;
-    ensure!(parts(&answers)? == expected("a"), "{answers:?}");
+    let (response, _) = outside.call(prompt("big", "", "hello")).await?;
+    ensure!(generated(&response)? == "Good day");
+    let responses = streamed(&outside, vec![prompt("big", "a", "hello")]).await?;
+    ensure!(parts(&responses)? == expected("a"), "{responses:?}");
     ensure!(outside.gateway.metric(COST).await? == Some(14.0));
     let received = server.received_requests().await.unwrap_or_default();
     for request in received {
@@ -196,26 +213,32 @@ async fn an_anthropic_shaped_service_writes_whole_and_in_parts() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_stream_that_breaks_off_says_so_and_the_next_request_is_answered() -> Result<()> {
+async fn a_broken_stream_is_an_error_and_the_next_request_succeeds() -> Result<()> {
     let (whole, _) = OPENAI_EVENTS
         .split_once("data: {\"choices\":[{\"delta\":{}")
         .context("events")?;
-    let answer = json!({"choices": [{"message": {"content": "Good day"}}]});
+    let response = json!({"choices": [{"message": {"content": "Good day"}}]});
     for events in [
         whole.to_owned(),
         format!("{whole}data: {{\"error\":{{\"message\":\"no\"}}}}\n\n"),
         format!("{whole}data: rubbish\n\n"),
     ] {
         let received = json!({"model": "theirs"});
-        let server = writer("/v1/chat/completions", received, answer.clone(), &events).await;
+        let server = writer("/v1/chat/completions", received, response.clone(), &events).await;
         let url = format!("{}/v1", server.uri());
         let outside = Outside::start(&entry("big", &url, OPENAI)).await?;
         let requests = vec![prompt("big", "a", "hello"), texts("nobody", &["a"])];
-        let answers = streamed(&outside, requests).await?;
-        ensure!(answers.len() == 4, "{answers:?}");
-        ensure!(parts(&answers[..2])? == expected("a")[..2]);
-        ensure!(answers[2].error_message.contains("'big'"), "{answers:?}");
-        ensure!(answers[3].error_message.contains("nobody"), "{answers:?}");
+        let responses = streamed(&outside, requests).await?;
+        ensure!(responses.len() == 4, "{responses:?}");
+        ensure!(parts(&responses[..2])? == expected("a")[..2]);
+        ensure!(
+            responses[2].error_message.contains("'big'"),
+            "{responses:?}"
+        );
+        ensure!(
+            responses[3].error_message.contains("nobody"),
+            "{responses:?}"
+        );
         // What came is charged all the same: the parts, and a guess at what was read.
         let cost = outside.gateway.metric(COST).await?.unwrap_or_default();
         ensure!(cost >= 4.0, "{cost}");
@@ -234,10 +257,10 @@ async fn a_service_that_falls_silent_in_the_middle_is_given_up() -> Result<()> {
     let url = format!("{}/v1", server.uri());
     let more = format!("{OPENAI}\ntimeout = \"1s\"");
     let outside = Outside::start(&entry("big", &url, &more)).await?;
-    let answers = streamed(&outside, vec![prompt("big", "a", "hello")]).await?;
+    let responses = streamed(&outside, vec![prompt("big", "a", "hello")]).await?;
     ensure!(
-        answers.len() == 1 && answers[0].error_message.contains("'big'"),
-        "{answers:?}"
+        responses.len() == 1 && responses[0].error_message.contains("'big'"),
+        "{responses:?}"
     );
     let status = outside.fails(prompt("big", "a", "hello")).await?;
     ensure!(status.code() == Code::DeadlineExceeded, "{status:?}");

@@ -42,10 +42,10 @@ async fn embeddings_are_those_that_the_provider_sent_bit_for_bit() -> Result<()>
     let mut outside = Outside::start(&embedding("small", &server, &more)).await?;
     outside.files.push(key);
     let inputs = ["one", "other text", ""];
-    let (answer, metadata) = outside.call(texts("small", &inputs)).await?;
-    ensure!(answer.model_version == "1" && answer.outputs[0].name == "embedding");
+    let (response, metadata) = outside.call(texts("small", &inputs)).await?;
+    ensure!(response.model_version == "1" && response.outputs[0].name == "embedding");
     let expected: Vec<Vec<f32>> = inputs.iter().map(|text| vector(text).to_vec()).collect();
-    ensure!(rows(&answer, 0) == expected, "{answer:?}");
+    ensure!(rows(&response, 0) == expected, "{response:?}");
     let tokens = metadata.get("x-compute-tokens").context("no tokens")?;
     ensure!(tokens.to_str()? == "6");
 
@@ -55,9 +55,9 @@ async fn embeddings_are_those_that_the_provider_sent_bit_for_bit() -> Result<()>
         inputs: "one".to_owned(),
         ..Default::default()
     };
-    let answer = client.embed(request.clone()).await?.into_inner();
-    ensure!(answer.embeddings == vector("one"));
-    ensure!(answer.metadata.unwrap_or_default().compute_tokens == 2);
+    let response = client.embed(request.clone()).await?.into_inner();
+    ensure!(response.embeddings == vector("one"));
+    ensure!(response.metadata.unwrap_or_default().compute_tokens == 2);
     let sparse = client.embed_all(tei::EmbedAllRequest::default()).await;
     ensure!(sparse.err().map(|status| status.code()) == Some(Code::Unimplemented));
 
@@ -65,9 +65,9 @@ async fn embeddings_are_those_that_the_provider_sent_bit_for_bit() -> Result<()>
         normalize: true,
         ..request
     };
-    let answer = client.embed(unit).await?.into_inner().embeddings;
-    let length: f32 = answer.iter().map(|v| v * v).sum();
-    ensure!((length - 1.0).abs() < 1e-6, "{answer:?}");
+    let response = client.embed(unit).await?.into_inner().embeddings;
+    let length: f32 = response.iter().map(|v| v * v).sum();
+    ensure!((length - 1.0).abs() < 1e-6, "{response:?}");
 
     let mut info = tei::info_client::InfoClient::new(channel(&outside).await?);
     let info = info.info(tei::InfoRequest {}).await?.into_inner();
@@ -248,8 +248,11 @@ async fn texts_are_ranked_by_a_cohere_shaped_service() -> Result<()> {
     let outside = Outside::start(&entry("judge", &url, more)).await?;
     // Two queries are two searches.
     let inputs = [("q", "four"), ("r", "eight888"), ("q", "")];
-    let (answer, _) = outside.call(pairs("judge", &inputs)).await?;
-    ensure!(rows(&answer, 0) == [[0.25f32], [0.5], [0.0]], "{answer:?}");
+    let (response, _) = outside.call(pairs("judge", &inputs)).await?;
+    ensure!(
+        rows(&response, 0) == [[0.25f32], [0.5], [0.0]],
+        "{response:?}"
+    );
     let cost = "andon_gateway_provider_cost_total{tenant=\"anyone\",model=\"judge\"}";
     ensure!(outside.gateway.metric(cost).await? == Some(0.5));
 
@@ -277,21 +280,21 @@ async fn texts_are_ranked_by_a_cohere_shaped_service() -> Result<()> {
 #[tokio::test]
 async fn a_cohere_shaped_service_embeds() -> Result<()> {
     let server = MockServer::start().await;
-    let answer = json!({
+    let response = json!({
         "embeddings": {"float": [[0.5, 0.25]]}, "meta": {"billed_units": {"input_tokens": 3}},
     });
     posts("/v2/embed")
         .and(wiremock::matchers::body_partial_json(json!({
             "texts": ["a"], "truncate": "NONE", "input_type": "search_query",
         })))
-        .respond_with(ResponseTemplate::new(200).set_body_json(answer))
+        .respond_with(ResponseTemplate::new(200).set_body_json(response))
         .mount(&server)
         .await;
     let url = format!("{}/v2/", server.uri());
     let more = "kind = \"cohere\"\ntask = \"embedding\"\ninput_type = \"search_query\"";
     let outside = Outside::start(&entry("words", &url, more)).await?;
-    let (answer, _) = outside.call(texts("words", &["a"])).await?;
-    ensure!(rows(&answer, 0) == [[0.5f32, 0.25]]);
+    let (response, _) = outside.call(texts("words", &["a"])).await?;
+    ensure!(rows(&response, 0) == [[0.5f32, 0.25]]);
     Ok(())
 }
 
@@ -306,8 +309,8 @@ async fn another_andon_is_a_provider_and_answers_bit_for_bit() -> Result<()> {
     let request = calls::texts(&["A lantern around a candle", "日本語"]);
     let direct = calls::client(other.grpc).await?;
     let expected = calls::infer(&direct, request.clone(), TIMEOUT).await?;
-    let (answer, _) = outside.call(request).await?;
-    ensure!(answer.raw_output_contents == expected.raw_output_contents);
+    let (response, _) = outside.call(request).await?;
+    ensure!(response.raw_output_contents == expected.raw_output_contents);
     drop(other);
     until(TIMEOUT, "the other Andon is missed", || async {
         let status = outside.fails(calls::texts(&["a"])).await?;
@@ -335,7 +338,7 @@ async fn dimensions_that_a_service_passes_over_are_the_callers_fault() -> Result
         ensure!(message.contains("parameters[dimensions]"), "{status:?}");
     }
     // Nobody else is kept from the service.
-    let (answer, _) = outside.call(texts("small", &["a"])).await?;
-    ensure!(rows(&answer, 0) == [vector("a")]);
+    let (response, _) = outside.call(texts("small", &["a"])).await?;
+    ensure!(rows(&response, 0) == [vector("a")]);
     Ok(())
 }

@@ -120,7 +120,7 @@ async fn permits_end_with_a_lost_redis_where_the_policy_says_so() -> Result<()> 
 /// The gateways' script: calls over a limit are in flight and hold their
 /// permits, and no further call gets one.
 #[tokio::test]
-async fn permits_over_the_limit_are_granted_to_nobody() -> Result<()> {
+async fn no_permits_are_granted_over_the_limit() -> Result<()> {
     let redis = Redis::start().await?;
     let client = redis::Client::open(redis.url())?;
     let mut connection = client.get_multiplexed_async_connection().await?;

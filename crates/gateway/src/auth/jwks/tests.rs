@@ -79,7 +79,7 @@ async fn a_flood_of_unknown_keys_fetches_once_for_all() {
     page.now_answers(ok(&OLD.replace("\"old\"", "\"new\"")));
     let names: Vec<String> = (0..200).map(|number| format!("made-up-{number}")).collect();
     let flood = names.iter().map(|name| signers.choose(Some(name)));
-    // So many wait for it; the others are told at once to come again.
+    // So many wait for it; the others are rejected at once with a retry delay.
     let refused = futures::future::join_all(flood).await;
     let refused: Vec<Rejection> = refused.into_iter().filter_map(Result::err).collect();
     let with = |rejection: Rejection| refused.iter().filter(|one| **one == rejection).count();

@@ -41,8 +41,8 @@ pub enum KeyError {
     /// There is no such key.
     #[error("no key has this prefix: `andon keys list` shows them")]
     Unknown,
-    /// The system gives no random numbers.
-    #[error("the system gives no random numbers")]
+    /// The random number generator failed.
+    #[error("the random number generator of the system failed")]
     Random,
 }
 
@@ -109,7 +109,10 @@ pub fn parse(text: &str) -> Result<Vec<StoredKey>, ContentError> {
     for (index, key) in contents.keys.iter().enumerate() {
         if !prefixes.insert(&key.prefix) {
             let field = format!("keys[{index}].prefix");
-            return Err(ContentError::new("another key has it too").in_field(field));
+            return Err(
+                ContentError::new("must be unique: another key has the same prefix")
+                    .in_field(field),
+            );
         }
     }
     Ok(contents.keys)
@@ -132,17 +135,19 @@ impl KeyFile {
 
     /// Makes a key and returns it: it is not stored, and cannot be shown again.
     pub fn create(&self, new: NewKey) -> Result<String, KeyError> {
-        let wrong = |_| KeyError::Wrong("a tenant's name has the form of a model's name");
+        let wrong = |_| KeyError::Wrong("the tenant must have the form of a model name");
         ModelName::checked(&new.tenant, "tenant").map_err(wrong)?;
         let fits =
             |name: &String| name.len() <= NAME_BYTES_MAX && !name.chars().any(char::is_control);
         if !new.name.as_ref().is_none_or(fits) {
             return Err(KeyError::Wrong(
-                "a key's name is one line of at most 128 bytes",
+                "the key's name must be one line of at most 128 bytes",
             ));
         }
         if new.life.is_some_and(|life| life > LIFE_MAX) {
-            return Err(KeyError::Wrong("a key expires within 100 years, or never"));
+            return Err(KeyError::Wrong(
+                "the lifetime must be at most 100 years, or not set",
+            ));
         }
         let _lock = self.lock()?;
         let mut keys = if self.path.exists() {

@@ -10,7 +10,7 @@ use super::super::redis::tests::{Fake, redis};
 use super::*;
 
 /// Computes rows whose text is their index. It waits for a permit, and fails as
-/// often as it is told to.
+/// often as it is configured to.
 struct Model {
     calls: Mutex<Vec<Vec<usize>>>,
     may: Semaphore,
@@ -179,7 +179,7 @@ async fn a_failure_is_its_own_callers_alone() {
 }
 
 #[tokio::test]
-async fn nobody_waits_for_more_than_two_failures_of_others() {
+async fn a_call_waits_for_at_most_two_failures_of_others() {
     let (cache, model) = (cache(0), Model::waiting(0));
     model.failures.store(1000, Ordering::SeqCst);
     let keys = keys(&["a"]);

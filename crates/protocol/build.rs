@@ -1,4 +1,4 @@
-//! Compiles the protos in pure Rust, so that nobody has to install protoc,
+//! Compiles the protos in pure Rust, so that no build needs protoc,
 //! keeps the whole descriptors with their comments for reflection, and makes
 //! `Service` and `Method` from them.
 

@@ -58,7 +58,7 @@ struct RetryableFailure {
     reason: &'static str,
     /// Whether a retry costs a token.
     costs: bool,
-    /// How long the worker asks to wait (pushback).
+    /// The retry delay that the worker requests (pushback).
     pause: Option<Duration>,
 }
 

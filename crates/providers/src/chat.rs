@@ -16,7 +16,7 @@ const TOKENS_MAX: u64 = 1 << 40;
 pub enum Role {
     /// The author of the instructions.
     System,
-    /// The person or program that asks.
+    /// The person or program that makes the request.
     User,
     /// The model.
     Assistant,

@@ -80,7 +80,7 @@ impl Credential {
         self.authentication.header.clone()
     }
 
-    /// The key, unless the service asks for none.
+    /// The key, unless the service requires none.
     pub fn current(&self) -> Option<Arc<Secret>> {
         self.current.load_full()
     }

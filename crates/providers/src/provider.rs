@@ -236,7 +236,7 @@ impl Provider {
         let usage = ProviderUsage::of_input(embeddings.tokens);
         context.usage.succeeded(usage);
         // A service that ignores a field that it does not know is healthy: a
-        // caller who asks for an unsupported width must not eject it.
+        // caller who requests an unsupported width must not eject it.
         if dimensions.is_some() && dimensions != embeddings.width() {
             return Err(ProviderError::UnsupportedDimensions);
         }

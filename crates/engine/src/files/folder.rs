@@ -77,7 +77,7 @@ impl Folder {
             ));
         }
         // The file type is checked before the file is opened: opening a named pipe would block
-        // until somebody writes to it.
+        // until a writer opens it.
         if !real.metadata().map_err(failed)?.is_file() {
             return Err(EngineError::invalid_file(name, "is not a regular file"));
         }

@@ -15,7 +15,7 @@ const SHARDS: usize = 16;
 
 type Shard = HashMap<RowKey, watch::Receiver<Option<CachedRow>>>;
 
-/// The rows in flight: no more than the calls in flight ask for.
+/// The rows in flight: no more than the calls in flight request.
 #[derive(Debug, Default)]
 pub struct SingleFlight {
     shards: [Mutex<Shard>; SHARDS],

@@ -268,7 +268,7 @@ impl SharedSlots {
             }
             (counts.in_flight, max, counts.limit)
         };
-        // The call that asks may be gone when the response comes.
+        // The call that made the request may be gone when the response comes.
         self.track(key, state);
         let mut invocation = self.script.prepare_invoke();
         let holder = format!("{:032x}", state.slots.holder);
@@ -328,7 +328,7 @@ impl SharedSlots {
             Renewal::Skip => {}
             Renewal::Report => {
                 let _request = state.request_lock.lock().await;
-                // Without a response the next renewal asks again.
+                // Without a response the next renewal retries.
                 let _ = self.request(&key, &state, LeaseSize::Peak, &now).await;
             }
         }

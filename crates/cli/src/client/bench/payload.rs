@@ -172,7 +172,7 @@ fn input_contents(
     if let Some(batch) = shape.first_mut().filter(|length| **length < 0) {
         *batch = i64::try_from(rows)?;
     }
-    // One variable dimension inside a row is as long as the size asks for.
+    // One variable dimension inside a row is as long as the size requires.
     let width = datatype.element_bytes();
     let mut variable = bytes.zip(width).map(|(bytes, width)| bytes / width / rows);
     for length in shape.iter_mut().rev().filter(|length| **length < 0) {

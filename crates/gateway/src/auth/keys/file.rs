@@ -201,7 +201,7 @@ impl KeyFile {
         path.into()
     }
 
-    /// Waits until nobody else changes the file. The lock has a file of its
+    /// Waits until no other process changes the file. The lock has a file of its
     /// own, since the keys' is replaced.
     fn lock(&self) -> io::Result<File> {
         let file = private().create(true).open(self.beside(".lock"))?;

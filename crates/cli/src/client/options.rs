@@ -84,7 +84,7 @@ pub fn parameter(text: &str) -> Result<(String, ParameterChoice), String> {
 }
 
 /// A number that starts like one: Rust also parses `inf` and `nan`, which are
-/// words in other cases.
+/// words here.
 fn number(text: &str) -> Option<f64> {
     let first = text.trim_start_matches(['-', '+']).chars().next()?;
     if !first.is_ascii_digit() && first != '.' {

@@ -5,7 +5,7 @@
 //! workers (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing",
 //! 2001). Failed calls are retried at another worker within a retry budget, after
 //! gRFC A6: a failure costs one token, a success returns a tenth of one, and no
-//! call is retried while fewer than half of the tokens are left. A call that no
+//! call is retried while half of the tokens or fewer are left. A call that no
 //! worker has processed is retried at no cost.
 
 mod metrics;

@@ -123,7 +123,7 @@ impl Upstream {
         let serves = |report: &WatchReportResponse| {
             let models = report.models.iter();
             let models = models.map(|m| {
-                let cacheable = (m.deterministic, m.digest.clone());
+                let cacheable = (m.deterministic, m.digest.clone(), m.generation);
                 (
                     m.name.clone(),
                     m.version.clone(),

@@ -120,6 +120,10 @@ pub struct Prediction {
     score: f32,
 }
 
+/// Rows of one call: the cache looks up as many rows in Redis at once, and the
+/// queue of a busy worker has room for them.
+const ROWS_MAX: usize = 256;
+
 /// The endpoint.
 pub fn routes(stack: &Stack) -> Router<Stack> {
     Endpoints::new(stack, ErrorFormat::OpenAi)
@@ -191,7 +195,7 @@ impl Calls<'_> {
         let mut results = Results::default();
         // One call after another: the model's queue need not hold more rows than
         // one call may have.
-        for part in texts.chunks(rows_max) {
+        for part in texts.chunks(rows_max.min(ROWS_MAX)) {
             let fields = InputFields {
                 single: self.single,
                 first: results.classifications.len(),

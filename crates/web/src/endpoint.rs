@@ -21,7 +21,7 @@ use super::context::{RequestContext, call_headers, hold_until_sent};
 use super::error::{ApiError, ErrorFormat, error_of, render};
 use super::request_id::RequestId;
 use super::timeouts::Timeouts;
-use gateway::stack::{Access, Entered, Entry, EntryKind, Stack, rescue};
+use gateway::stack::{Access, CallRecord, Entered, Entry, EntryKind, Stack, rescue};
 
 /// The properties of every request of one path.
 #[derive(Debug, Clone)]
@@ -96,8 +96,11 @@ async fn serve(State(endpoint): State<Endpoint>, request: Request, next: Next) -
         .unwrap_or_else(|| RequestId::of(request.headers()));
     let telemetry = endpoint.stack.telemetry();
     let span = telemetry.http_span(endpoint.name, id.as_str(), request.headers());
-    let mut record = endpoint.stack.record(endpoint.name, arrived);
     let model = Arc::new(OnceLock::new());
+    let record = ModelRecord {
+        record: Some(endpoint.stack.record(endpoint.name, arrived)),
+        model: model.clone(),
+    };
     let arrival = Arrival {
         endpoint: &endpoint,
         arrived,
@@ -109,12 +112,38 @@ async fn serve(State(endpoint): State<Endpoint>, request: Request, next: Next) -
         .instrument(span)
         .await
         .unwrap_or_else(ApiError::into_response);
-    if let Some(name) = model.get() {
-        name.clone_into(&mut record.model);
-    }
     let error = error_of(&response);
     record.end(error.map_or("OK", |error| code_name(error.kind().code())));
     render(response, endpoint.format, &id)
+}
+
+/// The record of a request. It is counted for the model of the request, also
+/// when the caller leaves.
+struct ModelRecord {
+    record: Option<CallRecord>,
+    model: Arc<OnceLock<String>>,
+}
+
+impl ModelRecord {
+    fn end(mut self, code: &'static str) {
+        if let Some(record) = self.take() {
+            record.end(code);
+        }
+    }
+
+    fn take(&mut self) -> Option<CallRecord> {
+        let mut record = self.record.take()?;
+        if let Some(name) = self.model.get() {
+            name.clone_into(&mut record.model);
+        }
+        Some(record)
+    }
+}
+
+impl Drop for ModelRecord {
+    fn drop(&mut self) {
+        drop(self.take());
+    }
 }
 
 /// A request that has not entered the stack yet.

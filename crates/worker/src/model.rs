@@ -4,6 +4,7 @@
 mod digest;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -41,6 +42,9 @@ pub struct ModelLimits {
     pub deterministic: bool,
 }
 
+/// Loads since the start of the process.
+static LOADS: AtomicU64 = AtomicU64::new(1);
+
 /// A model version that is ready.
 pub struct ServedModel {
     /// Its name.
@@ -50,6 +54,8 @@ pub struct ServedModel {
     /// The digest of its files and of how it computes; empty for a model that
     /// is not declared deterministic.
     pub digest: String,
+    /// The number of this load in the process.
+    pub generation: u64,
     /// The engine's description of it.
     pub card: Card,
     /// Its limits.
@@ -178,6 +184,7 @@ impl ServedModel {
             name,
             version,
             digest,
+            generation: LOADS.fetch_add(1, Ordering::Relaxed),
             card,
             limits,
             metrics,

@@ -69,6 +69,7 @@ fn make(repository: &Repository, drain: &Drain) -> WatchReportResponse {
                     ready: model.is_some(),
                     task: model.map_or_else(String::new, |m| m.task().to_string()),
                     digest: model.map_or_else(String::new, |m| m.digest.clone()),
+                    generation: model.map_or(0, |m| m.generation),
                     deterministic: model.is_some_and(|m| m.limits.deterministic),
                     queue_rows: rows as u64,
                     queue_wait_us: u64::try_from(wait.as_micros()).unwrap_or(u64::MAX),

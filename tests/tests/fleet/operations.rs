@@ -123,8 +123,12 @@ const LABELLED: [&str; 11] = [
 #[tokio::test]
 async fn every_metric_that_dashboards_name_is_there() -> Result<()> {
     let mut registered = String::new();
-    for file in ["metrics.rs", "upstream/provider/metrics.rs"] {
-        let path = root().join("crates/gateway/src").join(file);
+    for file in [
+        "gateway/src/auth/metrics.rs",
+        "gateway/src/limit/metrics.rs",
+        "providers/src/metrics.rs",
+    ] {
+        let path = root().join("crates").join(file);
         registered.push_str(&std::fs::read_to_string(path)?);
     }
     let redis = Redis::start().await?;

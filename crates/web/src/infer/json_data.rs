@@ -148,7 +148,9 @@ impl Scanner<'_> {
         if actual == expected {
             return Ok(());
         }
-        Err(self.error(format!("{actual} elements, but the shape needs {expected}")))
+        Err(self.error(format!(
+            "has {actual} elements, but the shape needs {expected}"
+        )))
     }
 
     fn open(&mut self, shape: &Shape) -> Result<(), DataError> {

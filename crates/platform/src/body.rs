@@ -113,7 +113,7 @@ mod tests {
         StreamBody::new(Box::pin(futures::StreamExt::buffered(chunks, 1)))
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn discarding_ends_by_bytes_and_by_time() {
         read_to_end(endless(1 << 20, Duration::ZERO)).await;
         let begun = tokio::time::Instant::now();

@@ -418,7 +418,7 @@ mod tests {
         std::fs::remove_file(&source.path).unwrap();
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_change_of_a_followed_file_is_applied() {
         let source = scratch("followed", "1");
         let (applied, mut values) = tokio::sync::mpsc::unbounded_channel();

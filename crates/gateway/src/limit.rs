@@ -4,8 +4,10 @@
 
 mod counters;
 mod fair;
-mod leases;
+mod lease;
 mod metrics;
+mod rules;
+mod shared_quotas;
 mod slots;
 #[cfg(test)]
 mod tests;
@@ -24,9 +26,10 @@ use protocol::{Error, Kind};
 use crate::policy::{Caller, PolicyCell, Quota, RedisLost, Tenant};
 use crate::redis::Redis;
 use crate::request::{QuotaUnit, Usage};
-use counters::{AMOUNT_MAX, CountedBy, Demand, LimitExceeded, Moment, QuotaScope, TenantQuotas};
+use counters::{CountedBy, QuotaScope, TenantQuotas};
 use fair::FairQueues;
-use leases::{QuotaRefusal, SharedQuotas};
+use rules::{AMOUNT_MAX, Demand, LimitExceeded, Moment};
+use shared_quotas::{QuotaRefusal, SharedQuotas};
 use slots::{InFlightSlot, SharedSlots, SlotRefusal};
 
 /// When a call in flight will probably have ended.
@@ -261,13 +264,14 @@ impl Inner {
         let Some(limit) = scope.in_flight_max() else {
             return Ok(InFlightSlot::unlimited());
         };
+        let slots = &scope.state.slots;
         let acquired = match &self.shared_slots {
-            None => InFlightSlot::acquire(scope, limit).ok_or(SlotRefusal::LimitReached),
-            Some(shared) => match shared.acquire(scope, limit, || self.now().seconds).await {
+            None => InFlightSlot::acquire(slots, limit).ok_or(SlotRefusal::LimitReached),
+            Some(shared) => match shared.acquire(slots, limit, || self.now().seconds).await {
                 Some(acquired) => acquired,
                 None => {
                     let share = limit.div_ceil(self.shares_without_redis()?.max(1));
-                    let acquired = shared.acquire_from_share(scope, limit, share);
+                    let acquired = shared.acquire_from_share(slots, limit, share);
                     acquired.ok_or(SlotRefusal::LimitReached)
                 }
             },

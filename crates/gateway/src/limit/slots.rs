@@ -12,10 +12,13 @@ use platform::tasks::{OwnedTask, spawn_owned};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use super::counters::{QuotaScope, ScopeState};
-use super::leases::{REQUEST_WAIT_MAX, REQUESTS_MAX};
-use crate::redis::Redis;
+use crate::redis::{COMMAND_TIMEOUT, Redis};
 
+/// How long a call waits for the request of another call to end: that one learns
+/// in half of this time whether Redis is lost.
+pub const REQUEST_WAIT_MAX: Duration = COMMAND_TIMEOUT.saturating_mul(2);
+/// Requests of one call before it gives up: a window may end meanwhile.
+pub const REQUESTS_MAX: usize = 3;
 /// Seconds for which Redis leases slots: the slots of a gateway that died are
 /// missing for this long.
 const LEASE_SECONDS: f64 = 3.0;
@@ -29,9 +32,13 @@ const EXHAUSTED_SECONDS: f64 = 0.005;
 /// The in-flight slots of one scope.
 #[derive(Debug)]
 pub struct ScopeSlots {
+    /// The key in Redis of the slots that gateways share.
+    key: String,
     /// The identity of this gateway among the holders of the same limit.
     holder: u128,
     counts: Mutex<SlotCounts>,
+    /// Held while Redis is asked for slots: one request at a time for a scope.
+    request_lock: tokio::sync::Mutex<()>,
 }
 
 /// Times are seconds since the gateway started.
@@ -54,26 +61,6 @@ struct SlotCounts {
     recorded: u32,
     /// Whether the scope is in the list of leases to renew.
     tracked: bool,
-}
-
-impl Default for ScopeSlots {
-    fn default() -> Self {
-        Self {
-            holder: rand::random(),
-            counts: Mutex::new(SlotCounts {
-                in_flight: 0,
-                peak: 0,
-                granted: 0,
-                expires: f64::NEG_INFINITY,
-                exhausted_until: f64::NEG_INFINITY,
-                limit: 0,
-                waiting: 0,
-                requested_at: f64::NEG_INFINITY,
-                recorded: 0,
-                tracked: false,
-            }),
-        }
-    }
 }
 
 /// The outcome of a lease's renewal.
@@ -113,6 +100,27 @@ impl SlotCounts {
 }
 
 impl ScopeSlots {
+    /// No slot is in use and none is leased.
+    pub fn new(key: String) -> Arc<Self> {
+        Arc::new(Self {
+            key,
+            holder: rand::random(),
+            counts: Mutex::new(SlotCounts {
+                in_flight: 0,
+                peak: 0,
+                granted: 0,
+                expires: f64::NEG_INFINITY,
+                exhausted_until: f64::NEG_INFINITY,
+                limit: 0,
+                waiting: 0,
+                requested_at: f64::NEG_INFINITY,
+                recorded: 0,
+                tracked: false,
+            }),
+            request_lock: tokio::sync::Mutex::new(()),
+        })
+    }
+
     fn counts(&self) -> MutexGuard<'_, SlotCounts> {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -120,12 +128,12 @@ impl ScopeSlots {
 
 /// A slot of a call in flight, until it is dropped.
 #[derive(Debug)]
-pub struct InFlightSlot(Option<Arc<ScopeState>>);
+pub struct InFlightSlot(Option<Arc<ScopeSlots>>);
 
 impl Drop for InFlightSlot {
     fn drop(&mut self) {
-        if let Some(state) = &self.0 {
-            state.slots.counts().in_flight -= 1;
+        if let Some(slots) = &self.0 {
+            slots.counts().in_flight -= 1;
         }
     }
 }
@@ -138,9 +146,9 @@ impl InFlightSlot {
 
     /// One of the `max` slots that this gateway counts by itself; None when all
     /// are in use.
-    pub fn acquire(scope: &QuotaScope, max: u32) -> Option<Self> {
-        let acquired = scope.state.slots.counts().acquire(max);
-        acquired.then(|| Self(Some(scope.state.clone())))
+    pub fn acquire(slots: &Arc<ScopeSlots>, max: u32) -> Option<Self> {
+        let acquired = slots.counts().acquire(max);
+        acquired.then(|| Self(Some(slots.clone())))
     }
 }
 
@@ -174,8 +182,8 @@ pub enum SlotRefusal {
 pub struct SharedSlots {
     redis: Arc<Redis>,
     script: Script,
-    /// The leases to renew: their keys in Redis and the scopes.
-    tracked: Mutex<Vec<(String, Arc<ScopeState>)>>,
+    /// The scopes whose leases are renewed.
+    tracked: Mutex<Vec<Arc<ScopeSlots>>>,
     first_tracked: Notify,
 }
 
@@ -194,21 +202,21 @@ impl SharedSlots {
     /// once, or after 20 ms for the calls that find it out.
     pub async fn acquire(
         &self,
-        scope: &QuotaScope,
+        slots: &Arc<ScopeSlots>,
         limit: u32,
         now: impl Fn() -> f64,
     ) -> Option<Result<InFlightSlot, SlotRefusal>> {
-        let acquire = || acquire_leased(&scope.state, limit, now());
+        let acquire = || acquire_leased(slots, limit, now());
         if !self.redis.available() {
             return None;
         }
         if let Some(outcome) = acquire() {
             return Some(outcome);
         }
-        let _waiter = SlotWaiter::begin(&scope.state.slots);
+        let _waiter = SlotWaiter::begin(slots);
         // Single-flight: one call sends a request, and the others use the lease
         // that it brings.
-        let request = timeout(REQUEST_WAIT_MAX, scope.state.request_lock.lock());
+        let request = timeout(REQUEST_WAIT_MAX, slots.request_lock.lock());
         let Ok(_request) = request.await else {
             let overloaded = Err(SlotRefusal::Overloaded);
             return self.redis.available().then_some(overloaded);
@@ -217,9 +225,7 @@ impl SharedSlots {
             if let Some(outcome) = acquire() {
                 return Some(outcome);
             }
-            let key = scope.slots_key();
-            self.request(&key, &scope.state, LeaseSize::Calls, &now)
-                .await?;
+            self.request(slots, LeaseSize::Calls, &now).await?;
         }
         // Other calls took each of the leases.
         Some(acquire().unwrap_or(Err(SlotRefusal::Overloaded)))
@@ -229,27 +235,26 @@ impl SharedSlots {
     /// reports it once Redis is back.
     pub fn acquire_from_share(
         &self,
-        scope: &QuotaScope,
+        slots: &Arc<ScopeSlots>,
         limit: u32,
         share: u32,
     ) -> Option<InFlightSlot> {
-        let slot = InFlightSlot::acquire(scope, share)?;
-        scope.state.slots.counts().limit = limit;
-        self.track(&scope.slots_key(), &scope.state);
+        let slot = InFlightSlot::acquire(slots, share)?;
+        slots.counts().limit = limit;
+        self.track(slots);
         Some(slot)
     }
 
     /// Requests a lease from Redis. None when Redis is lost.
     async fn request(
         &self,
-        key: &str,
-        state: &Arc<ScopeState>,
+        slots: &Arc<ScopeSlots>,
         size: LeaseSize,
         now: impl Fn() -> f64,
     ) -> Option<()> {
         let requested_at = now();
         let (in_flight, max, limit) = {
-            let mut counts = state.slots.counts();
+            let mut counts = slots.counts();
             let max = match size {
                 LeaseSize::Calls => {
                     let in_use = counts.in_flight + counts.waiting.max(1);
@@ -269,14 +274,14 @@ impl SharedSlots {
             (counts.in_flight, max, counts.limit)
         };
         // The call that made the request may be gone when the response comes.
-        self.track(key, state);
+        self.track(slots);
         let mut invocation = self.script.prepare_invoke();
-        let holder = format!("{:032x}", state.slots.holder);
-        invocation.key(key).arg(holder);
+        let holder = format!("{:032x}", slots.holder);
+        invocation.key(&slots.key).arg(holder);
         invocation.arg(limit).arg(in_flight).arg(max);
         invocation.arg((LEASE_SECONDS * 1000.0) as u64);
         let granted: u32 = self.redis.run_script(&invocation).await.ok()?;
-        let mut counts = state.slots.counts();
+        let mut counts = slots.counts();
         (counts.granted, counts.expires) = (granted, requested_at + LEASE_SECONDS);
         counts.recorded = granted.max(in_flight);
         if size == LeaseSize::Calls && granted <= in_flight {
@@ -286,15 +291,15 @@ impl SharedSlots {
     }
 
     /// Adds a scope to the leases that are renewed.
-    fn track(&self, key: &str, state: &Arc<ScopeState>) {
-        if std::mem::replace(&mut state.slots.counts().tracked, true) {
+    fn track(&self, slots: &Arc<ScopeSlots>) {
+        if std::mem::replace(&mut slots.counts().tracked, true) {
             return;
         }
-        self.tracked().push((key.to_owned(), state.clone()));
+        self.tracked().push(slots.clone());
         self.first_tracked.notify_one();
     }
 
-    fn tracked(&self) -> MutexGuard<'_, Vec<(String, Arc<ScopeState>)>> {
+    fn tracked(&self) -> MutexGuard<'_, Vec<Arc<ScopeSlots>>> {
         self.tracked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -312,27 +317,25 @@ impl SharedSlots {
                 let leases = std::mem::take(&mut *shared.tracked());
                 let leases = futures::stream::iter(leases);
                 leases
-                    .for_each_concurrent(RENEW_CONCURRENCY, |(key, state)| {
-                        shared.renew(key, state, &now)
-                    })
+                    .for_each_concurrent(RENEW_CONCURRENCY, |slots| shared.renew(slots, &now))
                     .await;
             }
         })
     }
 
     /// Renews the lease of one scope if that is due.
-    async fn renew(&self, key: String, state: Arc<ScopeState>, now: impl Fn() -> f64) {
-        let renewal = state.slots.counts().renewal(now());
+    async fn renew(&self, slots: Arc<ScopeSlots>, now: impl Fn() -> f64) {
+        let renewal = slots.counts().renewal(now());
         match renewal {
             Renewal::Stop => return,
             Renewal::Skip => {}
             Renewal::Report => {
-                let _request = state.request_lock.lock().await;
+                let _request = slots.request_lock.lock().await;
                 // Without a response the next renewal retries.
-                let _ = self.request(&key, &state, LeaseSize::Peak, &now).await;
+                let _ = self.request(&slots, LeaseSize::Peak, &now).await;
             }
         }
-        self.tracked().push((key, state));
+        self.tracked().push(slots);
     }
 }
 
@@ -347,11 +350,11 @@ enum LeaseSize {
 
 /// Takes one of the leased slots. None when Redis has to be queried.
 fn acquire_leased(
-    state: &Arc<ScopeState>,
+    slots: &Arc<ScopeSlots>,
     limit: u32,
     now: f64,
 ) -> Option<Result<InFlightSlot, SlotRefusal>> {
-    let mut counts = state.slots.counts();
+    let mut counts = slots.counts();
     counts.limit = limit;
     let leased = if now < counts.expires {
         counts.granted.min(limit)
@@ -359,7 +362,7 @@ fn acquire_leased(
         0
     };
     if counts.acquire(leased) {
-        return Some(Ok(InFlightSlot(Some(state.clone()))));
+        return Some(Ok(InFlightSlot(Some(slots.clone()))));
     }
     let reached = counts.in_flight >= limit || now < counts.exhausted_until;
     reached.then_some(Err(SlotRefusal::LimitReached))

@@ -106,14 +106,11 @@ impl Kind {
         self.row().retryable
     }
 
-    /// The kind of a status of another process. A message over a limit and a
-    /// spent quota share a code: only the second says when to retry.
-    fn of(status: &Status, retry: bool) -> Self {
-        match status.code() {
+    /// The kind that a code of another process stands for.
+    pub const fn from_code(code: Code) -> Self {
+        match code {
             Code::NotFound => Self::NotFound,
-            Code::Unavailable if retry => Self::Overloaded,
             Code::Unavailable => Self::NotReady,
-            Code::ResourceExhausted if retry => Self::QuotaSpent,
             Code::ResourceExhausted => Self::TooLarge,
             Code::Unauthenticated => Self::Unauthenticated,
             Code::PermissionDenied => Self::Forbidden,
@@ -122,6 +119,16 @@ impl Kind {
             Code::Cancelled => Self::Cancelled,
             Code::Unimplemented => Self::Unsupported,
             _ => Self::Internal,
+        }
+    }
+
+    /// The kind of a status of another process. Two codes stand for two kinds
+    /// each: only one of these says when to retry.
+    fn of(status: &Status, retry: bool) -> Self {
+        match status.code() {
+            Code::Unavailable if retry => Self::Overloaded,
+            Code::ResourceExhausted if retry => Self::QuotaSpent,
+            code => Self::from_code(code),
         }
     }
 }

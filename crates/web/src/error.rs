@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use platform::grpc::code_name;
-use protocol::{Error, FieldPath, Kind};
+use protocol::{Error, Fault, FieldPath, Kind};
 use serde::Serialize;
 use serde_json::json;
 use tonic::Status;
@@ -172,13 +172,11 @@ fn is_quota_exhausted(error: &Error) -> bool {
 
 fn openai_type(error: &Error) -> &'static str {
     match error.kind() {
-        Kind::Invalid | Kind::NotFound | Kind::TooLarge | Kind::Unsupported => {
-            "invalid_request_error"
-        }
         Kind::Unauthenticated => "authentication_error",
         Kind::Forbidden => "permission_error",
         Kind::QuotaSpent if is_quota_exhausted(error) => "insufficient_quota",
         Kind::QuotaSpent => "rate_limit_error",
+        _ if error.fault() == Fault::Caller => "invalid_request_error",
         _ => "server_error",
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue};
 use platform::grpc::code_name;
-use protocol::{Error, FALLBACK_KEY};
+use protocol::{Error, FALLBACK_KEY, Fault, Kind};
 use providers::{Chain, ProviderMetrics};
 use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status};
@@ -88,7 +88,7 @@ impl<'c> Attempts<'c> {
 
     /// Notes why a model failed; an error when no other would do better.
     fn failed(&mut self, status: Status) -> Result<(), Status> {
-        if !is_retryable(status.code()) {
+        if !another_may_respond(status.code()) {
             return Err(status);
         }
         let reason = code_name(status.code());
@@ -118,20 +118,12 @@ impl<'c> Attempts<'c> {
     }
 }
 
-/// Whether another model of a chain may do better: the failure is one of the
-/// model or its servers, not of the request.
-pub(super) fn is_retryable(code: Code) -> bool {
-    matches!(
-        code,
-        Code::Unavailable
-            | Code::DeadlineExceeded
-            | Code::NotFound
-            | Code::ResourceExhausted
-            | Code::Internal
-            | Code::Unknown
-            | Code::DataLoss
-            | Code::Unimplemented
-    )
+/// Whether another model of a chain may respond where one failed with a code: the
+/// fault is not the caller's, or it is only about this model and its limits.
+pub(super) fn another_may_respond(code: Code) -> bool {
+    let kind = Kind::from_code(code);
+    let of_this_model = matches!(kind, Kind::NotFound | Kind::TooLarge | Kind::Unsupported);
+    kind.fault() != Fault::Caller || kind.retryable() || of_this_model
 }
 
 #[cfg(test)]
@@ -160,5 +152,25 @@ mod tests {
         assert_eq!(attempts.deadline_of(2), deadline);
         let wrong = attempts.failed(Status::invalid_argument("text"));
         assert_eq!(wrong.unwrap_err().code(), Code::InvalidArgument);
+    }
+
+    #[test]
+    fn a_request_that_fails_everywhere_ends_the_chain() {
+        let ends = [
+            Code::Ok,
+            Code::Cancelled,
+            Code::InvalidArgument,
+            Code::AlreadyExists,
+            Code::PermissionDenied,
+            Code::FailedPrecondition,
+            Code::Aborted,
+            Code::OutOfRange,
+            Code::Unauthenticated,
+        ];
+        for number in 0..=16 {
+            let code = Code::from_i32(number);
+            let goes_on = another_may_respond(code);
+            assert_eq!(goes_on, !ends.contains(&code), "{code:?}");
+        }
     }
 }

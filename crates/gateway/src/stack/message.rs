@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::fallback::is_retryable;
+use super::fallback::another_may_respond;
 use super::{Attempt, Exchange, Reservations, Stack};
 use crate::cache::Backend;
 use crate::limit::Reservation;
@@ -49,7 +49,7 @@ impl Exchange for Request {
     }
 
     fn accept(&self, response: Response, reservation: &Reservation) -> Result<Response, Status> {
-        if is_retryable(response.code()) {
+        if another_may_respond(response.code()) {
             reservation.charge(response.usage());
             return Err(response.into_status());
         }

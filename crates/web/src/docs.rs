@@ -8,8 +8,7 @@ use axum::extract::Path;
 use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::get;
 use http::header::{
-    CACHE_CONTROL, CONTENT_ENCODING, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY,
-    X_CONTENT_TYPE_OPTIONS,
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 use protocol::{Error, Kind};
@@ -85,12 +84,7 @@ fn asset(name: &str) -> Result<Response, ApiError> {
         .map_err(|error| Error::new(Kind::Internal, format!("Swagger UI: {error}")))?;
     let file = file.ok_or_else(path_not_found)?;
     let kind = [(CONTENT_TYPE, file.content_type)];
-    let mut response = (headers, kind, file.bytes).into_response();
-    if file.gzpipped {
-        let gzip = HeaderValue::from_static("gzip");
-        response.headers_mut().insert(CONTENT_ENCODING, gzip);
-    }
-    Ok(response)
+    Ok((headers, kind, file.bytes).into_response())
 }
 
 #[cfg(test)]

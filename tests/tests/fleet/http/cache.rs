@@ -1,11 +1,12 @@
 //! Cached rows are not computed again, over HTTP too.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use fleet_tests::calls::pixels;
 use fleet_tests::process::scratch;
-use fleet_tests::{Fleet, models, root};
+use fleet_tests::{Fleet, models, root, until};
 use serde_json::json;
 
 use super::{Protocol, Response, fetch, outputs, send, web};
@@ -108,5 +109,66 @@ async fn classify_reports_how_many_texts_were_cached() -> Result<()> {
             "{expected}: {response:?}"
         );
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_reloaded_classifier_has_its_new_labels() -> Result<()> {
+    let golden = root().join("target/golden/bert-classification");
+    ensure!(golden.exists(), "it is missing: run `make test`");
+    let repository = Repository::of(&[("classifier", &golden)])?;
+    let fleet = repository.fleet().await?;
+    let post = async |path: &str, body: serde_json::Value| -> Result<Response> {
+        let url = format!("http://{}{path}", fleet.gateway.http);
+        let response = fetch(web(Protocol::Http1)?.post(url).json(&body)).await?;
+        ensure!(response.status == 200, "{response:?}");
+        Ok(response)
+    };
+    let label = async || -> Result<String> {
+        let response = post("/v1/classify", json!({"input": "a lantern"})).await?;
+        let label = response.json()?["data"][0]["label"].clone();
+        Ok(label.as_str().unwrap_or_default().to_owned())
+    };
+    let before = label().await?;
+    ensure!(!before.starts_with("renamed "), "{before}");
+    // Only the labels change: the version stays ready under the same number.
+    let path = repository.0.join("classifier/1/config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let labels = config["id2label"].as_object_mut().context("labels")?;
+    for label in labels.values_mut() {
+        *label = json!(format!("renamed {}", label.as_str().unwrap_or_default()));
+    }
+    std::fs::write(&path, config.to_string())?;
+    post("/v2/repository/models/classifier/load", json!({})).await?;
+    let expected = format!("renamed {before}");
+    until(Duration::from_secs(10), "the labels are new", || async {
+        Ok(label().await? == expected)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn many_texts_are_classified_in_few_calls() -> Result<()> {
+    let golden = root().join("target/golden/bert-classification");
+    ensure!(golden.exists(), "it is missing: run `make test`");
+    let repository = Repository::of(&[("classifier", &golden)])?;
+    let fleet = repository.fleet().await?;
+    let worker = fleet.workers[0].as_ref().context("a worker")?;
+    let calls = async || {
+        let of_infer =
+            r#"andon_worker_requests_total{model="classifier",version="1",method="ModelInfer""#;
+        worker.metric_sum(of_infer).await
+    };
+    let texts: Vec<String> = (0..300).map(|number| format!("lantern {number}")).collect();
+    let before = calls().await?;
+    let url = format!("http://{}/v1/classify", fleet.gateway.http);
+    let request = web(Protocol::Http1)?.post(&url);
+    let response = fetch(request.json(&json!({"input": texts}))).await?;
+    ensure!(response.status == 200, "{response:?}");
+    let data = response.json()?["data"].as_array().map(Vec::len);
+    ensure!(data == Some(300), "{data:?}");
+    // Two calls of at most 256 rows.
+    let made = calls().await? - before;
+    ensure!(made == 2.0, "{made} calls");
     Ok(())
 }

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use fleet_tests::Fleet;
+use anyhow::{Context, Result, ensure};
 use fleet_tests::calls::pixels;
 use fleet_tests::certificates::{Authority, Certificate};
 use fleet_tests::process::scratch;
 use fleet_tests::tokens::{AUDIENCE, ISSUER, Signer, claims, key_set};
+use fleet_tests::{Fleet, until};
 use reqwest::{Client, Version};
 use serde_json::json;
 
@@ -203,4 +203,33 @@ async fn a_token_stands_for_its_tenant_over_http() -> Result<()> {
         )?;
     }
     Ok(())
+}
+
+#[tokio::test]
+async fn a_call_whose_caller_leaves_counts_for_its_model() -> Result<()> {
+    let fleet = Fleet::with(1, &["--model", &digits()?], &[]).await?;
+    let worker = fleet.workers[0].as_ref().context("a worker")?;
+    let url = format!("http://{}/v2/models/digits/infer", fleet.gateway.http);
+    let (body, _) = in_json(&pixels(&[[1.0; 64]]), true);
+    let client = Client::builder().no_proxy().http1_only().build()?;
+    worker.signal(libc::SIGSTOP)?;
+    let call = client
+        .post(url)
+        .body(body)
+        .timeout(Duration::from_millis(500));
+    let left = call.send().await;
+    ensure!(
+        left.is_err_and(|error| error.is_timeout()),
+        "it was answered"
+    );
+    let counted = until(Duration::from_secs(10), "the call is counted", || async {
+        let page = fleet.gateway.get("/metrics").await?;
+        Ok(page.lines().any(|line| {
+            line.starts_with("andon_gateway_requests_total{model=\"digits\"")
+                && line.ends_with("code=\"CANCELLED\"} 1")
+        }))
+    })
+    .await;
+    worker.signal(libc::SIGCONT)?;
+    counted
 }

@@ -99,9 +99,10 @@ def arguments(signature):
 
 
 def messages_stay_at_the_wire(tree):
+    packages = "|".join(sorted({name.split("/")[1] for name in tree.named(r"proto/[^/]+/.+\.proto")}))
     pattern = (
-        r"\bprotocol::(inference|tei|andon)\b|\bprost(_types)?::"
-        r"|\buse protocol::\{[^;]*\b(inference|tei|andon)\b"
+        rf"\bprotocol::({packages})\b|\bprost(_types)?::"
+        rf"|\buse protocol::\{{[^;]*\b({packages})\b"
     )
     for crate, module, name, code in tree.library_code():
         if crate in ("protocol", "platform") or in_module(module, MESSAGES.get(crate, ())):

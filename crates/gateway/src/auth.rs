@@ -235,7 +235,7 @@ impl Auth {
     /// certificate. The error says why the credential is rejected.
     pub async fn caller(&self, headers: &HeaderMap, peer: &Peer) -> Result<Caller, Error> {
         if !self.is_required() {
-            return Ok(self.anyone.clone());
+            return Ok(self.anyone(peer));
         }
         let state = self.state.load_full();
         state
@@ -248,8 +248,11 @@ impl Auth {
     }
 
     /// The caller of a call that needs no authentication.
-    pub fn anyone(&self) -> Caller {
-        self.anyone.clone()
+    pub fn anyone(&self, peer: &Peer) -> Caller {
+        Caller {
+            address: peer.address.map(|address| address.ip()),
+            ..self.anyone.clone()
+        }
     }
 }
 
@@ -265,18 +268,17 @@ impl State {
             None => None,
         };
         let certified = |(name, tenant): (&String, &Arc<Tenant>)| {
-            let credential = format!("cert:{}", shortened(name)).into();
-            let tenant = tenant.clone();
-            (name.clone(), Caller { tenant, credential })
+            let credential = format!("cert:{}", shortened(name));
+            (name.clone(), Caller::new(tenant.clone(), credential))
         };
         Ok(Self {
             keys: Keys::new(&stored, &policy),
             tokens,
             certificates: policy.certificates.iter().map(certified).collect(),
-            anonymous: policy.anonymous.clone().map(|tenant| Caller {
-                tenant,
-                credential: "anonymous".into(),
-            }),
+            anonymous: policy
+                .anonymous
+                .clone()
+                .map(|tenant| Caller::new(tenant, "anonymous")),
             policy,
             stored,
         })

@@ -5,11 +5,13 @@ mod file;
 mod pattern;
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use http::HeaderValue;
 use platform::files::{ContentError, FileError, FileSource};
 use protocol::{Error, Kind};
 use serde::Deserialize;
@@ -115,6 +117,11 @@ pub struct Tenant {
     pub models: Vec<Pattern>,
     /// Its share under overload, relative to those of other tenants.
     pub weight: u32,
+    /// Whether the priorities of its requests hold among those of other tenants:
+    /// otherwise they order its own requests alone.
+    pub priority: bool,
+    /// The value of [`protocol::LANE_KEY`]: the same in every gateway.
+    pub lane: HeaderValue,
     /// Tenants of one scope share cached responses; the tenant's own name unless
     /// the policy sets another.
     pub cache_scope: String,
@@ -157,6 +164,9 @@ pub struct Caller {
     /// The credential, for the trace: a key's prefix, a token's subject or a
     /// certificate's name. Never a secret.
     pub credential: Arc<str>,
+    /// The address of the peer where nobody authenticates: without tenants,
+    /// shares are held by address.
+    pub address: Option<IpAddr>,
 }
 
 impl Policy {
@@ -188,6 +198,8 @@ impl Tenant {
             administrator: true,
             models: vec![Pattern::any()],
             weight: 1,
+            priority: false,
+            lane: lane(b"anyone"),
             cache_scope: "anyone".to_owned(),
             quota: Quota::default(),
             model_quotas: Vec::new(),
@@ -200,12 +212,36 @@ impl Tenant {
     }
 }
 
+/// A lane: a stable number of a name or an address (FNV-1a, 32 bits). Two that
+/// collide take turns as one.
+pub fn lane(bytes: &[u8]) -> HeaderValue {
+    let hash = bytes.iter().fold(0x811c_9dc5_u32, |hash, byte| {
+        (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+    });
+    hash.into()
+}
+
 impl Caller {
+    /// A caller of a tenant.
+    pub fn new(tenant: Arc<Tenant>, credential: impl Into<Arc<str>>) -> Self {
+        Self {
+            tenant,
+            credential: credential.into(),
+            address: None,
+        }
+    }
+
     /// The gateway itself.
     pub fn gateway() -> Self {
-        Self {
-            tenant: Arc::new(Tenant::anyone()),
-            credential: "".into(),
+        Self::new(Arc::new(Tenant::anyone()), "")
+    }
+
+    /// The lane of its calls in the queues of workers.
+    pub fn lane(&self) -> HeaderValue {
+        match self.address {
+            None => self.tenant.lane.clone(),
+            Some(IpAddr::V4(address)) => lane(&address.octets()),
+            Some(IpAddr::V6(address)) => lane(&address.octets()),
         }
     }
 
@@ -253,6 +289,7 @@ mod tests {
             [tenants.search]
             models = ["minilm", "rerank-*"]
             weight = 3
+            priority = true
             cache_scope = "texts"
             certificates = ["spiffe://cluster/search", "search.internal"]
             [tenants.search.quota]
@@ -285,6 +322,10 @@ mod tests {
         assert!(search.may_call("rerank-large") && search.may_call("minilm"));
         assert!(!search.may_call("digits") && !search.administrator);
         assert_eq!((search.weight, search.cache_scope.as_str()), (3, "texts"));
+        assert!(search.priority && !policy.tenants["guest"].priority);
+        // The same number wherever the tenant's name is read.
+        assert_eq!(search.lane, lane(b"search"));
+        assert_ne!(search.lane, policy.tenants["guest"].lane);
         assert_eq!(search.quota.requests_per_second, Some(100.0));
         assert_eq!(search.model_quotas[0].1.in_flight, Some(4));
         assert!(search.model_quotas[0].0.matches("rerank-x"));

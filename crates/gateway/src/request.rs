@@ -204,6 +204,28 @@ pub fn default_headers() -> HeaderMap {
 /// The headers that identify the caller.
 pub const CREDENTIALS: [&str; 3] = ["authorization", "x-api-key", "api-key"];
 
+/// The most bytes of a caller's metadata that are forwarded, as HTTP/2 counts them
+/// (RFC 9113, 6.5.2). It is far below the limit of workers, which also get what
+/// the gateway adds.
+const METADATA_BYTES_MAX: usize = 16 << 10;
+/// What HTTP/2 counts for each entry besides its name and value.
+const ENTRY_BYTES: usize = 32;
+/// The metadata of this program's own: no caller sets it for a worker.
+const OWN_PREFIX: &str = "x-andon-";
+/// What is forwarded of metadata that is over the limit.
+const ESSENTIAL: [&str; 6] = [
+    "content-type",
+    "te",
+    "cache-control",
+    "traceparent",
+    MODEL_KEY,
+    VERSION_KEY,
+];
+
+/// The longest of those values, but for a model's name and version, which are
+/// checked before they are forwarded.
+const ESSENTIAL_BYTES_MAX: usize = 256;
+
 /// The headers of the caller's connection, and those that are secret.
 const NOT_FORWARDED: [&str; 7] = [
     "grpc-encoding",
@@ -221,10 +243,89 @@ pub fn forwarded_headers(mut headers: HeaderMap) -> HeaderMap {
     for name in NOT_FORWARDED {
         headers.remove(name);
     }
+    let (mut bytes, mut own) = (0, false);
+    for (name, value) in &headers {
+        bytes += name.as_str().len() + value.len() + ENTRY_BYTES;
+        own |= name.as_str().starts_with(OWN_PREFIX);
+    }
+    if own || bytes > METADATA_BYTES_MAX {
+        let is_long = bytes > METADATA_BYTES_MAX;
+        headers = only_forwardable(headers, is_long);
+    }
     let span = tracing::Span::current();
     if !span.is_none() {
         let from = HeaderMap::new();
         platform::telemetry::forward_trace(&span, &from, &mut headers);
     }
     headers
+}
+
+/// The metadata without this program's own; of long metadata the essential
+/// entries alone, each once: what is unknown is left out.
+fn only_forwardable(headers: HeaderMap, is_long: bool) -> HeaderMap {
+    let mut forwarded = HeaderMap::with_capacity(headers.len());
+    let keys = headers
+        .keys()
+        .filter(|name| !name.as_str().starts_with(OWN_PREFIX));
+    for name in keys {
+        if !is_long {
+            for value in headers.get_all(name) {
+                forwarded.append(name, value.clone());
+            }
+        } else if ESSENTIAL.contains(&name.as_str())
+            && let Some(value) = headers.get(name)
+            && (value.len() <= ESSENTIAL_BYTES_MAX || name.as_str().starts_with(MODEL_KEY))
+        {
+            forwarded.insert(name, value.clone());
+        }
+    }
+    forwarded
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::{LANE_CROSS_KEY, LANE_KEY};
+
+    use super::*;
+
+    fn headers(entries: &[(&'static str, &str)]) -> HeaderMap {
+        let entry = |(name, value): &(&'static str, &str)| {
+            let value = HeaderValue::try_from(*value).unwrap();
+            (http::HeaderName::from_static(name), value)
+        };
+        entries.iter().map(entry).collect()
+    }
+
+    #[test]
+    fn no_caller_sets_metadata_of_this_program_or_passes_a_credential_on() {
+        let forwarded = forwarded_headers(headers(&[
+            (LANE_KEY, "7"),
+            (LANE_CROSS_KEY, "true"),
+            ("x-andon-cache", "hit"),
+            ("authorization", "Bearer secret"),
+            ("x-own", "kept"),
+            (MODEL_KEY, "minilm"),
+        ]));
+        let expected = headers(&[("x-own", "kept"), (MODEL_KEY, "minilm")]);
+        assert_eq!(forwarded, expected);
+    }
+
+    #[test]
+    fn long_metadata_is_left_out_but_for_what_is_known() {
+        let long = "v".repeat(METADATA_BYTES_MAX);
+        let known = [(MODEL_KEY, "minilm"), ("te", "trailers")];
+        let mut long = headers(&[known[0], ("x-long", &long), known[1]]);
+        long.append("x-more", HeaderValue::from_static("too"));
+        assert_eq!(forwarded_headers(long), headers(&known));
+        // Many short entries count too.
+        let mut many = headers(&known);
+        for number in 0..1000_u32 {
+            many.append("x-n", number.into());
+        }
+        assert_eq!(forwarded_headers(many), headers(&known));
+        let few = [known[0], ("x-a", "1"), ("x-a", "2")];
+        let mut sent = headers(&few[..2]);
+        sent.append("x-a", HeaderValue::from_static("2"));
+        assert_eq!(forwarded_headers(sent.clone()), sent);
+    }
 }

@@ -204,7 +204,7 @@ impl Stack {
             Access::Caller | Access::Administrator => false,
         };
         if open {
-            return Ok(auth.anyone());
+            return Ok(auth.anyone(entry.peer));
         }
         let caller = auth.caller(entry.headers, entry.peer).await?;
         if auth.is_required() && entry.kind != EntryKind::StreamMessage {

@@ -20,7 +20,7 @@ use platform::circuit_breaker::CircuitBreaker;
 use platform::grpc::{MessageLimits, head_status};
 use platform::shards;
 use protocol::andon::v1::WatchReportResponse;
-use protocol::{Error, MODEL_KEY, Method};
+use protocol::{Error, LANE_CROSS_KEY, LANE_KEY, MODEL_KEY, Method};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
@@ -218,6 +218,11 @@ impl Upstream {
             .ok_or_else(|| SendError::NotSent("the worker is not connected".to_owned()))?;
         let mut headers = request.headers.clone();
         set_timeout(&mut headers, request.deadline);
+        headers.insert(HeaderName::from_static(LANE_KEY), request.caller.lane());
+        if request.caller.tenant.priority {
+            let crosses = HeaderValue::from_static("true");
+            headers.insert(HeaderName::from_static(LANE_CROSS_KEY), crosses);
+        }
         if options.number > 0 {
             headers.insert(PREVIOUS_ATTEMPTS, HeaderValue::from(options.number));
         }

@@ -46,6 +46,13 @@ pub const TOKENS_KEY: &str = "x-compute-tokens";
 /// Metadata key that names the model that responded in place of the first of
 /// its fallback chain, and why.
 pub const FALLBACK_KEY: &str = "x-andon-fallback";
+/// Metadata key of a call from a gateway to a worker: a number that stands for
+/// the tenant, or for the caller's address where nobody authenticates. Calls of
+/// different lanes take turns in the worker's queue.
+pub const LANE_KEY: &str = "x-andon-lane";
+/// Metadata key of a call from a gateway to a worker: `true` when the policy lets
+/// the call's priority hold among other lanes too.
+pub const LANE_CROSS_KEY: &str = "x-andon-lane-cross";
 
 /// The Open Inference Protocol v2 with Triton's extensions.
 #[allow(

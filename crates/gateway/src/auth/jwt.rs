@@ -148,10 +148,7 @@ impl Tokens {
             .and_then(Value::as_f64)
             .unwrap_or_default();
         Ok(VerifiedToken {
-            caller: Caller {
-                tenant: tenant.clone(),
-                credential: format!("jwt:{subject}").into(),
-            },
+            caller: Caller::new(tenant.clone(), format!("jwt:{subject}")),
             set,
             // The cast saturates: a number that is no time becomes the nearest.
             expires: (expires as u64).saturating_add(self.rules.leeway.as_secs()),

@@ -52,10 +52,10 @@ impl Keys {
             sha256: key.sha256,
             expires: key.expires,
             revoked: key.revoked.is_some(),
-            caller: policy.tenants.get(&key.tenant).map(|tenant| Caller {
-                tenant: tenant.clone(),
-                credential: format!("key:{}", key.prefix).into(),
-            }),
+            caller: policy
+                .tenants
+                .get(&key.tenant)
+                .map(|tenant| Caller::new(tenant.clone(), format!("key:{}", key.prefix))),
         };
         let keys = stored.iter().map(|key| (key.prefix.clone(), known(key)));
         let keys = Self(keys.collect());

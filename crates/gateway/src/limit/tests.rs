@@ -19,10 +19,7 @@ fn limit() -> Limit {
 fn caller(quota: &str) -> Caller {
     let text = format!("[tenants.a]\nmodels = [\"*\"]\n{quota}");
     let policy = Policy::parse(&text, Path::new("policy.toml")).unwrap();
-    Caller {
-        tenant: policy.tenants["a"].clone(),
-        credential: "key".into(),
-    }
+    Caller::new(policy.tenants["a"].clone(), "key")
 }
 
 fn request(model: &str, rows: u64) -> QuotaRequest<'_> {

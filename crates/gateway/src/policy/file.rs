@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
 
 use super::{
-    JwksSource, JwtPolicy, LimitPolicy, Openness, Pattern, Policy, Quota, RedisLost, Tenant,
+    JwksSource, JwtPolicy, LimitPolicy, Openness, Pattern, Policy, Quota, RedisLost, Tenant, lane,
 };
 
 /// Clocks that are further apart than this are broken.
@@ -39,6 +39,8 @@ struct TenantEntry {
     administrator: bool,
     #[serde(default = "one", deserialize_with = "up_to_1000")]
     weight: u32,
+    #[serde(default)]
+    priority: bool,
     cache_scope: Option<Spanned<Name>>,
     #[serde(default)]
     certificates: Vec<Spanned<String>>,
@@ -220,6 +222,8 @@ fn tenant(name: String, entry: TenantEntry, source: &Source<'_>) -> Result<Tenan
         administrator: entry.administrator,
         models: entry.models,
         weight: entry.weight,
+        priority: entry.priority,
+        lane: lane(name.as_bytes()),
         cache_scope: match entry.cache_scope {
             Some(scope) => scope.into_inner().0,
             None => name.clone(),

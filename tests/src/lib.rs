@@ -3,8 +3,11 @@
 
 pub mod calls;
 pub mod certificates;
+pub mod flood;
+pub mod generate;
 pub mod load;
 pub mod process;
+pub mod raw;
 pub mod redis;
 pub mod scripts;
 pub mod tokens;

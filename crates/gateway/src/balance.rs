@@ -158,7 +158,9 @@ impl Balance {
     }
 
     fn classify_error(&self, upstream: &Upstream, error: SendError) -> Outcome {
-        let message = format!("worker {}: {error}", upstream.target);
+        // The log has the worker's address; callers get none.
+        tracing::debug!(worker = %upstream.target, %error, "a call failed");
+        let message = format!("a worker failed: {error}");
         let (reason, costs) = match error {
             SendError::NotSent(_) => ("not_sent", false),
             SendError::Broken(_) => ("broken", true),

@@ -306,10 +306,8 @@ impl Upstream {
         let response = match sent {
             Ok(Ok(response)) => response,
             Ok(Err(error)) => {
-                return Err(Status::unavailable(format!(
-                    "worker {}: {error}",
-                    self.target
-                )));
+                tracing::debug!(worker = %self.target, %error, "a call failed");
+                return Err(Status::unavailable(format!("a worker failed: {error}")));
             }
             Err(_) => return Err(Error::deadline_passed().to_status()),
         };

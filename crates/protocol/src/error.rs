@@ -9,6 +9,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::MODEL_KEY;
 use crate::field::{FieldPath, Segment};
+use crate::words::{DESCRIPTION_BYTES_MAX, MESSAGE_BYTES_MAX, cut, cut_bytes};
 
 /// The kind of an error. [`Kind::code`] and its siblings read one table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,7 +164,8 @@ impl Violation {
 }
 
 /// Why a request failed: a message for people, and a kind for programs. A program
-/// never parses the message.
+/// never parses the message. Whatever a caller sent, an error is short: its
+/// fields are bounded where it is made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
@@ -186,7 +188,7 @@ impl Error {
         Self {
             kind,
             fault: kind.fault(),
-            message: message.into(),
+            message: cut_bytes(message.into(), DESCRIPTION_BYTES_MAX),
             violation: None,
             retry_after: None,
         }
@@ -198,7 +200,7 @@ impl Error {
         let violation = Violation {
             field: field.into(),
             input: None,
-            description: description.into(),
+            description: cut_bytes(description.into(), DESCRIPTION_BYTES_MAX),
         };
         Self {
             message: violation.sentence(),
@@ -215,7 +217,7 @@ impl Error {
     ) -> Self {
         let mut error = Self::invalid(field, description);
         if let Some(violation) = &mut error.violation {
-            violation.input = Some(name.to_owned());
+            violation.input = Some(cut(name).into_owned());
             error.message = violation.sentence();
         }
         error
@@ -245,7 +247,8 @@ impl Error {
         let input = details
             .error_info()
             .filter(|info| info.domain == INPUT_DOMAIN && info.reason == INPUT_REASON)
-            .and_then(|info| info.metadata.get(INPUT_KEY).cloned());
+            .and_then(|info| info.metadata.get(INPUT_KEY))
+            .map(|input| cut(input).into_owned());
         let violation = details
             .bad_request()
             .and_then(|bad| bad.field_violations.first())
@@ -253,14 +256,14 @@ impl Error {
                 Box::new(Violation {
                     field: violation.field.as_str().into(),
                     input,
-                    description: violation.description.clone(),
+                    description: cut_bytes(violation.description.clone(), DESCRIPTION_BYTES_MAX),
                 })
             });
         let kind = Kind::of(status, retry_after.is_some());
         Self {
             kind,
             fault: kind.fault(),
-            message: status.message().to_owned(),
+            message: cut_bytes(status.message().to_owned(), MESSAGE_BYTES_MAX),
             violation,
             retry_after,
         }
@@ -277,14 +280,14 @@ impl Error {
     /// A field names something that is unknown here. The message is a sentence
     /// of its own.
     pub fn not_found(field: impl Into<FieldPath>, message: impl Into<String>) -> Self {
-        let message = message.into();
+        let error = Self::new(Kind::NotFound, message);
         Self {
             violation: Some(Box::new(Violation {
                 field: field.into(),
                 input: None,
-                description: message.clone(),
+                description: error.message.clone(),
             })),
-            ..Self::new(Kind::NotFound, message)
+            ..error
         }
     }
 
@@ -442,6 +445,43 @@ mod tests {
                 assert_eq!(again, error);
             }
         }
+    }
+
+    #[test]
+    fn an_error_is_short_whatever_its_words_are() {
+        let long = "é".repeat(4 << 20);
+        let field = FieldPath::parameter(&long);
+        let errors = [
+            Error::new(Kind::Unsupported, format!("output '{long}' is not JSON")),
+            Error::invalid(field.clone(), &long),
+            Error::invalid(&long, format!("must be one of: {long}")),
+            Error::invalid_input(&long, FieldPath::input(0).field(&long), &long),
+            Error::invalid("a", "b").map_field(|_| Some(long.as_str().into())),
+            Error::not_found(&long, format!("unknown model '{long}'")),
+            Error::overloaded(&long, Duration::from_secs(1)),
+            Error::quota_spent(&long, Duration::from_secs(1)),
+            Error::no_model(&long),
+            Error::several_models(&long, &[&long]),
+            Error::wrong_task(&long, &long, &long, &long),
+            Error::from_status(&Status::new(Code::Internal, &long)),
+        ];
+        for error in errors {
+            assert!(error.to_string().len() <= MESSAGE_BYTES_MAX + 3, "{error}");
+            let violation = error.violation();
+            let parts = violation.map_or(0, |violation| {
+                let input = violation.input.as_ref().map_or(0, String::len);
+                violation.field.as_str().len() + violation.description.len() + input
+            });
+            assert!(parts <= 3 * DESCRIPTION_BYTES_MAX, "{error}");
+        }
+        // Another process may be of another version, or hostile.
+        let mut details = ErrorDetails::new();
+        details.add_bad_request_violation(&long, &long);
+        let foreign = Status::with_error_details(Code::InvalidArgument, &long, details);
+        let again = Error::from_status(&foreign);
+        assert!(again.field().unwrap().as_str().len() <= 300);
+        let again = again.to_status();
+        assert!(again.message().len() + again.details().len() <= 3 * MESSAGE_BYTES_MAX);
     }
 
     #[test]

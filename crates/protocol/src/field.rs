@@ -2,9 +2,11 @@
 
 use std::fmt;
 
+use crate::words::{DESCRIPTION_BYTES_MAX, WORD_CHARACTERS_MAX, cut, cut_bytes};
+
 /// The path of a field in a request, such as `inputs[0].contents[3]` or
 /// `parameters[truncate]`. It travels as text and is built and read in
-/// [`Segment`]s.
+/// [`Segment`]s. Names and keys are a caller's words, and are cut as such.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FieldPath(String);
 
@@ -53,14 +55,17 @@ impl FieldPath {
         self.then(Segment::Key(key))
     }
 
-    /// This path and one more step.
+    /// This path and one more step. Steps beyond the longest path are left out.
     #[must_use]
     pub fn then(mut self, segment: Segment<'_>) -> Self {
+        if self.0.len() > DESCRIPTION_BYTES_MAX {
+            return self;
+        }
         match segment {
-            Segment::Name(name) if self.0.is_empty() => self.0.push_str(name),
-            Segment::Name(name) => self.0.extend([".", name]),
+            Segment::Name(name) if self.0.is_empty() => self.0.push_str(&cut(name)),
+            Segment::Name(name) => self.0.extend([".", &cut(name)]),
             Segment::Index(index) => self.0.extend(["[", &index.to_string(), "]"]),
-            Segment::Key(key) => self.0.extend(["[", key, "]"]),
+            Segment::Key(key) => self.0.extend(["[", &cut(key), "]"]),
         }
         self
     }
@@ -93,19 +98,24 @@ impl<'p> FromIterator<Segment<'p>> for FieldPath {
 
 impl From<&str> for FieldPath {
     fn from(text: &str) -> Self {
-        Self(text.to_owned())
+        Self::from(text.to_owned())
     }
 }
 
 impl From<String> for FieldPath {
     fn from(text: String) -> Self {
-        Self(text)
+        if text.len() <= WORD_CHARACTERS_MAX {
+            return Self(text);
+        }
+        // It may have a long word: its steps are taken again, each cut.
+        let path = Self(cut_bytes(text, DESCRIPTION_BYTES_MAX));
+        path.segments().into_iter().collect()
     }
 }
 
 impl From<&String> for FieldPath {
     fn from(text: &String) -> Self {
-        Self(text.clone())
+        Self::from(text.as_str())
     }
 }
 
@@ -213,6 +223,36 @@ mod tests {
             let path = FieldPath::from("settings").key(key);
             assert_eq!(path.segments()[1], Segment::Key(key));
         }
+    }
+
+    #[test]
+    fn words_of_a_path_are_cut() {
+        let long = "x".repeat(8 << 20);
+        let key = format!("{}…", "x".repeat(128));
+        for path in [
+            FieldPath::parameter(&long),
+            FieldPath::from("parameters").key(&long),
+        ] {
+            assert_eq!(path, *format!("parameters[{key}]"));
+            assert_eq!(path.segments()[1], Segment::Key(&key));
+        }
+        for text in [
+            long.clone(),
+            format!("inputs[0].{long}"),
+            format!("inputs[{long}]"),
+        ] {
+            let path = FieldPath::from(text);
+            assert!(path.as_str().len() < 150, "{path}");
+        }
+        // Each step is short, and there are many.
+        for part in ["a.", "[a]", "a[0]", "x]y[", "é"] {
+            let path = FieldPath::from(part.repeat(1 << 20));
+            assert!(path.as_str().len() <= DESCRIPTION_BYTES_MAX + 300, "{part}");
+        }
+        let many = (0..100_000).fold(FieldPath::input(0), FieldPath::index);
+        assert!(many.as_str().len() <= DESCRIPTION_BYTES_MAX + 300);
+        let legal = format!("parameters[{}]", "k".repeat(128));
+        assert_eq!(FieldPath::from(legal.as_str()), *legal);
     }
 
     proptest! {

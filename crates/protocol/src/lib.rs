@@ -14,6 +14,7 @@ mod signature;
 mod statistics;
 mod task;
 mod text;
+pub mod words;
 
 pub use error::{Error, Fault, Kind, Violation};
 pub use field::{FieldPath, Segment};

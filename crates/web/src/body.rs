@@ -14,6 +14,7 @@ use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http_body_util::BodyExt;
 use platform::body::discard;
 use platform::grpc::{BytesHeld, MessageLimits};
+use protocol::words::cut;
 use protocol::{Error, Kind};
 use serde::de::{self, DeserializeOwned, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -32,8 +33,6 @@ const JSON_BYTES_MAX: usize = 16 << 20;
 const SMALL_BYTES: usize = 4 << 10;
 /// The length of joined chunks.
 const JOINED_BYTES: usize = 64 << 10;
-/// The length of a field's path, which has names that the caller chose.
-const FIELD_CHARACTERS_MAX: usize = 128;
 
 /// A body in the chunks that it came in; small ones are joined.
 #[derive(Debug, Default)]
@@ -255,7 +254,7 @@ fn json_error(path: &str, error: &serde_json::Error) -> Error {
     let position = format!("line {}, column {}", error.line(), error.column());
     let field = match path {
         "" | "." | "?" => "body".to_owned(),
-        path => path.chars().take(FIELD_CHARACTERS_MAX).collect(),
+        path => cut(path).into_owned(),
     };
     let text = error.to_string();
     let text = text

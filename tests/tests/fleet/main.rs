@@ -13,3 +13,4 @@ mod outside;
 mod providers;
 mod quota;
 mod transport;
+mod words;

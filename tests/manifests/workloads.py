@@ -117,6 +117,8 @@ def identity(objects, overlay):
             yield f"{name}: either ANDON_INSECURE is true or there is an ANDON_POLICY"
         if overlay == "production" and insecure:
             yield f"{name}: in production callers authenticate: ANDON_INSECURE must be false"
+        if overlay == "production" and settings.get("ANDON_REQUIRE_TLS") != "true":
+            yield f"{name}: in production no key comes over clear text: ANDON_REQUIRE_TLS must be true"
         files = {"ANDON_POLICY": "configMap", "ANDON_KEYS": "secret", "ANDON_TLS_CERT": "secret", "ANDON_TLS_KEY": "secret"}
         for setting, kind in files.items():
             path = settings.get(setting)

@@ -17,6 +17,7 @@ use platform::tasks::{OwnedTask, spawn_owned};
 use platform::telemetry::{self, Telemetry};
 use platform::{Process, admin, memory};
 use tokio::net::TcpListener;
+use web::HttpSettings;
 
 use crate::arguments;
 use crate::arguments::Common;
@@ -78,11 +79,18 @@ impl Role {
         &self,
         gateway: &gateway::Gateway,
         settings: &GatewaySettings,
-    ) -> anyhow::Result<TcpListener> {
+        http: &HttpSettings,
+    ) -> anyhow::Result<(TcpListener, Http)> {
         for address in [self.grpc_addr, settings.http_addr] {
-            gateway.may_serve(address, settings.auth.insecure)?;
+            gateway.may_serve(address, settings)?;
         }
-        Ok(bind(settings.http_addr)?)
+        let listener = bind(settings.http_addr)?;
+        let exposure = web::Exposure {
+            tls: settings.tls.tls_cert.is_some(),
+            open_on_loopback: settings.http_addr.ip().is_loopback() && !gateway.authenticates(),
+        };
+        let routes = web::router(gateway.stack().clone(), http, exposure);
+        Ok((listener, Http(routes)))
     }
 
     fn admin(&self, listener: TcpListener, health: Vec<Health>) -> OwnedTask {
@@ -132,8 +140,7 @@ pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
         role.process.clone(),
         inside,
     )?;
-    let http = role.bind_http(&gateway, &arguments.gateway)?;
-    let routes = Http(web::router(gateway.stack().clone(), &arguments.http));
+    let (http, routes) = role.bind_http(&gateway, &arguments.gateway, &arguments.http)?;
     let (admin, grpc) = role.bind()?;
     let addresses = Addresses {
         grpc: grpc.local_addr()?,
@@ -165,8 +172,7 @@ pub async fn gateway(arguments: arguments::Gateway) -> anyhow::Result<()> {
         role.process.clone(),
         Vec::new(),
     )?;
-    let http = role.bind_http(&gateway, &arguments.gateway)?;
-    let routes = Http(web::router(gateway.stack().clone(), &arguments.http));
+    let (http, routes) = role.bind_http(&gateway, &arguments.gateway, &arguments.http)?;
     let (admin, grpc) = role.bind()?;
     tracing::info!(grpc = %grpc.local_addr()?, http = %http.local_addr()?, admin = %admin.local_addr()?, "gateway");
     let _admin = role.admin(admin, vec![gateway.health.clone()]);

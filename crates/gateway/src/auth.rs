@@ -11,6 +11,7 @@ pub use metrics::AuthMetrics;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
@@ -38,6 +39,10 @@ pub struct AuthSettings {
     /// Serve a public address without authentication
     #[arg(long)]
     pub insecure: bool,
+    /// Accept no key and no token over clear text, unless the ports are on
+    /// loopback addresses
+    #[arg(long)]
+    pub require_tls: bool,
 }
 
 /// Why a credential is rejected: the reason for the metric, and a message that
@@ -75,6 +80,10 @@ const UNKNOWN_CERTIFICATE: Rejection = Rejection::new(
     "certificate_unknown",
     "the client certificate belongs to no tenant",
 );
+const CLEAR_TEXT: Rejection = Rejection::new(
+    "clear_text",
+    "keys and tokens are not accepted over clear text: use TLS",
+);
 const TOKENS_DISABLED: Rejection = Rejection::new(
     "token_not_taken",
     "the bearer is no API key of this server, and the server accepts no tokens",
@@ -89,6 +98,8 @@ pub struct Auth {
     state: ArcSwap<State>,
     /// The policy of the state, for the layers that need nothing else of it.
     policy: PolicyCell,
+    /// Whether keys and tokens are refused: they come over clear text.
+    clear_text_refused: AtomicBool,
     metrics: AuthMetrics,
 }
 
@@ -139,6 +150,7 @@ impl Auth {
             files,
             policy: Arc::new(ArcSwap::new(state.policy.clone())),
             state: ArcSwap::from_pointee(state),
+            clear_text_refused: AtomicBool::new(false),
             metrics: AuthMetrics::default(),
         })
     }
@@ -221,6 +233,11 @@ impl Auth {
         self.settings.policy.is_some()
     }
 
+    /// Accepts no key and no token from now on, since they come over clear text.
+    pub fn refuse_clear_text(&self) {
+        self.clear_text_refused.store(true, Ordering::Relaxed);
+    }
+
     /// Whether reflection needs no authentication.
     pub fn reflection_is_open(&self) -> bool {
         !self.is_required() || self.state.load().policy.reflection == Openness::Open
@@ -238,13 +255,16 @@ impl Auth {
             return Ok(self.anyone(peer));
         }
         let state = self.state.load_full();
-        state
-            .authenticate(headers, peer)
-            .await
-            .map_err(|rejection| {
-                self.metrics.refused(rejection.reason);
-                Error::new(rejection.kind, rejection.message)
-            })
+        let clear_text = self.clear_text_refused.load(Ordering::Relaxed);
+        let caller = if clear_text && !matches!(credential(headers), Ok(None)) {
+            Err(CLEAR_TEXT)
+        } else {
+            state.authenticate(headers, peer).await
+        };
+        caller.map_err(|rejection| {
+            self.metrics.refused(rejection.reason);
+            Error::new(rejection.kind, rejection.message)
+        })
     }
 
     /// The caller of a call that needs no authentication.

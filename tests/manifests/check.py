@@ -79,6 +79,19 @@ def dockerfile_faults():
             yield f"deploy/Dockerfile: has no target {target}"
         elif "\nUSER 65532:65532\n" not in stage:
             yield f"deploy/Dockerfile: the target {target} must run as user 65532"
+    yield from base_faults(path.read_text())
+
+
+def base_faults(text):
+    """Images of others are named by an ARG at the top, whose default is an exact version."""
+    versions = dict(re.findall(r"(?m)^ARG (\w+)=(\S+)$", text.split("FROM ", 1)[0]))
+    stages = set()
+    for base, stage in re.findall(r"(?m)^FROM (\S+) AS (\S+)$", text):
+        name = re.search(r":\$\{(\w+)\}", base)
+        version = versions.get(name[1], "") if name else ""
+        if base != "scratch" and base not in stages and not re.match(r"\d+\.\d+\.\d+(-|$)", version):
+            yield f"deploy/Dockerfile: {base} must have an exact version in an ARG"
+        stages.add(stage)
 
 
 def setting_faults(objects, binary):

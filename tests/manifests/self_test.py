@@ -131,6 +131,7 @@ OBJECT_FAULTS = [
     ("a port that nothing serves", "cpu", _set(GATEWAY, f"{FIRST}/ports/0/containerPort", 8080), "but it serves"),
     ("a served port that is not named", "cpu", _setting(_worker, "ANDON_ADMIN_ADDR", "0.0.0.0:9000"), "but it serves"),
     ("a gateway that cannot start", "cpu", _setting(_gateway, "ANDON_INSECURE", "false"), "either ANDON_INSECURE"),
+    ("keys over clear text in production", "production", _setting(_gateway, "ANDON_REQUIRE_TLS", "false"), "ANDON_REQUIRE_TLS"),
     ("nobody authenticated in production", "production", _setting(_gateway, "ANDON_INSECURE", "true"), "must be false"),
     ("no keys in production", "production", _setting(_gateway, "ANDON_KEYS", ""), "ANDON_KEYS must be given"),
     ("a policy that is not there", "production", _setting(_gateway, "ANDON_POLICY", "/etc/andon/policy/other.toml"), "has no other.toml"),
@@ -185,12 +186,15 @@ TEXT_FAULTS = [
     ("an alert without urgency", lambda: telemetry.alerts(ALERT % ("a_total", "x", RUNBOOK), KNOWN), "severity"),
     ("an alert without advice", lambda: telemetry.alerts(ALERT % ("a_total", "page", ""), KNOWN), "needs a runbook"),
     ("an alert on nothing", lambda: telemetry.alerts(ALERT % ("c_total", "page", RUNBOOK), KNOWN), "no metric is named"),
+    ("a base by its minor version", lambda: check.base_faults("ARG A=1.95\nFROM rust:${A} AS rust\n"), "exact version"),
+    ("a base without an ARG", lambda: check.base_faults("FROM rust:1.95.0 AS rust\n"), "exact version"),
     ("an unpinned image", lambda: telemetry.compose("services: {a: {image: x}}"), "not pinned"),
     ("a missing dependency", lambda: telemetry.compose("services: {a: {image: 'x:1', depends_on: {b: {}}}}"), "does not exist"),
     ("a container with rights", lambda: telemetry.compose("services: {a: {image: 'andon:1'}}"), "read-only"),
 ]
 SOUND = [
     ("a histogram", lambda: telemetry.query_faults("q", "rate(b_seconds_bucket[$__rate_interval])", KNOWN)),
+    ("a base by its version", lambda: check.base_faults("ARG A=1.95.0-slim\nFROM rust:${A} AS a\nFROM a AS b\nFROM scratch AS c\n")),
     ("an alert", lambda: telemetry.alerts(ALERT % ("a_total > 1", "page", RUNBOOK), KNOWN)),
     ("a dashboard", lambda: telemetry.dashboard(_board(PANEL), KNOWN)),
 ]

@@ -1,6 +1,5 @@
-//! Breaks a fleet and reports what callers noticed: how many requests failed
-//! and how long each fault was felt. The tests assert the outcomes with wide
-//! bounds; this measures.
+//! Faults of processes, and of load: how many requests failed and how long each
+//! fault was felt.
 
 use std::time::{Duration, Instant};
 
@@ -17,8 +16,8 @@ fn digits() -> ModelInferRequest {
     pixels(&[[3.0; 64]; 4])
 }
 
-#[tokio::main]
-async fn main() -> Result<()> {
+/// Injects every fault.
+pub async fn report() -> Result<()> {
     println!("| fault | succeeded | failed | measurement | min | median | max |");
     println!("|---|---|---|---|---|---|---|");
     kill().await?;

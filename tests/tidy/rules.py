@@ -46,6 +46,7 @@ FORBIDDEN = [
     (re.compile(r"\bdbg!"), "dbg! is for the moment"),
 ]
 PRINTS = re.compile(r"\be?print(ln)?!")
+TEST = re.compile(r"#\[(?:tokio::)?test\b[^\]]*\]\s*(?:#\[[^\]]*\]\s*)*(?:async )?fn (\w+)")
 FUNCTION = re.compile(r"\bfn\s+(\w+)\s*(?=[<(])")
 
 
@@ -216,6 +217,25 @@ def images_have_versions(tree):
             yield name, line, "':latest' is another image tomorrow: name a version"
 
 
+def promises_have_tests(tree):
+    """Each promise of SECURITY.md, a row of a table, names a test function that exists."""
+    sources = tree.named(r"(crates|tests)/.+\.rs")
+    tests = {name for source in sources for name in TEST.findall(tree.text(source))}
+    for name in tree.named(r"SECURITY\.md"):
+        heading = True
+        for line, text in enumerate(tree.text(name).splitlines(), 1):
+            if not text.startswith("|"):
+                heading = True
+            elif heading or set(text) <= set("|-: "):
+                heading = False
+            else:
+                named = re.findall(r"`(\w+)`", text.rstrip("| ").rpartition("|")[2])
+                missing = [test for test in named if test not in tests]
+                if not named:
+                    yield name, line, "a promise names its test in the last column"
+                yield from ((name, line, f"there is no test {test}") for test in missing)
+
+
 RULES = [
     files_are_short,
     imports.crates_keep_the_law,
@@ -236,4 +256,5 @@ RULES = [
     no_build_output_is_tracked,
     no_registry_is_named,
     images_have_versions,
+    promises_have_tests,
 ]

@@ -27,6 +27,7 @@ from rules import (
     no_test_is_skipped,
     nothing_is_left_for_later,
     nothing_panics_or_prints,
+    promises_have_tests,
     tasks_have_owners,
     tonic_stays_at_the_wire,
     unsafe_stays_in_kernels,
@@ -53,6 +54,9 @@ CLEAN = {
     "crates/engine/src/kernels/avx.rs": "unsafe { go() }\n",
     "crates/cli/src/main.rs": "println!(\"a\");\n",
     "crates/cli/src/roles.rs": 'const CRATES: &[&str] = &["control", "gateway", "other", "tensor"];\n',
+    "SECURITY.md": "| promise | test |\n|---|---|\n| kept | `a_test`, `b_test` |\n",
+    "crates/gateway/src/checked.rs": "#[cfg(test)]\nmod tests {\n    #[test]\n    fn a_test() {}\n"
+    "    #[tokio::test(start_paused = true)]\n    async fn b_test() {}\n    fn c_test() {}\n}\n",
     "tests/src/process.rs": "unsafe { kill() }\n",
     "k8s/base/gateway.yaml": "image: andon:0.1.0\n",
 }
@@ -132,6 +136,10 @@ BROKEN = [
     (files_are_small, "models.bin", "0" * (BYTES_MAX + 1)),
     (no_build_output_is_tracked, "crates/engine/target/a.json", "{}\n"),
     *[(no_registry_is_named, "deploy/Dockerfile", f"FROM {host}/a:1\n") for host in REGISTRIES],
+    *[
+        (promises_have_tests, "SECURITY.md", f"| promise | test |\n|---|---|\n| kept | {test} |\n")
+        for test in ("", "a_test", "`d_test`", "`a_test`, `d_test`", "`c_test`")
+    ],
     (images_have_versions, "k8s/base/gateway.yaml", "image: andon:latest\n"),
 ]
 

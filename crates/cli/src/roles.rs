@@ -11,11 +11,13 @@ use platform::channel::Target;
 use platform::drain::{self, Trigger};
 use platform::health::Health;
 use platform::metrics::Metrics;
+use platform::pool::WorkPool;
 use platform::server::{ConnectionMetrics, Http, Listener, ServerSettings, bind};
 use platform::shards::Shards;
 use platform::tasks::{OwnedTask, spawn_owned};
 use platform::telemetry::{self, Telemetry};
-use platform::{Process, admin, memory};
+use platform::watchdog::Watchdog;
+use platform::{Process, admin, descriptors, memory};
 use tokio::net::TcpListener;
 use web::HttpSettings;
 
@@ -44,28 +46,41 @@ struct Role {
     grpc_addr: SocketAddr,
     admin_addr: SocketAddr,
     _telemetry: Telemetry,
+    _watchdog: Watchdog,
 }
 
 impl Role {
     fn new(common: Common, name: &'static str) -> anyhow::Result<Self> {
         let telemetry = telemetry::start(&common.telemetry, name, CRATES)?;
+        let server = common.server.checked().map_err(anyhow::Error::msg)?;
+        // A gateway has two ports for callers.
+        let ports = if name == "worker" { 1 } else { 2 };
+        let server = server.within_descriptors(descriptors::raise(), ports);
         let (trigger, drain) = drain::channel();
         let metrics = Arc::new(Metrics::default());
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let shards = Arc::new(Shards::start(cores)?);
+        let watchdog = Watchdog::start(&shards, &metrics);
+        let work_threads = server.work_threads.map_or(cores, usize::from);
+        let work_items_max = server.work_items_max as usize;
         let process = Process {
             connections: ConnectionMetrics::register(&metrics),
             telemetry: telemetry.control.clone(),
-            shards: Arc::new(Shards::start(cores)?),
+            pool: WorkPool::start(work_threads, work_items_max, &metrics)?,
+            streams: server.streams(&metrics),
+            starvation: watchdog.starvation(),
+            shards,
             drain,
             metrics,
         };
         Ok(Self {
             process,
             trigger,
-            server: common.server.checked().map_err(anyhow::Error::msg)?,
+            server,
             grpc_addr: common.grpc_addr,
             admin_addr: common.admin_addr,
             _telemetry: telemetry,
+            _watchdog: watchdog,
         })
     }
 

@@ -5,9 +5,10 @@ mod stream;
 
 use std::sync::LazyLock;
 
-use platform::CommonServices;
 use platform::grpc::{Call, MessageLimits, Reply, code_name, head_code, reject, unary};
 use platform::server::Handler;
+use platform::telemetry::TraceParent;
+use platform::{CommonServices, common_path};
 use protocol::inference::{
     ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest, ServerReadyRequest,
     ServerReadyResponse,
@@ -168,8 +169,10 @@ impl Action {
 impl Handler for GrpcDoor {
     async fn handle(&self, call: Call) -> Reply {
         let layers = &self.stack.0;
-        let span = layers.telemetry.request_span(call.path(), call.metadata());
         let method = Method::from_path(call.path());
+        let path = method.map_or_else(|| common_path(call.path()), Method::path);
+        let telemetry = &layers.telemetry;
+        let span = telemetry.request_span(path, call.metadata(), TraceParent::Caller);
         let action = Action::of(method, call.path());
         let known = method.filter(|_| action != Action::Common);
         let name = known.map_or(OTHER, Method::name);

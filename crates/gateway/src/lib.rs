@@ -27,7 +27,7 @@ use platform::channel::Target;
 use platform::drain::Phase;
 use platform::files::FileError;
 use platform::health::Health;
-use platform::server::{Grpc, Http, Listener, Server, ServerSettings};
+use platform::server::{CALLER_HEADER_BYTES_MAX, Grpc, Http, Listener, Server, ServerSettings};
 use platform::tasks::{OwnedTask, spawn_owned};
 use platform::tls::{Tls, TlsSettings};
 use platform::{CommonServices, Process};
@@ -163,7 +163,7 @@ impl Gateway {
     ) -> Result<Self, GatewayError> {
         let mut targets = in_process;
         targets.extend(fleet.worker.into_iter().map(Target::Tcp));
-        let limits = server.message_limits();
+        let limits = server.message_limits(&process.metrics, &process.pool);
         let catalogue = Arc::new(Catalogue::new(&settings.providers, &limits)?);
         let workers = !targets.is_empty() || !fleet.worker_dns.is_empty();
         if !workers && catalogue.providers.is_empty() {
@@ -182,7 +182,7 @@ impl Gateway {
         let policy = auth.policy().clone();
         let limit = Limit::new(&settings.limit, policy, redis.clone(), &limit_metrics);
         let health = Health::default();
-        let common = CommonServices::new(&health, DESCRIPTORS)
+        let common = CommonServices::new(&health, DESCRIPTORS, &process.streams)
             .map_err(|error| GatewayError::Descriptors(error.to_string()))?;
         let routes = Arc::new(Routes::new(catalogue, workers));
         let shed = Arc::new(Shed::new(settings.calls_max as usize, &process.metrics));
@@ -202,9 +202,10 @@ impl Gateway {
             routes,
             cache: Cache::new(&settings.cache, &settings.redis, &process.metrics)?,
             balance: Balance::new(settings.retry_tokens, limits.clone(), balance),
-            limits,
+            limits: limits.clone(),
             metrics: CallMetrics::register(&process.metrics),
             telemetry: process.telemetry.clone(),
+            streams: process.streams.clone(),
             drain: process.drain.clone(),
             deadline_max: server.deadline_max,
         }));
@@ -222,8 +223,10 @@ impl Gateway {
             server: Server {
                 name: "gateway",
                 settings: server,
+                header_bytes_max: CALLER_HEADER_BYTES_MAX,
                 metrics: process.connections.clone(),
                 shards: process.shards.clone(),
+                limits: Arc::new(limits),
                 tls: Tls::new(&settings.tls)?,
             },
             redis,

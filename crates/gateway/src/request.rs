@@ -252,11 +252,8 @@ pub fn forwarded_headers(mut headers: HeaderMap) -> HeaderMap {
         let is_long = bytes > METADATA_BYTES_MAX;
         headers = only_forwardable(headers, is_long);
     }
-    let span = tracing::Span::current();
-    if !span.is_none() {
-        let from = HeaderMap::new();
-        platform::telemetry::forward_trace(&span, &from, &mut headers);
-    }
+    let (span, from) = (tracing::Span::current(), HeaderMap::new());
+    platform::telemetry::forward_trace(&span, &from, &mut headers);
     headers
 }
 

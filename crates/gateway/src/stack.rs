@@ -21,6 +21,7 @@ use std::time::Duration;
 use http::HeaderMap;
 use platform::drain::Drain;
 use platform::grpc::MessageLimits;
+use platform::streams::Streams;
 use platform::telemetry::TelemetryControl;
 use platform::tls::Peer;
 use protocol::Error;
@@ -55,6 +56,7 @@ pub struct Layers {
     pub(crate) limits: MessageLimits,
     pub(crate) metrics: CallMetrics,
     pub(crate) telemetry: TelemetryControl,
+    pub(crate) streams: Streams,
     pub(crate) drain: Drain,
     /// The longest deadline of a request at the HTTP door.
     pub(crate) deadline_max: Duration,

@@ -6,16 +6,32 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use http::{Request, Response};
 use tonic::Status;
-use tonic_health::pb::health_server::HealthServer;
 use tonic_reflection::pb::{v1, v1alpha};
 use tonic_reflection::server::{Builder, Error};
 use tower_service::Service;
 
-use crate::grpc::{Body, Call, Reply};
+use crate::grpc::{Body, Call, Reply, reject};
 use crate::health::Health;
+use crate::streams::Streams;
+use crate::telemetry::UNKNOWN_PATH;
 
 /// A reflection request: a name, or a list of extension names.
 const REFLECTION_BYTES_MAX: usize = 4096;
+
+/// The methods that are served here.
+const PATHS: [&str; 4] = [
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+];
+
+/// The path of a call of health or reflection as its name in traces; any other is
+/// [`UNKNOWN_PATH`].
+pub fn common_path(path: &str) -> &'static str {
+    let known = PATHS.into_iter().find(|known| *known == path);
+    known.unwrap_or(UNKNOWN_PATH)
+}
 
 type Handle = dyn Fn(Request<tonic::body::Body>) -> BoxFuture<'static, Response<tonic::body::Body>>
     + Send
@@ -24,15 +40,17 @@ type Handle = dyn Fn(Request<tonic::body::Body>) -> BoxFuture<'static, Response<
 /// Health and reflection, routed by their paths.
 #[derive(Clone)]
 pub struct CommonServices {
-    health: HealthServer<Health>,
+    health: Health,
+    streams: Streams,
     reflection_v1: Arc<Handle>,
     reflection_v1alpha: Arc<Handle>,
 }
 
 impl CommonServices {
     /// Serves `health`, and the descriptors of `descriptors`, an encoded
-    /// `FileDescriptorSet`, with their comments.
-    pub fn new(health: &Health, descriptors: &[u8]) -> Result<Self, Error> {
+    /// `FileDescriptorSet`, with their comments. Their streams are some of
+    /// `streams`.
+    pub fn new(health: &Health, descriptors: &[u8], streams: &Streams) -> Result<Self, Error> {
         let builder = || {
             Builder::configure()
                 .register_encoded_file_descriptor_set(descriptors)
@@ -42,7 +60,8 @@ impl CommonServices {
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
         Ok(Self {
-            health: health.service(),
+            health: health.clone(),
+            streams: streams.clone(),
             reflection_v1: handle(
                 builder()
                     .build_v1()?
@@ -59,18 +78,22 @@ impl CommonServices {
     /// Serves a call of health or reflection; any other is UNIMPLEMENTED.
     pub async fn serve(&self, call: Call) -> Reply {
         let service = call.path().split('/').nth(1).unwrap_or_default();
-        let response = match service {
-            "grpc.health.v1.Health" => {
-                let Ok(response) = self.health.clone().call(call.into_tonic()).await;
-                response
-            }
-            "grpc.reflection.v1.ServerReflection" => (self.reflection_v1)(call.into_tonic()).await,
+        let reply = match service {
+            "grpc.health.v1.Health" => self.health.serve(call, &self.streams).await,
+            "grpc.reflection.v1.ServerReflection" => self.reflect(&self.reflection_v1, call).await,
             "grpc.reflection.v1alpha.ServerReflection" => {
-                (self.reflection_v1alpha)(call.into_tonic()).await
+                self.reflect(&self.reflection_v1alpha, call).await
             }
-            _ => Status::unimplemented(format!("unknown method {}", call.path())).into_http(),
+            _ => Err(Status::unimplemented("unknown method")),
         };
-        response.map(Body::tonic)
+        reply.unwrap_or_else(|status| reject(&status))
+    }
+
+    /// A stream of reflection, which waits for questions.
+    async fn reflect(&self, reflection: &Arc<Handle>, call: Call) -> Result<Reply, Status> {
+        let open = self.streams.open(&call.peer, &call.peer.holder())?;
+        let response = reflection(call.into_tonic()).await;
+        Ok(response.map(|body| Body::tonic_stream(body, open)))
     }
 }
 

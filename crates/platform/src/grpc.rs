@@ -4,12 +4,14 @@
 mod body;
 mod call;
 mod message;
+mod status;
 
 pub use body::Body;
 pub use call::{Call, grpc_timeout};
 pub use message::{ByteBudget, BytesHeld, Message, MessageLimits, Messages, frame, frame_bytes};
 
 use std::future::Future;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -20,6 +22,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::drain::{Drain, Phase};
+use crate::streams::OpenStream;
 use crate::tasks::spawn_owned;
 
 /// The HTTP response to a call.
@@ -36,6 +39,7 @@ pub fn reply(framed: Bytes, metadata: Metadata) -> Reply {
 /// A reply without a message, only with a status.
 pub fn reject(status: &Status) -> Reply {
     let mut response = respond(Body::empty(), Metadata::new());
+    let status = status::bounded(status);
     if status.add_header(response.headers_mut()).is_err() {
         // Details that do not fit into a header must not hide the code.
         let code = HeaderValue::from(status.code() as i32);
@@ -111,6 +115,8 @@ pub struct StreamSettings {
     pub deadline: Option<Instant>,
     /// Ends the stream when the server closes.
     pub drain: Drain,
+    /// The stream's place among those that wait.
+    pub open: OpenStream,
 }
 
 /// The responses to one message of a stream, framed.
@@ -152,23 +158,34 @@ where
         concurrency,
         deadline,
         drain,
+        open,
     } = settings;
-    let requests = stream::unfold(Some((messages, drain)), |state| async {
-        let (mut messages, mut drain) = state?;
-        tokio::select! {
-            biased;
-            () = drain.reached(Phase::Closing) => {
-                Some((Err(Status::unavailable("the server is shutting down: retry")), None))
+    let open = Arc::new(open);
+    let evicted = open.clone();
+    let requests = stream::unfold(Some((messages, drain)), move |state| {
+        let open = evicted.clone();
+        async move {
+            let (mut messages, mut drain) = state?;
+            tokio::select! {
+                biased;
+                () = drain.reached(Phase::Closing) => {
+                    Some((Err(Status::unavailable("the server is shutting down: retry")), None))
+                }
+                next = messages.next() => {
+                    next.transpose().map(|next| (next, Some((messages, drain))))
+                }
+                status = open.evicted() => Some((Err(status), None)),
             }
-            next = messages.next() => next.transpose().map(|next| (next, Some((messages, drain)))),
         }
     });
     let responses = requests
         .map(move |message| {
             // A task of its own: a caller who reads slowly must not hold up a
             // response on an upstream connection that other callers share.
+            let busy = open.busy();
             let response = message.map(|message| spawn_owned(respond(message)));
             async move {
+                let _busy = busy;
                 let aborted = || Err(Status::internal("the response was aborted"));
                 response?.await.unwrap_or_else(aborted)
             }

@@ -2,31 +2,29 @@
 //! SERVICE_UNKNOWN when watched, and the empty name follows readiness.
 
 use std::collections::BTreeMap;
-use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
-use futures::stream::{self, Stream};
-use tokio::sync::{Semaphore, watch};
-use tonic::{Request, Response, Status};
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::{self, BoxStream};
+use tokio::sync::watch;
+use tonic::Status;
 use tonic_health::pb::health_check_response::ServingStatus;
-use tonic_health::pb::health_server::{Health as HealthService, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+
+use crate::grpc::{Call, MessageLimits, Metadata, Reply, decode, frame, reply, stream};
+use crate::streams::Streams;
 
 /// A service that is SERVING as long as the process runs: for liveness probes.
 pub const LIVE: &str = "andon.live";
 
-/// A request holds the name of a service. Health is served without
-/// authentication, so its requests are kept small.
-const MESSAGE_BYTES_MAX: usize = 1024;
-/// Open watches: they have no deadline.
-const WATCHES_MAX: usize = 1024;
+/// The limits of requests, which hold the name of a service. Health is served
+/// without authentication, so they are small, and share no budget with others.
+static LIMITS: LazyLock<MessageLimits> = LazyLock::new(|| MessageLimits::new(1024, 16 << 20));
 
 /// The serving status of each name. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Health {
-    names: Arc<watch::Sender<Names>>,
-    watches: Arc<Semaphore>,
-}
+pub struct Health(Arc<watch::Sender<Names>>);
 
 #[derive(Debug, PartialEq)]
 struct Names {
@@ -38,13 +36,10 @@ struct Names {
 impl Default for Health {
     fn default() -> Self {
         let names = [(LIVE.to_owned(), true), (String::new(), false)];
-        Self {
-            names: Arc::new(watch::Sender::new(Names {
-                serving: names.into(),
-                closed: false,
-            })),
-            watches: Arc::new(Semaphore::new(WATCHES_MAX)),
-        }
+        Self(Arc::new(watch::Sender::new(Names {
+            serving: names.into(),
+            closed: false,
+        })))
     }
 }
 
@@ -61,7 +56,7 @@ impl Health {
         names.extend(services.iter().map(|name| ((*name).to_owned(), ready)));
         names.insert(String::new(), ready);
         names.insert(LIVE.to_owned(), true);
-        self.names.send_if_modified(|current| {
+        self.0.send_if_modified(|current| {
             let changed = current.serving != names;
             current.serving = names;
             changed
@@ -70,7 +65,7 @@ impl Health {
 
     /// Ends every watch.
     pub fn close(&self) {
-        self.names.send_modify(|names| names.closed = true);
+        self.0.send_modify(|names| names.closed = true);
     }
 
     /// Whether the empty name is serving.
@@ -84,13 +79,58 @@ impl Health {
     }
 
     fn status(&self, name: &str) -> Option<bool> {
-        self.names.borrow().serving.get(name).copied()
+        self.0.borrow().serving.get(name).copied()
     }
 
-    /// The service to route `grpc.health.v1.Health` to.
-    pub fn service(&self) -> HealthServer<Self> {
-        HealthServer::new(self.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    /// Serves a call of `grpc.health.v1.Health`.
+    pub(crate) async fn serve(&self, call: Call, streams: &Streams) -> Result<Reply, Status> {
+        match call.path() {
+            "/grpc.health.v1.Health/Check" => {
+                let name = service_of(call).await?;
+                let serving = self.status(&name);
+                let serving = serving.ok_or_else(|| Status::not_found("unknown service"))?;
+                Ok(reply(frame(&response(Some(serving))), Metadata::new()))
+            }
+            "/grpc.health.v1.Health/Watch" => {
+                // Where no stream may wait, the watch answers and ends: the caller
+                // knows the present state, and watches again.
+                let open = streams.open(&call.peer, &call.peer.holder());
+                let statuses = self.watch(service_of(call).await?);
+                Ok(stream(match open {
+                    Ok(open) => open.hold(statuses),
+                    Err(_) => statuses.take(1).boxed(),
+                }))
+            }
+            _ => Err(Status::unimplemented("unknown method")),
+        }
     }
+
+    /// The status of a name, now and whenever it changes.
+    fn watch(&self, name: String) -> BoxStream<'static, Result<Bytes, Status>> {
+        let state = (self.0.subscribe(), name, None::<Option<bool>>);
+        stream::unfold(state, |(mut names, name, sent)| async move {
+            loop {
+                let (now, closed) = {
+                    let names = names.borrow_and_update();
+                    (names.serving.get(&name).copied(), names.closed)
+                };
+                if closed {
+                    return None;
+                }
+                if sent != Some(now) {
+                    return Some((Ok(frame(&response(now))), (names, name, Some(now))));
+                }
+                names.changed().await.ok()?;
+            }
+        })
+        .boxed()
+    }
+}
+
+/// The name that a request asks for.
+async fn service_of(call: Call) -> Result<String, Status> {
+    let message = call.into_messages(&LIMITS).only().await?;
+    Ok(decode::<HealthCheckRequest>(message.bytes())?.service)
 }
 
 fn response(serving: Option<bool>) -> HealthCheckResponse {
@@ -101,70 +141,5 @@ fn response(serving: Option<bool>) -> HealthCheckResponse {
     };
     HealthCheckResponse {
         status: status.into(),
-    }
-}
-
-#[tonic::async_trait]
-impl HealthService for Health {
-    async fn check(
-        &self,
-        request: Request<HealthCheckRequest>,
-    ) -> Result<Response<HealthCheckResponse>, Status> {
-        let name = request.into_inner().service;
-        match self.status(&name) {
-            Some(serving) => Ok(Response::new(response(Some(serving)))),
-            None => Err(Status::not_found("unknown service")),
-        }
-    }
-
-    type WatchStream =
-        Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send + 'static>>;
-
-    async fn watch(
-        &self,
-        request: Request<HealthCheckRequest>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
-        let name = request.into_inner().service;
-        let permit = self.watches.clone().try_acquire_owned();
-        let permit = permit.map_err(|_| Status::unavailable("too many open watches"))?;
-        let names = self.names.subscribe();
-        let statuses = stream::unfold(
-            (names, name, None::<Option<bool>>, permit),
-            |(mut names, name, sent, permit)| async move {
-                loop {
-                    let (now, closed) = {
-                        let names = names.borrow_and_update();
-                        (names.serving.get(&name).copied(), names.closed)
-                    };
-                    if closed {
-                        return None;
-                    }
-                    if sent != Some(now) {
-                        return Some((Ok(response(now)), (names, name, Some(now), permit)));
-                    }
-                    names.changed().await.ok()?;
-                }
-            },
-        );
-        Ok(Response::new(Box::pin(statuses)))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn open_watches_are_bounded() {
-        let health = Health::default();
-        let watch = || health.watch(Request::new(HealthCheckRequest::default()));
-        let mut open = Vec::new();
-        for _ in 0..WATCHES_MAX {
-            open.push(watch().await.unwrap());
-        }
-        let refused = watch().await.err().map(|status| status.code());
-        assert_eq!(refused, Some(tonic::Code::Unavailable));
-        open.pop();
-        assert!(watch().await.is_ok());
     }
 }

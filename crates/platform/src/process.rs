@@ -4,9 +4,12 @@ use std::sync::Arc;
 
 use crate::drain::Drain;
 use crate::metrics::Metrics;
+use crate::pool::WorkPool;
 use crate::server::ConnectionMetrics;
 use crate::shards::Shards;
+use crate::streams::Streams;
 use crate::telemetry::TelemetryControl;
+use crate::watchdog::Starvation;
 
 /// The state that all roles of a process share. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -19,6 +22,12 @@ pub struct Process {
     pub telemetry: TelemetryControl,
     /// The threads that connections and their calls run on.
     pub shards: Arc<Shards>,
+    /// The threads for work that may take longer than a millisecond.
+    pub pool: WorkPool,
+    /// The streams that wait.
+    pub streams: Streams,
+    /// How late this process itself was lately.
+    pub starvation: Starvation,
     /// The graceful shutdown.
     pub drain: Drain,
 }

@@ -1,10 +1,13 @@
 //! The accept loop and its connections. Every connection has a preface timeout,
-//! a permit under the connection limit, a maximum age with jitter, and a hard
+//! a place under the connection limit, a maximum age with jitter, and a hard
 //! deadline when the server drains; tonic's own loop has none of these.
 
 mod connection;
 mod grpc;
 mod http;
+mod readers;
+#[cfg(test)]
+mod tests;
 
 pub use grpc::Grpc;
 pub use http::Http;
@@ -21,26 +24,40 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::drain::{Drain, Phase};
 use crate::grpc::{Call, MessageLimits, Reply};
 use crate::memory;
-use crate::metrics::Metrics;
+use crate::metrics::{Bound, Metrics};
+use crate::pace::Pace;
+use crate::peer::Peer;
+use crate::pool::WorkPool;
+use crate::pot::{Held, Holder, Pot};
+use crate::seats::{Seat, Seats};
 use crate::shards::Shards;
-use crate::tls::{Peer, Tls, certificate_names};
+use crate::streams::Streams;
+use crate::tls::{Tls, certificate_names};
 
+/// All headers of a caller's request together.
+pub const CALLER_HEADER_BYTES_MAX: u32 = 64 << 10;
+/// All headers of a gateway's request to a worker: what it adds to a caller's
+/// must never make them too many.
+pub const WORKER_HEADER_BYTES_MAX: u32 = 2 * CALLER_HEADER_BYTES_MAX;
 /// The pause after a connection could not be accepted.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
 /// The limits and timeouts of every port.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ServerSettings {
-    /// Maximum number of open connections per port; further ones are closed at
-    /// once
+    /// Maximum number of open connections per port; further ones take the place
+    /// of the idlest one of the peer that has the most
     #[arg(long, value_name = "COUNT", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
     pub connections_max: u32,
+    /// File descriptors that ports leave to probes and to connections that the
+    /// process opens itself, where --connections-max exceeds the system's limit
+    #[arg(long, value_name = "COUNT", default_value_t = 256)]
+    pub descriptors_reserve: u32,
     /// Maximum number of calls in flight on one HTTP/2 connection
     #[arg(long, value_name = "COUNT", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub streams_max: u32,
@@ -60,9 +77,37 @@ pub struct ServerSettings {
     /// Maximum size of all messages in flight together
     #[arg(long, value_name = "BYTES", default_value = "1GiB", value_parser = crate::config::bytes)]
     pub bytes_in_flight_max: usize,
+    /// How long a message may take to arrive, or an answer to be read, before
+    /// --transfer-rate-min holds
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = crate::config::positive_duration)]
+    pub transfer_grace: Duration,
+    /// Bytes a second that a message which has begun, or an answer that waits
+    /// for its reader, must move on average
+    #[arg(long, value_name = "BYTES", default_value = "16KiB", value_parser = crate::config::bytes)]
+    pub transfer_rate_min: usize,
+    /// Maximum size of the data that all connections of a port may have received
+    /// and no call has read yet; a connection that is opened when little of it is
+    /// left has a smaller flow-control window
+    #[arg(long, value_name = "BYTES", default_value = "1GiB", value_parser = crate::config::bytes)]
+    pub unread_bytes_max: usize,
+    /// Maximum number of open streams that may wait for long, such as watches of
+    /// health; when few are left, the idlest is ended
+    #[arg(long, value_name = "COUNT", default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(8..))]
+    pub waiting_streams_max: u32,
+    /// Maximum number of such streams on one connection
+    #[arg(long, value_name = "COUNT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub waiting_streams_per_connection_max: u32,
     /// Maximum deadline of a call, and the deadline of calls that set none
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = crate::config::positive_duration)]
     pub deadline_max: Duration,
+    /// Threads for work that may take longer than a millisecond, such as
+    /// tokenization and large JSON; as many as cores by default
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub work_threads: Option<u16>,
+    /// Maximum number of items, such as texts, that wait for these threads or
+    /// run there; more are refused at once
+    #[arg(long, value_name = "COUNT", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..))]
+    pub work_items_max: u32,
     /// How long the ports stay open after the server began to drain and
     /// became not ready
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = crate::config::duration)]
@@ -90,9 +135,45 @@ impl ServerSettings {
         Ok(self)
     }
 
-    /// The limits on messages.
-    pub fn message_limits(&self) -> MessageLimits {
-        MessageLimits::new(self.message_bytes_max, self.bytes_in_flight_max)
+    /// The same settings for a process that may open so many files, some of which
+    /// are left to probes and to connections of its own.
+    #[must_use]
+    pub fn within_descriptors(mut self, descriptors: usize, ports: usize) -> Self {
+        let left = descriptors.saturating_sub(self.descriptors_reserve as usize);
+        let each = u32::try_from(left / ports.max(1))
+            .unwrap_or(u32::MAX)
+            .max(1);
+        if each < self.connections_max {
+            tracing::warn!(
+                connections_max = each,
+                "--connections-max is lowered to what the limit on open files (ulimit -n) allows, less --descriptors-reserve"
+            );
+            self.connections_max = each;
+        }
+        self
+    }
+
+    /// The limits on messages, counted in the metrics of a process, with its
+    /// threads for work.
+    pub fn message_limits(&self, metrics: &Metrics, pool: &WorkPool) -> MessageLimits {
+        let limits = MessageLimits::new(self.message_bytes_max, self.bytes_in_flight_max);
+        limits.with(self.pace(), metrics, pool)
+    }
+
+    /// The streams that wait, counted in the metrics of a process.
+    pub fn streams(&self, metrics: &Metrics) -> Streams {
+        let max = self.waiting_streams_max as usize;
+        let per_connection = self.waiting_streams_per_connection_max as usize;
+        Streams::new(max, per_connection, metrics)
+    }
+
+    /// How fast a message or an answer that has begun must move.
+    pub fn pace(&self) -> Pace {
+        Pace {
+            grace: self.transfer_grace,
+            bytes_per_second: self.transfer_rate_min,
+            longest: self.deadline_max,
+        }
     }
 }
 
@@ -133,17 +214,25 @@ struct RefusedLabels {
 }
 
 /// The metrics of all listeners of a process.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct ConnectionMetrics {
     open: Family<ListenerLabel, Gauge>,
     accepted: Family<ListenerLabel, Counter>,
     refused: Family<RefusedLabels, Counter>,
+    evicted: Family<ListenerLabel, Counter>,
+    full: Bound,
 }
 
 impl ConnectionMetrics {
     /// Registers the metrics of connections.
     pub fn register(metrics: &Metrics) -> Self {
-        let connections = Self::default();
+        let connections = Self {
+            open: Family::default(),
+            accepted: Family::default(),
+            refused: Family::default(),
+            evicted: Family::default(),
+            full: metrics.bound("--connections-max"),
+        };
         metrics.register(|registry| {
             registry.register(
                 "andon_connections",
@@ -160,6 +249,11 @@ impl ConnectionMetrics {
                 "Connections that were closed before their first call, by reason",
                 connections.refused.clone(),
             );
+            registry.register(
+                "andon_connections_evicted",
+                "Connections that were closed since others needed their place",
+                connections.evicted.clone(),
+            );
         });
         connections
     }
@@ -169,6 +263,7 @@ impl ConnectionMetrics {
         let label = ListenerLabel { listener };
         drop(self.open.get_or_create(&label));
         drop(self.accepted.get_or_create(&label));
+        drop(self.evicted.get_or_create(&label));
         for reason in ["cap", "not_http2", "preface_timeout", "tls"] {
             drop(
                 self.refused
@@ -181,6 +276,13 @@ impl ConnectionMetrics {
         self.refused
             .get_or_create(&RefusedLabels { listener, reason })
             .inc();
+    }
+
+    fn evict(&self, listener: &'static str) {
+        self.evicted
+            .get_or_create(&ListenerLabel { listener })
+            .inc();
+        self.full.reached();
     }
 }
 
@@ -200,9 +302,66 @@ pub trait Protocol: Clone + Send + Sync + 'static {
         self,
         server: &Server,
         io: impl Io,
-        peer: Arc<Peer>,
+        place: Place,
         drain: Drain,
     ) -> impl Future<Output = ()> + Send;
+}
+
+/// What a connection has of its port.
+#[derive(Debug)]
+pub struct Place {
+    /// The other end.
+    peer: Arc<Peer>,
+    seat: Seat,
+    /// The bytes that it may receive before a call reads them.
+    window: Held,
+}
+
+impl Place {
+    /// The flow-control window of the connection.
+    fn connection_window(&self) -> u32 {
+        u32::try_from(self.window.amount())
+            .unwrap_or(u32::MAX)
+            .max(connection::WINDOW_BYTES_MIN)
+    }
+
+    /// The flow-control window of each of its streams.
+    fn stream_window(&self) -> u32 {
+        self.connection_window()
+            .min(connection::STREAM_WINDOW_BYTES)
+    }
+}
+
+/// What the connections of a port share.
+#[derive(Debug)]
+struct Port {
+    seats: Seats,
+    unread: Pot,
+}
+
+impl Port {
+    /// A place for a connection; none when all are taken by connections that are
+    /// busy.
+    fn admit(&self, peer: Peer) -> Option<Place> {
+        let holder = peer.holder();
+        let seat = self.seats.take_or_evict(&holder, peer.connection.0.clone());
+        Some(Place {
+            seat: seat.ok()?,
+            window: self.window(&holder),
+            peer: Arc::new(peer),
+        })
+    }
+
+    /// A part of what is left, so that something is left for every connection
+    /// that comes later.
+    fn window(&self, holder: &Holder) -> Held {
+        let left = self.unread.capacity() - self.unread.used();
+        let window = left / connection::WINDOW_PARTS;
+        let window = window.min(connection::CONNECTION_WINDOW_BYTES as usize);
+        // With none left, or a holder that has its share, it is the smallest.
+        let taken = self.unread.take(holder, window);
+        taken.unwrap_or_else(|_| self.unread.nothing())
+    }
 }
 
 /// A port.
@@ -212,10 +371,14 @@ pub struct Server {
     pub name: &'static str,
     /// Its limits and timeouts.
     pub settings: ServerSettings,
+    /// All headers of a request together, in bytes.
+    pub header_bytes_max: u32,
     /// The metrics of its connections.
     pub metrics: ConnectionMetrics,
     /// The threads that its connections run on.
     pub shards: Arc<Shards>,
+    /// The limits of messages. Answers that wait for their readers count too.
+    pub limits: Arc<MessageLimits>,
     /// Its certificates; plain text without them.
     pub tls: Option<Tls>,
 }
@@ -225,7 +388,10 @@ impl Server {
     /// calls in flight have finished or the drain deadline has passed.
     pub async fn run<P: Protocol>(&self, mut listener: Listener, protocol: P, mut drain: Drain) {
         self.metrics.initialize(self.name);
-        let permits = Arc::new(Semaphore::new(self.settings.connections_max as usize));
+        let port = Port {
+            seats: Seats::new(self.settings.connections_max as usize),
+            unread: Pot::new(self.settings.unread_bytes_max),
+        };
         let mut connections = JoinSet::new();
         let mut closing = drain.clone();
         loop {
@@ -234,13 +400,16 @@ impl Server {
                 () = closing.reached(Phase::Closing) => break,
                 Some(_) = connections.join_next() => {}
                 accepted = listener.accept() => match accepted {
-                    Accepted::Connection(io) => match permits.clone().try_acquire_owned() {
-                        Ok(permit) => {
+                    Accepted::Connection(io) => match port.admit(io.peer()) {
+                        Some(place) => {
                             let (server, protocol) = (self.clone(), protocol.clone());
-                            let serving = server.serve(io, permit, protocol, drain.clone());
+                            let serving = server.serve(io, place, protocol, drain.clone());
                             connections.spawn_on(serving, self.shards.next());
                         }
-                        Err(_) => self.metrics.refuse(self.name, "cap"),
+                        None => {
+                            self.metrics.refuse(self.name, "cap");
+                            self.metrics.full.reached();
+                        }
                     },
                     Accepted::Failed(error) => {
                         tracing::warn!(%error, "a connection could not be accepted");
@@ -266,31 +435,26 @@ impl Server {
         }
     }
 
-    async fn serve<P: Protocol>(
-        self,
-        io: Connection,
-        permit: OwnedSemaphorePermit,
-        protocol: P,
-        drain: Drain,
-    ) {
+    async fn serve<P: Protocol>(self, io: Connection, place: Place, protocol: P, drain: Drain) {
         let label = ListenerLabel {
             listener: self.name,
         };
         self.metrics.accepted.get_or_create(&label).inc();
         let open = self.metrics.open.get_or_create_owned(&label);
         open.inc();
+        let evicted = place.seat.end().clone();
         match io {
             // The socket wakes the thread that it is registered on.
-            Connection::Tcp(io, address) => match TcpStream::from_std(io) {
-                Ok(io) => self.serve_tcp(io, address, protocol, drain).await,
+            Connection::Tcp(io, _) => match TcpStream::from_std(io) {
+                Ok(io) => self.serve_tcp(io, place, protocol, drain).await,
                 Err(error) => tracing::warn!(%error, "a connection could not be served"),
             },
-            Connection::Memory(io) => {
-                protocol.serve(&self, io, Arc::default(), drain).await;
-            }
+            Connection::Memory(io) => protocol.serve(&self, io, place, drain).await,
+        }
+        if evicted.is_cancelled() {
+            self.metrics.evict(self.name);
         }
         open.dec();
-        drop(permit);
     }
 
     /// Serves a TCP connection, after the TLS handshake where the port has
@@ -298,38 +462,69 @@ impl Server {
     async fn serve_tcp<P: Protocol>(
         &self,
         io: TcpStream,
-        address: SocketAddr,
+        mut place: Place,
         protocol: P,
         drain: Drain,
     ) {
-        let mut peer = Peer {
-            address: Some(address),
-            certificate_names: Vec::new(),
-        };
         let Some(tls) = &self.tls else {
-            return protocol.serve(self, io, Arc::new(peer), drain).await;
+            return protocol.serve(self, io, place, drain).await;
         };
         let handshake = tls.accept(io, P::ALPN);
-        match tokio::time::timeout(self.settings.preface_timeout, handshake).await {
-            Ok(Ok(io)) => {
+        match self.begin(&place, handshake).await {
+            Begun::Done(Ok(io)) => {
                 let presented = io.get_ref().1.peer_certificates();
                 if let Some(certificate) = presented.and_then(<[_]>::first) {
-                    peer.certificate_names = certificate_names(certificate);
+                    place.peer = Arc::new(Peer {
+                        address: place.peer.address,
+                        certificate_names: certificate_names(certificate),
+                        connection: place.peer.connection.clone(),
+                    });
                 }
-                protocol.serve(self, io, Arc::new(peer), drain).await;
+                protocol.serve(self, io, place, drain).await;
             }
-            Ok(Err(error)) => {
+            Begun::Done(Err(error)) => {
                 tracing::debug!(listener = self.name, %error, "a TLS handshake failed");
                 self.metrics.refuse(self.name, "tls");
             }
-            Err(_) => self.metrics.refuse(self.name, "preface_timeout"),
+            Begun::Late => self.metrics.refuse(self.name, "preface_timeout"),
+            Begun::Evicted => {}
         }
     }
+
+    /// Waits for what a connection must do first: in time, and as long as others
+    /// do not need its place.
+    async fn begin<T>(&self, place: &Place, first: impl Future<Output = T>) -> Begun<T> {
+        tokio::select! {
+            first = tokio::time::timeout(self.settings.preface_timeout, first) => {
+                first.map_or(Begun::Late, Begun::Done)
+            }
+            () = place.seat.end().cancelled() => Begun::Evicted,
+        }
+    }
+}
+
+/// The beginning of a connection.
+enum Begun<T> {
+    Done(T),
+    Late,
+    Evicted,
 }
 
 enum Connection {
     Tcp(std::net::TcpStream, SocketAddr),
     Memory(tokio::io::DuplexStream),
+}
+
+impl Connection {
+    fn peer(&self) -> Peer {
+        Peer {
+            address: match self {
+                Self::Tcp(_, address) => Some(*address),
+                Self::Memory(_) => None,
+            },
+            ..Peer::default()
+        }
+    }
 }
 
 enum Accepted {

@@ -47,6 +47,16 @@ impl Shards {
         })
     }
 
+    /// The current runtime as the only shard, whose clock a test may pause.
+    #[cfg(test)]
+    pub fn current() -> Self {
+        Self {
+            handles: vec![Handle::current()],
+            next: AtomicUsize::new(0),
+            _stops: Vec::new(),
+        }
+    }
+
     /// The number of shards.
     pub fn count(&self) -> usize {
         self.handles.len()

@@ -20,6 +20,10 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{Layer, Registry};
 
+/// The name in traces of a path that nobody serves.
+pub const UNKNOWN_PATH: &str = "other";
+/// The header of a trace context (W3C).
+const PARENT: &str = "traceparent";
 /// The target of the spans that are exported.
 const REQUEST_TARGET: &str = "andon_request";
 
@@ -45,7 +49,9 @@ pub struct TelemetrySettings {
     /// http://127.0.0.1:4317
     #[arg(long, value_name = "URL")]
     pub otlp_endpoint: Option<String>,
-    /// Sample one in COUNT of the calls that carry no trace context
+    /// Sample one in COUNT of the calls. A trace context that says so leaves a
+    /// call out; at the ports of callers none brings a call in. Workers follow
+    /// the gateway
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub trace_rate: u32,
 }
@@ -79,7 +85,8 @@ struct State {
     exports: bool,
     trace: AtomicBool,
     trace_rate: AtomicU32,
-    untraced: AtomicU64,
+    /// Calls that the rate was asked about.
+    counted: AtomicU64,
 }
 
 /// The levels that are logged.
@@ -100,8 +107,18 @@ pub struct TraceLevels {
     pub exports: bool,
     /// Whether calls are traced.
     pub on: bool,
-    /// One in `rate` calls that carry no trace context is sampled.
+    /// One in `rate` calls is sampled.
     pub rate: u32,
+}
+
+/// Whose trace context a call carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TraceParent {
+    /// A caller's: anybody may claim that a call is sampled, so that the rate
+    /// holds for it too.
+    Caller,
+    /// A gateway's, which has decided.
+    Gateway,
 }
 
 impl TelemetryControl {
@@ -121,7 +138,7 @@ impl TelemetryControl {
             exports,
             trace: AtomicBool::new(exports),
             trace_rate: AtomicU32::new(settings.trace_rate),
-            untraced: AtomicU64::new(0),
+            counted: AtomicU64::new(0),
         }))
     }
 
@@ -176,9 +193,15 @@ impl TelemetryControl {
 
     /// The span of a gRPC call, a child of the caller's span if it carries a
     /// trace context. A disabled span, which costs nothing, when the call is not
-    /// sampled.
-    pub fn request_span(&self, path: &str, headers: &HeaderMap) -> Span {
-        let Some(parent) = self.sampled(headers) else {
+    /// sampled. `path` is one that is known, or [`UNKNOWN_PATH`]: a name of the
+    /// caller's would be exported.
+    pub fn request_span(
+        &self,
+        path: &'static str,
+        headers: &HeaderMap,
+        whose: TraceParent,
+    ) -> Span {
+        let Some(parent) = self.sampled(headers, whose) else {
             return Span::none();
         };
         let span = tracing::info_span!(
@@ -199,8 +222,8 @@ impl TelemetryControl {
     }
 
     /// The span of an HTTP request, likewise.
-    pub fn http_span(&self, route: &str, id: &str, headers: &HeaderMap) -> Span {
-        let Some(parent) = self.sampled(headers) else {
+    pub fn http_span(&self, route: &'static str, id: &str, headers: &HeaderMap) -> Span {
+        let Some(parent) = self.sampled(headers, TraceParent::Caller) else {
             return Span::none();
         };
         let span = tracing::info_span!(
@@ -220,35 +243,50 @@ impl TelemetryControl {
     }
 
     /// The parent context of a call's span, if the call is sampled.
-    fn sampled(&self, headers: &HeaderMap) -> Option<Context> {
+    fn sampled(&self, headers: &HeaderMap, whose: TraceParent) -> Option<Context> {
         if !self.0.trace.load(Ordering::Relaxed) {
             return None;
         }
         let parent = TraceContextPropagator::new().extract(&Carrier(headers));
         let caller = parent.span().span_context().clone();
-        let sampled = if caller.is_valid() {
-            caller.is_sampled()
-        } else {
+        let due = || {
             let rate = u64::from(self.0.trace_rate.load(Ordering::Relaxed));
-            let number = self.0.untraced.fetch_add(1, Ordering::Relaxed);
+            let number = self.0.counted.fetch_add(1, Ordering::Relaxed);
             number.is_multiple_of(rate)
+        };
+        let sampled = match (caller.is_valid(), whose) {
+            (true, TraceParent::Gateway) => caller.is_sampled(),
+            (true, TraceParent::Caller) => caller.is_sampled() && due(),
+            (false, _) => due(),
         };
         sampled.then_some(parent)
     }
 }
 
 /// Writes the trace context of a forwarded call: the span's own context, or the
-/// caller's unchanged when the call is not sampled.
+/// caller's when the call is not sampled, which says so then.
 pub fn forward_trace(span: &Span, from: &HeaderMap, to: &mut HeaderMap) {
     if !span.is_none() {
         TraceContextPropagator::new().inject_context(&span.context(), &mut CarrierMut(to));
         return;
     }
-    for name in ["traceparent", "tracestate"] {
+    for name in [PARENT, "tracestate"] {
         if let Some(value) = from.get(name) {
             to.insert(HeaderName::from_static(name), value.clone());
         }
     }
+    if let Some(parent) = to.get_mut(PARENT)
+        && let Some(unsampled) = unsampled(parent)
+    {
+        *parent = unsampled;
+    }
+}
+
+/// A trace context without its last flag, which says that the call is sampled.
+fn unsampled(parent: &HeaderValue) -> Option<HeaderValue> {
+    let (rest, flags) = parent.to_str().ok()?.rsplit_once('-')?;
+    let flags = u8::from_str_radix(flags, 16).ok()? & !1;
+    HeaderValue::try_from(format!("{rest}-{flags:02x}")).ok()
 }
 
 struct Carrier<'h>(&'h HeaderMap);
@@ -353,4 +391,60 @@ fn exporter(endpoint: &str, role: &str) -> Result<SdkTracerProvider, TelemetryEr
         .with_batch_exporter(exporter)
         .with_resource(resource)
         .build())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn control(rate: u32) -> TelemetryControl {
+        let settings = TelemetrySettings {
+            log: Level::ERROR,
+            log_format: LogFormat::Text,
+            otlp_endpoint: Some("http://127.0.0.1:1".to_owned()),
+            trace_rate: rate,
+        };
+        TelemetryControl::new(&settings, &[])
+    }
+
+    fn with_parent(flags: &str) -> HeaderMap {
+        let parent = format!("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-{flags}");
+        let name = HeaderName::from_static(PARENT);
+        HeaderMap::from_iter([(name, HeaderValue::try_from(parent).unwrap())])
+    }
+
+    #[test]
+    fn a_strangers_trace_context_does_not_beat_the_rate() {
+        let counted = |headers: &HeaderMap, whose: TraceParent| {
+            let control = control(100);
+            let calls = (0..3000).filter(|_| control.sampled(headers, whose).is_some());
+            calls.count()
+        };
+        let (caller, gateway) = (TraceParent::Caller, TraceParent::Gateway);
+        assert_eq!(counted(&HeaderMap::new(), caller), 30);
+        assert_eq!(counted(&with_parent("01"), caller), 30);
+        assert_eq!(counted(&with_parent("00"), caller), 0);
+        assert_eq!(counted(&with_parent("01"), gateway), 3000);
+        assert_eq!(counted(&with_parent("00"), gateway), 0);
+    }
+
+    #[test]
+    fn what_is_not_sampled_is_not_sampled_further_on() {
+        for (flags, forwarded) in [("01", "00"), ("00", "00"), ("03", "02")] {
+            let mut to = HeaderMap::new();
+            forward_trace(&Span::none(), &with_parent(flags), &mut to);
+            assert_eq!(to, with_parent(forwarded));
+            // Also what is forwarded as it came.
+            let mut to = with_parent(flags);
+            forward_trace(&Span::none(), &HeaderMap::new(), &mut to);
+            assert_eq!(to, with_parent(forwarded));
+        }
+        for wrong in ["", "-", "00-0-zz", "-é"] {
+            let mut to = HeaderMap::new();
+            to.insert(PARENT, HeaderValue::try_from(wrong).unwrap());
+            let before = to.clone();
+            forward_trace(&Span::none(), &HeaderMap::new(), &mut to);
+            assert_eq!(to, before);
+        }
+    }
 }

@@ -17,6 +17,7 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::files::{ContentError, FileError, FileSource, Followed};
+pub use crate::peer::Peer;
 use crate::tasks::OwnedTask;
 
 /// A file of certificates or keys: a bundle of all public authorities has
@@ -40,16 +41,6 @@ pub struct TlsSettings {
     /// Also accept clients that present no certificate
     #[arg(long, requires = "tls_client_ca")]
     pub tls_client_optional: bool,
-}
-
-/// The other end of a connection.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Peer {
-    /// Its socket address; none in the same process.
-    pub address: Option<std::net::SocketAddr>,
-    /// The subject names of its verified certificate: URIs, then DNS names; the
-    /// common name where it has neither.
-    pub certificate_names: Vec<String>,
 }
 
 /// The current certificates of a process. Cheap to clone.

@@ -13,7 +13,7 @@ mod service;
 use std::sync::Arc;
 
 use platform::health::Health;
-use platform::server::{Grpc, Listener, Server, ServerSettings};
+use platform::server::{Grpc, Listener, Server, ServerSettings, WORKER_HEADER_BYTES_MAX};
 use platform::tasks::{OwnedTask, spawn_owned};
 use platform::{CommonServices, Process};
 use protocol::Error;
@@ -66,17 +66,20 @@ impl Worker {
         let repository = Arc::new(Repository::new(settings, metrics));
         repository.to_load()?;
         let health = Health::default();
-        let common = CommonServices::new(&health, DESCRIPTORS)
+        let common = CommonServices::new(&health, DESCRIPTORS, &process.streams)
             .map_err(|error| WorkerError::Descriptors(error.to_string()))?;
-        let service = Service::new(repository.clone(), common, &server, process.clone());
+        let limits = server.message_limits(&process.metrics, &process.pool);
+        let service = Service::new(repository.clone(), common, &limits, process.clone());
         Ok(Self {
             repository,
             service,
             server: Server {
                 name: "worker",
                 settings: server,
+                header_bytes_max: WORKER_HEADER_BYTES_MAX,
                 metrics: process.connections.clone(),
                 shards: process.shards.clone(),
+                limits: Arc::new(limits),
                 tls: None,
             },
             process,

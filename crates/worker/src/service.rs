@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use platform::grpc::{Call, MessageLimits, Reply, StreamSettings, reject, stream, unary};
-use platform::server::{Handler, ServerSettings};
-use platform::{CommonServices, Process};
+use platform::server::Handler;
+use platform::streams::OpenStream;
+use platform::telemetry::TraceParent;
+use platform::{CommonServices, Process, common_path};
 use protocol::inference::{RepositoryModelLoadResponse, RepositoryModelUnloadResponse};
 use protocol::{Error, Method};
 use tonic::{Code, Status};
@@ -38,13 +40,13 @@ impl Service {
     pub fn new(
         repository: Arc<Repository>,
         common: CommonServices,
-        settings: &ServerSettings,
+        limits: &MessageLimits,
         process: Process,
     ) -> Self {
         Self(Arc::new(Inner {
             repository,
             common,
-            limits: settings.message_limits(),
+            limits: limits.clone(),
             process,
         }))
     }
@@ -56,7 +58,7 @@ impl Service {
         };
         match method {
             Method::ModelInfer => self.model_infer(call).await,
-            Method::ModelStreamInfer => Ok(self.model_stream_infer(call)),
+            Method::ModelStreamInfer => self.model_stream_infer(call),
             Method::ServerLive => self.unary(call, Self::server_live).await,
             Method::ServerReady => self.unary(call, Self::server_ready).await,
             Method::ServerMetadata => self.unary(call, Self::server_metadata).await,
@@ -135,28 +137,35 @@ impl Service {
 
     /// The request has no fields: its content does not matter.
     async fn watch_report(&self, call: Call) -> Result<Reply, Status> {
+        let open = self.open_stream(&call)?;
         call.into_messages(&self.0.limits).only().await?;
         let (repository, drain) = (self.0.repository.clone(), self.0.process.drain.clone());
-        Ok(stream(report::watch(repository, drain)))
+        Ok(stream(open.hold(report::watch(repository, drain))))
     }
 
-    fn stream_settings(&self, call: &Call) -> StreamSettings {
-        StreamSettings {
+    fn stream_settings(&self, call: &Call) -> Result<StreamSettings, Status> {
+        Ok(StreamSettings {
             concurrency: STREAM_CONCURRENCY,
             deadline: call.stream_deadline,
             drain: self.0.process.drain.clone(),
-        }
+            open: self.open_stream(call)?,
+        })
+    }
+
+    /// A place for a stream. A worker asks nobody who it is.
+    fn open_stream(&self, call: &Call) -> Result<OpenStream, Status> {
+        let streams = &self.0.process.streams;
+        streams.open(&call.peer, &call.peer.holder())
     }
 }
 
 impl Handler for Service {
     async fn handle(&self, call: Call) -> Reply {
         let deadline = call.deadline;
-        let span = self
-            .0
-            .process
-            .telemetry
-            .request_span(call.path(), call.metadata());
+        let method = Method::from_path(call.path());
+        let path = method.map_or_else(|| common_path(call.path()), Method::path);
+        let telemetry = &self.0.process.telemetry;
+        let span = telemetry.request_span(path, call.metadata(), TraceParent::Gateway);
         let response = tracing::Instrument::instrument(self.respond(call), span);
         match tokio::time::timeout_at(deadline, response).await {
             Ok(Ok(reply)) => reply,

@@ -10,7 +10,11 @@ use clap::Parser;
 use platform::drain::{self, Phase};
 use platform::grpc::{Call, MessageLimits, Metadata, Reply, decode, frame, reject, reply, unary};
 use platform::metrics::Metrics;
-use platform::server::{ConnectionMetrics, Grpc, Handler, Listener, Server, ServerSettings, bind};
+use platform::pool::WorkPool;
+use platform::server::{
+    ConnectionMetrics, Grpc, Handler, Listener, Server, ServerSettings, WORKER_HEADER_BYTES_MAX,
+    bind,
+};
 use platform::shards::Shards;
 use platform::{admin, health::Health, tasks::spawn_owned};
 use protocol::inference::model_infer_response::InferOutputTensor;
@@ -123,14 +127,17 @@ async fn main() -> anyhow::Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let health = Health::default();
     health.replace(true, &[], []);
+    let pool = WorkPool::start(cores, arguments.server.work_items_max as usize, &metrics)?;
+    let limits = arguments.server.message_limits(&metrics, &pool);
     let server = Server {
         name: "echo",
         settings: arguments.server.clone(),
+        header_bytes_max: WORKER_HEADER_BYTES_MAX,
         metrics: ConnectionMetrics::register(&metrics),
         shards: Arc::new(Shards::start(cores)?),
+        limits: Arc::new(limits.clone()),
         tls: None,
     };
-    let limits = arguments.server.message_limits();
     let handler = Grpc(Echo(Arc::new((limits, arguments.delay))));
     let listener = Listener::Tcp(bind(arguments.grpc_addr)?);
     let _admin = spawn_owned(admin::run(

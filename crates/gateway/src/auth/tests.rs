@@ -154,6 +154,7 @@ fn shown(names: &[&str]) -> Peer {
     Peer {
         address: None,
         certificate_names: names.iter().map(ToString::to_string).collect(),
+        ..Peer::default()
     }
 }
 

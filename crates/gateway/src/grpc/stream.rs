@@ -57,6 +57,7 @@ pub fn forward_each(
         concurrency: CONCURRENCY,
         deadline: call.stream_deadline,
         drain: stack.0.drain.clone(),
+        open: stack.0.streams.open(&call.peer, &call.peer.holder())?,
     };
     let limits = stack.0.limits.clone();
     let (timeout, deadline) = (call.deadline - call.arrived, call.stream_deadline);

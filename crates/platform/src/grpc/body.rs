@@ -2,16 +2,28 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use http::{HeaderMap, HeaderValue};
 use http_body::{Frame, SizeHint};
+use tokio::time::Instant;
 use tonic::Status;
+
+use super::BytesHeld;
+use super::status::bounded;
+use crate::answer::Answer;
+use crate::pot::Holder;
+use crate::streams::OpenStream;
 
 /// The body of a gRPC request or response.
 pub struct Body {
     frames: Frames,
     /// A value that lives until the body has been sent, for example a permit.
     guard: Option<Box<dyn Send + Sync>>,
+    /// For whom its bytes are held; the peer if nobody is named.
+    holder: Option<Holder>,
+    /// Whether its bytes are counted as in flight by what it guards.
+    counted: bool,
 }
 
 enum Frames {
@@ -25,9 +37,12 @@ enum Frames {
     Stream(BoxStream<'static, Result<Bytes, Status>>),
     /// The status of a stream was sent.
     Ended,
-    /// The body of a generated tonic service.
-    Tonic(tonic::body::Body),
+    /// The body of a stream of a generated tonic service.
+    Tonic(tonic::body::Body, Ending),
 }
+
+/// Returns why a stream must end before its body does.
+type Ending = BoxFuture<'static, Status>;
 
 impl Body {
     /// No data and no trailers.
@@ -49,6 +64,8 @@ impl Body {
                 trailers,
             },
             guard: None,
+            holder: None,
+            counted: false,
         }
     }
 
@@ -57,14 +74,46 @@ impl Body {
         Self {
             frames: Frames::Stream(messages),
             guard: None,
+            holder: None,
+            counted: false,
         }
     }
 
-    /// The body of a generated tonic service.
-    pub fn tonic(body: tonic::body::Body) -> Self {
+    /// The body of a stream of a generated tonic service.
+    pub(crate) fn tonic_stream(body: tonic::body::Body, open: OpenStream) -> Self {
         Self {
-            frames: Frames::Tonic(body),
+            frames: Frames::Tonic(body, Box::pin(async move { open.evicted().await })),
             guard: None,
+            holder: None,
+            counted: false,
+        }
+    }
+
+    /// Counts the bytes as in flight until the body has been sent or dropped.
+    #[must_use]
+    pub fn counted(mut self, held: Vec<BytesHeld>) -> Self {
+        self.counted = !held.is_empty();
+        self.guarded(held)
+    }
+
+    /// Names for whom the bytes are held.
+    #[must_use]
+    pub fn held_for(mut self, holder: Holder) -> Self {
+        self.holder = Some(holder);
+        self
+    }
+
+    /// Tells what sends the body what it must know. An answer that is whole must
+    /// be read by the deadline of its call.
+    pub(crate) fn describe(&self, answer: &Answer, deadline: Instant) {
+        if let Some(holder) = &self.holder {
+            answer.held_for(holder.clone());
+        }
+        if self.counted {
+            answer.is_counted();
+        }
+        if matches!(self.frames, Frames::Whole { .. }) {
+            answer.until(deadline);
         }
     }
 
@@ -93,6 +142,7 @@ fn ok_trailers() -> HeaderMap {
 
 fn status_trailers(status: &Status) -> HeaderMap {
     let mut trailers = HeaderMap::new();
+    let status = bounded(status);
     if status.add_header(&mut trailers).is_err() {
         trailers.insert("grpc-status", HeaderValue::from(status.code() as i32));
     }
@@ -136,7 +186,15 @@ impl http_body::Body for Body {
                 Poll::Ready(Some(Ok(frame)))
             }
             Frames::Ended => Poll::Ready(None),
-            Frames::Tonic(tonic) => Pin::new(tonic).poll_frame(context),
+            Frames::Tonic(tonic, ending) => {
+                let frame = Pin::new(tonic).poll_frame(context);
+                if frame.is_ready() {
+                    return frame;
+                }
+                let status = ready!(ending.as_mut().poll(context));
+                body.frames = Frames::Ended;
+                Poll::Ready(Some(Ok(Frame::trailers(status_trailers(&status)))))
+            }
         }
     }
 
@@ -149,11 +207,17 @@ impl http_body::Body for Body {
             } => first.is_none() && chunks.len() == 0 && trailers.is_none(),
             Frames::Stream(_) => false,
             Frames::Ended => true,
-            Frames::Tonic(tonic) => tonic.is_end_stream(),
+            Frames::Tonic(tonic, _) => tonic.is_end_stream(),
         }
     }
 
+    /// No exact size: a gRPC response has no `content-length`.
     fn size_hint(&self) -> SizeHint {
-        SizeHint::default()
+        let mut hint = SizeHint::default();
+        if let Frames::Whole { chunks, first, .. } = &self.frames {
+            let rest = chunks.as_slice().iter().chain(first);
+            hint.set_lower(rest.map(|chunk| chunk.len() as u64).sum());
+        }
+        hint
     }
 }

@@ -78,14 +78,15 @@ impl Call {
         self.into_parts(limits).1
     }
 
-    /// The head, and the messages to be read.
+    /// The head, and the messages to be read. Their bytes are held for the holder
+    /// of the limits, or for the peer where they have none.
     pub fn into_parts(self, limits: &MessageLimits) -> (Parts, Messages) {
         let encoding = self
             .parts
             .headers
             .get("grpc-encoding")
             .and_then(|encoding| encoding.to_str().ok());
-        let messages = Messages::new(self.body, encoding, limits);
+        let messages = Messages::new(self.body, encoding, limits, &self.peer);
         (self.parts, messages)
     }
 

@@ -11,7 +11,8 @@ use hyper_util::server::graceful::GracefulConnection;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::time::{sleep, timeout};
 
-use super::Server;
+use super::{Place, Server};
+use crate::answer::PART_BYTES_MAX;
 use crate::drain::{Drain, Phase};
 
 /// The connection preface of HTTP/2 (RFC 9113, 3.4).
@@ -20,16 +21,18 @@ pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Flow-control windows that let a tensor of 600 KB pass without a pause.
 pub(super) const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 pub(super) const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+/// The window that HTTP/2 gives each connection at least.
+pub(super) const WINDOW_BYTES_MIN: u32 = 65_535;
+/// A connection gets this part of what all windows may still take together.
+pub(super) const WINDOW_PARTS: usize = 64;
 /// Frames of this size halve the work of large messages against the default.
-pub(super) const FRAME_BYTES_MAX: u32 = 256 << 10;
-/// All headers of a request together.
-pub(super) const HEADER_BYTES_MAX: u32 = 64 << 10;
+pub(super) const FRAME_BYTES_MAX: u32 = PART_BYTES_MAX as u32;
 /// How long a peer may take to acknowledge a ping.
 pub(super) const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Serves until the peer closes, the connection reaches its maximum age or the
-/// server drains.
-pub(super) async fn run<C>(connection: C, server: &Server, mut drain: Drain)
+/// Serves until the peer closes, the connection reaches its maximum age, others
+/// need its place or the server drains.
+pub(super) async fn run<C>(connection: C, server: &Server, place: &Place, mut drain: Drain)
 where
     C: GracefulConnection,
     C::Error: std::fmt::Display,
@@ -39,6 +42,7 @@ where
     let outcome = tokio::select! {
         outcome = connection.as_mut() => Some(outcome),
         () = sleep(jittered(settings.connection_age)) => None,
+        () = place.seat.end().cancelled() => None,
         () = drain.reached(Phase::Closing) => None,
     };
     let outcome = match outcome {

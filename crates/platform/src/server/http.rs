@@ -1,5 +1,6 @@
 //! An HTTP port: HTTP/1.1 and HTTP/2, served by a router.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,19 +11,17 @@ use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::runtime::Handle;
-use tokio::time::timeout;
 use tower_service::Service;
 
-use super::connection::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, HEADER_BYTES_MAX, PING_TIMEOUT, Rewound,
-    STREAM_WINDOW_BYTES, read_first, run,
-};
-use super::{Io, Protocol, Server};
+use super::connection::{FRAME_BYTES_MAX, PING_TIMEOUT, Rewound, read_first, run};
+use super::readers::{Read, Readers};
+use super::{Begun, Io, Place, Protocol, Server};
+use crate::answer::{Answer, Parts};
 use crate::body::RequestBody;
 use crate::coalesce::Coalesced;
 use crate::drain::Drain;
-use crate::tasks::{ConnectionExecutor, TaskScope};
-use crate::tls::Peer;
+use crate::pot::Holder;
+use crate::tasks::TaskScope;
 
 /// How long the head of a request may take to arrive, and how long an HTTP/1.1
 /// connection may idle between requests.
@@ -30,28 +29,35 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Header fields of one request.
 const HEADERS_MAX: usize = 100;
 
-/// HTTP requests, served by a router. Each carries its [`Peer`] as an extension.
+/// HTTP requests, served by a router. Each carries its [`Peer`](crate::peer::Peer)
+/// as an extension; a response may carry the [`Holder`] for whom it is held.
 #[derive(Debug, Clone)]
 pub struct Http(pub Router);
 
 impl Protocol for Http {
     const ALPN: &'static [&'static [u8]] = &[b"h2", b"http/1.1"];
 
-    async fn serve(self, server: &Server, mut io: impl Io, peer: Arc<Peer>, drain: Drain) {
+    async fn serve(self, server: &Server, mut io: impl Io, place: Place, drain: Drain) {
         let settings = &server.settings;
         // hyper has no timeout for the bytes by which it detects the protocol,
         // and its graceful shutdown waits for them as well.
-        let first = match timeout(settings.preface_timeout, read_first(&mut io)).await {
-            Ok(Ok(first)) if !first.is_empty() => first,
+        let first = match server.begin(&place, read_first(&mut io)).await {
+            Begun::Done(Ok(first)) if !first.is_empty() => first,
             // A connection without a byte, such as a TCP health check.
-            Ok(_) => return,
-            Err(_) => return server.metrics.refuse(server.name, "preface_timeout"),
+            Begun::Done(_) | Begun::Evicted => return,
+            Begun::Late => return server.metrics.refuse(server.name, "preface_timeout"),
         };
         let router = self.0;
         let tasks = TaskScope::new(Handle::current());
         let scope = tasks.handle();
+        let (peer, seat) = (&place.peer, &place.seat);
+        // Over HTTP/1.1 a connection has one answer at a time.
+        let only = Arc::<Answer>::default();
+        only.held_for(peer.holder());
+        let io = Read::new(io, only.clone(), server.limits.clone());
         let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
+            let busy = seat.busy();
             let request = match request.version() {
                 Version::HTTP_2 => {
                     request.map(|body| Body::new(RequestBody::new(body, scope.clone())))
@@ -59,27 +65,36 @@ impl Protocol for Http {
                 // hyper itself discards the rest of a body over HTTP/1.1.
                 _ => request.map(Body::new),
             };
-            router.clone().call(request)
+            let responding = router.clone().call(request);
+            let (only, peer) = (only.clone(), peer.clone());
+            async move {
+                let response = responding.await?;
+                let answer = Answer::current().unwrap_or(only);
+                let tenant = response.extensions().get::<Holder>();
+                answer.held_for(tenant.cloned().unwrap_or_else(|| peer.holder()));
+                Ok::<_, Infallible>(response.map(|body| Parts::new(body, answer, busy)))
+            }
         });
-        let mut builder = auto::Builder::new(ConnectionExecutor);
+        let mut builder = auto::Builder::new(Readers(server.limits.clone()));
         builder
             .http1()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIMEOUT)
-            .max_buf_size(HEADER_BYTES_MAX as usize)
+            .max_buf_size(server.header_bytes_max as usize)
             .max_headers(HEADERS_MAX);
         builder
             .http2()
             .timer(TokioTimer::new())
             .max_concurrent_streams(settings.streams_max)
             .max_pending_accept_reset_streams(settings.streams_max as usize)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .initial_stream_window_size(place.stream_window())
+            .initial_connection_window_size(place.connection_window())
             .max_frame_size(FRAME_BYTES_MAX)
-            .max_header_list_size(HEADER_BYTES_MAX)
+            .max_header_list_size(server.header_bytes_max)
             .keep_alive_interval(settings.keepalive_interval)
             .keep_alive_timeout(PING_TIMEOUT);
         let io = TokioIo::new(Coalesced::new(Rewound::new(io, first)));
-        run(builder.serve_connection(io, service), server, drain).await;
+        let connection = builder.serve_connection(io, service);
+        run(connection, server, &place, drain).await;
     }
 }

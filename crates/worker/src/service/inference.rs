@@ -39,17 +39,17 @@ impl Service {
 
     /// Responds to each request of a stream in order; an error is a response,
     /// and the stream stays open.
-    pub(super) fn model_stream_infer(&self, call: Call) -> Reply {
-        let settings = self.stream_settings(&call);
+    pub(super) fn model_stream_infer(&self, call: Call) -> Result<Reply, Status> {
+        let settings = self.stream_settings(&call)?;
         let deadline = call.stream_deadline.map(tokio::time::Instant::into_std);
         let own = self.clone();
         let timeout = call.deadline - call.arrived;
         let messages = call.into_messages(&self.0.limits);
-        bidirectional(messages, settings, move |message| {
+        Ok(bidirectional(messages, settings, move |message| {
             let own = own.clone();
             let deadline = deadline.unwrap_or_else(|| Instant::now() + timeout);
             async move { Ok(own.stream_response(message, deadline).await) }
-        })
+        }))
     }
 
     async fn stream_response(&self, message: Message, deadline: Instant) -> Bytes {

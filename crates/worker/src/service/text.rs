@@ -47,7 +47,7 @@ impl Service {
         F: Future<Output = Result<TextResponse<A>, Error>> + Send,
     {
         let target = Target::of(&call)?;
-        let settings = self.stream_settings(&call);
+        let settings = self.stream_settings(&call)?;
         let (timeout, ends) = (call.deadline - call.arrived, call.stream_deadline);
         let own = self.clone();
         let messages = call.into_messages(&self.0.limits);

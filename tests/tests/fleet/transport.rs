@@ -90,12 +90,14 @@ async fn connections_over_the_cap_are_closed_and_the_others_serve() -> Result<()
     let open: Vec<TcpStream> = (0..10)
         .map(|_| TcpStream::connect(address))
         .collect::<Result<_, _>>()?;
+    // A new connection takes the place of an idle one, or is refused.
     let refused = "andon_connections_refused_total{listener=\"gateway\",reason=\"cap\"}";
-    until(
-        Duration::from_secs(5),
-        "connections are refused",
-        || async { Ok(fleet.gateway.metric(refused).await? >= Some(7.0)) },
-    )
+    let evicted = "andon_connections_evicted_total{listener=\"gateway\"}";
+    until(Duration::from_secs(5), "connections are closed", || async {
+        let refused = fleet.gateway.metric(refused).await?.unwrap_or_default();
+        let evicted = fleet.gateway.metric(evicted).await?.unwrap_or_default();
+        Ok(refused + evicted >= 7.0)
+    })
     .await?;
     infer(&client, digits(), Duration::from_secs(5)).await?;
     drop(open);

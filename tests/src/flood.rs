@@ -9,23 +9,18 @@ use bytes::Bytes;
 use h2::SendStream;
 use h2::client::{Builder, ResponseFuture, SendRequest};
 use tokio::net::TcpStream;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 
 /// One connection with its open streams, closed when it is dropped.
 #[derive(Debug)]
 pub struct Flood {
     sender: SendRequest<Bytes>,
-    connection: JoinHandle<()>,
+    #[allow(dead_code, reason = "its task is aborted when it is dropped")]
+    connection: JoinSet<()>,
     /// The streams that stay open, with their answers, which nobody reads.
     pub streams: Vec<(SendStream<Bytes>, ResponseFuture)>,
     /// Bytes of messages that were given to the streams.
     pub sent_bytes: usize,
-}
-
-impl Drop for Flood {
-    fn drop(&mut self) {
-        self.connection.abort();
-    }
 }
 
 /// A call of a flood.
@@ -49,13 +44,14 @@ impl Flood {
             .initial_window_size(window_bytes)
             .handshake(stream)
             .await?;
-        let connection = tokio::spawn(async move {
+        let mut running = JoinSet::new();
+        running.spawn(async move {
             // Its end is what the server does with it.
             let _ = connection.await;
         });
         Ok(Self {
             sender,
-            connection,
+            connection: running,
             streams: Vec::new(),
             sent_bytes: 0,
         })
@@ -93,10 +89,5 @@ impl Flood {
         });
         self.sent_bytes += if sent { length } else { 0 };
         sent
-    }
-
-    /// Whether the server has closed the connection.
-    pub fn closed(&self) -> bool {
-        self.connection.is_finished()
     }
 }

@@ -27,6 +27,7 @@ use platform::channel::Target;
 use platform::drain::Phase;
 use platform::files::FileError;
 use platform::health::Health;
+use platform::metrics::Metrics;
 use platform::server::{CALLER_HEADER_BYTES_MAX, Grpc, Http, Listener, Server, ServerSettings};
 use platform::tasks::{OwnedTask, spawn_owned};
 use platform::tls::{Tls, TlsSettings};
@@ -151,6 +152,17 @@ pub struct Gateway {
     pub health: Health,
 }
 
+impl GatewaySettings {
+    /// The Redis that quotas are shared through, if there is one.
+    fn open_redis(&self, metrics: &Metrics) -> Result<Option<Arc<Redis>>, GatewayError> {
+        let redis = self.redis.open()?;
+        if let Some(redis) = &redis {
+            redis.register(metrics, "andon_gateway_redis_up", "1 while Redis responds");
+        }
+        Ok(redis)
+    }
+}
+
 impl Gateway {
     /// Checks the settings; no port is open and no worker is connected yet.
     /// `in_process` are workers of the same process.
@@ -172,11 +184,7 @@ impl Gateway {
         catalogue.metrics.register(&process.metrics);
         let auth = Arc::new(Auth::new(&settings.auth)?);
         auth.metrics().register(&process.metrics);
-        let redis = settings.redis.open()?;
-        if let Some(redis) = &redis {
-            let help = "1 while Redis responds";
-            redis.register(&process.metrics, "andon_gateway_redis_up", help);
-        }
+        let redis = settings.open_redis(&process.metrics)?;
         let limit_metrics = LimitMetrics::default();
         limit_metrics.register(&process.metrics);
         let policy = auth.policy().clone();

@@ -230,6 +230,7 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
+    use crate::tasks::{OwnedTask, spawn_owned};
 
     fn tenant(name: &str) -> Holder {
         Holder::Tenant(name.into())
@@ -241,7 +242,7 @@ mod tests {
         let (release, released) = mpsc::channel::<()>();
         let (begun, begins) = oneshot::channel();
         let own = pool.clone();
-        let task = tokio::spawn(async move {
+        let task = spawn_owned(async move {
             own.run(1, move |_| {
                 begun.send(()).unwrap();
                 released.recv().unwrap_err();
@@ -259,7 +260,7 @@ mod tests {
     struct Busy {
         pool: WorkPool,
         release: mpsc::Sender<()>,
-        task: tokio::task::JoinHandle<Result<(), PoolError>>,
+        task: OwnedTask<Result<(), PoolError>>,
     }
 
     #[tokio::test]
@@ -279,19 +280,24 @@ mod tests {
 
     #[tokio::test]
     async fn holders_take_turns() {
-        let Busy { pool, release, .. } = busy(100).await;
+        let Busy {
+            pool,
+            release,
+            task,
+        } = busy(100).await;
         let (order, ran) = mpsc::channel();
         let mut waiting = Vec::new();
         for name in ["a", "a", "a", "b"] {
             let (pool, order) = (pool.clone(), order.clone());
             let holder = tenant(name);
-            waiting.push(tokio::spawn(async move {
+            waiting.push(spawn_owned(async move {
                 pool.run_for(&holder, 1, move |_| order.send(name).unwrap())
                     .await
             }));
             tokio::task::yield_now().await;
         }
         drop(release);
+        task.await.unwrap().unwrap();
         for task in waiting {
             task.await.unwrap().unwrap();
         }
@@ -309,18 +315,18 @@ mod tests {
         let (sender, ran) = mpsc::channel();
         let waiting = {
             let (pool, sender) = (pool.clone(), sender.clone());
-            tokio::spawn(async move { pool.run(1, move |_| sender.send("waited")).await })
+            spawn_owned(async move { pool.run(1, move |_| sender.send("waited")).await })
         };
         tokio::task::yield_now().await;
         waiting.abort();
-        assert!(waiting.await.is_err());
+        assert!(waiting.await.is_none());
         drop(release);
         task.await.unwrap().unwrap();
         // Work that runs is told, and ends.
         let (begun, begins) = oneshot::channel();
         let running = {
             let pool = pool.clone();
-            tokio::spawn(async move {
+            spawn_owned(async move {
                 pool.run(1, move |cancelled| {
                     begun.send(()).unwrap();
                     while !cancelled.is_set() {
@@ -333,7 +339,7 @@ mod tests {
         };
         begins.await.unwrap();
         running.abort();
-        assert!(running.await.is_err());
+        assert!(running.await.is_none());
         assert_eq!(ran.recv(), Ok("ended"));
         let failed = pool.run(1, |_| -> () { panic!("a defect") }).await;
         assert_eq!(failed, Err(PoolError::Failed));

@@ -9,7 +9,7 @@ ADMIN ?= 127.0.0.1:8002
 CUDA_COMPUTE_CAP ?= 80
 
 .DEFAULT_GOAL := help
-.PHONY: help run build build-cuda models fleet test soak check bench bench-peers bench-turn chaos
+.PHONY: help run build build-cuda models fleet test golden soak check bench bench-peers bench-turn chaos
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -34,8 +34,14 @@ fleet: build models ## Run a gateway and three workers on loopback
 test: ## Install the test dependencies and run all tests
 	bash tests/run.sh
 
-soak: ## Send generated calls for ten minutes
-	OPENAPI_SECONDS=600 bash tests/run.sh --workspace -E 'test(no_generated_call_breaks_the_document)'
+golden: models ## Make tests/golden anew, with the reference implementations
+	python3 -m venv target/golden
+	target/golden/bin/pip install --quiet -r tests/golden/requirements.txt
+	target/golden/bin/python tests/python/golden.py
+	target/golden/bin/python tests/python/train_digits.py --check
+
+soak: ## Run the tests that have a long form in that form, for some twenty minutes
+	SOAK=1 bash tests/run.sh --workspace -E 'test(no_generated_call_breaks_the_document) + test(memory_stays_level)'
 
 check: ## Check format, lints, licences, protos, structure, manifests
 	bash tests/check.sh

@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Format, clippy, licences, protos, structure and manifests.
+# Format, lints, licences, protos, structure and manifests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/tools.sh
 
 need cargo "install stable Rust"
 # The network and the compiler at the same time.
-environment=target/environment.log
-(set -e; python_environment; buf_tool; cargo_tool cargo-deny) >"$environment" 2>&1 &
+environment=target/checks.log
+(set -e; once python_environment; once buf_tool; once cargo_tool cargo-deny) >"$environment" 2>&1 &
 installing=$!
 
 timed format cargo fmt --all --check
-timed clippy cargo clippy --locked --workspace --all-targets -- -D warnings
+build_and_lint
 cargo fetch --locked --quiet
 wait "$installing" || { cat "$environment"; exit 1; }
 timed licences cargo deny --offline --log-level error check bans licenses sources
+timed golden sha256sum --check --quiet tests/golden/programs.sha256
 timed protos buf lint proto
 timed structure target/venv/bin/python tests/tidy
 target/venv/bin/python tests/tidy --self-test | tail -1

@@ -11,7 +11,7 @@ need cc "install a C compiler"
 environment=target/environment.log
 (set -e; test_environment) >"$environment" 2>&1 &
 installing=$!
-timed "build" cargo build --locked --workspace --bins --tests --examples
+build_and_lint
 wait "$installing" || { cat "$environment"; exit 1; }
 grep "^== " "$environment"
 

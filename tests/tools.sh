@@ -16,6 +16,21 @@ timed() { # STEP COMMAND...: says how long a step took
     echo "== $step: $((SECONDS - begun)) s"
 }
 
+once() { # COMMAND...: waits while another script installs
+    (flock 9 && "$@") 9>"$tools/lock"
+}
+
+# One build gives the lints and what the tests run: clippy is the compiler of
+# the workspace's crates, with warnings denied, instead of a pass of its own
+# over all dependencies. Cargo hands no flags on to clippy; the variable is how
+# `cargo clippy -- -D warnings` does it.
+build_and_lint() {
+    need clippy-driver "rustup component add clippy"
+    export RUSTC_WORKSPACE_WRAPPER=clippy-driver
+    export CLIPPY_ARGS="-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__"
+    timed "build and lints" cargo build --locked --workspace --all-targets
+}
+
 debian() { # COMMAND PACKAGE: installs a Debian package if the command is missing
     command -v "$1" >/dev/null && return
     need apt-get "install the package '$2' by hand"
@@ -71,22 +86,11 @@ node_environment() { # the Node packages of the tests, as their lock has them
 }
 
 test_environment() { # all that the tests need besides the build
-    timed "Python packages" python_environment
-    cargo_tool cargo-nextest
-    buf_tool
-    debian redis-server redis-server
-    timed "Node packages" node_environment
-    timed "Chromium" debian chromium chromium
+    timed "Python packages" once python_environment
+    once cargo_tool cargo-nextest
+    once buf_tool
+    once debian redis-server redis-server
+    timed "Node packages" once node_environment
+    timed "Chromium" once debian chromium chromium
     timed "models" python3 demo/fetch_models.py models
-    timed "reference outputs" reference_outputs
-}
-
-# The reference's outputs, and whether the committed weights of `digits` are
-# what its training program makes.
-reference_outputs() {
-    [ target/golden/.done -nt tests/python/golden.py ] &&
-        [ target/golden/.done -nt tests/python/train_digits.py ] && return
-    target/venv/bin/python tests/python/golden.py target/golden
-    target/venv/bin/python tests/python/train_digits.py --check
-    touch target/golden/.done
 }

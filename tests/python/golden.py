@@ -1,6 +1,6 @@
-"""Writes what the reference implementations answer, for the engine's golden tests.
+"""Writes what the reference implementations answer, for the engine's golden tests: `make golden`.
 
-    golden.py [FOLDER]      FOLDER is target/golden where none is given
+    golden.py [FOLDER]      FOLDER is tests/golden, which is committed, where none is given
 
 For each family a tiny checkpoint with random weights and a small tokenizer of the family's kind,
 saved as an ordinary Hugging Face folder, and beside it `expected.json`: token ids, hidden
@@ -8,6 +8,8 @@ states, pooled vectors and logits by transformers, in 32-bit floats, one text at
 `minilm` the vectors of sentence-transformers, out of models/minilm/1. Needs no network.
 """
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -52,7 +54,7 @@ TEXTS = [
 
 
 def main():
-    folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "target" / "golden"
+    folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "tests" / "golden"
     torch.set_num_threads(1)
     for name, build in CASES.items():
         torch.manual_seed(sum(name.encode()))
@@ -61,6 +63,18 @@ def main():
     write_minilm(folder / "minilm.json")
     trainer = ROOT / "tests" / "python" / "train_digits.py"
     subprocess.run([sys.executable, trainer, "--golden", folder / "digits.json"], check=True)
+    write_sources(folder)
+
+
+def write_sources(folder):
+    """What the folder was made by: the programs, which `make check` compares, and the packages."""
+    programs = ["tests/python/golden.py", "tests/python/train_digits.py"]
+    sums = [f"{hashlib.sha256((ROOT / name).read_bytes()).hexdigest()}  {name}\n" for name in programs]
+    (folder / "programs.sha256").write_text("".join(sums))
+    names = (folder / "requirements.txt").read_text().split("\n")
+    names = [name for name in names if name and not name.startswith("#")]
+    versions = [f"{name} {importlib.metadata.version(name)}\n" for name in names]
+    (folder / "versions.txt").write_text("".join(versions))
 
 
 def wordpiece():

@@ -50,6 +50,11 @@ pub fn program(name: &str) -> Result<PathBuf> {
     )
 }
 
+/// Whether the long form of a test is meant to run, as `make soak` asks for.
+pub fn soaking() -> bool {
+    std::env::var_os("SOAK").is_some()
+}
+
 /// The demo models, or an error that says how to get them.
 pub fn models() -> Result<PathBuf> {
     let path = root().join("models");

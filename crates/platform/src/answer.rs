@@ -14,7 +14,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
-use crate::pot::Holder;
+use crate::pot::{Held, Holder};
 use crate::seats::Busy;
 
 /// A part of an answer, and a frame of HTTP/2, have at most so many bytes.
@@ -108,6 +108,17 @@ impl Answer {
     }
 }
 
+/// What a request has of its port until its answer has been sent.
+#[derive(Debug)]
+#[must_use = "it is given back when it is dropped"]
+pub struct Open {
+    /// Its connection is not idle.
+    pub _busy: Busy,
+    /// It is one of the open streams of all connections; none for a request
+    /// that is refused since too many are open.
+    pub stream: Option<Held>,
+}
+
 /// The body of an answer, in parts.
 #[derive(Debug)]
 pub struct Parts<B> {
@@ -117,19 +128,18 @@ pub struct Parts<B> {
     /// The length of the part that was handed over.
     part: usize,
     answer: Arc<Answer>,
-    /// The connection is not idle until the answer has been sent.
-    _busy: Busy,
+    _open: Open,
 }
 
 impl<B: Body<Data = Bytes>> Parts<B> {
     /// Sends a body in parts.
-    pub fn new(body: B, answer: Arc<Answer>, busy: Busy) -> Self {
+    pub fn new(body: B, answer: Arc<Answer>, open: Open) -> Self {
         Self {
             body,
             chunk: Bytes::new(),
             part: 0,
             answer,
-            _busy: busy,
+            _open: open,
         }
     }
 

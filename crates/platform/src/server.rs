@@ -26,6 +26,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
+use crate::answer::Open;
 use crate::drain::{Drain, Phase};
 use crate::grpc::{Call, MessageLimits, Reply};
 use crate::memory;
@@ -97,6 +98,10 @@ pub struct ServerSettings {
     /// Maximum number of such streams on one connection
     #[arg(long, value_name = "COUNT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     pub waiting_streams_per_connection_max: u32,
+    /// Maximum number of calls in flight on all connections of a port, from
+    /// their headers to the end of their answers
+    #[arg(long, value_name = "COUNT", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(8..))]
+    pub streams_total_max: u32,
     /// Maximum deadline of a call, and the deadline of calls that set none
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = crate::config::positive_duration)]
     pub deadline_max: Duration,
@@ -177,6 +182,9 @@ impl ServerSettings {
     }
 }
 
+/// What a call beyond `--streams-total-max` is told.
+const TOO_MANY_STREAMS: &str = "overloaded: too many calls are in flight";
+
 /// A source of connections.
 #[derive(Debug)]
 pub enum Listener {
@@ -221,6 +229,7 @@ pub struct ConnectionMetrics {
     refused: Family<RefusedLabels, Counter>,
     evicted: Family<ListenerLabel, Counter>,
     full: Bound,
+    streams_full: Bound,
 }
 
 impl ConnectionMetrics {
@@ -232,6 +241,7 @@ impl ConnectionMetrics {
             refused: Family::default(),
             evicted: Family::default(),
             full: metrics.bound("--connections-max"),
+            streams_full: metrics.bound("--streams-total-max"),
         };
         metrics.register(|registry| {
             registry.register(
@@ -315,9 +325,25 @@ pub struct Place {
     seat: Seat,
     /// The bytes that it may receive before a call reads them.
     window: Held,
+    /// The streams of all connections of the port.
+    streams: Pot,
+    streams_full: Bound,
 }
 
 impl Place {
+    /// Opens a stream; it is refused when too many are open, or when the peer
+    /// has its share.
+    fn open(&self) -> Open {
+        let stream = self.streams.take(&self.peer.holder(), 1).ok();
+        if stream.is_none() {
+            self.streams_full.reached();
+        }
+        Open {
+            _busy: self.seat.busy(),
+            stream,
+        }
+    }
+
     /// The flow-control window of the connection.
     fn connection_window(&self) -> u32 {
         u32::try_from(self.window.amount())
@@ -337,6 +363,8 @@ impl Place {
 struct Port {
     seats: Seats,
     unread: Pot,
+    streams: Pot,
+    streams_full: Bound,
 }
 
 impl Port {
@@ -348,6 +376,8 @@ impl Port {
         Some(Place {
             seat: seat.ok()?,
             window: self.window(&holder),
+            streams: self.streams.clone(),
+            streams_full: self.streams_full.clone(),
             peer: Arc::new(peer),
         })
     }
@@ -391,6 +421,8 @@ impl Server {
         let port = Port {
             seats: Seats::new(self.settings.connections_max as usize),
             unread: Pot::new(self.settings.unread_bytes_max),
+            streams: Pot::new(self.settings.streams_total_max as usize),
+            streams_full: self.metrics.streams_full.clone(),
         };
         let mut connections = JoinSet::new();
         let mut closing = drain.clone();

@@ -98,7 +98,8 @@ impl Drop for CountedStream {
     }
 }
 
-fn refused(message: &str) -> Status {
+/// UNAVAILABLE, to be tried again.
+pub(crate) fn refused(message: &str) -> Status {
     let details = ErrorDetails::with_retry_info(Some(RETRY));
     Status::with_error_details(Code::Unavailable, message, details)
 }

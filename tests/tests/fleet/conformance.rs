@@ -80,7 +80,7 @@ async fn health_and_reflection_of_every_role() -> Result<()> {
 
 #[tokio::test]
 async fn text_calls_of_every_role() -> Result<()> {
-    let golden = root().join("target/golden");
+    let golden = root().join("tests/golden");
     let model = |name: &str, folder: &str| format!("{name}={}", golden.join(folder).display());
     let minilm = format!("minilm={}", models()?.join("minilm/1").display());
     let classifier = model("classifier", "bert-classification");

@@ -25,7 +25,7 @@ struct Served {
 
 impl Served {
     async fn start() -> Result<Self> {
-        let golden = root().join("target/golden");
+        let golden = root().join("tests/golden");
         let mut flags = Vec::new();
         for (name, folder) in [
             ("minilm", models()?.join("minilm/1")),

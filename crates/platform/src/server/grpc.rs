@@ -12,12 +12,13 @@ use tokio::runtime::Handle;
 
 use super::connection::{FRAME_BYTES_MAX, PING_TIMEOUT, PREFACE, Rewound, read_preface, run};
 use super::readers::{Read, Readers};
-use super::{Begun, Handler, Io, Place, Protocol, Server};
+use super::{Begun, Handler, Io, Place, Protocol, Server, TOO_MANY_STREAMS};
 use crate::answer::{Answer, Parts};
 use crate::body::RequestBody;
 use crate::coalesce::Coalesced;
 use crate::drain::Drain;
 use crate::grpc::{Call, reject};
+use crate::streams::refused;
 use crate::tasks::TaskScope;
 
 /// gRPC calls, served by a handler.
@@ -40,17 +41,17 @@ impl<H: Handler> Protocol for Grpc<H> {
         let deadline_max = settings.deadline_max;
         let tasks = TaskScope::new(Handle::current());
         let scope = tasks.handle();
-        let peer = &place.peer;
-        let seat = &place.seat;
+        let (place, peer) = (&place, &place.peer);
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
             let (handler, peer) = (self.0.clone(), peer.clone());
-            let busy = seat.busy();
+            let open = place.open();
             let request = request.map(|body| RequestBody::new(body, scope.clone()));
             // Boxed, since hyper moves it several times before it runs.
             Box::pin(async move {
                 let answer = Answer::current().unwrap_or_default();
                 let holder = peer.holder();
                 let reply = match Call::new(request, peer, deadline_max) {
+                    Ok(_) if open.stream.is_none() => reject(&refused(TOO_MANY_STREAMS)),
                     Ok(call) => {
                         let deadline = call.deadline;
                         let reply = handler.handle(call).await;
@@ -60,7 +61,7 @@ impl<H: Handler> Protocol for Grpc<H> {
                     Err(status) => reject(&status),
                 };
                 answer.held_for(holder);
-                Ok::<_, Infallible>(reply.map(|body| Parts::new(body, answer, busy)))
+                Ok::<_, Infallible>(reply.map(|body| Parts::new(body, answer, open)))
             })
         });
         let limits = &server.limits;
@@ -84,6 +85,6 @@ impl<H: Handler> Protocol for Grpc<H> {
                 ))),
                 service,
             );
-        run(connection, server, &place, drain).await;
+        run(connection, server, place, drain).await;
     }
 }

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use http::{Request, Version};
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderValue, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -15,7 +16,7 @@ use tower_service::Service;
 
 use super::connection::{FRAME_BYTES_MAX, PING_TIMEOUT, Rewound, read_first, run};
 use super::readers::{Read, Readers};
-use super::{Begun, Io, Place, Protocol, Server};
+use super::{Begun, Io, Place, Protocol, Server, TOO_MANY_STREAMS};
 use crate::answer::{Answer, Parts};
 use crate::body::RequestBody;
 use crate::coalesce::Coalesced;
@@ -50,14 +51,14 @@ impl Protocol for Http {
         let router = self.0;
         let tasks = TaskScope::new(Handle::current());
         let scope = tasks.handle();
-        let (peer, seat) = (&place.peer, &place.seat);
+        let (place, peer) = (&place, &place.peer);
         // Over HTTP/1.1 a connection has one answer at a time.
         let only = Arc::<Answer>::default();
         only.held_for(peer.holder());
         let io = Read::new(io, only.clone(), server.limits.clone());
         let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
-            let busy = seat.busy();
+            let open = place.open();
             let request = match request.version() {
                 Version::HTTP_2 => {
                     request.map(|body| Body::new(RequestBody::new(body, scope.clone())))
@@ -65,14 +66,17 @@ impl Protocol for Http {
                 // hyper itself discards the rest of a body over HTTP/1.1.
                 _ => request.map(Body::new),
             };
-            let responding = router.clone().call(request);
+            let responding = open.stream.as_ref().map(|_| router.clone().call(request));
             let (only, peer) = (only.clone(), peer.clone());
             async move {
-                let response = responding.await?;
+                let response = match responding {
+                    Some(responding) => responding.await?,
+                    None => too_many_streams(),
+                };
                 let answer = Answer::current().unwrap_or(only);
                 let tenant = response.extensions().get::<Holder>();
                 answer.held_for(tenant.cloned().unwrap_or_else(|| peer.holder()));
-                Ok::<_, Infallible>(response.map(|body| Parts::new(body, answer, busy)))
+                Ok::<_, Infallible>(response.map(|body| Parts::new(body, answer, open)))
             }
         });
         let mut builder = auto::Builder::new(Readers(server.limits.clone()));
@@ -95,6 +99,16 @@ impl Protocol for Http {
             .keep_alive_timeout(PING_TIMEOUT);
         let io = TokioIo::new(Coalesced::new(Rewound::new(io, first)));
         let connection = builder.serve_connection(io, service);
-        run(connection, server, &place, drain).await;
+        run(connection, server, place, drain).await;
     }
+}
+
+/// The answer to a request that finds too many in flight.
+fn too_many_streams() -> Response<Body> {
+    let mut response = Response::new(Body::from(format!("{{\"error\":\"{TOO_MANY_STREAMS}\"}}")));
+    *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    response
 }

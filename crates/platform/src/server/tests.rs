@@ -12,6 +12,7 @@ use h2::{RecvStream, SendStream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Code;
+use tonic_types::StatusExt;
 
 use super::*;
 use crate::CommonServices;
@@ -389,6 +390,41 @@ async fn a_watch_at_the_bound_answers_and_ends() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn open_streams_of_a_port_are_bounded() {
+    let flags = ["--streams-total-max", "8"];
+    let port = open(&flags, None);
+    let clients = [port.connect(1 << 20).await, port.connect(1 << 20).await];
+    let mut streams = Vec::new();
+    for _ in 0..4 {
+        for client in &clients {
+            streams.push(client.call("/echo", &[], false).await);
+        }
+    }
+    let refused = clients[0].call("/one", &frame_bytes(b"a"), true).await;
+    let status = head_status(&refused.head.headers).unwrap();
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.get_details_retry_info().is_some());
+    assert!(port.reached("--streams-total-max"));
+    streams.pop();
+    sleep(Duration::from_secs(1)).await;
+    let answer = clients[0].call("/one", &frame_bytes(b"a"), true).await;
+    assert_eq!(head_code(&answer.head.headers), Code::Ok);
+
+    let router = Router::new().route("/", get(std::future::pending::<()>));
+    let port = open(&flags, Some(router));
+    let client = port.connect(1 << 20).await;
+    let mut sender = client.sender.clone().ready().await.unwrap();
+    let get = || ::http::Request::get("http://test/").body(()).unwrap();
+    let _waiting: Vec<_> = (0..8)
+        .map(|_| sender.send_request(get(), true).unwrap())
+        .collect();
+    let (refused, _) = sender.send_request(get(), true).unwrap();
+    let refused = refused.await.unwrap();
+    assert_eq!(refused.status(), 503);
+    assert_eq!(refused.headers()["retry-after"], "1");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_long_word_of_a_caller_makes_no_long_status() {
     let port = open(&[], None);
     let client = port.connect(1 << 20).await;
@@ -404,6 +440,8 @@ fn what_all_connections_may_leave_unread_is_bounded() {
     let port = super::Port {
         seats: Seats::new(4096),
         unread: Pot::new(1 << 30),
+        streams: Pot::new(8),
+        streams_full: Metrics::default().bound("--streams-total-max"),
     };
     let places: Vec<_> = (0..4096)
         .map(|_| port.admit(Peer::default()).unwrap())

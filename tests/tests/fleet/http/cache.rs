@@ -89,7 +89,7 @@ async fn cached_tensors_are_not_computed() -> Result<()> {
 
 #[tokio::test]
 async fn classify_reports_how_many_texts_were_cached() -> Result<()> {
-    let golden = root().join("target/golden/bert-classification");
+    let golden = root().join("tests/golden/bert-classification");
     ensure!(golden.exists(), "it is missing: run `make test`");
     let repository = Repository::of(&[("classifier", &golden)])?;
     let fleet = repository.fleet().await?;
@@ -114,7 +114,7 @@ async fn classify_reports_how_many_texts_were_cached() -> Result<()> {
 
 #[tokio::test]
 async fn a_reloaded_classifier_has_its_new_labels() -> Result<()> {
-    let golden = root().join("target/golden/bert-classification");
+    let golden = root().join("tests/golden/bert-classification");
     ensure!(golden.exists(), "it is missing: run `make test`");
     let repository = Repository::of(&[("classifier", &golden)])?;
     let fleet = repository.fleet().await?;
@@ -149,7 +149,7 @@ async fn a_reloaded_classifier_has_its_new_labels() -> Result<()> {
 
 #[tokio::test]
 async fn many_texts_are_classified_in_few_calls() -> Result<()> {
-    let golden = root().join("target/golden/bert-classification");
+    let golden = root().join("tests/golden/bert-classification");
     ensure!(golden.exists(), "it is missing: run `make test`");
     let repository = Repository::of(&[("classifier", &golden)])?;
     let fleet = repository.fleet().await?;

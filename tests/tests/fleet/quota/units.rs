@@ -40,7 +40,7 @@ async fn messages_of_a_stream_are_calls_and_the_stream_is_none() -> Result<()> {
 
 #[tokio::test]
 async fn several_calls_for_one_request_count_once() -> Result<()> {
-    let folder = root().join("target/golden/bert-classification");
+    let folder = root().join("tests/golden/bert-classification");
     ensure!(
         folder.exists(),
         "{} is missing: run `make test`",

@@ -13,6 +13,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use http::HeaderValue;
 use platform::files::{ContentError, FileError, FileSource};
+use platform::pot::Holder;
 use protocol::{Error, Kind};
 use serde::Deserialize;
 
@@ -234,6 +235,14 @@ impl Caller {
     /// The gateway itself.
     pub fn gateway() -> Self {
         Self::new(Arc::new(Tenant::anyone()), "")
+    }
+
+    /// For whom what it takes of shared capacities is held.
+    pub fn holder(&self) -> Holder {
+        match self.address {
+            None => Holder::Tenant(self.tenant.name.as_str().into()),
+            Some(address) => Holder::peer(address),
+        }
     }
 
     /// The lane of its calls in the queues of workers.

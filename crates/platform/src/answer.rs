@@ -7,7 +7,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -28,6 +28,17 @@ tokio::task_local! {
     static ANSWER: Arc<Answer>;
 }
 
+/// For whom an answer is, as an extension of a response.
+#[derive(Debug, Clone)]
+pub struct AnswerFor {
+    /// Its bytes count as in flight for this holder.
+    pub holder: Holder,
+    /// When the caller stops waiting for it.
+    pub deadline: Instant,
+    /// Whether its bytes are counted as in flight already.
+    pub counted: bool,
+}
+
 /// What the body of an answer and its task tell each other.
 #[derive(Debug, Default)]
 pub struct Answer {
@@ -41,8 +52,14 @@ pub struct Answer {
     rest: AtomicUsize,
     /// Whether these are counted as in flight already.
     counted: AtomicBool,
-    holder: OnceLock<Holder>,
-    deadline: OnceLock<Instant>,
+    owner: Mutex<Owner>,
+}
+
+/// Whose answer it is.
+#[derive(Debug, Clone, Default)]
+struct Owner {
+    holder: Option<Holder>,
+    deadline: Option<Instant>,
 }
 
 impl Answer {
@@ -81,13 +98,13 @@ impl Answer {
     }
 
     /// For whom it is held.
-    pub fn holder(&self) -> &Holder {
-        self.holder.get().unwrap_or(&Holder::Own)
+    pub fn holder(&self) -> Holder {
+        self.owner().holder.clone().unwrap_or_default()
     }
 
     /// When the caller stops waiting for it, if that is known.
     pub fn deadline(&self) -> Option<Instant> {
-        self.deadline.get().copied()
+        self.owner().deadline
     }
 
     /// Notes that its bytes are counted as in flight.
@@ -98,13 +115,32 @@ impl Answer {
     /// For whom the answer is held.
     pub fn held_for(&self, holder: Holder) {
         // The first is the caller's.
-        let _ = self.holder.set(holder);
+        self.owner().holder.get_or_insert(holder);
     }
 
     /// When the caller stops waiting for it.
     pub fn until(&self, deadline: Instant) {
         // The first is the call's.
-        let _ = self.deadline.set(deadline);
+        self.owner().deadline.get_or_insert(deadline);
+    }
+
+    /// Notes for whom the answer is.
+    pub fn describe(&self, known: &AnswerFor) {
+        self.held_for(known.holder.clone());
+        self.until(known.deadline);
+        if known.counted {
+            self.is_counted();
+        }
+    }
+
+    /// Makes it the next answer of a connection that has one at a time.
+    pub fn renew(&self) {
+        *self.owner() = Owner::default();
+        self.counted.store(false, Ordering::Relaxed);
+    }
+
+    fn owner(&self) -> MutexGuard<'_, Owner> {
+        self.owner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

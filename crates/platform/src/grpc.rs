@@ -6,9 +6,10 @@ mod call;
 mod message;
 mod status;
 
+pub use crate::limits::{ByteBudget, BytesHeld, MessageLimits};
 pub use body::Body;
 pub use call::{Call, grpc_timeout};
-pub use message::{ByteBudget, BytesHeld, Message, MessageLimits, Messages, frame, frame_bytes};
+pub use message::{Message, Messages, frame, frame_bytes};
 
 use std::future::Future;
 use std::sync::Arc;

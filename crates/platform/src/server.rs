@@ -9,6 +9,7 @@ mod readers;
 #[cfg(test)]
 mod tests;
 
+pub use crate::answer::AnswerFor;
 pub use grpc::Grpc;
 pub use http::Http;
 

@@ -4,31 +4,34 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
+use axum::RequestExt;
 use axum::body::Body;
 use axum::extract::{FromRequest, Request};
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use http_body_util::BodyExt;
 use platform::body::discard;
-use platform::grpc::{BytesHeld, MessageLimits};
+use platform::grpc::{ByteBudget, BytesHeld, MessageLimits};
+use platform::inflate::{Compressed, Compression, InflateError, inflate};
+use platform::pool::Cancelled;
 use protocol::words::cut;
 use protocol::{Error, Kind};
 use serde::de::{self, DeserializeOwned, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::error::Category;
 
-use super::error::{ApiError, request_aborted};
+use super::context::RequestContext;
+use super::error::{ApiError, request_aborted, unsupported_encoding};
 use super::texts::TEXTS_MAX;
 use gateway::stack::Stack;
 
-/// How long a body may pause.
-const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
-/// JSON that is parsed as a whole: the parsed values take several times its bytes,
-/// and are not counted.
+/// JSON that is parsed as a whole.
 const JSON_BYTES_MAX: usize = 16 << 20;
+/// The most memory that an entry of a list takes besides its text, while the list
+/// grows: a token id is the shortest, and long lists of others are refused.
+const ENTRY_BYTES: usize = 12;
 /// Shorter chunks are joined, since each has an overhead of some bytes.
 const SMALL_BYTES: usize = 4 << 10;
 /// The length of joined chunks.
@@ -66,14 +69,28 @@ impl Received {
         }
     }
 
-    /// The body as one chunk: a copy if it came in several.
-    pub fn joined(&self) -> Bytes {
-        match self.chunks.as_slice() {
-            [] => Bytes::new(),
-            [one] => one.clone(),
-            several => several.concat().into(),
-        }
+    /// The body in one chunk: a copy, counted before it is made, if it came in
+    /// several.
+    pub fn joined(mut self, budget: &ByteBudget) -> Result<Bytes, Error> {
+        self.join(budget)?;
+        Ok(self.chunks.pop().unwrap_or_default())
     }
+
+    fn join(&mut self, budget: &ByteBudget) -> Result<(), Error> {
+        if self.chunks.len() > 1 {
+            let held = hold(budget, self.length)?;
+            let whole = self.chunks.concat();
+            self.chunks = vec![whole.into()];
+            self.held = Some(held);
+        }
+        Ok(())
+    }
+}
+
+/// Counts bytes as in flight before they are made.
+pub fn hold(budget: &ByteBudget, bytes: usize) -> Result<BytesHeld, Error> {
+    let held = budget.hold(bytes);
+    held.map_err(|status| Error::from_status(&status))
 }
 
 /// The limits of a JSON body.
@@ -89,11 +106,12 @@ pub fn at_most(limits: &MessageLimits, bytes_max: usize) -> MessageLimits {
     }
 }
 
-/// Reads a body to its end. Bytes are counted as they arrive, decompressed: a
-/// large `content-length` alone reserves nothing.
+/// Reads a body to its end, at the least speed of a message. Bytes are counted as
+/// they arrive, and before they are decompressed: a large `content-length` alone
+/// reserves nothing.
 pub async fn read(request: Request, limits: &MessageLimits) -> Result<Received, Error> {
     let (head, mut body) = request.into_parts();
-    let received = gather(&head.headers, &mut body, limits).await;
+    let received = read_parts(&head.headers, &mut body, limits).await;
     if let Err(error) = &received {
         if matches!(error.kind(), Kind::TooLarge | Kind::Overloaded) {
             limits.refused.fetch_add(1, Ordering::Relaxed);
@@ -101,6 +119,48 @@ pub async fn read(request: Request, limits: &MessageLimits) -> Result<Received, 
         discard(body).await;
     }
     received
+}
+
+async fn read_parts(
+    headers: &HeaderMap,
+    body: &mut Body,
+    limits: &MessageLimits,
+) -> Result<Received, Error> {
+    let compression = compression(headers)?;
+    let received = gather(headers, body, limits).await?;
+    let Some(compression) = compression else {
+        return Ok(received);
+    };
+    let compressed = Compressed {
+        chunks: received.chunks,
+        held: received.held,
+        compression,
+        prefix_bytes: 0,
+    };
+    let inflated = inflate(compressed, limits).await;
+    let inflated = inflated.map_err(|error| match error {
+        InflateError::Invalid(_) => Error::invalid("body", "cannot be decompressed"),
+        InflateError::TooLarge(length) => Error::too_large(length, limits.message_bytes_max),
+        InflateError::Refused(status) => Error::from_status(&status),
+    })?;
+    Ok(Received {
+        length: inflated.bytes.len(),
+        chunks: vec![inflated.bytes.into()],
+        held: Some(inflated.held),
+    })
+}
+
+/// How a body is compressed; an error for a format that is not supported.
+pub fn compression(headers: &HeaderMap) -> Result<Option<Compression>, Error> {
+    let Some(encoding) = headers.get(CONTENT_ENCODING) else {
+        return Ok(None);
+    };
+    match encoding.as_bytes().trim_ascii() {
+        b"gzip" | b"x-gzip" => Ok(Some(Compression::Gzip)),
+        b"deflate" => Ok(Some(Compression::Zlib)),
+        b"identity" | b"" => Ok(None),
+        _ => Err(unsupported_encoding()),
+    }
 }
 
 async fn gather(
@@ -115,47 +175,32 @@ async fn gather(
         return Err(Error::too_large(length, bytes_max));
     }
     let (mut received, mut small) = (Received::default(), BytesMut::new());
+    let mut progress = limits.pace.begin();
     loop {
-        let frame = tokio::time::timeout(CHUNK_TIMEOUT, body.frame())
-            .await
-            .map_err(|_| {
-                Error::new(
-                    Kind::DeadlinePassed,
-                    "the request body was not received in time",
-                )
-            })?;
+        let frame = progress.within(body.frame()).await.map_err(|_| {
+            limits.too_slow();
+            let message = "the request body was not received in time";
+            Error::new(Kind::DeadlinePassed, message)
+        })?;
         let Some(frame) = frame else {
             received.push_joined(&mut small);
             return Ok(received);
         };
-        let Ok(chunk) = frame.map_err(|error| read_error(&error))?.into_data() else {
+        let Ok(chunk) = frame.map_err(|_| request_aborted())?.into_data() else {
             continue;
         };
+        progress.moved(chunk.len());
         let length = received.length + chunk.len();
         if length > bytes_max {
             return Err(Error::too_large(length, bytes_max));
         }
-        let more = limits.budget.take(chunk.len());
-        let more = more.map_err(|status| Error::from_status(&status))?;
-        match (&mut received.held, more) {
-            (Some(held), Some(more)) => held.merge(more),
-            (held, more) => *held = held.take().or(more),
+        let more = hold(&limits.budget, chunk.len())?;
+        match &mut received.held {
+            Some(held) => held.merge(more),
+            none => *none = Some(more),
         }
         received.push(chunk, &mut small);
     }
-}
-
-/// A body that cannot be decompressed is the caller's fault; a broken connection
-/// is an aborted request.
-fn read_error(error: &axum::Error) -> Error {
-    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(cause) = source {
-        if cause.is::<hyper::Error>() {
-            return request_aborted();
-        }
-        source = cause.source();
-    }
-    Error::invalid("body", "cannot be decompressed")
 }
 
 /// An error for a content type that no client of this protocol uses. Their
@@ -202,16 +247,45 @@ pub fn json<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, Error> {
     })
 }
 
+/// The same for values that keep nothing of the text.
+pub fn owned<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+    json(bytes)
+}
+
 /// Deserializes a list of texts, or of objects with a text.
 pub fn texts<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
     deserializer: D,
 ) -> Result<Vec<T>, D::Error> {
-    deserializer.deserialize_seq(Texts(PhantomData))
+    deserializer.deserialize_seq(Bounded::new("texts", TEXTS_MAX))
 }
 
-struct Texts<T>(PhantomData<T>);
+/// Deserializes a list of at most `MAX` entries, which are counted as they are
+/// read.
+pub fn list<'de, const MAX: usize, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
+    deserializer.deserialize_seq(Bounded::new("entries", MAX))
+}
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Texts<T> {
+/// Reads a list of so many entries at most.
+pub struct Bounded<T> {
+    what: &'static str,
+    count_max: usize,
+    entries: PhantomData<T>,
+}
+
+impl<T> Bounded<T> {
+    /// At most `count_max` of what they are called.
+    pub fn new(what: &'static str, count_max: usize) -> Self {
+        Self {
+            what,
+            count_max,
+            entries: PhantomData,
+        }
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Bounded<T> {
     type Value = Vec<T>;
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -219,17 +293,20 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Texts<T> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
-        let mut texts = Vec::new();
-        while texts.len() < TEXTS_MAX {
+        let Self {
+            what, count_max, ..
+        } = self;
+        let mut entries = Vec::new();
+        while entries.len() < count_max {
             match list.next_element()? {
-                Some(text) => texts.push(text),
-                None => return Ok(texts),
+                Some(entry) => entries.push(entry),
+                None => return Ok(entries),
             }
         }
-        reject_rest(&mut list, texts.len(), |count| {
-            format!("has {count} texts, but the maximum is {TEXTS_MAX}")
+        reject_rest(&mut list, count_max, |count| {
+            format!("has {count} {what}, but the maximum is {count_max}")
         })?;
-        Ok(texts)
+        Ok(entries)
     }
 }
 
@@ -313,27 +390,71 @@ fn json_error(path: &str, error: &serde_json::Error) -> Error {
 pub struct Json<T> {
     /// The parsed value.
     pub value: T,
-    /// Never read: the body's bytes count as in flight until it is dropped.
+    /// Never read: the body's bytes and those of its values count as in flight
+    /// until it is dropped.
     _held: Option<BytesHeld>,
 }
 
-impl<T: DeserializeOwned> FromRequest<Stack> for Json<T> {
+impl<T: DeserializeOwned + Send + 'static> FromRequest<Stack> for Json<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, stack: &Stack) -> Result<Self, ApiError> {
-        let content_type = must_be_json(request.headers());
-        let received = read(request, &json_limits(stack.limits())).await?;
-        content_type?;
-        let value = json(&received.joined())?;
-        Ok(Self {
-            value,
-            _held: received.held,
-        })
+    async fn from_request(mut request: Request, _: &Stack) -> Result<Self, ApiError> {
+        let context: RequestContext = request.extract_parts().await?;
+        Ok(Self::read(&context, request, owned).await?)
     }
+}
+
+impl<T: Send + 'static> Json<T> {
+    /// Reads a body, and parses it: on a thread for work if it is large.
+    pub async fn read(
+        context: &RequestContext,
+        request: Request,
+        parse: impl FnOnce(&[u8]) -> Result<T, Error> + Send + 'static,
+    ) -> Result<Self, Error> {
+        let content_type = must_be_json(request.headers());
+        let received = read(request, &json_limits(&context.limits)).await?;
+        content_type?;
+        Self::parse(context, received, parse).await
+    }
+
+    /// Parses a body: on a thread for work if it is large.
+    pub async fn parse(
+        context: &RequestContext,
+        mut received: Received,
+        parse: impl FnOnce(&[u8]) -> Result<T, Error> + Send + 'static,
+    ) -> Result<Self, Error> {
+        let (length, budget) = (received.length, context.limits.budget.clone());
+        let work = move |_: &Cancelled| {
+            received.join(&budget)?;
+            let bytes = received.chunks.pop().unwrap_or_default();
+            let values = hold(&budget, values_bytes(&bytes))?;
+            let value = parse(&bytes)?;
+            let held = match received.held.take() {
+                Some(mut held) => {
+                    held.merge(values);
+                    held
+                }
+                None => values,
+            };
+            Ok(Self {
+                value,
+                _held: Some(held),
+            })
+        };
+        context.work(length, work).await
+    }
+}
+
+/// The most memory that the values of a text take besides their own text.
+fn values_bytes(json: &[u8]) -> usize {
+    let entries = json.iter().filter(|byte| **byte == b',').count();
+    ENTRY_BYTES * entries
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use http::HeaderValue;
     use proptest::prelude::*;
 
@@ -467,7 +588,52 @@ mod tests {
         let received = read(Request::new(body), &limits).await.unwrap();
         assert!(received.chunks.len() <= 5, "{}", received.chunks.len());
         assert_eq!(received.length, whole.len());
-        assert_eq!(received.joined(), whole);
+        assert_eq!(received.joined(&limits.budget).unwrap(), whole);
+    }
+
+    #[tokio::test]
+    async fn a_body_moves_at_the_least_speed() {
+        let mut limits = MessageLimits::new(1 << 20, 2 << 20);
+        limits.pace.grace = Duration::from_millis(100);
+        // A tenth of the least speed, and never a pause for long.
+        let drops = futures::stream::unfold((), |()| async {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            let drop = Bytes::from_static(&[b'a'; 16]);
+            Some((Ok::<_, std::convert::Infallible>(drop), ()))
+        });
+        let reading = read(Request::new(Body::from_stream(drops)), &limits);
+        let read = tokio::time::timeout(Duration::from_secs(20), reading).await;
+        let error = read.unwrap().unwrap_err();
+        assert_eq!(error.kind(), Kind::DeadlinePassed);
+        assert_eq!(limits.budget.used(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_decompressed_is_counted_and_bounded() {
+        let limits = MessageLimits::new(1 << 20, 2 << 20);
+        let (body, _) = platform::deflate::gzip(vec![vec![b' '; 1 << 20].into()], &limits)
+            .await
+            .unwrap();
+        let packed = |encoding: &'static str| {
+            let mut request = Request::new(Body::from(body.clone()));
+            let encoding = HeaderValue::from_static(encoding);
+            request.headers_mut().insert(CONTENT_ENCODING, encoding);
+            request
+        };
+        let received = read(packed("gzip"), &limits).await.unwrap();
+        assert_eq!(received.length, 1 << 20);
+        assert!(limits.budget.used() >= 1 << 20);
+        let full = read(packed("gzip"), &limits).await.unwrap_err();
+        assert_eq!(full.kind(), Kind::Overloaded);
+        drop(received);
+        let (short, whole) = (MessageLimits::new(1000, 2 << 20), limits);
+        let long = read(packed("gzip"), &short).await.unwrap_err();
+        assert_eq!(long.kind(), Kind::TooLarge);
+        for (encoding, field) in [("deflate", "body"), ("br", "content-encoding")] {
+            let error = read(packed(encoding), &whole).await.unwrap_err();
+            assert_eq!(error.violation().unwrap().field, field);
+        }
+        assert_eq!((short.budget.used(), whole.budget.used()), (0, 0));
     }
 
     #[test]

@@ -14,10 +14,11 @@ use utoipa::openapi::schema::{ArrayBuilder, OneOfBuilder};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
-use super::body::{Json, reject_rest};
+use super::body::{self, Bounded, Json};
 use super::context::RequestContext;
 use super::endpoint::Endpoints;
 use super::error::{ApiError, ErrorFormat};
+use super::reply;
 use super::rerank::NonEmptyText;
 use super::sse;
 use super::strict::strict;
@@ -25,6 +26,8 @@ use super::texts::{as_model_field, named_model};
 use gateway::stack::Stack;
 use gateway::stack::{ChatDelta, ChatMessage, ChatRequest, Role, TokenUsage};
 
+/// Messages of a chat, and parts of the text of one.
+const MESSAGES_MAX: usize = 4096;
 /// Texts that may end a generated text.
 const STOPS_MAX: usize = 16;
 
@@ -45,7 +48,8 @@ pub struct ChatCompletionRequest {
     )]
     pub model: String,
     /// The messages of the chat so far.
-    #[schema(min_items = 1)]
+    #[serde(deserialize_with = "body::list::<MESSAGES_MAX, _, _>")]
+    #[schema(min_items = 1, max_items = 4096)]
     pub messages: Vec<Message>,
     /// The maximum number of generated tokens.
     #[serde(default)]
@@ -229,12 +233,9 @@ impl<'de> Visitor<'de> for ContentVisitor {
         Ok(Content(text))
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Content, A::Error> {
-        let mut text = String::new();
-        while let Some(part) = list.next_element::<Part>()? {
-            text.push_str(&part.text);
-        }
-        Ok(Content(text))
+    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Content, A::Error> {
+        let parts = Bounded::<Part>::new("parts", MESSAGES_MAX).visit_seq(list)?;
+        Ok(Content(parts.into_iter().map(|part| part.text).collect()))
     }
 }
 
@@ -257,18 +258,9 @@ impl<'de> Visitor<'de> for StopVisitor {
         Ok(Stop(vec![text.to_owned()]))
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Stop, A::Error> {
-        let mut texts = Vec::new();
-        while let Some(text) = list.next_element()? {
-            texts.push(text);
-            if texts.len() == STOPS_MAX {
-                reject_rest(&mut list, STOPS_MAX, |count| {
-                    format!("has {count} texts, but the maximum is {STOPS_MAX}")
-                })?;
-                break;
-            }
-        }
-        Ok(Stop(texts))
+    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Stop, A::Error> {
+        let texts = Bounded::new("texts", STOPS_MAX).visit_seq(list);
+        texts.map(Stop)
     }
 }
 
@@ -323,6 +315,12 @@ pub struct Choice {
     /// Always null: not supported.
     #[schema(value_type = Option<Value>)]
     logprobs: (),
+}
+
+impl Choice {
+    fn bytes(&self) -> usize {
+        self.message.content.len()
+    }
 }
 
 /// A generated message.
@@ -462,7 +460,8 @@ pub async fn complete(
         }],
         usage: response.usage.into(),
     };
-    Ok((headers, axum::Json(completion)).into_response())
+    let bytes = completion.choices.iter().map(Choice::bytes).sum();
+    Ok(reply::json(&context, headers, bytes, move || completion).await?)
 }
 
 /// The request for any provider. A field that would change the response and is

@@ -7,9 +7,10 @@
 
 mod classifier;
 
+use std::collections::HashMap;
 use std::fmt;
 
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::post;
 use axum::{Extension, Router};
 use futures::{StreamExt, TryStreamExt, stream};
@@ -24,11 +25,12 @@ use utoipa::openapi::schema::{ArrayBuilder, OneOfBuilder};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
-use super::body::{Json, reject_rest};
-use super::context::{CallResponse, RequestContext, hold_until_sent};
+use super::body::{Bounded, Json};
+use super::context::{CallResponse, RequestContext};
 use super::endpoint::Endpoints;
 use super::error::{ApiError, ErrorFormat};
 use super::openai::Usage;
+use super::reply;
 use super::rerank::NonEmptyText;
 use super::strict::strict;
 use super::texts::{
@@ -120,6 +122,9 @@ pub struct Prediction {
     score: f32,
 }
 
+/// About the length of a label with its score.
+const PREDICTION_BYTES: usize = 64;
+
 /// Rows of one call: the cache looks up as many rows in Redis at once, and the
 /// queue of a busy worker has room for them.
 const ROWS_MAX: usize = 256;
@@ -164,15 +169,18 @@ pub async fn classify(
         None => calls.predict(texts).await?,
     };
     let headers = results.headers();
-    let response = ClassifyResponse {
-        id: context.id.as_str().to_owned(),
+    let labels = classifier.labels.len().max(1);
+    let bytes = results.classifications.len() * labels * PREDICTION_BYTES;
+    let id = context.id.as_str().to_owned();
+    let model = plan.name().to_owned();
+    let make = move || ClassifyResponse {
+        id,
         object: "list",
-        model: plan.name().to_owned(),
+        model,
         data: results.classifications,
         usage: Usage::of(results.tokens),
     };
-    let reply = (headers, axum::Json(response)).into_response();
-    Ok(hold_until_sent(reply, results.held))
+    Ok(reply::json(&context, headers, bytes, make).await?)
 }
 
 /// The upstream calls of one request.
@@ -318,10 +326,9 @@ fn cache_hits(header: &HeaderValue, rows: usize) -> usize {
 }
 
 fn classification(index: usize, predictions: Vec<Prediction>, labels: &[String]) -> Classification {
-    let score = |label: &String| {
-        let found = predictions.iter().find(|p| p.label == *label);
-        found.map(|prediction| prediction.score)
-    };
+    let scores = predictions.iter().map(|p| (p.label.as_str(), p.score));
+    let scores: HashMap<&str, f32> = scores.collect();
+    let score = |label: &String| scores.get(label.as_str()).copied();
     let probs: Option<Vec<f32>> = labels.iter().map(score).collect();
     Classification {
         index,
@@ -350,18 +357,8 @@ impl<'de> Visitor<'de> for TextsVisitor {
         })
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<OneOrMoreTexts, A::Error> {
-        let mut texts = Vec::new();
-        while texts.len() < TEXTS_MAX
-            && let Some(text) = list.next_element()?
-        {
-            texts.push(text);
-        }
-        if texts.len() == TEXTS_MAX {
-            reject_rest(&mut list, TEXTS_MAX, |count| {
-                format!("has {count} texts, but the maximum is {TEXTS_MAX}")
-            })?;
-        }
+    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<OneOrMoreTexts, A::Error> {
+        let texts = Bounded::new("texts", TEXTS_MAX).visit_seq(list)?;
         Ok(OneOrMoreTexts {
             texts,
             single: false,

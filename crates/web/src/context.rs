@@ -14,7 +14,8 @@ use gateway::stack::{ChatRequest, ChatResponse, ChatStream};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Frame, SizeHint};
-use platform::grpc::{BytesHeld, Message};
+use platform::grpc::{BytesHeld, Message, MessageLimits};
+use platform::pool::Cancelled;
 use protocol::{CACHE_KEY, DIGEST_KEY, Error, FALLBACK_KEY, Kind, Method, TOKENS_KEY};
 use tokio::time::Instant;
 
@@ -36,6 +37,8 @@ pub struct RequestContext {
     pub stack: Stack,
     /// The authenticated caller.
     pub caller: Caller,
+    /// The limits of its messages, whose bytes are held for the caller.
+    pub limits: MessageLimits,
     /// The deadline of the response, or of the first event of a stream.
     pub deadline: Instant,
     /// The deadline of the last event of a stream.
@@ -62,6 +65,17 @@ pub struct CallResponse<M> {
 }
 
 impl RequestContext {
+    /// Runs work on so many bytes: here when they are few, else on a thread for
+    /// work, where it may look at whether the caller still waits.
+    pub async fn work<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce(&Cancelled) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let done = self.limits.work(bytes, work).await;
+        done.map_err(|status| Error::from_status(&status))?
+    }
+
     /// Sets the label of the request in metrics.
     fn record_model(&self, model: &str) {
         // A request that calls several models counts for the first.
@@ -185,8 +199,12 @@ pub fn call_headers(headers: &HeaderMap) -> HeaderMap {
     forwarded
 }
 
+/// Marks a response whose bytes are counted as in flight by what it holds.
+#[derive(Debug, Clone, Copy)]
+pub struct Counted;
+
 /// Keeps `guard` until the response has been sent, or its connection is gone.
-pub fn hold_until_sent(response: Response, guard: impl Send + Sync + 'static) -> Response {
+pub fn hold_until_sent(response: Response, guard: impl Send + 'static) -> Response {
     response.map(|body| {
         Body::new(HoldingBody {
             body,
@@ -197,7 +215,7 @@ pub fn hold_until_sent(response: Response, guard: impl Send + Sync + 'static) ->
 
 struct HoldingBody {
     body: Body,
-    _guard: Box<dyn Send + Sync>,
+    _guard: Box<dyn Send>,
 }
 
 impl http_body::Body for HoldingBody {

@@ -10,14 +10,17 @@ use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::MethodRouter;
+use http::HeaderValue;
+use http::header::CONTENT_TYPE;
 use platform::body::discard;
 use platform::grpc::code_name;
+use platform::server::AnswerFor;
 use platform::tls::Peer;
 use protocol::Error;
 use tokio::time::Instant;
 use tracing::Instrument;
 
-use super::context::{RequestContext, call_headers, hold_until_sent};
+use super::context::{Counted, RequestContext, call_headers, hold_until_sent};
 use super::error::{ApiError, ErrorFormat, error_of, render};
 use super::request_id::RequestId;
 use super::timeouts::Timeouts;
@@ -190,8 +193,10 @@ impl Arrival<'_> {
             Ok(entered) => entered,
             Err(error) => return Err(refuse(body, error).await),
         };
+        let holder = caller.holder();
         let context = RequestContext {
             stack: self.endpoint.stack.clone(),
+            limits: self.endpoint.stack.limits().held_by(holder.clone()),
             caller,
             deadline: self.arrived + timeouts.response,
             stream_deadline: self.arrived + timeouts.stream,
@@ -202,8 +207,23 @@ impl Arrival<'_> {
         };
         head.extensions.insert(context);
         let request = Request::from_parts(head, body);
-        Ok(hold_until_sent(next.run(request).await, guard))
+        let mut response = next.run(request).await;
+        let streams = response.headers().get(CONTENT_TYPE).is_some_and(is_stream);
+        let counted = response.extensions_mut().remove::<Counted>().is_some();
+        response.extensions_mut().insert(AnswerFor {
+            holder,
+            deadline: match streams {
+                true => self.arrived + timeouts.stream,
+                false => self.arrived + timeouts.response,
+            },
+            counted,
+        });
+        Ok(hold_until_sent(response, guard))
     }
+}
+
+fn is_stream(kind: &HeaderValue) -> bool {
+    kind.as_bytes().starts_with(b"text/event-stream")
 }
 
 /// Refuses a request whose body has not been read: a caller that is still

@@ -13,6 +13,7 @@ use super::context::RequestContext;
 use super::endpoint::Endpoints;
 use super::error::{ApiError, ErrorFormat};
 use super::model_path::{ModelPath, PathModel};
+use super::reply;
 use super::sse;
 use super::strict::strict;
 use gateway::stack::Stack;
@@ -110,8 +111,9 @@ pub async fn generate(
     let selector = model.selector();
     let (request, format) = parse(model.name, request.value, false)?;
     let (headers, response) = context.chat(&selector, &request).await?;
-    let response = format.response(response.text);
-    Ok((headers, axum::Json(response)).into_response())
+    let bytes = response.text.len();
+    let make = move || format.response(response.text);
+    Ok(reply::json(&context, headers, bytes, make).await?)
 }
 
 /// Generate text as a stream

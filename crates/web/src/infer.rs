@@ -5,25 +5,29 @@
 //! connection read into the message; one of a response is not copied at all.
 
 mod json_data;
+mod parameters;
 pub mod request;
 mod response;
 
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::response::Response;
 use http::HeaderMap;
-use platform::grpc::Message;
+use platform::pool::Cancelled;
 use protocol::inference::ModelInferResponse;
 use protocol::{Error, FieldPath, Kind, Method, Segment};
 
 use super::body;
-use super::context::{RequestContext, hold_until_sent};
+use super::context::RequestContext;
 use super::error::ApiError;
 use super::model_path::{ModelPath, PathModel};
 use super::schemas::InferResponse;
-use gateway::stack::Stack;
+use request::Reading;
 
 /// The header with the length of the JSON before the binary tensors.
 pub const HEADER_LENGTH: &str = "inference-header-content-length";
+
+/// Bytes that are copied in the time in which one of JSON is parsed.
+const COPIED_PER_PARSED: usize = 16;
 
 /// Model inference
 ///
@@ -44,33 +48,29 @@ pub const HEADER_LENGTH: &str = "inference-header-content-length";
     )))
 )]
 pub async fn infer(
-    State(stack): State<Stack>,
     context: RequestContext,
     model: PathModel,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let limits = stack.limits();
     let content_type = body::check_content_type(request.headers());
     let json_bytes = header_length(request.headers());
-    let mut received = body::read(request, limits).await?;
+    let received = body::read(request, &context.limits).await?;
     content_type?;
-    let length = received.length;
-    let held = received.held.take();
-    let parsed = request::parse(received, json_bytes?, &model)?;
-    let framed = parsed.framed();
-    if framed.len() > limits.message_bytes_max {
-        return Err(Error::too_large(framed.len(), limits.message_bytes_max).into());
-    }
-    // The JSON of a tensor may be shorter than its bytes.
-    let more = limits.budget.take(framed.len().saturating_sub(length))?;
-    let held = match (held, more) {
-        (Some(mut held), Some(more)) => {
-            held.merge(more);
-            Some(held)
-        }
-        (held, more) => held.or(more),
+    let json_bytes = json_bytes?;
+    let (limits, path) = (context.limits.clone(), model.clone());
+    // Bytes behind the JSON are only copied.
+    let work_bytes = match json_bytes {
+        Some(json) => json.saturating_add(received.length / COPIED_PER_PARSED),
+        None => received.length,
     };
-    let message = Message::from_framed(framed).with_held(held);
+    let read = move |cancelled: &Cancelled| {
+        let reading = Reading {
+            limits: &limits,
+            cancelled,
+        };
+        request::parse(received, json_bytes, &path, reading)?.into_message(&limits)
+    };
+    let (message, formats) = context.work(work_bytes, read).await?;
     let plan = context
         .route(&model.selector())
         .map_err(|error| error.map_field(as_json_field))?;
@@ -78,9 +78,7 @@ pub async fn infer(
         .call::<ModelInferResponse>(Method::ModelInfer, message, &plan)
         .await
         .map_err(|error| error.map_field(as_json_field))?;
-    let mut reply = response::write(response.message, &parsed.formats)?;
-    reply.headers_mut().extend(response.headers);
-    Ok(hold_until_sent(reply, response.held))
+    Ok(response::write(&context, response, formats).await?)
 }
 
 fn header_length(headers: &HeaderMap) -> Result<Option<usize>, Error> {

@@ -5,16 +5,20 @@
 mod body;
 mod chat;
 mod classify;
+mod compression;
 mod context;
 mod docs;
 mod endpoint;
 mod error;
 mod generate;
 mod infer;
+#[cfg(test)]
+mod linear;
 mod model_path;
 mod openai;
 mod openapi;
 mod origin;
+mod reply;
 mod request_id;
 mod rerank;
 mod rest;
@@ -38,7 +42,6 @@ use tower_http::CompressionLevel;
 use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::{NotForContentType, Predicate, SizeAbove};
 use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer, ExposeHeaders};
-use tower_http::decompression::RequestDecompressionLayer;
 
 use error::{ApiError, ErrorFormat};
 use gateway::stack::Stack;
@@ -75,10 +78,12 @@ pub fn router(stack: Stack, settings: &HttpSettings, exposure: Exposure) -> Rout
         .merge(docs::routes(&stack))
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(unknown_path)
-        .with_state(stack);
+        .with_state(stack.clone());
     let worthwhile = SizeAbove::new(COMPRESSED_BYTES_MIN.into())
-        .and(NotForContentType::const_new("text/event-stream"));
-    let routes = routes.layer(RequestDecompressionLayer::new()).layer(
+        .and(NotForContentType::const_new("text/event-stream"))
+        .and(compression::Short);
+    let routes = routes.layer(from_fn_with_state(stack, compression::compress));
+    let routes = routes.layer(from_fn(known_encoding)).layer(
         CompressionLayer::new()
             .quality(CompressionLevel::Fastest)
             .compress_when(worthwhile),
@@ -127,6 +132,17 @@ async fn method_not_allowed() -> ApiError {
         status: Some(StatusCode::METHOD_NOT_ALLOWED),
         ..error::method_not_allowed().into()
     }
+}
+
+/// Refuses a body in an encoding that is not supported, whoever would read it.
+async fn known_encoding(request: Request, next: Next) -> Result<Response, ApiError> {
+    if let Err(error) = body::compression(request.headers()) {
+        return Err(ApiError {
+            status: Some(StatusCode::UNSUPPORTED_MEDIA_TYPE),
+            ..error.into()
+        });
+    }
+    Ok(next.run(request).await)
 }
 
 /// Gives each request its id, and each error the format of its path, whichever

@@ -9,7 +9,7 @@ use super::error::ApiError;
 
 /// The model in the path of a request. The stack checks its name, as for a gRPC
 /// call. An extractor.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct PathModel {
     /// Its name; empty where the path has none.
     pub name: String,

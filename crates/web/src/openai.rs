@@ -9,12 +9,13 @@ use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::{get, post};
 use base64::display::Base64Display;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
+use http::HeaderMap;
 use protocol::inference::ModelInferResponse;
 use protocol::inference::infer_parameter::ParameterChoice;
 use protocol::{Error, Kind, Method, Task, tei::v1 as tei};
@@ -23,10 +24,11 @@ use serde::{Deserialize, Serialize, Serializer};
 use utoipa::ToSchema;
 
 use super::body::Json;
-use super::context::{CallResponse, RequestContext, hold_until_sent};
+use super::context::{CallResponse, RequestContext};
 use super::endpoint::Endpoints;
 use super::error::{ApiError, ErrorFormat};
 use super::model_path::{ModelPath, PathModel};
+use super::reply;
 use super::strict::strict;
 use super::texts::{
     CALLS_AT_ONCE, InputFields, call_model, computed_tokens, infer_request, select_model,
@@ -35,6 +37,9 @@ use gateway::Plan;
 use gateway::stack::Stack;
 
 const TASKS: &[Task] = &[Task::Embedding];
+
+/// About the length of a model in a list.
+const LISTED_BYTES: usize = 128;
 
 /// When this gateway started: models have no date of their own.
 static STARTED_S: LazyLock<u64> = LazyLock::new(|| {
@@ -228,12 +233,14 @@ pub fn routes(stack: &Stack) -> Router<Stack> {
     get, path = "/v1/models", tag = "OpenAI", operation_id = "list_models",
     responses((status = 200, description = "The models, sorted by name", body = ModelList))
 )]
-pub async fn list_models(context: RequestContext) -> axum::Json<ModelList> {
+pub async fn list_models(context: RequestContext) -> Result<Response, ApiError> {
     let names = context.stack.ready_models(&context.caller);
-    axum::Json(ModelList {
+    let bytes = names.len() * LISTED_BYTES;
+    let make = move || ModelList {
         object: "list",
         data: names.into_iter().map(ListedModel::named).collect(),
-    })
+    };
+    Ok(reply::json(&context, HeaderMap::new(), bytes, make).await?)
 }
 
 /// Retrieve model
@@ -298,20 +305,30 @@ pub async fn embed(
         Some(EncodingFormat::Base64) => Vector::Base64,
         _ => Vector::Float,
     };
-    let vectors = vectors(&response.message, count)?.into_iter().enumerate();
-    let data = vectors.map(|(index, bytes)| Embedding {
+    let vectors = vectors(&response.message, count)?;
+    let bytes = vectors.iter().map(Bytes::len).sum();
+    let tokens = computed_tokens(&response.headers);
+    let (model, held) = (plan.name().to_owned(), response.held);
+    let make = move || {
+        // The vectors are parts of the upstream's message.
+        let _held = held;
+        list(model, vectors.into_iter().map(format), Usage::of(tokens))
+    };
+    Ok(reply::json(&context, response.headers, bytes, make).await?)
+}
+
+fn list(model: String, vectors: impl Iterator<Item = Vector>, usage: Usage) -> EmbeddingList {
+    let data = vectors.enumerate().map(|(index, embedding)| Embedding {
         object: "embedding",
         index,
-        embedding: format(bytes),
+        embedding,
     });
-    let list = EmbeddingList {
+    EmbeddingList {
         object: "list",
         data: data.collect(),
-        model: plan.name().to_owned(),
-        usage: Usage::of(computed_tokens(&response.headers)),
-    };
-    let reply = (response.headers, axum::Json(list)).into_response();
-    Ok(hold_until_sent(reply, response.held))
+        model,
+        usage,
+    }
 }
 
 /// Decodes token ids to texts. Only the model's own tokenizer can do it, so that

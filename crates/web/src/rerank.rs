@@ -4,8 +4,8 @@
 use std::fmt;
 
 use axum::Router;
-use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::extract::Request;
+use axum::response::Response;
 use axum::routing::post;
 use protocol::{Error, Method, Segment, Task, tei::v1 as tei};
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
@@ -14,17 +14,20 @@ use utoipa::openapi::schema::{AdditionalProperties, ObjectBuilder, OneOfBuilder,
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
-use super::body::{self, Json, json, json_limits, must_be_json};
-use super::context::{CallResponse, RequestContext, hold_until_sent};
+use super::body::{self, Json, json};
+use super::context::{CallResponse, RequestContext};
 use super::endpoint::Endpoints;
 use super::error::{ApiError, ErrorFormat};
 use super::openai::Usage;
+use super::reply;
 use super::strict::strict;
 use super::texts::{call_model, check_texts, computed_tokens, select_model};
 use gateway::Plan;
 use gateway::stack::Stack;
 
 const TASKS: &[Task] = &[Task::Rerank];
+/// About the length of a result without its text.
+const RANKED_BYTES: usize = 64;
 
 /// A query and documents.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
@@ -364,7 +367,6 @@ pub async fn rerank_v2(
     responses((status = 200, description = "The ranked documents or texts, the most relevant first", body = AnyResponse))
 )]
 pub async fn rerank_either(
-    State(stack): State<Stack>,
     context: RequestContext,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -374,17 +376,25 @@ pub async fn rerank_either(
         texts: Option<IgnoredAny>,
     }
     strict!(object FormatProbe);
-    let content_type = must_be_json(request.headers());
-    let received = body::read(request, &json_limits(stack.limits())).await?;
-    content_type?;
-    let bytes = received.joined();
-    let probe: FormatProbe = json(&bytes)?;
-    let response = if probe.texts.is_some() {
-        rerank_texts(&context, json(&bytes)?).await?
-    } else {
-        rerank_documents(&context, json(&bytes)?, "2").await?
+    let read = Json::read(&context, request, |bytes| {
+        let probe: FormatProbe = json(bytes)?;
+        match probe.texts {
+            Some(_) => json(bytes).map(Either::Texts),
+            None => json(bytes).map(Either::Documents),
+        }
+    });
+    let request = read.await?;
+    let response = match request.value {
+        Either::Texts(request) => rerank_texts(&context, request).await?,
+        Either::Documents(request) => rerank_documents(&context, request, "2").await?,
     };
     Ok(response)
+}
+
+/// A request in either format.
+enum Either {
+    Documents(RerankRequest),
+    Texts(RerankTextsRequest),
 }
 
 async fn rerank_documents(
@@ -409,24 +419,18 @@ async fn rerank_documents(
         ..Default::default()
     };
     let response = call_rerank(context, &plan, &message, "documents").await?;
-    let ranks = response.message.ranks;
     let most = request.top_n.map_or(usize::MAX, |count| count as usize);
-    let results = ranks.into_iter().take(most).map(|rank| RankedIndex {
-        index: rank.index,
-        relevance_score: rank.score,
-        document: (request.return_documents == Some(true)).then(|| RankedDocument {
-            text: message
-                .texts
-                .get(rank.index as usize)
-                .cloned()
-                .unwrap_or_default(),
-        }),
-    });
+    let mut ranks = response.message.ranks;
+    ranks.truncate(most);
+    let texts = (request.return_documents == Some(true)).then_some(message.texts);
+    let bytes = ranked_bytes(ranks.len(), texts.as_deref());
+    let id = context.id.as_str().to_owned();
+    let model = plan.name().to_owned();
     let tokens = computed_tokens(&response.headers);
-    let body = RerankResponse {
-        id: context.id.as_str().to_owned(),
-        model: plan.name().to_owned(),
-        results: results.collect(),
+    let make = move || RerankResponse {
+        id,
+        model,
+        results: ranked_documents(ranks, texts),
         meta: Meta {
             api_version: ApiVersion { version },
             billed_units: BilledUnits { search_units: 1 },
@@ -436,8 +440,31 @@ async fn rerank_documents(
         },
         usage: Usage::of(tokens),
     };
-    let reply = (response.headers, axum::Json(body)).into_response();
-    Ok(hold_until_sent(reply, response.held))
+    reply::json(context, response.headers, bytes, make).await
+}
+
+/// About the length of a response with so many results.
+fn ranked_bytes(count: usize, texts: Option<&[String]>) -> usize {
+    let texts = texts.unwrap_or_default();
+    count * RANKED_BYTES + texts.iter().map(String::len).sum::<usize>()
+}
+
+fn ranked_documents(ranks: Vec<tei::Rank>, texts: Option<Vec<String>>) -> Vec<RankedIndex> {
+    let mut texts = texts;
+    let results = ranks.into_iter().map(|rank| RankedIndex {
+        index: rank.index,
+        relevance_score: rank.score,
+        document: texts.as_mut().map(|texts| RankedDocument {
+            text: taken(texts, rank.index),
+        }),
+    });
+    results.collect()
+}
+
+/// Each text is in a response once, however often it was ranked.
+fn taken(texts: &mut [String], index: u32) -> String {
+    let text = texts.get_mut(index as usize);
+    text.map(std::mem::take).unwrap_or_default()
 }
 
 async fn rerank_texts(
@@ -460,16 +487,18 @@ async fn rerank_texts(
         truncation_direction: direction.into(),
     };
     let response = call_rerank(context, &plan, &message, "texts").await?;
-    let ranks = response.message.ranks.into_iter().map(|rank| RankedText {
-        index: rank.index,
-        score: rank.score,
-        text: (request.return_text == Some(true))
-            .then(|| message.texts.get(rank.index as usize).cloned())
-            .flatten(),
-    });
-    let ranks: Vec<RankedText> = ranks.collect();
-    let reply = (response.headers, axum::Json(ranks)).into_response();
-    Ok(hold_until_sent(reply, response.held))
+    let ranks = response.message.ranks;
+    let mut texts = (request.return_text == Some(true)).then_some(message.texts);
+    let bytes = ranked_bytes(ranks.len(), texts.as_deref());
+    let make = move || {
+        let ranks = ranks.into_iter().map(|rank| RankedText {
+            index: rank.index,
+            score: rank.score,
+            text: texts.as_mut().map(|texts| taken(texts, rank.index)),
+        });
+        ranks.collect::<Vec<_>>()
+    };
+    reply::json(context, response.headers, bytes, make).await
 }
 
 fn check_query(query: &str) -> Result<(), Error> {

@@ -9,6 +9,7 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use http::HeaderMap;
 use platform::grpc::Message;
 use protocol::inference::log_settings_request::SettingValue as LogSetting;
 use protocol::inference::log_settings_request::setting_value::ParameterChoice as LogValue;
@@ -23,6 +24,7 @@ use protocol::inference::{
 };
 use protocol::{Error, Kind, Method};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
@@ -32,6 +34,7 @@ use super::endpoint::Endpoints;
 use super::error::{ApiError, ErrorFormat};
 use super::infer::infer;
 use super::model_path::{ModelPath, PathModel};
+use super::reply;
 use super::schemas::{
     IndexedModel, ModelConfiguration, ModelMetadata, ParameterSchema, ServerMetadata, Statistics,
 };
@@ -77,21 +80,25 @@ pub fn routes(stack: &Stack) -> Router<Stack> {
 }
 
 /// Bodies of settings and names.
-const SETTINGS_BYTES_MAX: usize = 1 << 20;
+const SETTINGS_BYTES_MAX: usize = 64 << 10;
+/// About the length of a model in the statistics, and in the index.
+const STATISTICS_BYTES: usize = 2 << 10;
+const INDEXED_BYTES: usize = 256;
 
 /// The JSON of an optional body.
-async fn optional_json<T: for<'de> Deserialize<'de> + Default>(
-    stack: &Stack,
+async fn optional_json<T: DeserializeOwned + Default + Send + 'static>(
+    context: &RequestContext,
     request: Request,
 ) -> Result<T, Error> {
     let content_type = body::check_content_type(request.headers());
-    let limits = body::at_most(stack.limits(), SETTINGS_BYTES_MAX);
+    let limits = body::at_most(&context.limits, SETTINGS_BYTES_MAX);
     let received = body::read(request, &limits).await?;
     if received.length == 0 {
         return Ok(T::default());
     }
     content_type?;
-    body::json(&received.joined())
+    let read = body::Json::parse(context, received, body::owned).await?;
+    Ok(read.value)
 }
 
 /// Server liveness
@@ -186,10 +193,7 @@ pub async fn config(context: RequestContext, model: PathModel) -> Result<Respons
     params(ModelPath),
     responses((status = 200, description = "Counts and durations, summed over all workers", body = Statistics))
 )]
-pub async fn statistics(
-    context: RequestContext,
-    model: PathModel,
-) -> Result<Json<Value>, ApiError> {
+pub async fn statistics(context: RequestContext, model: PathModel) -> Result<Response, ApiError> {
     let request = ModelStatisticsRequest {
         name: model.name,
         version: model.version,
@@ -198,7 +202,9 @@ pub async fn statistics(
         .stack
         .statistics(&request, context.deadline, &context.caller)
         .await?;
-    Ok(Json(responses::statistics(&response)))
+    let bytes = response.model_stats.len() * STATISTICS_BYTES;
+    let make = move || responses::statistics(&response);
+    Ok(reply::json(&context, HeaderMap::new(), bytes, make).await?)
 }
 
 /// Which models are listed.
@@ -225,8 +231,8 @@ pub async fn index(
     State(stack): State<Stack>,
     context: RequestContext,
     request: Request,
-) -> Result<Json<Value>, ApiError> {
-    let request: IndexRequest = optional_json(&stack, request).await?;
+) -> Result<Response, ApiError> {
+    let request: IndexRequest = optional_json(&context, request).await?;
     let request = RepositoryIndexRequest {
         repository_name: request.repository_name,
         ready: request.ready,
@@ -234,7 +240,9 @@ pub async fn index(
     let response = stack
         .index(&request, context.deadline, &context.caller)
         .await?;
-    Ok(Json(responses::index(&response)))
+    let bytes = response.models.len() * INDEXED_BYTES;
+    let make = move || responses::index(&response);
+    Ok(reply::json(&context, HeaderMap::new(), bytes, make).await?)
 }
 
 /// Parameters of loading or unloading a model.
@@ -284,7 +292,7 @@ pub async fn load(
     model: PathModel,
     request: Request,
 ) -> Result<(), ApiError> {
-    let request: LoadRequest = optional_json(&stack, request).await?;
+    let request: LoadRequest = optional_json(&context, request).await?;
     let request = RepositoryModelLoadRequest {
         model_name: model.name,
         parameters: request.parameters()?,
@@ -308,7 +316,7 @@ pub async fn unload(
     model: PathModel,
     request: Request,
 ) -> Result<(), ApiError> {
-    let request: LoadRequest = optional_json(&stack, request).await?;
+    let request: LoadRequest = optional_json(&context, request).await?;
     let request = RepositoryModelUnloadRequest {
         model_name: model.name,
         parameters: request.parameters()?,
@@ -339,9 +347,10 @@ pub async fn log(State(stack): State<Stack>) -> Result<Json<Value>, ApiError> {
 )]
 pub async fn change_log(
     State(stack): State<Stack>,
+    context: RequestContext,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
-    let request: Map<String, Value> = optional_json(&stack, request).await?;
+    let request: Map<String, Value> = optional_json(&context, request).await?;
     let setting = |(name, value): (String, Value)| {
         let parameter_choice = match value {
             Value::Bool(on) => Some(LogValue::BoolParam(on)),
@@ -397,10 +406,11 @@ pub async fn trace(State(stack): State<Stack>, model: PathModel) -> Result<Json<
 )]
 pub async fn change_trace(
     State(stack): State<Stack>,
+    context: RequestContext,
     model: PathModel,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
-    let request: Map<String, Value> = optional_json(&stack, request).await?;
+    let request: Map<String, Value> = optional_json(&context, request).await?;
     let setting = |(name, value): (String, Value)| {
         let value = setting_values(&value).ok_or_else(|| {
             let reason = "must be a string, a number, a list of strings or null";

@@ -1,23 +1,16 @@
 //! Length-prefixed messages: read within limits, encoded in one buffer.
 
-use std::io::{self, Read};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
-use bytes::buf::Reader;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use flate2::bufread::GzDecoder;
 use http_body_util::BodyExt;
-use tonic::{Code, Status};
-use tonic_types::{ErrorDetails, StatusExt};
+use tonic::Status;
 
 use super::invalid;
 use crate::body::RequestBody;
-use crate::metrics::{Bound, Metrics};
-use crate::pace::{Pace, Progress};
-use crate::pool::{Cancelled, PoolError, WorkPool};
-use crate::pot::{Held, Holder, Pot, PotFull};
+use crate::inflate::{Compressed, Compression, InflateError, inflate};
+use crate::limits::{ByteBudget, BytesHeld, MessageLimits};
+use crate::pace::Progress;
 use crate::tls::Peer;
 
 /// The prefix of a message: compression flag and length.
@@ -30,141 +23,6 @@ const GATHERED_BYTES_MIN: usize = 1 << 10;
 /// Shorter messages are copied out of the buffer of their connection, which may
 /// be many times larger.
 const COPIED_BYTES_MAX: usize = 4 << 10;
-/// So much is decompressed where the message arrives, and the rest on a thread
-/// for work.
-const INFLATED_INLINE_BYTES: usize = 64 << 10;
-/// When bytes in flight will probably have been released.
-const RETRY: Duration = Duration::from_millis(100);
-
-/// Bytes in flight, released when this is dropped.
-pub type BytesHeld = Held;
-
-/// Limits the bytes of all messages in flight together, with a share for each
-/// holder. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct ByteBudget {
-    pot: Pot,
-    holder: Holder,
-    full: Option<Bound>,
-}
-
-impl ByteBudget {
-    /// A budget of `bytes_max` bytes.
-    pub fn new(bytes_max: usize) -> Self {
-        Self {
-            pot: Pot::new(bytes_max),
-            holder: Holder::Own,
-            full: None,
-        }
-    }
-
-    /// Bytes in flight now.
-    pub fn used(&self) -> usize {
-        self.pot.used()
-    }
-
-    /// Takes bytes from the budget for its holder, or fails at once: to wait would
-    /// hold the connection's flow-control window with the message half read.
-    pub fn take(&self, bytes: usize) -> Result<Option<BytesHeld>, Status> {
-        if bytes == 0 {
-            return Ok(None);
-        }
-        self.hold(bytes).map(Some)
-    }
-
-    fn hold(&self, bytes: usize) -> Result<BytesHeld, Status> {
-        let held = self.pot.take(&self.holder, bytes);
-        held.map_err(|full| self.refuse(full))
-    }
-
-    /// Takes more bytes for what is held.
-    fn grow(&self, held: &mut BytesHeld, bytes: usize) -> Result<(), Status> {
-        held.grow(bytes).map_err(|full| self.refuse(full))
-    }
-
-    fn count_refused(&self) {
-        if let Some(bound) = &self.full {
-            bound.reached();
-        }
-    }
-
-    fn refuse(&self, full: PotFull) -> Status {
-        self.count_refused();
-        overloaded(match full {
-            PotFull::Whole => "overloaded: too many message bytes in flight",
-            PotFull::Share => "overloaded: the caller has its share of the message bytes in flight",
-        })
-    }
-}
-
-fn overloaded(message: &str) -> Status {
-    let details = ErrorDetails::with_retry_info(Some(RETRY));
-    Status::with_error_details(Code::Unavailable, message, details)
-}
-
-/// The limits of messages. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct MessageLimits {
-    /// The maximum size of one message, decompressed, in bytes.
-    pub message_bytes_max: usize,
-    /// The bytes of all messages in flight together.
-    pub budget: ByteBudget,
-    /// Messages rejected for their size or by the budget.
-    pub refused: Arc<AtomicU64>,
-    /// How fast a message that has begun must arrive.
-    pub pace: Pace,
-    /// Where large messages are decompressed; where they arrive without it.
-    pub pool: Option<WorkPool>,
-    /// Counts messages that arrive too slowly, and answers that are read so.
-    pub slow: Option<Bound>,
-}
-
-impl MessageLimits {
-    /// Limits with nothing in flight.
-    pub fn new(message_bytes_max: usize, bytes_in_flight_max: usize) -> Self {
-        Self {
-            message_bytes_max,
-            budget: ByteBudget::new(bytes_in_flight_max.max(message_bytes_max)),
-            refused: Arc::default(),
-            pace: Pace::default(),
-            pool: None,
-            slow: None,
-        }
-    }
-
-    /// The same limits at this pace, counted in the metrics of a process, with
-    /// its threads for work.
-    #[must_use]
-    pub fn with(mut self, pace: Pace, metrics: &Metrics, pool: &WorkPool) -> Self {
-        self.budget.full = Some(metrics.bound("--bytes-in-flight-max"));
-        self.slow = Some(metrics.bound("--transfer-rate-min"));
-        self.pace = pace;
-        self.pool = Some(pool.clone());
-        self
-    }
-
-    /// The same limits; bytes are held for this holder.
-    #[must_use]
-    pub fn held_by(&self, holder: Holder) -> Self {
-        let mut limits = self.clone();
-        limits.budget.holder = holder;
-        limits
-    }
-
-    /// Counts bytes as in flight for a holder, which need not be that of the
-    /// limits.
-    pub(crate) fn hold_for(&self, holder: &Holder, bytes: usize) -> Result<BytesHeld, PotFull> {
-        let held = self.budget.pot.take(holder, bytes);
-        held.inspect_err(|_| self.budget.count_refused())
-    }
-
-    /// Counts a message that arrived too slowly, or an answer that was read so.
-    pub fn too_slow(&self) {
-        if let Some(bound) = &self.slow {
-            bound.reached();
-        }
-    }
-}
 
 /// A received message. Its bytes count as in flight until it is dropped.
 #[derive(Debug)]
@@ -226,14 +84,10 @@ impl Messages {
         limits: &MessageLimits,
         peer: &Peer,
     ) -> Self {
-        let mut limits = limits.clone();
-        if limits.budget.holder == Holder::Own {
-            limits.budget.holder = peer.holder();
-        }
         Self {
             body,
             gzip: encoding == Some("gzip"),
-            limits,
+            limits: limits.or_held_by(peer),
             rest: Bytes::new(),
         }
     }
@@ -288,7 +142,7 @@ impl Messages {
         }
         let message = self.read(PREFIX_BYTES + length, progress).await;
         let message = match message {
-            Ok(message) if compressed => inflate(message, &self.limits).await,
+            Ok(message) if compressed => inflated(message, &self.limits).await,
             message => message,
         };
         message.map(Some).inspect_err(|_| {
@@ -332,27 +186,26 @@ impl Messages {
 
 /// Decompresses within the same limits: a small message may expand to a large
 /// one.
-async fn inflate(message: Message, limits: &MessageLimits) -> Result<Message, Status> {
-    let mut inflating = Inflating::new(message, limits)?;
-    if inflating.fill(INFLATED_INLINE_BYTES)? {
-        return Ok(inflating.finish());
-    }
-    let rest = move |cancelled: &Cancelled| {
-        while !inflating.fill(INFLATED_INLINE_BYTES)? {
-            if cancelled.is_set() {
-                return Err(Status::cancelled("the caller left"));
-            }
-        }
-        Ok(inflating.finish())
+async fn inflated(message: Message, limits: &MessageLimits) -> Result<Message, Status> {
+    let compressed = Compressed {
+        chunks: vec![message.bytes()],
+        held: message.held,
+        compression: Compression::Gzip,
+        prefix_bytes: PREFIX_BYTES,
     };
-    let Some(pool) = &limits.pool else {
-        return rest(&Cancelled::never());
-    };
-    match pool.run_for(&limits.budget.holder, 1, rest).await {
-        Ok(message) => message,
-        Err(PoolError::Full(_)) => Err(overloaded("overloaded: too many compressed messages wait")),
-        Err(PoolError::Failed) => Err(Status::internal("the message could not be decompressed")),
-    }
+    let inflated = inflate(compressed, limits).await;
+    let mut inflated = inflated.map_err(|error| match error {
+        InflateError::Invalid(error) => invalid("message", &format!("is not gzip: {error}")),
+        InflateError::TooLarge(length) => too_large(length, limits.message_bytes_max),
+        InflateError::Refused(status) => status,
+    })?;
+    let length = inflated.bytes.len() - PREFIX_BYTES;
+    let length = u32::try_from(length).unwrap_or(u32::MAX);
+    inflated.bytes[1..PREFIX_BYTES].copy_from_slice(&length.to_be_bytes());
+    Ok(Message {
+        framed: inflated.bytes.into(),
+        held: Some(inflated.held),
+    })
 }
 
 /// The next chunk, as fast as a message that has begun must arrive.
@@ -435,77 +288,6 @@ impl<'b> Gathered<'b> {
     }
 }
 
-/// A message that is decompressed step by step. Its memory is taken from the
-/// budget before it is made.
-struct Inflating {
-    decoder: GzDecoder<Reader<Bytes>>,
-    /// The decompressed message, with its prefix.
-    framed: Vec<u8>,
-    held: BytesHeld,
-    limits: MessageLimits,
-    /// The bytes of the compressed message count until the end.
-    _compressed: Option<BytesHeld>,
-}
-
-impl Inflating {
-    fn new(message: Message, limits: &MessageLimits) -> Result<Self, Status> {
-        let capacity = GATHERED_BYTES_MIN;
-        let held = limits.budget.hold(capacity)?;
-        let mut framed = Vec::with_capacity(capacity);
-        framed.extend_from_slice(&[0; PREFIX_BYTES]);
-        Ok(Self {
-            decoder: GzDecoder::new(message.bytes().reader()),
-            framed,
-            held,
-            limits: limits.clone(),
-            _compressed: message.held,
-        })
-    }
-
-    /// Decompresses about `bytes` more; true at the end.
-    fn fill(&mut self, bytes: usize) -> Result<bool, Status> {
-        let most = self.limits.message_bytes_max + PREFIX_BYTES;
-        let until = self.framed.len() + bytes;
-        while self.framed.len() < until {
-            if self.framed.len() == self.framed.capacity() {
-                // One byte more shows that the message is too long.
-                let capacity = (self.framed.len() * 2).min(most + 1);
-                let more = capacity - self.framed.len();
-                self.limits.budget.grow(&mut self.held, more)?;
-                self.framed.reserve_exact(more);
-            }
-            let room = self.framed.capacity().min(until) - self.framed.len();
-            let mut part = (&mut self.decoder).take(room as u64);
-            let read = part.read_to_end(&mut self.framed);
-            let read = read.map_err(|error| not_gzip(&error))?;
-            if self.framed.len() > most {
-                return Err(too_large(
-                    self.framed.len() - PREFIX_BYTES,
-                    self.limits.message_bytes_max,
-                ));
-            }
-            if read < room {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    fn finish(mut self) -> Message {
-        let length = self.framed.len() - PREFIX_BYTES;
-        let length = u32::try_from(length).unwrap_or(u32::MAX);
-        self.framed[1..PREFIX_BYTES].copy_from_slice(&length.to_be_bytes());
-        Message {
-            framed: self.framed.into(),
-            held: Some(self.held),
-        }
-    }
-}
-
-fn not_gzip(error: &io::Error) -> Status {
-    invalid("message", &format!("is not gzip: {error}"))
-}
-
 fn joined(rest: &Bytes, chunk: Bytes) -> Bytes {
     if rest.is_empty() {
         return chunk;
@@ -551,11 +333,6 @@ fn put_prefix(framed: &mut BytesMut, length: usize) {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
-    use flate2::Compression;
-    use flate2::write::GzEncoder;
-
     use super::*;
 
     #[test]
@@ -577,37 +354,5 @@ mod tests {
         assert_eq!((message.framed().len(), budget.used()), (length, length));
         drop(message);
         assert_eq!(budget.used(), 0);
-    }
-
-    fn gzip(length: usize) -> Bytes {
-        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
-        encoder.write_all(&vec![7; length]).unwrap();
-        encoder.finish().unwrap().into()
-    }
-
-    fn inflating(length: usize, limits: &MessageLimits) -> Inflating {
-        let message = Message::from_framed(frame_bytes(&gzip(length)));
-        Inflating::new(message, limits).unwrap()
-    }
-
-    #[test]
-    fn inflating_takes_its_memory_from_the_budget_before_it_is_made() {
-        let limits = MessageLimits::new(1 << 20, 4 << 20);
-        for length in [0, 1, 1000, 65_536, 1 << 20] {
-            let mut inflating = inflating(length, &limits);
-            while !inflating.fill(INFLATED_INLINE_BYTES).unwrap() {
-                assert_eq!(limits.budget.used(), inflating.framed.capacity());
-            }
-            let message = inflating.finish();
-            assert_eq!(message.bytes(), vec![7; length]);
-            assert_eq!(message.framed(), &frame_bytes(&vec![7; length]));
-            assert!(limits.budget.used() >= message.framed().len());
-        }
-        assert_eq!(limits.budget.used(), 0);
-        let too_large = inflating((1 << 20) + 1, &limits).fill(usize::MAX >> 1);
-        assert_eq!(too_large.unwrap_err().code(), Code::ResourceExhausted);
-        let _others = limits.budget.take(3 << 20).unwrap();
-        let full = inflating(1 << 20, &limits).fill(usize::MAX >> 1);
-        assert_eq!(full.unwrap_err().code(), Code::Unavailable);
     }
 }

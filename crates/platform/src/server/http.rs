@@ -17,11 +17,10 @@ use tower_service::Service;
 use super::connection::{FRAME_BYTES_MAX, PING_TIMEOUT, Rewound, read_first, run};
 use super::readers::{Read, Readers};
 use super::{Begun, Io, Place, Protocol, Server, TOO_MANY_STREAMS};
-use crate::answer::{Answer, Parts};
+use crate::answer::{Answer, AnswerFor, Parts};
 use crate::body::RequestBody;
 use crate::coalesce::Coalesced;
 use crate::drain::Drain;
-use crate::pot::Holder;
 use crate::tasks::TaskScope;
 
 /// How long the head of a request may take to arrive, and how long an HTTP/1.1
@@ -31,7 +30,7 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 const HEADERS_MAX: usize = 100;
 
 /// HTTP requests, served by a router. Each carries its [`Peer`](crate::peer::Peer)
-/// as an extension; a response may carry the [`Holder`] for whom it is held.
+/// as an extension; a response may carry for whom it is ([`AnswerFor`]).
 #[derive(Debug, Clone)]
 pub struct Http(pub Router);
 
@@ -73,9 +72,14 @@ impl Protocol for Http {
                     Some(responding) => responding.await?,
                     None => too_many_streams(),
                 };
-                let answer = Answer::current().unwrap_or(only);
-                let tenant = response.extensions().get::<Holder>();
-                answer.held_for(tenant.cloned().unwrap_or_else(|| peer.holder()));
+                let answer = Answer::current().unwrap_or_else(|| {
+                    only.renew();
+                    only
+                });
+                if let Some(known) = response.extensions().get::<AnswerFor>() {
+                    answer.describe(known);
+                }
+                answer.held_for(peer.holder());
                 Ok::<_, Infallible>(response.map(|body| Parts::new(body, answer, open)))
             }
         });

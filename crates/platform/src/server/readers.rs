@@ -32,7 +32,7 @@ struct Wait {
 impl Wait {
     /// Begins to wait; the bytes of the answer count as in flight until it ends.
     fn begin(answer: &Answer, limits: &MessageLimits, moved: usize) -> Result<Self, PotFull> {
-        let held = limits.hold_for(answer.holder(), answer.uncounted())?;
+        let held = limits.hold_for(&answer.holder(), answer.uncounted())?;
         // What has left may take its time to arrive.
         let moved = moved.saturating_sub(answer.leaving());
         let progress = limits.pace.begin();

@@ -1,6 +1,7 @@
 //! Parses the `data` of a tensor in JSON, flat or nested, to its bytes. The text
 //! is known to be valid JSON, so that only its values are checked here.
 
+use platform::pool::Cancelled;
 use tensor::{Datatype, Shape};
 
 /// An error of the data.
@@ -17,8 +18,16 @@ pub struct DataError {
 /// Appends the bytes of one element.
 type Push<'p> = dyn Fn(&str, &mut Vec<u8>) -> Result<(), &'static str> + 'p;
 
+/// Elements that are read before the next look at whether the caller has left.
+const ELEMENTS_AT_ONCE: usize = 4096;
+
 /// The bytes of a tensor: little-endian and row-major.
-pub fn parse_data(text: &str, datatype: Datatype, shape: &Shape) -> Result<Vec<u8>, DataError> {
+pub fn parse_data(
+    text: &str,
+    datatype: Datatype,
+    shape: &Shape,
+    cancelled: &Cancelled,
+) -> Result<Vec<u8>, DataError> {
     macro_rules! numbers {
         ($kind:ty, $what:literal) => {
             &|text: &str, raw: &mut Vec<u8>| {
@@ -67,16 +76,18 @@ pub fn parse_data(text: &str, datatype: Datatype, shape: &Shape) -> Result<Vec<u
         leaves: None,
         elements: 0,
         raw: Vec::with_capacity(capacity(text, datatype, shape)),
+        cancelled,
     };
     scanner.run(shape, push)?;
     Ok(scanner.raw)
 }
 
 /// The capacity for the bytes: at most what the text can fill, whatever the shape.
-fn capacity(text: &str, datatype: Datatype, shape: &Shape) -> usize {
+pub fn capacity(text: &str, datatype: Datatype, shape: &Shape) -> usize {
     match datatype.element_bytes() {
         Some(bytes) => shape.elements().min(text.len() / 2) * bytes,
-        None => text.len(),
+        // Quotes and a comma are shorter than the length of an element.
+        None => text.len() + shape.elements().min(text.len() / 3 + 1),
     }
 }
 
@@ -124,6 +135,7 @@ struct Scanner<'t> {
     leaves: Option<usize>,
     elements: usize,
     raw: Vec<u8>,
+    cancelled: &'t Cancelled,
 }
 
 impl Scanner<'_> {
@@ -192,9 +204,15 @@ impl Scanner<'_> {
             offset: self.at,
             reason: reason.to_owned(),
         };
+        if self.elements.is_multiple_of(ELEMENTS_AT_ONCE) && self.cancelled.is_set() {
+            return Err(error("is not read: the caller left"));
+        }
         let rest = self.text.get(self.at..).unwrap_or_default();
         let token = token(rest).ok_or_else(|| error("must not be an object"))?;
-        push(token, &mut self.raw).map_err(error)?;
+        // There is no memory for more than the shape needs: they are only counted.
+        if self.elements < shape.elements() {
+            push(token, &mut self.raw).map_err(error)?;
+        }
         if leaves != depth || !whole {
             return Err(error("is nested at another depth than the shape"));
         }
@@ -233,12 +251,18 @@ fn token(text: &str) -> Option<&str> {
 mod tests {
     use super::*;
 
+    fn parse(text: &str, datatype: Datatype, shape: &Shape) -> Result<Vec<u8>, DataError> {
+        let raw = parse_data(text, datatype, shape, &Cancelled::never())?;
+        assert!(raw.capacity() <= capacity(text, datatype, shape).max(8));
+        Ok(raw)
+    }
+
     fn shape(dimensions: &[i64]) -> Shape {
         Shape::checked(dimensions).unwrap()
     }
 
     fn refused(text: &str, datatype: Datatype, dimensions: &[i64]) -> (Option<usize>, String) {
-        let error = parse_data(text, datatype, &shape(dimensions)).unwrap_err();
+        let error = parse(text, datatype, &shape(dimensions)).unwrap_err();
         (error.element, error.reason)
     }
 
@@ -249,20 +273,17 @@ mod tests {
             .flat_map(|v| v.to_le_bytes())
             .collect();
         for text in ["[1.5,-2,3e-4,0.1]", "[ [1.5, -2],\n [3e-4, 0.1] ]"] {
-            let raw = parse_data(text, Datatype::Fp32, &shape(&[2, 2])).unwrap();
+            let raw = parse(text, Datatype::Fp32, &shape(&[2, 2])).unwrap();
             assert_eq!(raw, expected, "{text}");
         }
-        assert_eq!(
-            parse_data("[]", Datatype::Int8, &shape(&[0, 3])),
-            Ok(vec![])
-        );
-        assert_eq!(parse_data("[7]", Datatype::Int8, &shape(&[])), Ok(vec![7]));
+        assert_eq!(parse("[]", Datatype::Int8, &shape(&[0, 3])), Ok(vec![]));
+        assert_eq!(parse("[7]", Datatype::Int8, &shape(&[])), Ok(vec![7]));
     }
 
     #[test]
     fn every_datatype_has_its_range() {
         use Datatype::{Bf16, Bool, Bytes, Fp16, Fp32, Fp64, Int8, Int64, Uint8, Uint64};
-        let one = |text: &str, datatype| parse_data(&format!("[{text}]"), datatype, &shape(&[1]));
+        let one = |text: &str, datatype| parse(&format!("[{text}]"), datatype, &shape(&[1]));
         assert_eq!(one("true", Bool), Ok(vec![1]));
         assert_eq!(one("-128", Int8), Ok(vec![128]));
         assert_eq!(one("255", Uint8), Ok(vec![255]));

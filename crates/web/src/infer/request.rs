@@ -1,18 +1,18 @@
 //! Converts the JSON of an inference request and the binary tensors behind it to
 //! the message of a gRPC call.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::fmt;
+use std::collections::VecDeque;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use prost::Message;
+use platform::grpc::{BytesHeld, Message, MessageLimits};
+use platform::pool::Cancelled;
+use prost::Message as _;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
 use protocol::Error;
+use protocol::inference::ModelInferRequest;
 use protocol::inference::infer_parameter::ParameterChoice;
 use protocol::inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
-use protocol::inference::{InferParameter, ModelInferRequest};
 use serde::Deserialize;
-use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use tensor::{Datatype, Shape, TensorError};
 use utoipa::ToSchema;
@@ -22,11 +22,19 @@ use super::super::model_path::PathModel;
 use super::super::schemas::{DatatypeSchema, DimensionSchema, ParameterSchema};
 use super::super::strict::strict;
 use super::HEADER_LENGTH;
-use super::json_data::parse_data;
+use super::json_data::{DataError, capacity, parse_data};
+use super::parameters::{self, CountedParameters, Parameter, boolean, checked};
+use super::response::OutputFormats;
 
+/// The flag and the length before a message.
+const PREFIX_BYTES: usize = 5;
 /// `raw_input_contents` of a `ModelInferRequest`.
 const RAW_CONTENTS: u32 = 7;
 const BINARY_SIZE: &str = "binary_data_size";
+/// Inputs, or outputs, of a request.
+const TENSORS_MAX: usize = 4096;
+/// Dimensions of a tensor.
+const DIMENSIONS_MAX: usize = 16;
 
 /// An inference request.
 #[derive(Deserialize, ToSchema)]
@@ -39,15 +47,15 @@ pub struct InferRequest<'b> {
     #[serde(default)]
     id: String,
     /// Parameters of the protocol and of the model.
-    #[serde(default)]
+    #[serde(default, borrow, deserialize_with = "parameters::given")]
     #[schema(value_type = BTreeMap<String, ParameterSchema>)]
-    parameters: Parameters,
+    parameters: Option<&'b RawValue>,
     /// The input tensors.
-    #[serde(borrow)]
+    #[serde(borrow, deserialize_with = "body::list::<TENSORS_MAX, _, _>")]
     inputs: Vec<InferInput<'b>>,
     /// The requested outputs; all by default.
-    #[serde(default)]
-    outputs: Vec<InferRequestedOutput>,
+    #[serde(default, borrow, deserialize_with = "body::list::<TENSORS_MAX, _, _>")]
+    outputs: Vec<InferRequestedOutput<'b>>,
 }
 
 /// An input tensor.
@@ -60,12 +68,13 @@ pub struct InferInput<'b> {
     #[schema(value_type = DatatypeSchema)]
     datatype: String,
     /// Its dimensions.
+    #[serde(deserialize_with = "body::list::<DIMENSIONS_MAX, _, _>")]
     #[schema(value_type = Vec<DimensionSchema>)]
     shape: Vec<i64>,
     /// `binary_data_size`, if its data is behind the JSON.
-    #[serde(default)]
+    #[serde(default, borrow, deserialize_with = "parameters::given")]
     #[schema(value_type = BTreeMap<String, ParameterSchema>)]
-    parameters: Parameters,
+    parameters: Option<&'b RawValue>,
     /// Its elements in row-major order, flat or nested.
     #[serde(default, borrow)]
     #[schema(value_type = Option<Vec<serde_json::Value>>)]
@@ -75,84 +84,24 @@ pub struct InferInput<'b> {
 /// A requested output.
 #[derive(Deserialize, ToSchema)]
 #[serde(remote = "Self", deny_unknown_fields)]
-pub struct InferRequestedOutput {
+pub struct InferRequestedOutput<'b> {
     /// Its name.
     name: String,
     /// `binary_data`: whether its data is behind the JSON.
-    #[serde(default)]
+    #[serde(default, borrow, deserialize_with = "parameters::given")]
     #[schema(value_type = BTreeMap<String, ParameterSchema>)]
-    parameters: Parameters,
+    parameters: Option<&'b RawValue>,
 }
 
-strict!(object InferRequest<'b>, InferInput<'b>, InferRequestedOutput);
+strict!(object InferRequest<'b>, InferInput<'b>, InferRequestedOutput<'b>);
 
-type Parameters = BTreeMap<String, Parameter>;
-
-/// The value of a parameter; none if it is null, a list or an object.
-struct Parameter(Option<ParameterChoice>);
-
-impl<'de> Deserialize<'de> for Parameter {
-    fn deserialize<D: serde::Deserializer<'de>>(reader: D) -> Result<Self, D::Error> {
-        reader.deserialize_any(AnyParameter)
-    }
-}
-
-struct AnyParameter;
-
-impl<'de> Visitor<'de> for AnyParameter {
-    type Value = Parameter;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("a boolean, a number or a string")
-    }
-
-    fn visit_bool<E>(self, value: bool) -> Result<Parameter, E> {
-        Ok(Parameter(Some(ParameterChoice::BoolParam(value))))
-    }
-
-    fn visit_i64<E>(self, value: i64) -> Result<Parameter, E> {
-        Ok(Parameter(Some(ParameterChoice::Int64Param(value))))
-    }
-
-    fn visit_u64<E>(self, value: u64) -> Result<Parameter, E> {
-        let choice = match i64::try_from(value) {
-            Ok(value) => ParameterChoice::Int64Param(value),
-            Err(_) => ParameterChoice::Uint64Param(value),
-        };
-        Ok(Parameter(Some(choice)))
-    }
-
-    fn visit_f64<E>(self, value: f64) -> Result<Parameter, E> {
-        Ok(Parameter(Some(ParameterChoice::DoubleParam(value))))
-    }
-
-    fn visit_str<E>(self, value: &str) -> Result<Parameter, E> {
-        let choice = ParameterChoice::StringParam(value.to_owned());
-        Ok(Parameter(Some(choice)))
-    }
-
-    fn visit_unit<E>(self) -> Result<Parameter, E> {
-        Ok(Parameter(None))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut rest: A) -> Result<Parameter, A::Error> {
-        while rest.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Parameter(None))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut rest: A) -> Result<Parameter, A::Error> {
-        while rest.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(Parameter(None))
-    }
-}
-
-/// The formats of the outputs.
-#[derive(Debug, Default, PartialEq)]
-pub struct OutputFormats {
-    /// Whether outputs are binary by default.
-    pub binary: bool,
-    /// Whether single outputs are binary.
-    pub outputs: HashMap<String, bool>,
+/// What bounds the reading of a request.
+#[derive(Debug, Clone, Copy)]
+pub struct Reading<'r> {
+    /// The limits of messages, whose bytes are held for the caller.
+    pub limits: &'r MessageLimits,
+    /// Whether the caller has left.
+    pub cancelled: &'r Cancelled,
 }
 
 /// An inference request as a gRPC message.
@@ -164,6 +113,9 @@ pub struct ParsedRequest {
     raw: Vec<Vec<Bytes>>,
     /// The formats of the response.
     pub formats: OutputFormats,
+    /// What the body and the tensors hold of the bytes in flight.
+    held: Vec<BytesHeld>,
+    counted: CountedParameters,
 }
 
 /// Parses a body, of which the first `json_bytes` are JSON, or all of it.
@@ -171,6 +123,7 @@ pub fn parse(
     received: Received,
     json_bytes: Option<usize>,
     model: &PathModel,
+    reading: Reading<'_>,
 ) -> Result<ParsedRequest, Error> {
     let json_bytes = json_bytes.unwrap_or(received.length);
     if json_bytes > received.length {
@@ -183,7 +136,12 @@ pub fn parse(
         left: received.length,
         chunks: received.chunks.into(),
     };
-    let json = joined(binary.take(json_bytes).unwrap_or_default());
+    let json = Received {
+        length: json_bytes,
+        chunks: binary.take(json_bytes).unwrap_or_default(),
+        held: None,
+    };
+    let json = json.joined(&reading.limits.budget)?;
     let request: InferRequest<'_> = body::json(&json)?;
     let mut parsed = ParsedRequest {
         head: ModelInferRequest {
@@ -194,10 +152,18 @@ pub fn parse(
         },
         raw: Vec::with_capacity(request.inputs.len()),
         formats: OutputFormats::default(),
+        held: received.held.into_iter().collect(),
+        counted: CountedParameters::default(),
     };
     parsed.take_parameters(request.parameters)?;
+    let mut source = Source {
+        json: &json,
+        binary: &mut binary,
+        reading,
+        bytes: 0,
+    };
     for (index, input) in request.inputs.into_iter().enumerate() {
-        parsed.take_input(index, input, &json, &mut binary)?;
+        parsed.take_input(index, input, &mut source)?;
     }
     if binary.left > 0 {
         let left = binary.left;
@@ -210,9 +176,19 @@ pub fn parse(
     Ok(parsed)
 }
 
+/// Where the bytes of tensors come from.
+struct Source<'s> {
+    json: &'s Bytes,
+    binary: &'s mut BinaryData,
+    reading: Reading<'s>,
+    /// The bytes of the tensors so far.
+    bytes: usize,
+}
+
 impl ParsedRequest {
-    fn take_parameters(&mut self, mut parameters: Parameters) -> Result<(), Error> {
+    fn take_parameters(&mut self, parameters: Option<&RawValue>) -> Result<(), Error> {
         const BINARY_OUTPUT: &str = "binary_data_output";
+        let mut parameters = self.counted.read(parameters, "")?;
         if let Some(value) = parameters.remove(BINARY_OUTPUT) {
             self.formats.binary = boolean(value, || format!("parameters[{BINARY_OUTPUT}]"))?;
         }
@@ -223,36 +199,26 @@ impl ParsedRequest {
     fn take_input(
         &mut self,
         index: usize,
-        mut input: InferInput<'_>,
-        json: &Bytes,
-        binary: &mut BinaryData,
+        input: InferInput<'_>,
+        source: &mut Source<'_>,
     ) -> Result<(), Error> {
         let at = |part: &str| format!("inputs[{index}].{part}");
-        let size = input.parameters.remove(BINARY_SIZE);
-        let shared_memory = input
-            .parameters
-            .keys()
-            .any(|key| key.starts_with("shared_"));
+        let mut parameters = self.counted.read(input.parameters, &at(""))?;
+        let size = parameters.remove(BINARY_SIZE);
+        let shared_memory = parameters.keys().any(|key| key.starts_with("shared_"));
         let raw = match (size, input.data) {
             (Some(_), Some(_)) => {
                 let reason = "must be either in the JSON or behind it";
                 return Err(Error::invalid(at("data"), reason));
             }
             (Some(size), None) => {
-                let field = || at(&format!("parameters[{BINARY_SIZE}]"));
-                let size = match size.0 {
-                    Some(ParameterChoice::Int64Param(size)) => usize::try_from(size).ok(),
-                    _ => None,
-                };
-                let size =
-                    size.ok_or_else(|| Error::invalid(field(), "must be a number of bytes"))?;
-                let left = binary.left;
-                binary.take(size).ok_or_else(|| {
-                    let reason = format!("is {size}, but {left} bytes are left of the body");
-                    Error::invalid(field(), reason)
-                })?
+                source.binary(size, || at(&format!("parameters[{BINARY_SIZE}]")))?
             }
-            (None, Some(data)) => vec![from_text(index, &input, data, json)?.into()],
+            (None, Some(data)) => {
+                let (raw, held) = source.text(index, &input, data)?;
+                self.held.push(held);
+                vec![raw]
+            }
             // The worker reports the error of shared memory.
             (None, None) if shared_memory => Vec::new(),
             (None, None) => return Err(Error::invalid(at("data"), "is required")),
@@ -262,34 +228,50 @@ impl ParsedRequest {
             name: input.name,
             datatype: input.datatype,
             shape: input.shape,
-            parameters: checked(input.parameters, &at(""))?,
+            parameters: checked(parameters, &at(""))?,
             contents: None,
         });
         Ok(())
     }
 
-    fn take_output(&mut self, index: usize, mut output: InferRequestedOutput) -> Result<(), Error> {
+    fn take_output(&mut self, index: usize, output: InferRequestedOutput<'_>) -> Result<(), Error> {
         let at = format!("outputs[{index}].");
-        if let Some(value) = output.parameters.remove("binary_data") {
+        let mut parameters = self.counted.read(output.parameters, &at)?;
+        if let Some(value) = parameters.remove("binary_data") {
             let binary = boolean(value, || format!("{at}parameters[binary_data]"))?;
             self.formats.outputs.insert(output.name.clone(), binary);
         }
         self.head.outputs.push(InferRequestedOutputTensor {
             name: output.name,
-            parameters: checked(output.parameters, &at)?,
+            parameters: checked(parameters, &at)?,
         });
         Ok(())
     }
 
-    /// The encoded message with its prefix. The tensors' bytes are its last
-    /// fields, and are copied here and nowhere else.
-    pub fn framed(&self) -> Bytes {
-        let bytes = |chunks: &[Bytes]| chunks.iter().map(Bytes::len).sum::<usize>();
+    /// The message, which has the limits of one that came by gRPC, and the formats
+    /// of the response. The body is given back.
+    pub fn into_message(self, limits: &MessageLimits) -> Result<(Message, OutputFormats), Error> {
+        let length = PREFIX_BYTES + self.message_bytes();
+        if length > limits.message_bytes_max {
+            return Err(Error::too_large(length, limits.message_bytes_max));
+        }
+        let held = body::hold(&limits.budget, length)?;
+        let message = Message::from_framed(self.framed()).with_held(Some(held));
+        Ok((message, self.formats))
+    }
+
+    fn message_bytes(&self) -> usize {
         let field =
             |length: usize| key_len(RAW_CONTENTS) + encoded_len_varint(length as u64) + length;
-        let raw: usize = self.raw.iter().map(|chunks| field(bytes(chunks))).sum();
-        let length = self.head.encoded_len() + raw;
-        let mut framed = BytesMut::with_capacity(5 + length);
+        let raw = self.raw.iter().map(|chunks| field(bytes(chunks)));
+        self.head.encoded_len() + raw.sum::<usize>()
+    }
+
+    /// The encoded message with its prefix. The tensors' bytes are its last
+    /// fields, and are copied here and nowhere else.
+    fn framed(&self) -> Bytes {
+        let length = self.message_bytes();
+        let mut framed = BytesMut::with_capacity(PREFIX_BYTES + length);
         framed.put_u8(0);
         framed.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
         // The buffer has the length that prost requested.
@@ -305,49 +287,65 @@ impl ParsedRequest {
     }
 }
 
-fn boolean(value: Parameter, field: impl Fn() -> String) -> Result<bool, Error> {
-    match value.0 {
-        Some(ParameterChoice::BoolParam(value)) => Ok(value),
-        _ => Err(Error::invalid(field(), "must be a boolean")),
+fn bytes(chunks: &[Bytes]) -> usize {
+    chunks.iter().map(Bytes::len).sum()
+}
+
+impl Source<'_> {
+    /// The next bytes behind the JSON.
+    fn binary(&mut self, size: Parameter, field: impl Fn() -> String) -> Result<Vec<Bytes>, Error> {
+        let size = match size.0 {
+            Some(ParameterChoice::Int64Param(size)) => usize::try_from(size).ok(),
+            _ => None,
+        };
+        let size = size.ok_or_else(|| Error::invalid(field(), "must be a number of bytes"))?;
+        let left = self.binary.left;
+        let taken = self.binary.take(size);
+        taken.ok_or_else(|| {
+            let reason = format!("is {size}, but {left} bytes are left of the body");
+            Error::invalid(field(), reason)
+        })
     }
-}
 
-fn checked(parameters: Parameters, before: &str) -> Result<HashMap<String, InferParameter>, Error> {
-    let checked = |(key, value): (String, Parameter)| match value.0 {
-        None => {
-            let field = format!("{before}parameters[{key}]");
-            Err(Error::invalid(
-                field,
-                "must be a boolean, a number or a string",
-            ))
+    /// The bytes of a tensor in JSON. Its datatype and shape are checked with the
+    /// worker's own checks and messages, and the memory of its bytes is counted
+    /// before it is made.
+    fn text(
+        &mut self,
+        index: usize,
+        input: &InferInput<'_>,
+        data: &RawValue,
+    ) -> Result<(Bytes, BytesHeld), Error> {
+        let at = |part: &str| format!("inputs[{index}].{part}");
+        let datatype: Datatype = input
+            .datatype
+            .parse()
+            .map_err(|error: TensorError| Error::invalid(at("datatype"), error.to_string()))?;
+        let shape = Shape::checked(&input.shape)
+            .map_err(|error| Error::invalid(at("shape"), error.to_string()))?;
+        let text = data.get();
+        let capacity = capacity(text, datatype, &shape);
+        let limits = self.reading.limits;
+        self.bytes = self.bytes.saturating_add(capacity);
+        if datatype != Datatype::Bytes && self.bytes > limits.message_bytes_max {
+            return Err(Error::too_large(self.bytes, limits.message_bytes_max));
         }
-        parameter_choice => Ok((key, InferParameter { parameter_choice })),
-    };
-    parameters.into_iter().map(checked).collect()
-}
+        let mut held = body::hold(&limits.budget, capacity)?;
+        let raw = parse_data(text, datatype, &shape, self.reading.cancelled);
+        let raw = raw.map_err(|error| self.data_error(index, text, &error))?;
+        held.shrink(raw.capacity());
+        Ok((raw.into(), held))
+    }
 
-/// The bytes of a tensor in JSON. Its datatype and shape are checked with the
-/// worker's own checks and messages.
-fn from_text(
-    index: usize,
-    input: &InferInput<'_>,
-    data: &RawValue,
-    json: &Bytes,
-) -> Result<Vec<u8>, Error> {
-    let at = |part: &str| format!("inputs[{index}].{part}");
-    let datatype: Datatype = input
-        .datatype
-        .parse()
-        .map_err(|error: TensorError| Error::invalid(at("datatype"), error.to_string()))?;
-    let shape = Shape::checked(&input.shape)
-        .map_err(|error| Error::invalid(at("shape"), error.to_string()))?;
-    let text = data.get();
-    parse_data(text, datatype, &shape).map_err(|error| {
+    /// An error of the data, with its line and column in the JSON.
+    fn data_error(&self, index: usize, text: &str, error: &DataError) -> Error {
+        let at = |part: &str| format!("inputs[{index}].{part}");
         let field = match error.element {
             Some(element) => at(&format!("data[{element}]")),
             None => at("data"),
         };
         // The text is a slice of the JSON.
+        let json = self.json;
         let begins = (text.as_ptr() as usize).saturating_sub(json.as_ptr() as usize);
         let before = json.get(..begins + error.offset).unwrap_or_default();
         let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
@@ -357,9 +355,9 @@ fn from_text(
             .take_while(|byte| **byte != b'\n')
             .count()
             + 1;
-        let reason = error.reason;
+        let reason = &error.reason;
         Error::invalid(field, format!("{reason} (line {line}, column {column})"))
-    })
+    }
 }
 
 /// The bytes of a body in the chunks that they came in.
@@ -385,19 +383,12 @@ impl BinaryData {
     }
 }
 
-fn joined(chunks: Vec<Bytes>) -> Bytes {
-    Received {
-        chunks,
-        ..Received::default()
-    }
-    .joined()
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
+    use super::super::parameters::PARAMETERS_MAX;
     use super::*;
 
     fn model() -> PathModel {
@@ -416,6 +407,19 @@ mod tests {
             length: body.len(),
             held: None,
         }
+    }
+
+    fn parse(
+        received: Received,
+        json_bytes: Option<usize>,
+        model: &PathModel,
+    ) -> Result<ParsedRequest, Error> {
+        let limits = MessageLimits::new(64 << 20, 256 << 20);
+        let reading = Reading {
+            limits: &limits,
+            cancelled: &Cancelled::never(),
+        };
+        super::parse(received, json_bytes, model, reading)
     }
 
     /// The message that a worker reads.
@@ -552,6 +556,88 @@ mod tests {
         .unwrap_err();
         assert_eq!(error.violation().unwrap().field, "inputs[0].data");
         assert!(error.to_string().contains("line 4, column 3"), "{error}");
+    }
+
+    #[test]
+    fn counts_are_bounded_while_they_are_read() {
+        let input = |shape: &str, parameters: &str| {
+            format!(
+                r#"{{"name": "p", "datatype": "INT8", "shape": {shape}, "parameters": {parameters}, "data": []}}"#
+            )
+        };
+        let map = |from: usize, count: usize| {
+            let entries = (from..from + count).map(|number| format!("\"p{number}\": 1"));
+            format!("{{{}}}", entries.collect::<Vec<_>>().join(","))
+        };
+        let list = |entry: &str, count: usize| vec![entry; count].join(",");
+        let one = input("[0]", "{}");
+        let most = format!(r#"{{"inputs": [{}]}}"#, list(&one, TENSORS_MAX));
+        let of = |body: &str| parse(received(body.as_bytes(), 1 << 20), None, &model());
+        assert_eq!(of(&most).unwrap().head.inputs.len(), TENSORS_MAX);
+        let dimensions = format!("[{}]", list("0", DIMENSIONS_MAX + 1));
+        let half = map(0, PARAMETERS_MAX / 2);
+        for (body, field) in [
+            (
+                format!(r#"{{"inputs": [{}]}}"#, list(&one, TENSORS_MAX + 1)),
+                "inputs",
+            ),
+            (
+                format!(
+                    r#"{{"inputs": [], "outputs": [{}]}}"#,
+                    list(r#"{"name": "o"}"#, TENSORS_MAX + 1)
+                ),
+                "outputs",
+            ),
+            (
+                format!(r#"{{"inputs": [{}]}}"#, input(&dimensions, "{}")),
+                "inputs[0].shape",
+            ),
+            (
+                format!(
+                    r#"{{"inputs": [], "parameters": {}}}"#,
+                    map(0, PARAMETERS_MAX + 1)
+                ),
+                "parameters",
+            ),
+            (
+                format!(
+                    r#"{{"inputs": [{one}, {}], "parameters": {half}}}"#,
+                    input("[0]", &map(0, PARAMETERS_MAX / 2 + 1))
+                ),
+                "inputs[1].parameters",
+            ),
+        ] {
+            let error = of(&body).unwrap_err();
+            assert_eq!(error.violation().unwrap().field, field);
+            assert!(error.to_string().contains("4096") || field.ends_with("shape"));
+        }
+    }
+
+    #[test]
+    fn what_numbers_become_is_reserved_before_it_is_made() {
+        let count = 100_000;
+        let data = vec!["0"; count].join(",");
+        let body = format!(
+            r#"{{"inputs": [{{"name": "p", "datatype": "FP64", "shape": [{count}], "data": [{data}]}}]}}"#
+        );
+        let read = |limits: &MessageLimits| {
+            let reading = Reading {
+                limits,
+                cancelled: &Cancelled::never(),
+            };
+            let received = received(body.as_bytes(), 1 << 20);
+            super::parse(received, None, &model(), reading)?.into_message(limits)
+        };
+        let limits = MessageLimits::new(1 << 20, 4 << 20);
+        let (message, _) = read(&limits).unwrap();
+        assert_eq!(limits.budget.used(), message.framed().len());
+        // The tensor's bytes and the message are there at the same time.
+        let full = read(&MessageLimits::new(1 << 20, 15 * count)).unwrap_err();
+        assert_eq!(full.kind(), protocol::Kind::Overloaded);
+        let long = read(&MessageLimits::new(7 * count, 4 << 20)).unwrap_err();
+        assert_eq!(long.kind(), protocol::Kind::TooLarge);
+        drop(message);
+        assert_eq!(limits.budget.used(), 0);
     }
 
     #[test]

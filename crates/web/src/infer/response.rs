@@ -1,6 +1,6 @@
 //! Writes an inference response as JSON, with binary tensors behind it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -10,6 +10,8 @@ use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderName, HeaderValue};
 use http_body::{Frame, SizeHint};
+use platform::pool::Cancelled;
+use prost::Message as _;
 use protocol::inference::infer_parameter::ParameterChoice;
 use protocol::inference::model_infer_response::InferOutputTensor;
 use protocol::inference::{InferParameter, ModelInferResponse};
@@ -18,16 +20,64 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tensor::{Datatype, bytes_elements};
 
-use super::request::OutputFormats;
+use super::super::context::{CallResponse, RequestContext};
+use super::super::reply::{Written, counted};
 use super::{HEADER_LENGTH, not_json};
 
-/// Writes a response in the requested formats.
-pub fn write(response: ModelInferResponse, formats: &OutputFormats) -> Result<Response, Error> {
-    let mut chunks = VecDeque::with_capacity(1 + response.outputs.len());
-    let json = json(&response, formats, &mut chunks)?;
+/// The formats of the outputs.
+#[derive(Debug, Default, PartialEq)]
+pub struct OutputFormats {
+    /// Whether outputs are binary by default.
+    pub binary: bool,
+    /// Whether single outputs are binary.
+    pub outputs: HashMap<String, bool>,
+}
+
+impl OutputFormats {
+    /// Whether an output is binary.
+    pub fn is_binary(&self, output: &str) -> bool {
+        self.outputs.get(output).copied().unwrap_or(self.binary)
+    }
+}
+
+/// Writes a response in the requested formats: on a thread for work if much of it
+/// becomes JSON.
+pub async fn write(
+    context: &RequestContext,
+    response: CallResponse<ModelInferResponse>,
+    formats: OutputFormats,
+) -> Result<Response, Error> {
+    let CallResponse {
+        message,
+        headers,
+        held,
+    } = response;
+    let json_bytes = message.encoded_len() - binary_bytes(&message, &formats);
+    let budget = context.limits.budget.clone();
+    let write = move |cancelled: &Cancelled| {
+        let mut written = Written::new(&budget, cancelled)?;
+        let mut chunks = VecDeque::with_capacity(1 + message.outputs.len());
+        json(&mut written, &message, &formats, &mut chunks)?;
+        let (json, json_held) = written.into_parts();
+        Ok((json, chunks, json_held))
+    };
+    let (json, chunks, json_held) = context.work(json_bytes, write).await?;
+    let mut reply = reply(json, chunks);
+    reply.headers_mut().extend(headers);
+    Ok(counted(reply, (json_held, held)))
+}
+
+/// The bytes of tensors that are not written in JSON.
+fn binary_bytes(response: &ModelInferResponse, formats: &OutputFormats) -> usize {
+    let tensors = response.outputs.iter().zip(&response.raw_output_contents);
+    let binary = tensors.filter(|(output, _)| formats.is_binary(&output.name));
+    binary.map(|(_, raw)| raw.len()).sum()
+}
+
+fn reply(json: Bytes, mut chunks: VecDeque<Bytes>) -> Response {
     let binary = !chunks.is_empty();
     let length = json.len();
-    chunks.push_front(Bytes::from(json));
+    chunks.push_front(json);
     let mut reply = Response::new(Body::new(Chunks(chunks)));
     let headers = reply.headers_mut();
     let kind = if binary {
@@ -38,15 +88,16 @@ pub fn write(response: ModelInferResponse, formats: &OutputFormats) -> Result<Re
         "application/json"
     };
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
-    Ok(reply)
+    reply
 }
 
-/// The JSON; binary tensors are appended to `binary`.
+/// Writes the JSON; binary tensors are appended to `binary`.
 fn json(
+    written: &mut Written<'_>,
     response: &ModelInferResponse,
     formats: &OutputFormats,
     binary: &mut VecDeque<Bytes>,
-) -> Result<Vec<u8>, Error> {
+) -> Result<(), Error> {
     let mut head = Map::new();
     head.insert("model_name".to_owned(), json!(response.model_name));
     head.insert("model_version".to_owned(), json!(response.model_version));
@@ -57,37 +108,31 @@ fn json(
     if !parameters.is_empty() {
         head.insert("parameters".to_owned(), Value::Object(parameters));
     }
-    let mut written = text(&head)?;
+    written.json(&head)?;
     // The outputs follow in the same object.
     written.pop();
-    written.extend_from_slice(b",\"outputs\":[");
+    written.text(",\"outputs\":[")?;
     for (index, output) in response.outputs.iter().enumerate() {
         if index > 0 {
-            written.push(b',');
+            written.text(",")?;
         }
         let raw = response.raw_output_contents.get(index);
         let raw = raw.ok_or_else(|| broken("has no contents"))?;
-        let own = formats.outputs.get(&output.name).copied();
-        if own.unwrap_or(formats.binary) {
-            write_head(&mut written, output, Some(raw.len()))?;
+        if formats.is_binary(&output.name) {
+            written.json(&head_of(output, Some(raw.len())))?;
             binary.push_back(raw.clone());
         } else {
-            write_head(&mut written, output, None)?;
+            written.json(&head_of(output, None))?;
             written.pop();
-            written.extend_from_slice(b",\"data\":");
-            write_data(&mut written, output, raw)?;
-            written.push(b'}');
+            written.text(",\"data\":")?;
+            write_data(written, output, raw)?;
+            written.text("}")?;
         }
     }
-    written.extend_from_slice(b"]}");
-    Ok(written)
+    written.text("]}")
 }
 
-fn write_head(
-    written: &mut Vec<u8>,
-    output: &InferOutputTensor,
-    binary_bytes: Option<usize>,
-) -> Result<(), Error> {
+fn head_of(output: &InferOutputTensor, binary_bytes: Option<usize>) -> Map<String, Value> {
     let mut head = Map::new();
     head.insert("name".to_owned(), json!(output.name));
     head.insert("datatype".to_owned(), json!(output.datatype));
@@ -99,12 +144,15 @@ fn write_head(
     if !parameters.is_empty() {
         head.insert("parameters".to_owned(), Value::Object(parameters));
     }
-    written.extend(text(&head)?);
-    Ok(())
+    head
 }
 
 /// The elements as one flat array.
-fn write_data(written: &mut Vec<u8>, output: &InferOutputTensor, raw: &[u8]) -> Result<(), Error> {
+fn write_data(
+    written: &mut Written<'_>,
+    output: &InferOutputTensor,
+    raw: &[u8],
+) -> Result<(), Error> {
     let datatype: Datatype = output
         .datatype
         .parse()
@@ -116,7 +164,7 @@ fn write_data(written: &mut Vec<u8>, output: &InferOutputTensor, raw: &[u8]) -> 
                 return Err(broken("has too few bytes"));
             }
             let values = values.iter().map(|bytes| <$kind>::from_le_bytes(*bytes));
-            array(written, values, 4 * raw.len() / size_of::<$kind>())
+            array(written, values.map(Ok))
         }};
     }
     let check_finite = |finite: bool| {
@@ -130,7 +178,7 @@ fn write_data(written: &mut Vec<u8>, output: &InferOutputTensor, raw: &[u8]) -> 
         }
     };
     match datatype {
-        Datatype::Bool => array(written, raw.iter().map(|byte| *byte != 0), 5 * raw.len()),
+        Datatype::Bool => array(written, raw.iter().map(|byte| Ok(*byte != 0))),
         Datatype::Uint8 => numbers!(u8),
         Datatype::Uint16 => numbers!(u16),
         Datatype::Uint32 => numbers!(u32),
@@ -157,8 +205,7 @@ fn write_data(written: &mut Vec<u8>, output: &InferOutputTensor, raw: &[u8]) -> 
                 std::str::from_utf8(element)
                     .map_err(|_| not_json(&output.name, "has elements that are not UTF-8"))
             });
-            let texts = texts.collect::<Result<Vec<&str>, Error>>()?;
-            array(written, texts.into_iter(), raw.len())
+            array(written, texts)
         }
         Datatype::Fp16 | Datatype::Bf16 => {
             Err(not_json(&output.name, "has a 16-bit float datatype"))
@@ -167,29 +214,21 @@ fn write_data(written: &mut Vec<u8>, output: &InferOutputTensor, raw: &[u8]) -> 
 }
 
 fn array<T: Serialize>(
-    written: &mut Vec<u8>,
-    values: impl Iterator<Item = T>,
-    bytes: usize,
+    written: &mut Written<'_>,
+    values: impl Iterator<Item = Result<T, Error>>,
 ) -> Result<(), Error> {
-    written.reserve(bytes);
-    written.push(b'[');
-    for value in values {
+    written.text("[")?;
+    for (index, value) in values.enumerate() {
+        if index > 0 {
+            written.text(",")?;
+        }
         // Floats have the fewest digits that are read back as the same bits.
-        serde_json::to_writer(&mut *written, &value).map_err(|_| unwritten())?;
-        written.push(b',');
+        written.json(&value?)?;
     }
-    match written.last_mut() {
-        Some(last) if *last == b',' => *last = b']',
-        _ => written.push(b']'),
-    }
-    Ok(())
+    written.text("]")
 }
 
-fn text(value: &Map<String, Value>) -> Result<Vec<u8>, Error> {
-    serde_json::to_vec(value).map_err(|_| unwritten())
-}
-
-fn parameters(given: &std::collections::HashMap<String, InferParameter>) -> Map<String, Value> {
+fn parameters(given: &HashMap<String, InferParameter>) -> Map<String, Value> {
     let value = |parameter: &InferParameter| {
         Some(match parameter.parameter_choice.as_ref()? {
             ParameterChoice::BoolParam(value) => json!(value),
@@ -207,10 +246,6 @@ fn parameters(given: &std::collections::HashMap<String, InferParameter>) -> Map<
 
 fn broken(what: &str) -> Error {
     Error::new(Kind::Internal, format!("an output {what}"))
-}
-
-fn unwritten() -> Error {
-    Error::new(Kind::Internal, "the response cannot be written")
 }
 
 /// A body of chunks that are not joined.
@@ -244,6 +279,7 @@ impl http_body::Body for Chunks {
 #[cfg(test)]
 mod tests {
     use http_body_util::BodyExt;
+    use platform::grpc::MessageLimits;
     use proptest::prelude::*;
 
     use super::*;
@@ -264,13 +300,19 @@ mod tests {
         }
     }
 
+    fn written(write: impl FnOnce(&mut Written<'_>) -> Result<(), Error>) -> Result<Bytes, Error> {
+        let limits = MessageLimits::new(1 << 20, 1 << 20);
+        let never = Cancelled::never();
+        let mut written = Written::new(&limits.budget, &never)?;
+        write(&mut written)?;
+        Ok(written.into_parts().0)
+    }
+
     fn data(datatype: &str, raw: &[u8]) -> Result<Value, Error> {
         let mut chunks = VecDeque::new();
-        let json = json(
-            &response(datatype, &[1], raw),
-            &OutputFormats::default(),
-            &mut chunks,
-        )?;
+        let response = response(datatype, &[1], raw);
+        let formats = OutputFormats::default();
+        let json = written(|written| json(written, &response, &formats, &mut chunks))?;
         assert!(chunks.is_empty());
         let json: Value = serde_json::from_slice(&json).unwrap();
         assert_eq!(json["model_version"], "2");
@@ -285,7 +327,10 @@ mod tests {
         };
         let message = response("UINT8", &[3], b"abc");
         let address = message.raw_output_contents[0].as_ptr();
-        let response = write(message, &formats).unwrap();
+        assert_eq!(binary_bytes(&message, &formats), 3);
+        let mut chunks = VecDeque::new();
+        let json = written(|written| json(written, &message, &formats, &mut chunks)).unwrap();
+        let response = reply(json, chunks);
         let length: usize = response.headers()[HEADER_LENGTH]
             .to_str()
             .unwrap()
@@ -347,10 +392,11 @@ mod tests {
             if let Ok(data) = data(datatype.name(), &raw) {
                 let count = data.as_array().unwrap().len();
                 let shape = tensor::Shape::from_sizes(vec![count]).unwrap();
-                let mut written = Vec::new();
-                write_data(&mut written, &response(datatype.name(), &[1], &raw).outputs[0], &raw).unwrap();
-                let text = String::from_utf8(written).unwrap();
-                prop_assert_eq!(parse_data(&text, datatype, &shape).unwrap(), raw);
+                let output = &response(datatype.name(), &[1], &raw).outputs[0];
+                let text = written(|written| write_data(written, output, &raw)).unwrap();
+                let text = String::from_utf8(text.to_vec()).unwrap();
+                let never = Cancelled::never();
+                prop_assert_eq!(parse_data(&text, datatype, &shape, &never).unwrap(), raw);
             }
         }
     }

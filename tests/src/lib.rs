@@ -3,6 +3,7 @@
 
 pub mod calls;
 pub mod certificates;
+pub mod costs;
 pub mod flood;
 pub mod generate;
 pub mod load;

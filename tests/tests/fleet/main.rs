@@ -1,9 +1,11 @@
 //! The fleet as its users meet it: processes, clients of other people, faults.
 
+mod budgets;
 mod cache;
 mod conformance;
 mod deadline;
 mod failure;
+mod hostile;
 mod http;
 mod identity;
 mod input;

@@ -5,7 +5,9 @@ mod stream;
 
 use std::sync::LazyLock;
 
-use platform::grpc::{Call, MessageLimits, Reply, code_name, head_code, reject, unary};
+use platform::grpc::{
+    Call, MessageLimits, Metadata, Reply, code_name, decode, frame, head_code, reject, reply,
+};
 use platform::server::Handler;
 use platform::telemetry::TraceParent;
 use platform::{CommonServices, common_path};
@@ -185,13 +187,17 @@ impl Handler for GrpcDoor {
                 peer: &call.peer,
             };
             let Entered { caller, guard } = self.stack.enter(entry).await?;
+            let holder = match action.access() {
+                Access::Open => call.peer.holder(),
+                _ => caller.holder(),
+            };
             let reply = match (action, method) {
                 (Action::Forward(source), Some(method)) => {
                     let request = Request::read(call, method, &layers.limits, caller).await?;
                     self.forward(request, source, &mut record).await?
                 }
                 (Action::ForwardEach(source), Some(method)) => {
-                    stream::forward_each(self.stack.clone(), call, method, source)?
+                    stream::forward_each(self.stack.clone(), call, &caller, method, source)?
                 }
                 (Action::Gather, _) => {
                     stream::gather(&self.stack, call, caller, &mut record).await?
@@ -200,7 +206,7 @@ impl Handler for GrpcDoor {
                 (Action::Unsupported(reason), _) => return Err(Status::unimplemented(reason)),
                 _ => self.common.serve(call).await,
             };
-            Ok::<_, Status>(reply.map(|body| body.guarded(guard)))
+            Ok::<_, Status>(reply.map(|body| body.guarded(guard).held_for(holder)))
         })
         .instrument(span)
         .await;
@@ -293,4 +299,24 @@ impl GrpcDoor {
             }
         }
     }
+}
+
+/// Answers a unary call about the fleet: one message in, one message out.
+async fn unary<Q, A, F>(
+    call: Call,
+    limits: &MessageLimits,
+    respond: impl FnOnce(Q) -> F,
+) -> Result<Reply, Status>
+where
+    Q: prost::Message + Default,
+    A: prost::Message,
+    F: Future<Output = Result<A, Status>>,
+{
+    let method = Method::from_path(call.path());
+    let message = call.into_messages(limits).only().await?;
+    if let Some(method) = method {
+        method.outline(&message.bytes())?;
+    }
+    let response = respond(decode(message.bytes())?).await?;
+    Ok(reply(frame(&response), Metadata::new()))
 }

@@ -3,7 +3,7 @@
 
 use http::{HeaderMap, HeaderValue};
 use platform::grpc::{Call, Message, MessageLimits, frame_bytes};
-use protocol::{Error, MODEL_KEY, Method, Service, Task, VERSION_KEY, peek, renamed};
+use protocol::{Error, MODEL_KEY, Method, Outline, Service, Task, VERSION_KEY, peek, renamed};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -27,6 +27,8 @@ pub struct Request {
     pub caller: Caller,
     /// How the tenant's quotas count it.
     pub unit: QuotaUnit,
+    /// What the message has.
+    outline: Outline,
 }
 
 /// The model that a request names.
@@ -74,6 +76,27 @@ pub struct Usage {
 }
 
 impl Request {
+    /// A request of a caller; an error when its message is no request of the
+    /// method, or has more parts than any model takes.
+    pub fn new(
+        method: Method,
+        headers: HeaderMap,
+        message: Message,
+        deadline: Instant,
+        caller: Caller,
+    ) -> Result<Self, Error> {
+        let outline = method.outline(unframed(&message))?;
+        Ok(Self {
+            method,
+            headers,
+            message,
+            deadline,
+            caller,
+            unit: QuotaUnit::Request,
+            outline,
+        })
+    }
+
     /// A request that the gateway makes itself, to one worker.
     pub fn internal(method: Method, message: &impl prost::Message, deadline: Instant) -> Self {
         Self {
@@ -83,6 +106,7 @@ impl Request {
             deadline,
             caller: Caller::gateway(),
             unit: QuotaUnit::Request,
+            outline: Outline::default(),
         }
     }
 
@@ -94,15 +118,10 @@ impl Request {
         caller: Caller,
     ) -> Result<Self, Status> {
         let deadline = call.deadline;
-        let (head, messages) = call.into_parts(limits);
-        Ok(Self {
-            method,
-            headers: forwarded_headers(head.headers),
-            message: messages.only().await?,
-            deadline,
-            caller,
-            unit: QuotaUnit::Request,
-        })
+        let (head, messages) = call.into_parts(&limits.held_by(caller.holder()));
+        let headers = forwarded_headers(head.headers);
+        let message = messages.only().await?;
+        Ok(Self::new(method, headers, message, deadline, caller)?)
     }
 
     /// The model that the request names.
@@ -122,13 +141,20 @@ impl Request {
 
     /// The rows of the request; 0 for a method that computes nothing.
     pub fn rows(&self) -> u64 {
-        self.method.rows(self.bytes())
+        self.outline.rows
     }
 
-    /// The same request with another message.
+    /// What its message has.
+    pub fn outline(&self) -> Outline {
+        self.outline
+    }
+
+    /// The same request with another message, for some of its rows.
     #[must_use]
     pub fn with_message(&self, message: Message) -> Self {
+        let outline = self.method.outline(unframed(&message));
         Self {
+            outline: outline.unwrap_or(self.outline),
             method: self.method,
             headers: self.headers.clone(),
             message,
@@ -148,8 +174,15 @@ impl Request {
         } else {
             Message::from_framed(self.message.framed().clone())
         };
-        let mut request = self.with_message(message);
-        request.deadline = deadline;
+        let mut request = Self {
+            method: self.method,
+            headers: self.headers.clone(),
+            message,
+            deadline,
+            caller: self.caller.clone(),
+            unit: self.unit,
+            outline: self.outline,
+        };
         request.headers.remove(VERSION_KEY);
         if let Ok(value) = HeaderValue::try_from(name)
             && !in_message
@@ -161,9 +194,13 @@ impl Request {
 
     /// The encoded message, without its frame.
     pub fn bytes(&self) -> &[u8] {
-        let framed = self.message.framed();
-        framed.get(FRAME_PREFIX_BYTES..).unwrap_or_default()
+        unframed(&self.message)
     }
+}
+
+fn unframed(message: &Message) -> &[u8] {
+    let framed = message.framed();
+    framed.get(FRAME_PREFIX_BYTES..).unwrap_or_default()
 }
 
 fn selector_of_metadata(

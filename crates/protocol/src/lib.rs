@@ -5,6 +5,7 @@ mod error;
 mod field;
 mod ids;
 mod method;
+mod outline;
 mod peek;
 mod repository;
 mod request;
@@ -20,7 +21,8 @@ pub use error::{Error, Fault, Kind, Violation};
 pub use field::{FieldPath, Segment};
 pub use ids::{ModelName, ModelVersion};
 pub use method::{Method, Service};
-pub use peek::{Peeked, peek, peek_count, peek_rows, renamed, with_final_response_flag};
+pub use outline::{FIELDS_MAX, Outline, PARTS_MAX};
+pub use peek::{Peeked, peek, renamed, with_final_response_flag};
 pub use repository::{check_repository_name, load_target, unload_target};
 pub use request::{
     InferRequest, Input, Parameters, Value, checked_dimensions, stream_failure, to_response,

@@ -4,28 +4,7 @@
     reason = "generated: each match has an arm for each method"
 )]
 
-use crate::{peek_count, peek_rows};
-
 include!(concat!(env!("OUT_DIR"), "/methods.rs"));
-
-/// The field of a `RerankRequest` that holds the texts.
-const RERANK_TEXTS: u32 = 2;
-
-impl Method {
-    /// The rows that an encoded message of this method brings: what a batch, a
-    /// quota and the metrics count. Methods that compute nothing on a device
-    /// have none.
-    pub fn rows(self, message: &[u8]) -> u64 {
-        match self {
-            Self::ModelInfer | Self::ModelStreamInfer => peek_rows(message),
-            Self::Rerank => peek_count(message, RERANK_TEXTS),
-            _ => match self.service() {
-                Service::Embed | Service::Predict | Service::Rerank => 1,
-                Service::Inference | Service::TeiInfo | Service::Tokenize | Service::Report => 0,
-            },
-        }
-    }
-}
 
 #[cfg(test)]
 mod tests {
@@ -91,28 +70,5 @@ mod tests {
         }
         let streams = Method::ALL.into_iter().filter(|m| m.is_client_streaming());
         assert!(streams.into_iter().all(|stream| stream.unary().is_some()));
-    }
-
-    #[test]
-    fn rows_are_those_of_the_message() {
-        let rerank = crate::tei::v1::RerankRequest {
-            texts: vec!["a".into(), "b".into(), "c".into()],
-            ..Default::default()
-        };
-        let bytes = rerank.encode_to_vec();
-        assert_eq!(Method::Rerank.rows(&bytes), 3);
-        assert_eq!(Method::Embed.rows(&bytes), 1);
-        assert_eq!(Method::Tokenize.rows(&bytes), 0);
-        assert_eq!(Method::TeiInfo.rows(&bytes), 0);
-        assert_eq!(Method::ModelMetadata.rows(&bytes), 0);
-        let infer = crate::inference::ModelInferRequest {
-            inputs: vec![crate::inference::model_infer_request::InferInputTensor {
-                shape: vec![5, 2],
-                ..Default::default()
-            }],
-            raw_input_contents: vec![vec![0; 10].into()],
-            ..Default::default()
-        };
-        assert_eq!(Method::ModelInfer.rows(&infer.encode_to_vec()), 5);
     }
 }

@@ -105,14 +105,9 @@ impl RequestContext {
         message: Message,
         plan: &Plan,
     ) -> Result<CallResponse<M>, Error> {
-        let request = Request {
-            method,
-            headers: self.headers.clone(),
-            message,
-            deadline: self.deadline,
-            caller: self.caller.clone(),
-            unit: self.unit(),
-        };
+        let (headers, caller) = (self.headers.clone(), self.caller.clone());
+        let mut request = Request::new(method, headers, message, self.deadline, caller)?;
+        request.unit = self.unit();
         let response = self.stack.run(plan, &request).await;
         let mut response = response.map_err(|status| Error::from_status(&status))?;
         let mut headers = HeaderMap::new();

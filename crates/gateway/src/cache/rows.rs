@@ -18,6 +18,8 @@ use crate::request::Request;
 
 /// Rows of a request that is cached: larger requests are seldom repeated.
 const ROWS_MAX: usize = 4096;
+/// Fields of a request that is cached: each is a value to decode and to hash.
+const FIELDS_MAX: u64 = 1 << 16;
 /// Bytes of a request that is cached: to hash them takes some milliseconds.
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
 
@@ -67,6 +69,10 @@ pub struct ComputedUsage {
 pub fn split_request(request: &Request, source: &KeyContext<'_>) -> Option<Box<dyn RowRequest>> {
     let framed = request.message.framed();
     if framed.len() < 5 || framed.len() > MESSAGE_BYTES_MAX {
+        return None;
+    }
+    let outline = request.outline();
+    if outline.rows > ROWS_MAX as u64 || outline.fields > FIELDS_MAX {
         return None;
     }
     let message = framed.slice(5..);

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use crate::policy::Caller;
-use crate::request::{CREDENTIALS, QuotaUnit, Request, SelectorSource, forwarded_headers};
+use crate::request::{CREDENTIALS, Request, SelectorSource, forwarded_headers};
 use crate::route::Plan;
 use crate::stack::{
     Access, CallRecord, Chat, ChatStreaming, Entered, Entry, EntryGuard, EntryKind, Stack, rescue,
@@ -50,16 +50,18 @@ struct MessageStream {
 pub fn forward_each(
     stack: Stack,
     call: Call,
+    caller: &Caller,
     method: Method,
     source: SelectorSource,
 ) -> Result<Reply, Status> {
+    let holder = caller.holder();
     let settings = StreamSettings {
         concurrency: CONCURRENCY,
         deadline: call.stream_deadline,
         drain: stack.0.drain.clone(),
-        open: stack.0.streams.open(&call.peer, &call.peer.holder())?,
+        open: stack.0.streams.open(&call.peer, &holder)?,
     };
-    let limits = stack.0.limits.clone();
+    let limits = stack.0.limits.held_by(holder.clone());
     let (timeout, deadline) = (call.deadline - call.arrived, call.stream_deadline);
     let peer = call.peer.clone();
     let (head, messages) = call.into_parts(&limits);
@@ -73,7 +75,7 @@ pub fn forward_each(
         timeout,
         deadline,
     });
-    Ok(bidirectional(messages, settings, move |message| {
+    let reply = bidirectional(messages, settings, move |message| {
         let shared = shared.clone();
         async move {
             match shared.source {
@@ -81,7 +83,8 @@ pub fn forward_each(
                 SelectorSource::Metadata(_) => shared.forward(message).await.map(Responses::One),
             }
         }
-    }))
+    });
+    Ok(reply.map(|body| body.held_for(holder)))
 }
 
 /// The headers with the caller's credential; they are never logged.
@@ -114,16 +117,11 @@ impl MessageStream {
             peer: &self.peer,
         };
         let Entered { caller, guard } = self.stack.enter(entry).await?;
-        let request = Request {
-            method: self.method,
-            headers: self.headers.clone(),
-            message,
-            deadline: self
-                .deadline
-                .unwrap_or_else(|| Instant::now() + self.timeout),
-            caller,
-            unit: QuotaUnit::Request,
-        };
+        let deadline = self
+            .deadline
+            .unwrap_or_else(|| Instant::now() + self.timeout);
+        let headers = self.headers.clone();
+        let request = Request::new(self.method, headers, message, deadline, caller)?;
         let selector = request.selector(self.source)?;
         let plan = self.stack.route(&selector, &request.caller)?;
         Ok(Planned {
@@ -210,25 +208,20 @@ pub async fn gather(
     record: &mut CallRecord,
 ) -> Result<Reply, Status> {
     let deadline = call.deadline;
-    let limits = &stack.0.limits;
+    let limits = &stack.0.limits.held_by(caller.holder());
     let (head, mut messages) = call.into_parts(limits);
     let headers = forwarded_headers(head.headers);
     let mut gathering = RerankGathering::default();
     let mut held = Vec::new();
     while let Some(message) = messages.next().await? {
         gathering.reserve(message.framed().len(), limits.message_bytes_max)?;
+        Method::RerankStream.outline(&message.bytes())?;
         gathering.push(decode(message.bytes())?, TEXTS_MAX)?;
         // Held until the response, so that its bytes count as in flight.
         held.push(message);
     }
-    let request = Request {
-        method: Method::Rerank,
-        headers,
-        message: Message::encode(&gathering.into_request()),
-        deadline,
-        caller,
-        unit: QuotaUnit::Request,
-    };
+    let message = Message::encode(&gathering.into_request());
+    let request = Request::new(Method::Rerank, headers, message, deadline, caller)?;
     let selector = request.selector(SelectorSource::Metadata(&[Task::Rerank]))?;
     let plan = stack.route(&selector, &request.caller)?;
     plan.name().clone_into(&mut record.model);

@@ -210,6 +210,11 @@ impl Andon {
         send(&self.child, signal)
     }
 
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
     /// Waits for its end.
     pub async fn ended(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let started = Instant::now();

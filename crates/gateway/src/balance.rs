@@ -5,18 +5,23 @@
 //! workers (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing",
 //! 2001). Failed calls are retried at another worker within a retry budget, after
 //! gRFC A6: a failure costs one token, a success returns a tenth of one, and no
-//! call is retried while half of the tokens or fewer are left. A call that no
-//! worker has processed is retried at no cost.
+//! call is retried while half of the tokens or fewer are left. Each caller has a
+//! budget of its own. A call that no worker has processed is retried at no cost.
+//! A call on which workers break is contained by `suspects`.
 
 mod metrics;
+mod suspects;
 
 pub use metrics::BalanceMetrics;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use http::StatusCode;
 use platform::grpc::MessageLimits;
-use platform::retry_budget::RetryBudget;
+use platform::pot::Holder;
+use platform::retry_budget::RetryBudgets;
 use protocol::{Error, Kind};
 use tokio::time::Instant;
 use tonic::Code;
@@ -24,9 +29,12 @@ use tonic::Code;
 use crate::request::Request;
 use crate::route::{Route, no_worker_reachable};
 use crate::upstream::{Response, SendError, SendOptions, Upstream};
+use suspects::Suspects;
 
 /// Attempts of one call, the first included.
 const ATTEMPTS_MAX: usize = 5;
+/// Workers that may break on a call before it is refused for it.
+const LOSSES_MAX: usize = 1;
 /// The backoff, before its doubling, at a worker that has just failed the same
 /// call.
 const BACKOFF: Duration = Duration::from_millis(20);
@@ -35,7 +43,8 @@ const NOT_FOUND: &str = "not_found";
 /// The load balancer.
 #[derive(Debug)]
 pub struct Balance {
-    budget: RetryBudget,
+    budgets: RetryBudgets,
+    suspects: Suspects,
     limits: MessageLimits,
     metrics: BalanceMetrics,
 }
@@ -58,15 +67,20 @@ struct RetryableFailure {
     reason: &'static str,
     /// Whether a retry costs a token.
     costs: bool,
+    /// Whether the worker, its connection or the stream broke with the call in
+    /// flight: the call itself may be the reason.
+    lost: bool,
     /// The retry delay that the worker requests (pushback).
     pause: Option<Duration>,
 }
 
 impl Balance {
-    /// Balances with a retry budget of `retry_tokens`; `limits` bounds responses.
+    /// Balances with a retry budget of `retry_tokens` for each caller; `limits`
+    /// bounds responses.
     pub fn new(retry_tokens: u32, limits: MessageLimits, metrics: BalanceMetrics) -> Self {
         Self {
-            budget: RetryBudget::new(retry_tokens),
+            budgets: RetryBudgets::new(retry_tokens),
+            suspects: Suspects::default(),
             limits,
             metrics,
         }
@@ -74,13 +88,32 @@ impl Balance {
 
     /// Sends a call until a worker responds, the deadline or the retry budget
     /// forbids a further attempt, or no worker is left. Every call that comes here
-    /// is idempotent: it computes and changes nothing, and may be sent twice.
-    pub async fn send(&self, route: &Route, request: &Request) -> Result<Response, Error> {
+    /// is idempotent: it computes and changes nothing, and may be sent twice. After
+    /// a worker broke on it, it is sent to at most one more.
+    /// `at_worker` is true while a worker has the call.
+    pub async fn send(
+        &self,
+        route: &Route,
+        request: &Request,
+        at_worker: &AtomicBool,
+    ) -> Result<Response, Error> {
+        if self.suspects.refuses(request) {
+            self.metrics.poisonous.inc();
+            return Err(poisonous());
+        }
+        let holder = request.caller.holder();
         // By address: a worker is tried again only when no other is left.
         let mut tried: Vec<usize> = Vec::new();
         let mut last = Err(no_worker_reachable());
+        let (mut losses, mut late) = (0, 0);
         for number in 0..ATTEMPTS_MAX {
-            let Some((upstream, tried_before)) = pick(route, &tried) else {
+            let apart = if losses > 0 {
+                self.suspects.pick(route, &tried, &holder).await
+            } else {
+                None
+            };
+            let picked = apart.as_ref().map(|apart| (&apart.upstream, false));
+            let Some((upstream, tried_before)) = picked.or_else(|| pick(route, &tried)) else {
                 break;
             };
             if tried_before && number > 0 {
@@ -88,26 +121,37 @@ impl Balance {
             }
             tried.push(Arc::as_ptr(upstream).addr());
             let options = SendOptions {
+                model: route.name(),
                 number,
                 chosen: route.chosen.as_ref(),
                 limits: Some(&self.limits),
             };
+            at_worker.store(true, Ordering::Relaxed);
             let sent = upstream.send(request, options).await;
-            let failure = match self.classify(upstream, sent) {
+            at_worker.store(false, Ordering::Relaxed);
+            let failure = match self.classify(upstream, sent, &holder) {
                 Outcome::Responded(response) => return Ok(response),
                 Outcome::Failed(error) => return Err(error),
                 Outcome::Retryable(failure) => failure,
             };
             last = failure.last;
-            if failure.costs && !self.budget.failed() {
-                self.metrics.budget_exhausted.inc();
-                break;
+            losses += usize::from(failure.lost);
+            if losses > LOSSES_MAX {
+                return Err(self.poisonous(route, request));
             }
             let pause = failure.pause.unwrap_or_default();
             if Instant::now() + pause >= request.deadline {
                 break;
             }
-            if failure.reason == NOT_FOUND && number > 0 {
+            // What was refused because its caller does not wait for long enough
+            // shows no fault of a worker: it costs nothing, and is tried once more.
+            let is_late = is_late(&last, request.deadline);
+            late += usize::from(is_late);
+            if late > 1 || (failure.reason == NOT_FOUND && number > 0) {
+                break;
+            }
+            if failure.costs && !is_late && !self.budgets.failed(&holder) {
+                self.metrics.budget_exhausted.inc();
                 break;
             }
             if number + 1 < ATTEMPTS_MAX {
@@ -118,10 +162,28 @@ impl Balance {
         last
     }
 
-    fn classify(&self, upstream: &Upstream, sent: Result<Response, SendError>) -> Outcome {
+    /// The error of a call after which two workers were lost.
+    fn poisonous(&self, route: &Route, request: &Request) -> Error {
+        tracing::error!(
+            model = route.name(),
+            method = request.method.name(),
+            tenant = request.caller.tenant.name,
+            "two workers broke on one request: it is refused for a minute"
+        );
+        self.suspects.refuse(request);
+        self.metrics.poisonous.inc();
+        poisonous()
+    }
+
+    fn classify(
+        &self,
+        upstream: &Upstream,
+        sent: Result<Response, SendError>,
+        holder: &Holder,
+    ) -> Outcome {
         let response = match sent {
             Ok(response) => response,
-            Err(error) => return self.classify_error(upstream, error),
+            Err(error) => return classify_error(upstream, error),
         };
         if matches!(
             response.code(),
@@ -138,7 +200,7 @@ impl Balance {
             // The model left this worker a moment ago: one retry is enough.
             Code::NotFound => NOT_FOUND,
             _ => {
-                self.budget.succeeded();
+                self.budgets.succeeded(holder);
                 return Outcome::Responded(response);
             }
         };
@@ -152,38 +214,92 @@ impl Balance {
                 last: Ok(response),
                 reason,
                 costs: reason != NOT_FOUND,
+                lost: false,
                 pause: pushback.and_then(Result::ok).map(Duration::from_millis),
             }),
         }
     }
+}
 
-    fn classify_error(&self, upstream: &Upstream, error: SendError) -> Outcome {
-        // The log has the worker's address; callers get none.
-        tracing::debug!(worker = %upstream.target, %error, "a call failed");
-        let message = format!("a worker failed: {error}");
-        let (reason, costs) = match error {
-            SendError::NotSent(_) => ("not_sent", false),
-            SendError::Broken(_) => ("broken", true),
-            SendError::TooLarge(_) => {
-                upstream.succeeded();
-                return Outcome::Failed(Error::new(Kind::TooLarge, message));
-            }
-            SendError::NoRoom => {
-                upstream.succeeded();
-                let retry_after = Duration::from_millis(100);
-                return Outcome::Failed(Error::overloaded(message, retry_after));
-            }
-        };
-        // A connection that was closed in order is no fault of the worker.
-        if costs {
-            upstream.failed();
-        }
+/// Whether a worker refused a call because it would wait for longer than its
+/// caller does.
+fn is_late(last: &Result<Response, Error>, deadline: Instant) -> bool {
+    let Ok(response) = last else { return false };
+    let status = response.status();
+    let retry_after = status.and_then(|status| Error::from_status(&status).retry_after());
+    retry_after.is_some_and(|after| Instant::now() + after >= deadline)
+}
+
+fn poisonous() -> Error {
+    let message = "two workers failed while they processed this request: it is not sent again";
+    Error::new(Kind::Internal, message)
+}
+
+/// What an error says about the worker and about the call.
+fn classify_error(upstream: &Upstream, error: SendError) -> Outcome {
+    // The log has the worker's address; callers get none.
+    tracing::debug!(worker = %upstream.target, %error, "a call failed");
+    let message = format!("a worker failed: {error}");
+    let failed = |error| {
+        upstream.succeeded();
+        Outcome::Failed(error)
+    };
+    let retryable = |reason, lost| {
         Outcome::Retryable(RetryableFailure {
-            last: Err(Error::new(Kind::NotReady, message)),
+            last: Err(Error::new(Kind::NotReady, message.clone())),
             reason,
-            costs,
+            costs: reason != "not_sent",
+            lost,
             pause: None,
         })
+    };
+    match error {
+        // A connection that was closed in order is no fault of the worker.
+        SendError::NotSent(_) => {
+            upstream.abandoned();
+            retryable("not_sent", false)
+        }
+        SendError::Broken(_) => {
+            upstream.failed();
+            retryable("broken", true)
+        }
+        // The other calls on the connection go on, so that the worker is well.
+        SendError::Reset(_) => {
+            upstream.abandoned();
+            retryable("reset", true)
+        }
+        SendError::Http(status) if is_of_request(status) => failed(of_request(status)),
+        SendError::Http(_) => {
+            upstream.failed();
+            retryable("unavailable", false)
+        }
+        SendError::TooLarge(_) => failed(Error::new(Kind::TooLarge, message)),
+        SendError::NoRoom => failed(Error::overloaded(message, Duration::from_millis(100))),
+    }
+}
+
+/// Whether a status of HTTP is about the request: the next worker would refuse it
+/// as well.
+fn is_of_request(status: StatusCode) -> bool {
+    status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS
+}
+
+fn of_request(status: StatusCode) -> Error {
+    match status {
+        StatusCode::PAYLOAD_TOO_LARGE => Error::new(
+            Kind::TooLarge,
+            "the message is over the limit of the worker",
+        ),
+        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => {
+            Error::invalid("metadata", "is over the limit of the worker")
+        }
+        status => {
+            let reason = format!(
+                "was refused by the worker with HTTP status {}",
+                status.as_u16()
+            );
+            Error::invalid("message", reason)
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use platform::channel::{Channel, Target};
 use platform::grpc::decode;
 use platform::shards::Shards;
 use platform::tasks::{OwnedTask, spawn_owned};
+use platform::watchdog::Starvation;
 use protocol::Method;
 use protocol::andon::v1::{ModelReport, WatchReportRequest, WatchReportResponse};
 use protocol::inference::{RepositoryIndexRequest, RepositoryIndexResponse};
@@ -29,6 +30,10 @@ const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// The timeout of a report. A worker reports every second; one that is silent for
 /// longer hangs.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
+/// A worker that was not heard of for so long is silent: it reports every second.
+const SILENCE: Duration = Duration::from_secs(2);
+/// How long the workers are kept when most of them fall silent at once.
+const KEPT_MAX: Duration = Duration::from_secs(60);
 /// How often closed connections are replaced.
 const REPLACE_INTERVAL: Duration = Duration::from_millis(20);
 /// How often a worker that sends no reports is polled.
@@ -47,6 +52,8 @@ pub struct DiscoverSettings {
     pub connections: usize,
     /// The threads that drive the connections.
     pub shards: Arc<Shards>,
+    /// How late this process itself was lately.
+    pub starvation: Starvation,
 }
 
 /// The workers of the fleet now.
@@ -56,6 +63,7 @@ pub struct Discovery {
     metrics: UpstreamMetrics,
     connections: usize,
     shards: Arc<Shards>,
+    starvation: Starvation,
     workers: Mutex<BTreeMap<String, DiscoveredWorker>>,
 }
 
@@ -82,6 +90,7 @@ pub fn start(
         metrics,
         connections: settings.connections,
         shards: settings.shards,
+        starvation: settings.starvation,
         workers: Mutex::default(),
     });
     for target in settings.targets {
@@ -113,7 +122,8 @@ impl Discovery {
             worker.sources.insert(source.to_owned());
             return;
         }
-        let upstream = Arc::new(Upstream::new(target, self.metrics.of(key.clone())));
+        let (metrics, starvation) = (self.metrics.of(key.clone()), self.starvation.clone());
+        let upstream = Arc::new(Upstream::new(target, metrics, starvation));
         let (discovery, worker) = (Arc::downgrade(self), upstream.clone());
         let (connections, shards) = (self.connections, self.shards.clone());
         let task = spawn_owned(async move {
@@ -122,7 +132,11 @@ impl Discovery {
                     discovery.rebuild();
                 }
             };
-            keep_connected(&worker, connections, &shards, changed).await;
+            let excused = || {
+                let discovery = discovery.upgrade();
+                discovery.is_some_and(|discovery| discovery.excuses(&worker))
+            };
+            keep_connected(&worker, connections, &shards, &changed, &excused).await;
         });
         let worker = DiscoveredWorker {
             upstream,
@@ -154,6 +168,35 @@ impl Discovery {
         let upstreams = workers.values().map(|worker| worker.upstream.clone());
         // Under the lock, so that an older table never replaces a newer one.
         self.routes.rebuild(upstreams.collect());
+    }
+
+    /// Whether the silence of a worker is no fault of its own: this process was
+    /// late itself, and has not read what the worker sent meanwhile; or most
+    /// workers fell silent at once, which is a fault on this side too.
+    fn excuses(&self, silent: &Upstream) -> bool {
+        let silence = silent.silence();
+        let late = self.starvation.recent();
+        if silence < REPORT_TIMEOUT + late {
+            return true;
+        }
+        let workers = self.lock();
+        let reachable = workers.values().map(|worker| &worker.upstream);
+        let reachable: Vec<_> = reachable.filter(|one| one.reachable()).collect();
+        let count = reachable
+            .iter()
+            .filter(|one| one.silence() >= SILENCE)
+            .count();
+        let most = reachable.len() > 1 && count * 2 > reachable.len();
+        let kept = most && silence < KEPT_MAX;
+        if kept {
+            tracing::warn!(
+                worker = %silent.target,
+                silent = count,
+                of = reachable.len(),
+                "most workers are silent at once: they are kept, the fault may be here"
+            );
+        }
+        kept
     }
 
     /// Follows the addresses of a DNS name.
@@ -189,7 +232,8 @@ async fn keep_connected(
     upstream: &Upstream,
     connections: usize,
     shards: &Shards,
-    changed: impl Fn(),
+    changed: &impl Fn(),
+    excused: &impl Fn() -> bool,
 ) {
     let mut backoff = BACKOFF;
     loop {
@@ -197,8 +241,9 @@ async fn keep_connected(
             Ok(()) => {
                 backoff = BACKOFF;
                 upstream.reset_circuit();
+                upstream.heard();
                 let reason = tokio::select! {
-                    reason = follow(upstream, &changed) => reason,
+                    reason = follow(upstream, changed, excused) => reason,
                     reason = replace_closed(upstream, shards) => reason,
                 };
                 tracing::info!(worker = %upstream.target, reason = reason.message(), "lost");
@@ -254,7 +299,7 @@ async fn replace_closed(upstream: &Upstream, shards: &Shards) -> Status {
 
 /// Follows the reports of a worker on a connection of their own, until the worker
 /// is unreachable or hangs. Returns the reason.
-async fn follow(upstream: &Upstream, changed: &impl Fn()) -> Status {
+async fn follow(upstream: &Upstream, changed: &impl Fn(), excused: &impl Fn() -> bool) -> Status {
     loop {
         let channel = match Channel::connect(&upstream.target, CONNECT_TIMEOUT).await {
             Ok(channel) => channel,
@@ -262,6 +307,9 @@ async fn follow(upstream: &Upstream, changed: &impl Fn()) -> Status {
         };
         match watch_reports(upstream, &channel, changed).await {
             Err(status) if status.code() == Code::DeadlineExceeded => {
+                if excused() {
+                    continue;
+                }
                 // It hangs: its calls in flight are aborted, and retried elsewhere.
                 upstream.abort();
                 return status;
@@ -281,7 +329,14 @@ async fn watch_reports(
 ) -> Result<(), Status> {
     let deadline = Instant::now() + Duration::from_secs(365 * 24 * 3600);
     let request = Request::internal(Method::WatchReport, &WatchReportRequest {}, deadline);
-    let mut body = match upstream.open(channel, &request).await {
+    let silent = || Status::deadline_exceeded("no report within the timeout");
+    // A worker of this process shares its threads: it is late with them, never silent.
+    let timeout = match upstream.target {
+        Target::Memory(_) => deadline.saturating_duration_since(Instant::now()),
+        Target::Tcp(_) | Target::Tls(..) => REPORT_TIMEOUT,
+    };
+    let opened = tokio::time::timeout(timeout, upstream.open(channel, &request)).await;
+    let mut body = match opened.map_err(|_| silent())? {
         Ok(body) => body,
         Err(status) if status.code() == Code::Unimplemented => {
             return poll_index(upstream, channel, changed).await;
@@ -292,9 +347,9 @@ async fn watch_reports(
     changed();
     let mut buffer = bytes::BytesMut::new();
     loop {
-        let frame = tokio::time::timeout(REPORT_TIMEOUT, body.frame())
+        let frame = tokio::time::timeout(timeout, body.frame())
             .await
-            .map_err(|_| Status::deadline_exceeded("no report within the timeout"))?;
+            .map_err(|_| silent())?;
         let Some(frame) = frame else {
             return Ok(());
         };

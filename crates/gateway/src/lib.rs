@@ -90,8 +90,9 @@ pub struct GatewaySettings {
     /// Calls that may be in flight; more are refused at once (load shedding)
     #[arg(long, value_name = "COUNT", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
     pub calls_max: u32,
-    /// Tokens of the retry budget, as in gRFC A6: half of them are failures in a
-    /// row that are retried
+    /// Tokens of each caller's retry budget, as in gRFC A6: half of them are
+    /// failures in a row that are retried; all callers together have four times as
+    /// many
     #[arg(long, value_name = "COUNT", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub retry_tokens: u32,
     /// Connections to each worker from each thread of the gateway
@@ -227,6 +228,7 @@ impl Gateway {
                 interval: fleet.dns_interval,
                 connections: settings.worker_connections as usize,
                 shards: process.shards.clone(),
+                starvation: process.starvation.clone(),
             },
             server: Server {
                 name: "gateway",

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -123,6 +124,10 @@ pub struct Tenant {
     pub priority: bool,
     /// The value of [`protocol::LANE_KEY`]: the same in every gateway.
     pub lane: HeaderValue,
+    /// Whose share of what all callers share its calls take.
+    pub holder: Holder,
+    /// Whether the policy has other tenants, which need their shares.
+    pub has_others: bool,
     /// Tenants of one scope share cached responses; the tenant's own name unless
     /// the policy sets another.
     pub cache_scope: String,
@@ -168,6 +173,33 @@ pub struct Caller {
     /// The address of the peer where nobody authenticates: without tenants,
     /// shares are held by address.
     pub address: Option<IpAddr>,
+    /// How far the call came, for what it took first.
+    pub progress: Option<CallProgress>,
+}
+
+/// How far a call came: what it took of a quota before its model was known is
+/// given back when a later limit refuses it. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct CallProgress(Arc<AtomicU8>);
+
+const REFUSED: u8 = 1;
+const SENT: u8 = 2;
+
+impl CallProgress {
+    /// A limit refused the call.
+    pub fn refused(&self) {
+        self.0.fetch_or(REFUSED, Ordering::Relaxed);
+    }
+
+    /// The call, or one of several for a request, is sent to a model.
+    pub fn sent(&self) {
+        self.0.fetch_or(SENT, Ordering::Relaxed);
+    }
+
+    /// Whether a limit refused all that there was of the call.
+    pub fn nothing_sent(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == REFUSED
+    }
 }
 
 impl Policy {
@@ -201,6 +233,8 @@ impl Tenant {
             weight: 1,
             priority: false,
             lane: lane(b"anyone"),
+            holder: Holder::Tenant("anyone".into()),
+            has_others: false,
             cache_scope: "anyone".to_owned(),
             quota: Quota::default(),
             model_quotas: Vec::new(),
@@ -229,6 +263,7 @@ impl Caller {
             tenant,
             credential: credential.into(),
             address: None,
+            progress: None,
         }
     }
 
@@ -237,20 +272,21 @@ impl Caller {
         Self::new(Arc::new(Tenant::anyone()), "")
     }
 
-    /// For whom what it takes of shared capacities is held.
-    pub fn holder(&self) -> Holder {
-        match self.address {
-            None => Holder::Tenant(self.tenant.name.as_str().into()),
-            Some(address) => Holder::peer(address),
-        }
-    }
-
     /// The lane of its calls in the queues of workers.
     pub fn lane(&self) -> HeaderValue {
         match self.address {
             None => self.tenant.lane.clone(),
             Some(IpAddr::V4(address)) => lane(&address.octets()),
             Some(IpAddr::V6(address)) => lane(&address.octets()),
+        }
+    }
+
+    /// Whose share of what all callers share its calls take: the tenant's, or
+    /// that of the address where nobody authenticates.
+    pub fn holder(&self) -> Holder {
+        match self.address {
+            None => self.tenant.holder.clone(),
+            Some(address) => Holder::peer(address),
         }
     }
 

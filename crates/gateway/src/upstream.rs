@@ -9,8 +9,9 @@ pub use metrics::{UpstreamMetrics, WorkerMetrics};
 pub use response::{Response, SendError};
 
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::uri::{Authority, PathAndQuery, Scheme};
@@ -19,6 +20,7 @@ use platform::channel::{Channel, ChannelError, Incoming, Target};
 use platform::circuit_breaker::CircuitBreaker;
 use platform::grpc::{MessageLimits, head_status};
 use platform::shards;
+use platform::watchdog::Starvation;
 use protocol::andon::v1::WatchReportResponse;
 use protocol::{Error, LANE_CROSS_KEY, LANE_KEY, MODEL_KEY, Method};
 use tokio::time::Instant;
@@ -36,8 +38,15 @@ pub struct Upstream {
     channels: RwLock<Vec<Vec<Arc<Channel>>>>,
     next_channel: AtomicUsize,
     report: RwLock<Arc<WatchReportResponse>>,
+    created: Instant,
+    /// When the last report came, in milliseconds after the creation.
+    reported_ms: AtomicU64,
     in_flight: AtomicUsize,
     breaker: CircuitBreaker,
+    /// The longest response of late, in microseconds; each shorter one takes it
+    /// a step down.
+    slowest_us: AtomicU64,
+    starvation: Starvation,
     metrics: WorkerMetrics,
 }
 
@@ -50,6 +59,8 @@ impl fmt::Debug for Upstream {
 /// How one attempt of a call is sent to a worker.
 #[derive(Debug, Clone, Copy)]
 pub struct SendOptions<'a> {
+    /// The name of the model.
+    pub model: &'a str,
     /// The number of earlier attempts.
     pub number: usize,
     /// The name of the model, for a call that names none.
@@ -69,6 +80,7 @@ pub struct ChannelIndex {
 impl SendOptions<'_> {
     fn first() -> Self {
         Self {
+            model: "",
             number: 0,
             chosen: None,
             limits: None,
@@ -78,7 +90,7 @@ impl SendOptions<'_> {
 
 impl Upstream {
     /// A worker that is not connected yet.
-    pub fn new(target: Target, metrics: WorkerMetrics) -> Self {
+    pub fn new(target: Target, metrics: WorkerMetrics, starvation: Starvation) -> Self {
         let authority = match &target {
             Target::Tcp(address) | Target::Tls(address, _) => address.parse().ok(),
             Target::Memory(_) => None,
@@ -89,8 +101,12 @@ impl Upstream {
             channels: RwLock::default(),
             next_channel: AtomicUsize::new(0),
             report: RwLock::default(),
+            created: Instant::now(),
+            reported_ms: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
             breaker: CircuitBreaker::default(),
+            slowest_us: AtomicU64::new(0),
+            starvation,
             metrics,
         }
     }
@@ -118,8 +134,21 @@ impl Upstream {
             .clone()
     }
 
+    /// For how long nothing was heard of the worker.
+    pub fn silence(&self) -> Duration {
+        let reported = Duration::from_millis(self.reported_ms.load(Ordering::Relaxed));
+        self.created.elapsed().saturating_sub(reported)
+    }
+
+    /// Records that the worker is heard: by a report, or by a new connection.
+    pub fn heard(&self) {
+        let ms = u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.reported_ms.store(ms, Ordering::Relaxed);
+    }
+
     /// Stores a report; true when the worker serves other models than before.
     pub fn set_report(&self, report: WatchReportResponse) -> bool {
+        self.heard();
         let serves = |report: &WatchReportResponse| {
             let models = report.models.iter();
             let models = models.map(|m| {
@@ -180,6 +209,11 @@ impl Upstream {
         }
     }
 
+    /// Records that a call said nothing about the worker: another may probe it.
+    pub fn abandoned(&self) {
+        self.breaker.abandon_probe();
+    }
+
     /// Closes the circuit breaker: the connection is new.
     pub fn reset_circuit(&self) {
         self.breaker.reset();
@@ -231,13 +265,16 @@ impl Upstream {
         }
         let head = self.head(request.method, headers);
         let framed = request.message.framed().clone();
-        let mut in_flight = InFlightCall::begin(self, request.deadline);
+        let mut in_flight = InFlightCall::begin(self, request, options.model);
         let result = async {
             let response = self.send_on_any(channel, head, framed).await?;
-            read(response, options.limits).await
+            read(response, options.limits, &request.caller.holder()).await
         }
         .await;
         in_flight.ended = true;
+        if result.is_ok() {
+            self.took(in_flight.started.elapsed());
+        }
         result
     }
 
@@ -256,6 +293,38 @@ impl Upstream {
                 result => return result,
             }
         }
+    }
+
+    fn took(&self, time: Duration) {
+        let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let slowest = self.slowest_us.load(Ordering::Relaxed);
+        // Two that write at once lose one measure, which does not matter.
+        let slowest = us.max(slowest - slowest / SLOWEST_STEPS);
+        self.slowest_us.store(slowest, Ordering::Relaxed);
+    }
+
+    /// How long a worker needs for a call, with its message of so many bytes, by
+    /// its own reports and by its last responses. A caller who waits for less
+    /// shows nothing about the worker.
+    fn needs(&self, model: &str, bytes: usize) -> Duration {
+        let report = self.report();
+        let reported = report
+            .models
+            .iter()
+            .filter(|reported| reported.name == model);
+        let reported = reported.map(|model| {
+            // No text or row has more tokens than bytes.
+            let compute = model.token_ns.saturating_mul(bytes as u64);
+            let wait = Duration::from_micros(model.queue_wait_us);
+            wait.saturating_add(Duration::from_nanos(compute))
+        });
+        let slowest = Duration::from_micros(self.slowest_us.load(Ordering::Relaxed));
+        let known = reported.fold(slowest, Duration::max);
+        if known.is_zero() && report.models.iter().any(|model| !model.digest.is_empty()) {
+            // It reports its times, but has computed nothing yet.
+            return NEEDS_UNKNOWN;
+        }
+        known.saturating_mul(2).saturating_add(NEEDS_MIN)
     }
 
     /// Breaks every connection, so that the calls in flight are retried elsewhere.
@@ -359,24 +428,34 @@ fn set_timeout(headers: &mut HeaderMap, deadline: Instant) {
     }
 }
 
+/// What a worker is given in any case: what passes on the way, and for a turn on
+/// a busy processor.
+const NEEDS_MIN: Duration = Duration::from_millis(20);
+/// What a worker is given before its first batch.
+const NEEDS_UNKNOWN: Duration = Duration::from_secs(1);
+/// The longest response is forgotten by this part for each shorter one.
+const SLOWEST_STEPS: u64 = 32;
+
 /// A call in flight, until it is dropped: however it ends, it is counted and
 /// judged by the circuit breaker.
 struct InFlightCall<'u> {
     upstream: &'u Upstream,
+    request: &'u Request,
+    model: &'u str,
     started: Instant,
-    deadline: Instant,
     /// Whether the worker responded or failed, before the caller stopped waiting.
     ended: bool,
 }
 
 impl<'u> InFlightCall<'u> {
-    fn begin(upstream: &'u Upstream, deadline: Instant) -> Self {
+    fn begin(upstream: &'u Upstream, request: &'u Request, model: &'u str) -> Self {
         upstream.in_flight.fetch_add(1, Ordering::Relaxed);
         upstream.breaker.begin_probe();
         Self {
             upstream,
+            request,
+            model,
             started: Instant::now(),
-            deadline,
             ended: false,
         }
     }
@@ -393,10 +472,23 @@ impl Drop for InFlightCall<'_> {
         }
         // A worker that lets deadline after deadline pass is as bad as one that
         // fails; a caller who left says nothing about the worker.
-        if Instant::now() >= self.deadline {
+        if Instant::now() >= self.request.deadline && self.had_long_enough() {
             upstream.failed();
         } else {
-            upstream.breaker.abandon_probe();
+            upstream.abandoned();
         }
+    }
+}
+
+impl InFlightCall<'_> {
+    /// Whether the worker could have responded before the deadline, by what it
+    /// needs and without the time that this process itself was late.
+    fn had_long_enough(&self) -> bool {
+        let given = self
+            .request
+            .deadline
+            .saturating_duration_since(self.started);
+        let given = given.saturating_sub(self.upstream.starvation.recent());
+        given >= self.upstream.needs(self.model, self.request.bytes().len())
     }
 }

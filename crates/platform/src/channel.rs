@@ -59,8 +59,11 @@ pub enum ChannelError {
     /// is not idempotent.
     #[error("the server did not process the call: {0}")]
     Unprocessed(h2::Error),
-    /// The connection or the stream failed; the server may have processed the
-    /// call.
+    /// The server, or the limits of this end, ended the stream of this call
+    /// alone: the connection goes on, and so do the other calls on it.
+    #[error("the stream was reset: {0}")]
+    Reset(h2::Error),
+    /// The connection failed; the server may have processed the call.
     #[error("the connection failed: {0}")]
     Failed(h2::Error),
 }
@@ -73,6 +76,9 @@ impl From<h2::Error> for ChannelError {
         let goaway = error.is_go_away() && error.is_remote();
         if refused || goaway {
             return Self::Unprocessed(error);
+        }
+        if error.is_reset() {
+            return Self::Reset(error);
         }
         Self::Failed(error)
     }

@@ -145,7 +145,7 @@ impl MessageLimits {
 
     /// Counts bytes as in flight for a holder, which need not be that of the
     /// limits.
-    pub(crate) fn hold_for(&self, holder: &Holder, bytes: usize) -> Result<BytesHeld, PotFull> {
+    pub fn hold_for(&self, holder: &Holder, bytes: usize) -> Result<BytesHeld, PotFull> {
         let held = self.budget.pot.take(holder, bytes);
         held.inspect_err(|_| self.budget.count_refused())
     }

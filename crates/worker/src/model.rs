@@ -241,6 +241,12 @@ impl ServedModel {
         self.queue.load()
     }
 
+    /// How long a token takes to compute, in nanoseconds; 0 before the first batch.
+    pub fn token_ns(&self) -> u64 {
+        let time = self.queue.token_time();
+        u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+    }
+
     /// Tokenizes texts, computes them and returns one vector for each.
     pub async fn texts(
         &self,
@@ -332,8 +338,10 @@ impl ServedModel {
             }
             Refusal::TooLate => {
                 self.metrics.refused("deadline", rows);
-                ModelError::TooLate {
-                    wait: self.queue.load().1,
+                match self.queue.load().1 {
+                    // Nothing waits: the caller gave too little time.
+                    Duration::ZERO => ModelError::DeadlinePassed,
+                    wait => ModelError::TooLate { wait },
                 }
             }
             Refusal::Closed => ModelError::Unloading,

@@ -196,6 +196,11 @@ impl Queue {
         (state.rows, state.wait())
     }
 
+    /// How long a token takes to compute; zero before the first batch.
+    pub fn token_time(&self) -> Duration {
+        self.lock().compute(1)
+    }
+
     /// Whether so many rows would be queued now. Checked before they are
     /// tokenized, so that shed load costs no tokenization.
     pub fn admits(&self, rows: usize, deadline: Instant) -> Result<(), Refusal> {

@@ -72,6 +72,7 @@ fn make(repository: &Repository, drain: &Drain) -> WatchReportResponse {
                     generation: model.map_or(0, |m| m.generation),
                     deterministic: model.is_some_and(|m| m.limits.deterministic),
                     queue_rows: rows as u64,
+                    token_ns: model.map_or(0, |m| m.token_ns()),
                     queue_wait_us: u64::try_from(wait.as_micros()).unwrap_or(u64::MAX),
                 }
             })

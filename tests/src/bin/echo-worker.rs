@@ -34,12 +34,22 @@ struct Arguments {
     admin_addr: SocketAddr,
     #[arg(long, default_value = "0s", value_parser = platform::config::duration)]
     delay: Duration,
+    /// The process ends at once when an input has this text.
+    #[arg(long)]
+    dies_of: Option<String>,
     #[command(flatten)]
     server: ServerSettings,
 }
 
 #[derive(Debug, Clone)]
-struct Echo(Arc<(MessageLimits, Duration)>);
+struct Echo(Arc<EchoSettings>);
+
+#[derive(Debug)]
+struct EchoSettings {
+    limits: MessageLimits,
+    delay: Duration,
+    dies_of: Option<String>,
+}
 
 impl Handler for Echo {
     async fn handle(&self, call: Call) -> Reply {
@@ -51,10 +61,19 @@ impl Handler for Echo {
 
 impl Echo {
     async fn answer(&self, call: Call) -> Result<Reply, Status> {
-        let (limits, delay) = &*self.0;
+        let EchoSettings {
+            limits,
+            delay,
+            dies_of,
+        } = &*self.0;
         match call.path().rsplit('/').next() {
             Some("ModelInfer") => {
                 let message = call.into_messages(limits).only().await?;
+                if let Some(text) = dies_of
+                    && contains(message.framed(), text.as_bytes())
+                {
+                    std::process::exit(1);
+                }
                 if !delay.is_zero() {
                     tokio::time::sleep(*delay).await;
                 }
@@ -84,6 +103,10 @@ impl Echo {
             _ => Err(Status::unimplemented("the echo server has no such call")),
         }
     }
+}
+
+fn contains(message: &[u8], text: &[u8]) -> bool {
+    message.windows(text.len()).any(|window| window == text)
 }
 
 fn echo(request: ModelInferRequest) -> Result<ModelInferResponse, Status> {
@@ -138,7 +161,11 @@ async fn main() -> anyhow::Result<()> {
         limits: Arc::new(limits.clone()),
         tls: None,
     };
-    let handler = Grpc(Echo(Arc::new((limits, arguments.delay))));
+    let handler = Grpc(Echo(Arc::new(EchoSettings {
+        limits,
+        delay: arguments.delay,
+        dies_of: arguments.dies_of,
+    })));
     let listener = Listener::Tcp(bind(arguments.grpc_addr)?);
     let _admin = spawn_owned(admin::run(
         bind(arguments.admin_addr)?,

@@ -1,5 +1,6 @@
 //! The fleet as its users meet it: processes, clients of other people, faults.
 
+mod blame;
 mod budgets;
 mod cache;
 mod conformance;

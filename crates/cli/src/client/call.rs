@@ -69,7 +69,7 @@ impl From<ChannelError> for CallError {
     fn from(error: ChannelError) -> Self {
         match error {
             ChannelError::Unprocessed(_) => Self::Unprocessed(error),
-            ChannelError::Failed(_) => Self::Failed(error),
+            ChannelError::Reset(_) | ChannelError::Failed(_) => Self::Failed(error),
         }
     }
 }

@@ -6,13 +6,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 
 /// Why a call may be retried, as the label of the metric.
-const REASONS: [&str; 5] = [
-    "unavailable",
-    "not_found",
-    "not_sent",
-    "broken",
-    "too_large",
-];
+const REASONS: [&str; 5] = ["unavailable", "not_found", "not_sent", "broken", "reset"];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabel {
@@ -25,6 +19,8 @@ pub struct BalanceMetrics {
     retries: Family<ReasonLabel, Counter>,
     /// Calls that were not retried because the retry budget was empty.
     pub budget_exhausted: Counter,
+    /// Calls that were refused because workers broke on them.
+    pub poisonous: Counter,
 }
 
 impl BalanceMetrics {
@@ -44,6 +40,11 @@ impl BalanceMetrics {
                 "andon_gateway_retry_budget_exhausted",
                 "Failures that were not retried because the retry budget was empty",
                 new.budget_exhausted.clone(),
+            );
+            registry.register(
+                "andon_gateway_poisonous_calls",
+                "Calls that were refused because two workers broke on them",
+                new.poisonous.clone(),
             );
         });
         new

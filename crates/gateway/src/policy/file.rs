@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use platform::files::{ContentError, from_toml};
+use platform::pot::Holder;
 use protocol::ModelName;
 use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
@@ -149,9 +150,12 @@ pub fn parse(text: &str, folder: &Path) -> Result<Policy, ContentError> {
             .transpose()?,
         ..Policy::default()
     };
+    let has_others = file.tenants.len() > 1;
     for (Name(name), entry) in file.tenants {
         let certificates = entry.certificates.clone();
-        let tenant = Arc::new(tenant(name, entry, &source)?);
+        let mut tenant = tenant(name, entry, &source)?;
+        tenant.has_others = has_others;
+        let tenant = Arc::new(tenant);
         for certificate in certificates {
             let field = format!("tenants.{}.certificates", tenant.name);
             if certificate.get_ref().is_empty() {
@@ -224,6 +228,8 @@ fn tenant(name: String, entry: TenantEntry, source: &Source<'_>) -> Result<Tenan
         weight: entry.weight,
         priority: entry.priority,
         lane: lane(name.as_bytes()),
+        holder: Holder::Tenant(name.as_str().into()),
+        has_others: false,
         cache_scope: match entry.cache_scope {
             Some(scope) => scope.into_inner().0,
             None => name.clone(),

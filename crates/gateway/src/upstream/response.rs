@@ -3,10 +3,11 @@
 use std::fmt;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use http_body_util::BodyExt;
 use platform::channel::{ChannelError, Incoming};
 use platform::grpc::{Body, BytesHeld, MessageLimits, Reply, frame, head_code, head_status};
+use platform::pot::Holder;
 use protocol::TOKENS_KEY;
 use tonic::{Code, Status};
 
@@ -32,6 +33,10 @@ pub enum SendError {
     NotSent(String),
     /// The connection broke with the call in flight.
     Broken(String),
+    /// The stream of this call alone was reset.
+    Reset(String),
+    /// Something before the worker's gRPC answered with a status of HTTP.
+    Http(StatusCode),
     /// The response exceeds the limit of this many bytes read.
     TooLarge(usize),
     /// The memory for messages in flight is exhausted.
@@ -42,17 +47,22 @@ impl From<ChannelError> for SendError {
     fn from(error: ChannelError) -> Self {
         match error {
             ChannelError::Unprocessed(error) => Self::NotSent(error.to_string()),
+            ChannelError::Reset(error) => Self::Reset(error.to_string()),
             ChannelError::Failed(error) => Self::Broken(error.to_string()),
         }
     }
 }
 
-/// Reads a response to its end.
+/// Reads a response to its end; its bytes are held for the caller.
 pub(super) async fn read(
     response: http::Response<Incoming>,
     limits: Option<&MessageLimits>,
+    holder: &Holder,
 ) -> Result<Response, SendError> {
     let (head, mut body) = response.into_parts();
+    if head.status != StatusCode::OK && !head.headers.contains_key("grpc-status") {
+        return Err(SendError::Http(head.status));
+    }
     let mut whole = Response {
         headers: head.headers,
         first: None,
@@ -71,8 +81,8 @@ pub(super) async fn read(
                     if bytes > limits.message_bytes_max {
                         return Err(SendError::TooLarge(bytes));
                     }
-                    let held = limits.budget.take(data.len());
-                    whole.held.extend(held.map_err(|_| SendError::NoRoom)?);
+                    let held = limits.hold_for(holder, data.len());
+                    whole.held.push(held.map_err(|_| SendError::NoRoom)?);
                 }
                 if whole.first.is_none() {
                     whole.first = Some(data);
@@ -84,8 +94,8 @@ pub(super) async fn read(
         }
     }
     if whole.trailers.is_none() && !whole.headers.contains_key("grpc-status") {
-        // A response without a status was cut off.
-        return Err(SendError::Broken("the response has no status".to_owned()));
+        // The stream was cut off; the connection did not fail.
+        return Err(SendError::Reset("the response has no status".to_owned()));
     }
     Ok(whole)
 }
@@ -176,6 +186,11 @@ impl Response {
         head_code(self.trailers.as_ref().unwrap_or(&self.headers))
     }
 
+    /// The status; None when the response has none.
+    pub fn status(&self) -> Option<Status> {
+        head_status(self.trailers.as_ref().unwrap_or(&self.headers))
+    }
+
     /// An entry of the metadata that came with the status.
     pub fn status_metadata(&self, name: &str) -> Option<&str> {
         let headers = self.trailers.as_ref().unwrap_or(&self.headers);
@@ -191,7 +206,7 @@ impl Response {
     /// The reply that forwards the response, unchanged.
     pub fn into_reply(self) -> Reply {
         let body = Body::whole(self.first, self.rest, self.trailers);
-        let mut reply = Reply::new(body.guarded(self.held));
+        let mut reply = Reply::new(body.counted(self.held));
         *reply.headers_mut() = self.headers;
         reply
     }
@@ -237,6 +252,8 @@ impl fmt::Display for SendError {
         match self {
             Self::NotSent(reason) => write!(formatter, "the call was not sent: {reason}"),
             Self::Broken(reason) => write!(formatter, "the connection broke: {reason}"),
+            Self::Reset(reason) => write!(formatter, "the stream broke: {reason}"),
+            Self::Http(status) => write!(formatter, "the answer is HTTP status {status}"),
             Self::TooLarge(bytes) => write!(formatter, "the response has over {bytes} bytes"),
             Self::NoRoom => formatter.write_str("there is no memory for the response"),
         }

@@ -48,9 +48,12 @@ pub(super) async fn respond(
     usage: &UsageMeter,
 ) -> Result<(Response, ProviderUsage), Status> {
     let message = request.message.bytes();
+    let holder = request.caller.holder();
     let context = CallContext {
         deadline: request.deadline,
         usage,
+        holder: &holder,
+        has_others: request.caller.tenant.has_others,
     };
     match request.method {
         Method::ModelInfer => infer(provider, decode(message)?, context).await,

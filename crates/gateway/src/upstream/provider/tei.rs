@@ -24,12 +24,15 @@ pub(super) async fn respond(
     usage: &UsageMeter,
 ) -> Result<(Response, ProviderUsage), Status> {
     let message = request.message.bytes();
+    let holder = request.caller.holder();
     let call = Call {
         provider,
         started: Instant::now(),
         context: CallContext {
             deadline: request.deadline,
             usage,
+            holder: &holder,
+            has_others: request.caller.tenant.has_others,
         },
     };
     match request.method {

@@ -1,0 +1,201 @@
+//! Whose fault it is: requests on which workers break, callers without patience,
+//! and a gateway that was stopped are held against no worker that is well.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use fleet_tests::calls::{self, client, infer_by_server_deadline, pixels, texts};
+use fleet_tests::load::Load;
+use fleet_tests::process::{Andon, scratch};
+use fleet_tests::{Fleet, program, until};
+use protocol::inference::ModelInferRequest;
+use tokio::task::JoinSet;
+use tonic::{Code, Request};
+
+const EJECTIONS: &str = "andon_gateway_ejections_total";
+const READY: &str = "andon_gateway_workers{state=\"ready\"}";
+
+/// Three workers that die of a request, and a gateway with two tenants, of whom
+/// one has a key.
+struct Fragile {
+    gateway: Andon,
+    workers: Vec<Andon>,
+    key: String,
+    folder: PathBuf,
+}
+
+impl Drop for Fragile {
+    fn drop(&mut self) {
+        // A folder that stays harms nobody.
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+impl Fragile {
+    async fn start() -> Result<Self> {
+        let folder = scratch("fragile")?;
+        std::fs::create_dir_all(&folder)?;
+        let path = |name: &str| folder.join(name).display().to_string();
+        let policy = "anonymous = \"honest\"\n[tenants.honest]\nmodels = [\"*\"]\n\
+                      [tenants.other]\nmodels = [\"*\"]\n";
+        std::fs::write(folder.join("policy.toml"), policy)?;
+        std::fs::write(folder.join("keys.toml"), "")?;
+        let output = Command::new(program("andon")?)
+            .args(["keys", "create", "--tenant", "other"])
+            .args(["--keys", &path("keys.toml")])
+            .output()?;
+        ensure!(output.status.success(), "no key");
+        let dies = ["--dies-of".to_owned(), "poison".to_owned()];
+        let mut flags = vec!["--policy".to_owned(), path("policy.toml")];
+        flags.extend(["--keys".to_owned(), path("keys.toml")]);
+        let mut workers = Vec::new();
+        for _ in 0..3 {
+            let worker = Andon::run(&mut Command::new(program("echo-worker")?), &dies, None)?;
+            flags.extend(["--worker".to_owned(), worker.grpc.to_string()]);
+            workers.push(worker);
+        }
+        let gateway = Andon::start("gateway", &flags, None)?;
+        gateway.ready().await?;
+        let all = || async { Ok(gateway.metric(READY).await? == Some(3.0)) };
+        until(Duration::from_secs(20), "all workers are found", all).await?;
+        Ok(Self {
+            gateway,
+            workers,
+            key: String::from_utf8(output.stdout)?.trim().to_owned(),
+            folder,
+        })
+    }
+
+    /// The status of a request of the tenant with the key.
+    async fn other(&self, text: &str) -> Result<Code> {
+        let mut request = Request::new(echo(text));
+        request.set_timeout(Duration::from_secs(20));
+        let key = self.key.parse()?;
+        request.metadata_mut().insert("x-api-key", key);
+        let sent = client(self.gateway.grpc).await?.model_infer(request).await;
+        Ok(sent.err().map_or(Code::Ok, |status| status.code()))
+    }
+
+    /// Waits until so many workers have ended, and no more.
+    async fn died(&mut self, expected: usize) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let mut count = 0;
+            for worker in &mut self.workers {
+                count += usize::from(worker.has_ended()?);
+            }
+            if count == expected {
+                return Ok(());
+            }
+            let waited = started.elapsed();
+            ensure!(waited < Duration::from_secs(5), "{count} workers died");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn echo(text: &str) -> ModelInferRequest {
+    ModelInferRequest {
+        model_name: "echo".to_owned(),
+        ..texts(&[text])
+    }
+}
+
+#[tokio::test]
+async fn a_poisonous_request_breaks_two_workers_and_is_refused_then() -> Result<()> {
+    let mut fleet = Fragile::start().await?;
+    let honest = client(fleet.gateway.grpc).await?;
+    let load = Load::start(&honest, &echo("a text"), 8, usize::MAX);
+    load.reached(200).await?;
+    let code = fleet.other("poison").await?;
+    ensure!(code == Code::Internal, "{code:?}");
+    fleet.died(2).await?;
+    // The same bytes are refused for a minute, and others of the tenant are not.
+    for _ in 0..3 {
+        ensure!(fleet.other("poison").await? == Code::Internal);
+    }
+    ensure!(fleet.other("a text").await? == Code::Ok);
+    let before = load.succeeded.load(std::sync::atomic::Ordering::Relaxed);
+    load.reached(before + 200).await?;
+    fleet.died(2).await?;
+    let refused = "andon_gateway_poisonous_calls_total";
+    ensure!(fleet.gateway.metric(refused).await? == Some(4.0));
+    // Who was in flight at the workers that died lost nothing.
+    let outcome = load.stopped().await;
+    ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+    Ok(())
+}
+
+#[tokio::test]
+async fn callers_without_patience_eject_no_worker() -> Result<()> {
+    let fleet = Fleet::start(2).await?;
+    let gateway = fleet.gateway.grpc;
+    let ended = Instant::now() + Duration::from_secs(4);
+    let mut callers = JoinSet::new();
+    for _ in 0..4 {
+        callers.spawn(async move {
+            let mut late = 0;
+            while Instant::now() < ended {
+                let timeout = Duration::from_millis(1);
+                let request = texts(&["a lantern around a candle"; 8]);
+                let code = infer_by_server_deadline(gateway, &request, timeout).await?;
+                late += usize::from(code == Code::DeadlineExceeded);
+            }
+            Ok::<_, anyhow::Error>(late)
+        });
+    }
+    let mut late = 0;
+    while let Some(count) = callers.join_next().await {
+        late += count??;
+    }
+    ensure!(late > 50, "only {late} deadlines passed");
+    let ejected = fleet.gateway.metric_sum(EJECTIONS).await?;
+    ensure!(ejected == 0.0, "{ejected} ejections after {late} deadlines");
+    // Nothing is missing of what others' retries need.
+    let spent = "andon_gateway_retry_budget_exhausted_total";
+    ensure!(fleet.gateway.metric(spent).await? == Some(0.0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_gateway_that_was_stopped_loses_no_worker() -> Result<()> {
+    let fleet = Fleet::start(3).await?;
+    let client = client(fleet.gateway.grpc).await?;
+    fleet.gateway.signal(libc::SIGSTOP)?;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    fleet.gateway.signal(libc::SIGCONT)?;
+    // As long as a silence lasts that is noticed.
+    let ended = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < ended {
+        calls::infer(&client, pixels(&[[3.0; 64]]), Duration::from_secs(10)).await?;
+        let ready = fleet.gateway.metric(READY).await?;
+        ensure!(ready == Some(3.0), "{ready:?} workers are ready");
+    }
+    let log = fleet.gateway.logged();
+    let lost = log.lines().find(|line| line.contains("lost"));
+    ensure!(lost.is_none(), "{lost:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_local_call_whose_caller_leaves_pays_its_tokens() -> Result<()> {
+    let policy = scratch("policy.toml")?;
+    let text = "anonymous = \"guest\"\n[tenants.guest]\nmodels = [\"*\"]\n\
+                quota = { tokens_per_day = 1000 }\n";
+    std::fs::write(&policy, text)?;
+    let flags = ["--policy", &policy.display().to_string()];
+    let fleet = Fleet::with(1, &[], &flags).await?;
+    let request = texts(&vec!["a lantern around a candle ".repeat(20); 64]);
+    let gateway = fleet.gateway.grpc;
+    let code = infer_by_server_deadline(gateway, &request, Duration::from_millis(100)).await?;
+    ensure!(code == Code::DeadlineExceeded, "{code:?}");
+    let spent = || async {
+        let request = texts(&["short"]);
+        let code = infer_by_server_deadline(gateway, &request, Duration::from_secs(10)).await?;
+        Ok(code == Code::ResourceExhausted)
+    };
+    until(Duration::from_secs(5), "the tokens are charged", spent).await?;
+    std::fs::remove_file(&policy).context("the policy is gone")
+}

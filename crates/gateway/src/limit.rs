@@ -5,6 +5,7 @@
 mod counters;
 mod fair;
 mod lease;
+mod ledger;
 mod metrics;
 mod rules;
 mod shared_quotas;
@@ -13,6 +14,7 @@ mod slots;
 mod tests;
 
 pub use fair::{Turn, TurnRequest};
+pub use ledger::{Admission, Reservation};
 pub use metrics::LimitMetrics;
 
 use std::collections::HashMap;
@@ -25,10 +27,10 @@ use protocol::{Error, Kind};
 
 use crate::policy::{Caller, PolicyCell, Quota, RedisLost, Tenant};
 use crate::redis::Redis;
-use crate::request::{QuotaUnit, Usage};
+use crate::request::QuotaUnit;
 use counters::{CountedBy, QuotaScope, TenantQuotas};
 use fair::FairQueues;
-use rules::{AMOUNT_MAX, Demand, LimitExceeded, Moment};
+use rules::{Demand, LimitExceeded, Moment};
 use shared_quotas::{QuotaRefusal, SharedQuotas};
 use slots::{InFlightSlot, SharedSlots, SlotRefusal};
 
@@ -66,26 +68,9 @@ struct Inner {
     shared_quotas: Option<Arc<SharedQuotas>>,
     shared_slots: Option<Arc<SharedSlots>>,
     fair: FairQueues,
+    estimates: ledger::Estimates,
     metrics: LimitMetrics,
     started: Instant,
-}
-
-/// An in-flight slot of a tenant, until it is dropped.
-#[derive(Debug, Default)]
-pub struct TenantSlot(
-    #[allow(dead_code, reason = "it is released when dropped")] Option<InFlightSlot>,
-);
-
-/// A part of a tenant's quotas for one call, which is charged with the usage of
-/// the response. It holds its in-flight slots until it is dropped.
-#[derive(Debug)]
-pub struct Reservation {
-    limit: Limit,
-    tenant: Arc<Tenant>,
-    /// Whether the reservation of its chain counts in the metrics.
-    in_chain: bool,
-    scopes: Vec<Arc<QuotaScope>>,
-    _slots: Vec<InFlightSlot>,
 }
 
 /// The amounts that a call reserves of its tenant's quotas.
@@ -117,6 +102,7 @@ impl Limit {
             shared_slots: redis.clone().map(SharedSlots::new),
             shared_quotas: redis.map(SharedQuotas::new),
             fair: FairQueues::new(settings, metrics),
+            estimates: ledger::Estimates::default(),
             metrics: metrics.clone(),
             started: Instant::now(),
         }))
@@ -137,67 +123,6 @@ impl Limit {
         quotas.into_iter().chain(slots).collect()
     }
 
-    /// Admits a call before its message is read: takes one of the tenant's
-    /// in-flight slots and one request of its rate limit.
-    pub async fn enter(&self, caller: &Caller) -> Result<TenantSlot, Error> {
-        let limit = &self.0;
-        let Some(quotas) = limit.quotas(&caller.tenant) else {
-            return Ok(TenantSlot::default());
-        };
-        let slot = limit.slot(&quotas.all).await?;
-        let demand = Demand {
-            requests: Some(1),
-            items: None,
-        };
-        limit.count(&quotas.all, demand).await?;
-        Ok(TenantSlot(Some(slot)))
-    }
-
-    /// Reserves requests and rows of a model's quotas, once the model is known,
-    /// and checks the tokens and costs that earlier calls have used. A call
-    /// without rows takes requests alone. A model of a fallback chain counts in
-    /// the quotas in which its chain does not count, and returns nothing when it
-    /// fails: it may have computed.
-    pub async fn reserve(
-        &self,
-        caller: &Caller,
-        request: QuotaRequest<'_>,
-    ) -> Result<Reservation, Error> {
-        let mut reservation = self.reservation(caller, request.chain.is_some());
-        if let Some(quotas) = self.0.quotas(&caller.tenant) {
-            let requests = (request.unit == QuotaUnit::Request).then_some(1);
-            let own = quotas.of_model(request.model);
-            let own = own.filter(|scope| !request.chain.is_some_and(|chain| scope.matches(chain)));
-            let all = request.chain.is_none().then_some((&quotas.all, None));
-            let scopes = all.into_iter().chain(own.map(|scope| (scope, requests)));
-            reservation.take(scopes.collect(), request.rows).await?;
-        }
-        Ok(reservation)
-    }
-
-    /// Charges usage that belongs to no response.
-    pub fn charge(&self, caller: &Caller, model: &str, usage: Usage) {
-        if usage == Usage::default() {
-            return;
-        }
-        let mut reservation = self.reservation(caller, false);
-        if let Some(quotas) = self.0.quotas(&caller.tenant) {
-            let scopes = std::iter::once(&quotas.all).chain(quotas.of_model(model));
-            reservation.scopes = scopes.cloned().collect();
-        }
-        reservation.charge(usage);
-    }
-
-    fn reservation(&self, caller: &Caller, in_chain: bool) -> Reservation {
-        Reservation {
-            limit: self.clone(),
-            tenant: caller.tenant.clone(),
-            in_chain,
-            scopes: Vec::new(),
-            _slots: Vec::new(),
-        }
-    }
-
     /// Waits for the tenant's turn in the fair queue of the model, before a
     /// worker is chosen.
     pub async fn turn(&self, caller: &Caller, request: TurnRequest<'_>) -> Result<Turn, Error> {
@@ -206,7 +131,8 @@ impl Limit {
         if request.items == 0 || limit.policy.load().tenants.len() < 2 {
             return Ok(Turn::default());
         }
-        limit.fair.turn(&caller.tenant, request).await
+        let turn = limit.fair.turn(&caller.tenant, request).await;
+        turn.inspect_err(|_| ledger::note_refusal(caller))
     }
 }
 
@@ -327,13 +253,6 @@ impl Inner {
         Error::overloaded(message, REDIS_BUSY_RETRY)
     }
 
-    fn refund(&self, taken: &[(&Arc<QuotaScope>, Demand, CountedBy)]) {
-        let now = self.now();
-        for (scope, demand, counted_by) in taken {
-            scope.refund(*demand, now, *counted_by);
-        }
-    }
-
     fn refused(&self, scope: &QuotaScope, exceeded: LimitExceeded, demand: Demand) -> Error {
         let kind = exceeded.rule.kind;
         self.metrics.limited(kind.name()).inc();
@@ -359,62 +278,5 @@ fn moment(started: Instant) -> Moment {
     Moment {
         seconds: started.elapsed().as_secs_f64(),
         unix_ms: u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(0),
-    }
-}
-
-impl Reservation {
-    /// Takes rows, and requests where a scope names them: from all scopes or from
-    /// none.
-    async fn take(
-        &mut self,
-        scopes: Vec<(&Arc<QuotaScope>, Option<u64>)>,
-        items: u64,
-    ) -> Result<(), Error> {
-        let limit = &self.limit.0;
-        let items = (items > 0).then_some(items);
-        let mut taken = Vec::with_capacity(scopes.len());
-        for (scope, requests) in scopes {
-            if requests.is_some() {
-                let slot = limit.slot(scope).await;
-                let slot = slot.inspect_err(|_| limit.refund(&taken))?;
-                self._slots.push(slot);
-            }
-            let demand = Demand { requests, items };
-            match limit.count(scope, demand).await {
-                Ok(counted_by) => taken.push((scope, demand, counted_by)),
-                Err(error) => {
-                    limit.refund(&taken);
-                    return Err(error);
-                }
-            }
-        }
-        let scopes = taken.into_iter().map(|(scope, _, _)| scope.clone());
-        self.scopes = scopes.collect();
-        Ok(())
-    }
-
-    /// Charges the usage of a response.
-    pub fn charge(&self, usage: Usage) {
-        if usage == Usage::default() {
-            return;
-        }
-        let usage = Usage {
-            tokens: usage.tokens.min(AMOUNT_MAX),
-            cost: usage.cost,
-        };
-        let limit = &self.limit.0;
-        if !self.in_chain {
-            limit
-                .metrics
-                .used(&self.tenant.name, usage.tokens, usage.cost);
-        }
-        for scope in &self.scopes {
-            let unreported = scope.charge(usage, limit.now());
-            if let Some(shared) = &limit.shared_quotas
-                && unreported
-            {
-                shared.queue_sync(scope);
-            }
-        }
     }
 }

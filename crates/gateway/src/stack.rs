@@ -32,13 +32,13 @@ use tonic::Status;
 use crate::auth::Auth;
 use crate::balance::Balance;
 use crate::cache::Cache;
-use crate::limit::{Limit, QuotaRequest, Reservation, TenantSlot, TurnRequest};
+use crate::limit::{Admission, Limit, QuotaRequest, Reservation, TurnRequest};
 use crate::policy::Caller;
 use crate::request::{ModelSelector, QuotaUnit, Request};
 use crate::route::{Plan, Route, Routes, Table};
 use crate::shed::{Shed, TenantPermit};
 use crate::upstream::{Response, provider};
-use charge::PendingCharge;
+use charge::{PendingCharge, WorkerCharge};
 
 /// The layers that a call passes. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -117,7 +117,7 @@ pub struct Entered {
 pub struct EntryGuard {
     permit: Option<OwnedSemaphorePermit>,
     tenant_permit: Option<TenantPermit>,
-    slot: Option<TenantSlot>,
+    admission: Option<Admission>,
 }
 
 /// One exchange with a model, for which a caller waits.
@@ -179,21 +179,23 @@ impl Stack {
         // shed: more calls than the gateway may have in flight are refused.
         let permit = admitted.then(|| layers.shed.admit()).transpose()?;
         // auth: the caller, and whether it may make the call.
-        let caller = self.authenticate(entry).await?;
+        let mut caller = self.authenticate(entry).await?;
         // shed: one tenant does not hold every permit.
         let several_tenants = || layers.auth.policy().load().tenants.len() > 1;
         let tenant_permit = (admitted && several_tenants())
             .then(|| layers.shed.admit_tenant(&caller.tenant))
             .transpose()?;
         // limit: the tenant's rate and calls in flight.
-        let slot = match entry.kind {
+        let admission = match entry.kind {
             EntryKind::Probe | EntryKind::Stream => None,
-            EntryKind::Call | EntryKind::StreamMessage => Some(layers.limit.enter(&caller).await?),
+            EntryKind::Call | EntryKind::StreamMessage => {
+                Some(layers.limit.enter(&mut caller).await?)
+            }
         };
         let guard = EntryGuard {
             permit,
             tenant_permit,
-            slot,
+            admission,
         };
         Ok(Entered { caller, guard })
     }
@@ -282,7 +284,9 @@ impl Stack {
 
     /// balance → upstream: the layers below the cache.
     async fn send(&self, route: &Route, request: &Request) -> Result<Response, Status> {
+        let (limit, caller) = (&self.0.limit, &request.caller);
         if let Some(provider) = route.provider() {
+            limit.sent(caller);
             let pending = PendingCharge::new(&self.0.limit, &request.caller, provider);
             let response = provider::respond(provider, request, pending.usage()).await?;
             pending.settle();
@@ -295,9 +299,13 @@ impl Stack {
             items: request.rows(),
             deadline: request.deadline,
         };
-        let _turn = self.0.limit.turn(&request.caller, turn).await?;
+        let _turn = limit.turn(caller, turn).await?;
+        limit.sent(caller);
         // balance → upstream: a worker, and the next when it fails.
-        Ok(self.0.balance.send(route, request).await?)
+        let pending = WorkerCharge::new(limit, route, request);
+        let response = self.0.balance.send(route, request, pending.worker()).await;
+        pending.settle(&response);
+        Ok(response?)
     }
 }
 

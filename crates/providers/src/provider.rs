@@ -5,15 +5,15 @@ mod stream;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use platform::circuit_breaker::CircuitBreaker;
 use platform::grpc::MessageLimits;
+use platform::pot::{Held, Pot, PotFull};
 use platform::retry_budget::RetryBudget;
 use platform::tasks::OwnedTask;
 use protocol::{Error, ModelName, ModelVersion, Task};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use crate::chat::{ChatRequest, ChatResponse, ChatStream, TokenUsage, estimate_tokens};
@@ -24,7 +24,7 @@ use crate::error::ProviderError;
 use crate::metrics::ProviderMetrics;
 use crate::rerank::{RerankRequest, RerankScores};
 use crate::settings::{InvalidSetting, ModelSettings};
-use crate::usage::{CallContext, ProviderUsage};
+use crate::usage::{CallContext, ProviderUsage, reported_usage};
 
 /// The only version that a provider's model has.
 pub const MODEL_VERSION: &str = "1";
@@ -41,7 +41,8 @@ pub struct Provider {
     base_url: reqwest::Url,
     client: reqwest::Client,
     credential: Credential,
-    permits: Arc<Semaphore>,
+    /// The calls that may be in flight, with a share for each tenant.
+    permits: Pot,
     breaker: CircuitBreaker,
     retry_budget: RetryBudget,
     limits: MessageLimits,
@@ -56,7 +57,7 @@ impl fmt::Debug for Provider {
 
 /// One of the calls that a provider may have in flight, until it is dropped.
 #[derive(Debug)]
-struct Permit(#[allow(dead_code, reason = "dropping it returns the permit")] OwnedSemaphorePermit);
+struct Permit(#[allow(dead_code, reason = "dropping it returns the permit")] Held);
 
 impl Provider {
     pub(crate) fn new(
@@ -71,7 +72,7 @@ impl Provider {
             base_url: settings.url()?,
             client: client::build(&settings)?,
             credential: Credential::read(&settings)?,
-            permits: Arc::new(Semaphore::new(settings.concurrency_max)),
+            permits: Pot::new(settings.concurrency_max),
             breaker: CircuitBreaker::default(),
             retry_budget: RetryBudget::new(RETRY_TOKENS),
             limits: limits.clone(),
@@ -141,7 +142,7 @@ impl Provider {
         request.check()?;
         let started = Instant::now();
         let failed = |error: ProviderError| error.to_error(&self.name, "messages");
-        let permit = self.permit().map_err(failed)?;
+        let permit = self.permit(&context).map_err(failed)?;
         let outgoing = self.chat_request(request, true).map_err(failed)?;
         let prompt_tokens = request.estimated_tokens();
         context.usage.begin(ProviderUsage::of_input(prompt_tokens));
@@ -154,6 +155,7 @@ impl Provider {
             started,
             deadline,
             prompt_tokens,
+            usage: context.usage.clone(),
         }))
     }
 
@@ -182,7 +184,7 @@ impl Provider {
         request: &ChatRequest,
         context: CallContext<'_>,
     ) -> Result<ChatResponse, ProviderError> {
-        let _permit = self.permit()?;
+        let _permit = self.permit(&context)?;
         let outgoing = self.chat_request(request, false)?;
         let dialect = self.settings.kind;
         let prompt_tokens = request.estimated_tokens();
@@ -193,8 +195,28 @@ impl Provider {
             ..ProviderUsage::of_input(prompt_tokens)
         };
         let context = self.within_timeout(context);
-        let parse = move |body: &[u8]| dialect.parse_chat(body);
-        let mut response = self.metered(&outgoing, context, estimate, parse).await?;
+        // What a body used that is no response, such as a refusal.
+        let refused = Arc::new(Mutex::new(None));
+        let refusal = refused.clone();
+        let parse = move |body: &[u8]| {
+            let parsed = dialect.parse_chat(body);
+            let used = parsed.is_err().then(|| TokenUsage {
+                prompt_tokens,
+                completion_tokens: (body.len() as u64).div_ceil(4).min(max_tokens.into()),
+            });
+            let used = used.map(|estimate| reported_usage(body).or_estimate(estimate));
+            *refusal.lock().unwrap_or_else(PoisonError::into_inner) = used;
+            parsed
+        };
+        let result = self.metered(&outgoing, context, estimate, parse).await;
+        let used = refused
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(used) = used {
+            context.usage.correct(used.into());
+        }
+        let mut response = result?;
         response.usage = response.usage.or_estimate(TokenUsage {
             prompt_tokens,
             completion_tokens: estimate_tokens(std::iter::once(response.text.as_str())),
@@ -210,7 +232,7 @@ impl Provider {
         options: EmbeddingOptions,
         context: CallContext<'_>,
     ) -> Result<Embeddings, ProviderError> {
-        let _permit = self.permit()?;
+        let _permit = self.permit(&context)?;
         let (dialect, rows) = (self.settings.kind, texts.len());
         let dimensions = options.dimensions;
         let request = EmbeddingRequest {
@@ -255,7 +277,7 @@ impl Provider {
         pairs: &[(String, String)],
         context: CallContext<'_>,
     ) -> Result<(Vec<f32>, ProviderUsage), ProviderError> {
-        let _permit = self.permit()?;
+        let _permit = self.permit(&context)?;
         let context = self.within_timeout(context);
         let mut queries: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
         for (row, (query, _)) in pairs.iter().enumerate() {
@@ -301,9 +323,17 @@ impl Provider {
         self.metered(&outgoing, context, estimate, parse).await
     }
 
-    /// Takes one of the calls that may be in flight; an error when all are.
-    fn permit(&self) -> Result<Permit, ProviderError> {
-        let permit = self.permits.clone().try_acquire_owned();
+    /// Takes one of the calls that may be in flight; an error when all are, or
+    /// when a tenant has its share of them and others need theirs: where there are
+    /// several tenants, none has more than half.
+    fn permit(&self, context: &CallContext<'_>) -> Result<Permit, ProviderError> {
+        let permits = &self.permits;
+        let has_share =
+            context.has_others && permits.held_by(context.holder) >= permits.capacity().div_ceil(2);
+        let permit = match has_share {
+            true => Err(PotFull::Share),
+            false => permits.take(context.holder, 1),
+        };
         permit.map(Permit).map_err(|_| {
             let error = ProviderError::ConcurrencyLimit;
             self.metrics
@@ -317,7 +347,7 @@ impl Provider {
     fn within_timeout<'c>(&self, context: CallContext<'c>) -> CallContext<'c> {
         CallContext {
             deadline: self.ends(context.deadline),
-            usage: context.usage,
+            ..context
         }
     }
 
@@ -331,7 +361,7 @@ impl Provider {
         parse: impl Fn(&[u8]) -> Result<T, ProviderError> + Clone + Send + 'static,
     ) -> Result<T, ProviderError> {
         context.usage.begin(estimate);
-        let result = self.exchange(outgoing, context.deadline, parse).await;
+        let result = self.exchange(outgoing, context, parse).await;
         result.inspect_err(|error| context.usage.failed(error))
     }
 }

@@ -1,8 +1,9 @@
 //! The usage of an outside service by a call, recorded as it goes: a caller may
 //! cancel before there is a response, and the service charges all the same.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use platform::pot::Holder;
 use serde::Deserialize;
 use tokio::time::Instant;
 
@@ -112,9 +113,9 @@ impl Price {
 }
 
 /// The usage of one call of the gateway so far. It may make several calls of
-/// the service, one after the other.
-#[derive(Debug, Default)]
-pub struct UsageMeter(Mutex<Recorded>);
+/// the service, one after the other. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct UsageMeter(Arc<Mutex<Recorded>>);
 
 #[derive(Debug, Default)]
 struct Recorded {
@@ -131,6 +132,10 @@ pub struct CallContext<'a> {
     pub deadline: Instant,
     /// Where the usage is recorded.
     pub usage: &'a UsageMeter,
+    /// Whose share of the calls and bytes in flight it takes.
+    pub holder: &'a Holder,
+    /// Whether there are other tenants: no one has more than half of the calls.
+    pub has_others: bool,
 }
 
 impl UsageMeter {
@@ -142,6 +147,11 @@ impl UsageMeter {
 
     /// A call is being sent that consumes about so much.
     pub(crate) fn begin(&self, estimate: ProviderUsage) {
+        self.lock().estimated = estimate;
+    }
+
+    /// The call in flight has consumed about so much until now.
+    pub(crate) fn correct(&self, estimate: ProviderUsage) {
         self.lock().estimated = estimate;
     }
 
@@ -165,9 +175,54 @@ impl UsageMeter {
     }
 }
 
+/// The usage in a body that is no response: services report it in one place
+/// whatever the rest is. Nothing when it has none.
+pub(crate) fn reported_usage(body: &[u8]) -> TokenUsage {
+    #[derive(Deserialize, Default)]
+    struct Usage {
+        #[serde(default, alias = "input_tokens")]
+        prompt_tokens: u64,
+        #[serde(default, alias = "output_tokens")]
+        completion_tokens: u64,
+    }
+    #[derive(Deserialize)]
+    struct Body {
+        usage: Usage,
+    }
+    let body: Option<Body> = serde_json::from_slice(body).ok();
+    let usage = body.map(|body| body.usage).unwrap_or_default();
+    TokenUsage {
+        prompt_tokens: usage.prompt_tokens,
+        completion_tokens: usage.completion_tokens,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_usage_of_a_refusal_is_read_in_every_dialect() {
+        let usage = |prompt_tokens, completion_tokens| TokenUsage {
+            prompt_tokens,
+            completion_tokens,
+        };
+        for (body, expected) in [
+            (
+                r#"{"error":{},"usage":{"prompt_tokens":5,"completion_tokens":2}}"#,
+                usage(5, 2),
+            ),
+            (
+                r#"{"type":"error","usage":{"input_tokens":5}}"#,
+                usage(5, 0),
+            ),
+            (r#"{"error":{"message":"no"}}"#, usage(0, 0)),
+            (r#"{"usage":null}"#, usage(0, 0)),
+            ("no", usage(0, 0)),
+        ] {
+            assert_eq!(reported_usage(body.as_bytes()), expected, "{body}");
+        }
+    }
 
     #[test]
     fn an_estimate_stands_until_the_usage_is_known() {

@@ -2,6 +2,7 @@ use std::path::Path;
 
 use super::*;
 use crate::policy::Policy;
+use crate::request::Usage;
 
 fn limit() -> Limit {
     let settings = LimitSettings {
@@ -124,8 +125,8 @@ async fn refusals_say_which_limit_and_when() {
         "quota = { requests_per_second = 1, in_flight = 2 }\n\
          [tenants.a.model_quotas.\"mini*\"]\nitems_per_minute = 100",
     );
-    let first = limit.enter(&caller).await.unwrap();
-    let error = limit.enter(&caller).await.unwrap_err();
+    let first = limit.enter(&mut caller.clone()).await.unwrap();
+    let error = limit.enter(&mut caller.clone()).await.unwrap_err();
     assert_eq!(error.kind(), Kind::QuotaSpent);
     assert!(error.retry_after().unwrap() <= Duration::from_secs(1));
     let expected = "the tenant's limit of 1 requests per second for all models is exceeded";
@@ -224,13 +225,13 @@ async fn what_is_counted_outlives_the_policy() {
         ))
     };
     let (before, after) = (with(10), with(20));
-    let slot = limit.enter(&before).await.unwrap();
+    let slot = limit.enter(&mut before.clone()).await.unwrap();
     limit.reserve(&before, request("m", 10)).await.unwrap();
     limit.reserve(&before, request("m", 1)).await.unwrap_err();
     limit.reserve(&after, request("m", 10)).await.unwrap();
     limit.reserve(&after, request("m", 1)).await.unwrap_err();
-    let other = limit.enter(&after).await.unwrap();
-    limit.enter(&after).await.unwrap_err();
+    let other = limit.enter(&mut after.clone()).await.unwrap();
+    limit.enter(&mut after.clone()).await.unwrap_err();
     drop((slot, other));
-    limit.enter(&after).await.unwrap();
+    limit.enter(&mut after.clone()).await.unwrap();
 }

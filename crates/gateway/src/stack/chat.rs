@@ -7,7 +7,7 @@ use futures::StreamExt;
 use http::HeaderValue;
 use protocol::{Error, Kind, Task};
 use providers::{
-    ChatDelta, ChatRequest, ChatResponse, ChatStream, Provider, ProviderUsage, TokenUsage,
+    ChatDelta, ChatRequest, ChatResponse, ChatStream, Provider, ProviderUsage, UsageMeter,
 };
 use tokio::time::Instant;
 use tonic::Status;
@@ -44,6 +44,8 @@ pub struct Generated<T> {
     /// The fallback header, when it is not the first model of its chain.
     pub fallback: Option<HeaderValue>,
     provider: Arc<Provider>,
+    /// Of a stream: what has come of it so far.
+    usage: UsageMeter,
 }
 
 impl Stack {
@@ -94,6 +96,7 @@ impl Exchange for Chat<'_> {
 
     async fn attempt(&self, stack: &Stack, attempt: Attempt<'_>) -> Result<Self::Output, Status> {
         let provider = generator(attempt.route)?;
+        stack.0.limit.sent(self.caller);
         let pending = PendingCharge::new(&stack.0.limit, self.caller, &provider);
         let context = pending.context(attempt.deadline);
         let content = provider.chat(self.request, context).await?;
@@ -106,8 +109,8 @@ impl Exchange for Chat<'_> {
     }
 
     fn charge(&self, output: Self::Output, reservations: Reservations) -> Self::Output {
-        let mut meter = Meter::new(reservations, &output.provider, self);
-        meter.charge(output.content.usage);
+        let mut meter = Meter::new(reservations, &output, self);
+        meter.charge(output.content.usage.into());
         output
     }
 }
@@ -134,14 +137,18 @@ impl Exchange for ChatStreaming<'_> {
     async fn attempt(&self, stack: &Stack, attempt: Attempt<'_>) -> Result<Self::Output, Status> {
         let chat = &self.0;
         let provider = generator(attempt.route)?;
+        stack.0.limit.sent(chat.caller);
         let pending = PendingCharge::new(&stack.0.limit, chat.caller, &provider);
         // The deadline of the attempt is that of the first part: the others may
         // take as long as the caller waits.
         let context = pending.context(attempt.deadline);
         let parts = provider.chat_stream(chat.request, context, chat.deadline);
         let content = parts.await?;
+        let usage = pending.usage().clone();
         pending.settle();
-        Ok(Generated::new(content, provider, attempt))
+        let mut generated = Generated::new(content, provider, attempt);
+        generated.usage = usage;
+        Ok(generated)
     }
 
     fn accept(&self, output: Self::Output, _: &Reservation) -> Result<Self::Output, Status> {
@@ -150,7 +157,7 @@ impl Exchange for ChatStreaming<'_> {
 
     /// The stream charges when it ends, or is dropped.
     fn charge(&self, mut output: Self::Output, reservations: Reservations) -> Self::Output {
-        let mut meter = Meter::new(reservations, &output.provider, &self.0);
+        let mut meter = Meter::new(reservations, &output, &self.0);
         let metered = output.content.map(move |part| {
             meter.observe(&part);
             part
@@ -168,51 +175,47 @@ impl<T> Generated<T> {
             fallback: attempt.fallback.and_then(|chain| chain.header(&model)),
             model,
             provider,
+            usage: UsageMeter::default(),
         }
     }
 }
 
-/// Charges a conversation once. A caller who leaves is charged for the parts
-/// until then, as far as that can be estimated.
+/// Charges a conversation once. A caller who leaves is charged for the text that
+/// has come until then, whether it took it or not.
 struct Meter {
     reservations: Reservations,
     charged: bool,
     provider: Arc<Provider>,
     tenant: String,
-    prompt_tokens: u64,
-    parts: u64,
+    usage: UsageMeter,
 }
 
 impl Meter {
-    fn new(reservations: Reservations, provider: &Arc<Provider>, chat: &Chat<'_>) -> Self {
+    fn new<T>(reservations: Reservations, output: &Generated<T>, chat: &Chat<'_>) -> Self {
         Self {
             reservations,
             charged: false,
-            provider: provider.clone(),
+            provider: output.provider.clone(),
             tenant: chat.caller.tenant.name.clone(),
-            prompt_tokens: chat.request.estimated_tokens(),
-            parts: 0,
+            usage: output.usage.clone(),
         }
     }
 
     fn observe(&mut self, part: &Result<ChatDelta, Error>) {
-        if let Ok(delta) = part {
-            self.parts += u64::from(!delta.text.is_empty());
-            if let Some((_, usage)) = delta.end {
-                self.charge(usage);
-            }
+        if let Ok(delta) = part
+            && let Some((_, usage)) = delta.end
+        {
+            self.charge(usage.into());
         }
     }
 
-    fn charge(&mut self, usage: TokenUsage) {
+    fn charge(&mut self, usage: ProviderUsage) {
         if std::mem::replace(&mut self.charged, true) {
             return;
         }
         let usage = Usage {
-            tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
-            cost: self
-                .provider
-                .charge(&self.tenant, ProviderUsage::from(usage)),
+            tokens: usage.tokens(),
+            cost: self.provider.charge(&self.tenant, usage),
         };
         for reservation in self.reservations.iter_mut().filter_map(Option::take) {
             reservation.charge(usage);
@@ -222,9 +225,6 @@ impl Meter {
 
 impl Drop for Meter {
     fn drop(&mut self) {
-        self.charge(TokenUsage {
-            prompt_tokens: self.prompt_tokens,
-            completion_tokens: self.parts,
-        });
+        self.charge(self.usage.total());
     }
 }

@@ -13,6 +13,7 @@ use bytes::{Bytes, BytesMut};
 use http::header::CONTENT_TYPE;
 use platform::files::FileSource;
 use platform::grpc::BytesHeld;
+use platform::pot::Holder;
 use reqwest::{Certificate, Client, Proxy, Response, Url, redirect};
 use tokio::time::{Instant, timeout_at};
 
@@ -21,6 +22,7 @@ use crate::credential::printable;
 use crate::dialect::HttpRequest;
 use crate::error::{Health, ProviderError};
 use crate::settings::{InvalidSetting, ModelSettings};
+use crate::usage::CallContext;
 
 /// The longest response of a service.
 const RESPONSE_BYTES_MAX: usize = 64 << 20;
@@ -116,16 +118,16 @@ impl Provider {
     pub(crate) async fn exchange<T>(
         self: &Arc<Self>,
         outgoing: &HttpRequest,
-        ends: Instant,
+        context: CallContext<'_>,
         parse: impl Fn(&[u8]) -> Result<T, ProviderError> + Clone + Send + 'static,
     ) -> Result<T, ProviderError>
     where
         T: Send + 'static,
     {
-        let started = Instant::now();
+        let (started, ends) = (Instant::now(), context.deadline);
         let attempts = self.retry(ends, || async {
             let response = self.send(outgoing).await?;
-            let body = self.read_body(response).await?;
+            let body = self.read_body(response, context.holder).await?;
             if body.bytes.len() <= INLINE_PARSE_BYTES_MAX {
                 return parse(&body.bytes);
             }
@@ -248,14 +250,19 @@ impl Provider {
         ProviderError::from_transport(error)
     }
 
-    async fn read_body(&self, mut response: Response) -> Result<ResponseBody, ProviderError> {
+    async fn read_body(
+        &self,
+        mut response: Response,
+        holder: &Holder,
+    ) -> Result<ResponseBody, ProviderError> {
+        let limits = self.limits.held_by(holder.clone());
         let mut held = Vec::new();
         let mut body = BytesMut::new();
         while let Some(chunk) = response.chunk().await.map_err(|e| self.transport(&e))? {
             if body.len() + chunk.len() > RESPONSE_BYTES_MAX {
                 return Err(ProviderError::ResponseTooLarge);
             }
-            let more = self.limits.budget.take(chunk.len());
+            let more = limits.budget.take(chunk.len());
             held.extend(more.map_err(|_| ProviderError::BytesInFlight)?);
             body.extend_from_slice(&chunk);
         }

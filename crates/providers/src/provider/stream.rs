@@ -13,6 +13,7 @@ use super::{Permit, Provider};
 use crate::chat::{ChatDelta, ChatStream, FinishReason, StreamProgress, TokenUsage};
 use crate::error::ProviderError;
 use crate::sse::EventParser;
+use crate::usage::UsageMeter;
 
 /// Bytes of one streamed response.
 const STREAM_BYTES_MAX: usize = 64 << 20;
@@ -30,6 +31,8 @@ pub(crate) struct OpenStream {
     pub deadline: Instant,
     /// The estimated tokens of the messages, should the service report none.
     pub prompt_tokens: u64,
+    /// Where what has come is recorded: a caller may leave at any time.
+    pub usage: UsageMeter,
 }
 
 struct StreamReader {
@@ -38,7 +41,9 @@ struct StreamReader {
     progress: StreamProgress,
     /// The error after the texts received so far.
     error: Option<ProviderError>,
-    parts: u64,
+    /// Texts, and their bytes.
+    texts: u64,
+    text_bytes: usize,
     bytes: usize,
 }
 
@@ -51,7 +56,8 @@ pub(crate) fn read(open: OpenStream) -> ChatStream {
         events: EventParser::default(),
         progress: StreamProgress::default(),
         error: None,
-        parts: 0,
+        texts: 0,
+        text_bytes: 0,
         bytes: 0,
     };
     let (sender, receiver) = mpsc::channel(PARTS_AHEAD_MAX);
@@ -75,7 +81,8 @@ impl StreamReader {
         loop {
             let item = match self.next().await {
                 Ok(delta) => {
-                    if delta.end.is_some() {
+                    if let Some((_, usage)) = delta.end {
+                        self.open.usage.succeeded(usage.into());
                         self.end(None);
                     }
                     Ok(delta)
@@ -93,7 +100,6 @@ impl StreamReader {
     async fn next(&mut self) -> Result<ChatDelta, ProviderError> {
         loop {
             if let Some(text) = self.progress.texts.pop_front() {
-                self.parts += 1;
                 return Ok(ChatDelta { text, end: None });
             }
             if let Some(error) = self.error.take() {
@@ -124,16 +130,38 @@ impl StreamReader {
         let dialect = self.open.provider.settings.kind;
         let events = self.events.push(chunk);
         for event in events.map_err(ProviderError::InvalidResponse)? {
-            dialect.parse_chat_event(&event, &mut self.progress)?;
+            let before = self.progress.texts.len();
+            let parsed = dialect.parse_chat_event(&event, &mut self.progress);
+            for text in self.progress.texts.iter().skip(before) {
+                self.texts += 1;
+                self.text_bytes += text.len();
+            }
+            // What came before an error is charged too.
+            self.open.usage.correct(self.received().into());
+            parsed?;
         }
         Ok(())
+    }
+
+    /// The tokens until now: what the service has reported, and at least those
+    /// that the text probably has. An event may have one token, or many.
+    fn received(&self) -> TokenUsage {
+        let reported = self.progress.usage.unwrap_or_default();
+        let estimated = self.texts.max((self.text_bytes as u64).div_ceil(4));
+        TokenUsage {
+            prompt_tokens: match reported.prompt_tokens {
+                0 => self.open.prompt_tokens,
+                tokens => tokens,
+            },
+            completion_tokens: reported.completion_tokens.max(estimated),
+        }
     }
 
     fn last(&self) -> ChatDelta {
         let reported = self.progress.usage.unwrap_or_default();
         let usage = reported.or_estimate(TokenUsage {
             prompt_tokens: self.open.prompt_tokens,
-            completion_tokens: self.parts,
+            completion_tokens: self.received().completion_tokens,
         });
         let reason = self.progress.finish_reason.unwrap_or(FinishReason::Other);
         ChatDelta {

@@ -267,6 +267,54 @@ async fn calls_over_the_cap_are_refused_at_once() -> Result<()> {
 }
 
 #[tokio::test]
+async fn one_tenant_has_half_of_a_providers_calls() -> Result<()> {
+    let slow = ResponseTemplate::new(200).set_delay(Duration::from_secs(300));
+    let server = answering(slow).await;
+    let folder = scratch("shares")?;
+    std::fs::create_dir_all(&folder)?;
+    let path = |name: &str| folder.join(name).display().to_string();
+    let policy = "anonymous = \"guest\"\n[tenants.guest]\nmodels = [\"*\"]\n\
+                  [tenants.other]\nmodels = [\"*\"]\n";
+    std::fs::write(folder.join("policy.toml"), policy)?;
+    std::fs::write(folder.join("keys.toml"), "")?;
+    let output = Command::new(program("andon")?)
+        .args(["keys", "create", "--tenant", "other"])
+        .args(["--keys", &path("keys.toml")])
+        .output()?;
+    let key = String::from_utf8(output.stdout)?.trim().to_owned();
+    let catalogue = embedding("small", &server, "concurrency_max = 2\ntimeout = \"60s\"");
+    let (policy, keys) = (path("policy.toml"), path("keys.toml"));
+    let flags = ["--policy", &policy, "--keys", &keys];
+    let outside = Outside::with(&catalogue, &flags).await?;
+    let in_flight = async |count: usize| {
+        until(TIMEOUT, "the calls are in flight", || async {
+            Ok(server.received_requests().await.unwrap_or_default().len() == count)
+        })
+        .await
+    };
+    let first = outside.call(texts("small", &["a"]));
+    let mut others = tonic::Request::new(texts("small", &["c"]));
+    others.metadata_mut().insert("x-api-key", key.parse()?);
+    let mut client = outside.client.clone();
+    let checks = async {
+        in_flight(1).await?;
+        // One is free, and it is not for the same tenant.
+        let status = outside.fails(texts("small", &["b"])).await?;
+        ensure!(status.code() == Code::Unavailable, "{status:?}");
+        tokio::select! {
+            second = client.model_infer(others) => anyhow::bail!("it ended: {second:?}"),
+            both = in_flight(2) => both,
+        }
+    };
+    let checked = tokio::select! {
+        _ = first => anyhow::bail!("the first succeeded"),
+        checked = checks => checked,
+    };
+    std::fs::remove_dir_all(&folder)?;
+    checked
+}
+
+#[tokio::test]
 async fn a_key_that_changes_is_read_again() -> Result<()> {
     let server = MockServer::start().await;
     posts("/v1/embeddings")

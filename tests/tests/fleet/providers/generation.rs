@@ -17,7 +17,7 @@ use wiremock::{MockServer, ResponseTemplate};
 use super::{Outside, SECRET, entry, key, posts, quoted, texts};
 
 /// A request for a text.
-fn prompt(model: &str, id: &str, text: &str) -> ModelInferRequest {
+pub(super) fn prompt(model: &str, id: &str, text: &str) -> ModelInferRequest {
     let raw = tensor::encode_bytes_elements(&[text]).unwrap_or_default();
     let parameter = |choice| InferParameter {
         parameter_choice: Some(choice),
@@ -139,7 +139,7 @@ fn expected(id: &str) -> Vec<(String, String, bool)> {
         .to_vec()
 }
 
-const COST: &str = "andon_gateway_provider_cost_total{tenant=\"anyone\",model=\"big\"}";
+pub(super) const COST: &str = "andon_gateway_provider_cost_total{tenant=\"anyone\",model=\"big\"}";
 
 #[tokio::test]
 async fn an_openai_shaped_service_writes_whole_and_in_parts() -> Result<()> {

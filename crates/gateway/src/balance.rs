@@ -340,3 +340,51 @@ where
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use platform::channel::Target;
+    use platform::metrics::Metrics;
+    use platform::watchdog::Starvation;
+
+    use super::*;
+    use crate::upstream::UpstreamMetrics;
+
+    fn upstream() -> Upstream {
+        let metrics = UpstreamMetrics::register(&Metrics::default());
+        let target = Target::Tcp("127.0.0.1:1".to_owned());
+        Upstream::new(target, metrics.of("w".to_owned()), Starvation::none())
+    }
+
+    #[test]
+    fn what_a_request_is_to_blame_for_ejects_no_worker() {
+        let reset = || SendError::Reset("PROTOCOL_ERROR".to_owned());
+        let too_long = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+        let upstream = upstream();
+        for _ in 0..20 {
+            for error in [
+                SendError::NotSent("closed".to_owned()),
+                reset(),
+                SendError::Http(too_long),
+                SendError::Http(StatusCode::PAYLOAD_TOO_LARGE),
+                SendError::TooLarge(1),
+                SendError::NoRoom,
+            ] {
+                classify_error(&upstream, error);
+                assert!(!upstream.circuit_open());
+            }
+        }
+        let Outcome::Failed(error) = classify_error(&upstream, SendError::Http(too_long)) else {
+            panic!("the next worker would refuse it too");
+        };
+        assert_eq!(error.kind(), Kind::Invalid);
+        assert!(matches!(
+            classify_error(&upstream, reset()),
+            Outcome::Retryable(RetryableFailure { lost: true, .. })
+        ));
+        for _ in 0..5 {
+            classify_error(&upstream, SendError::Broken("reset".to_owned()));
+        }
+        assert!(upstream.circuit_open(), "a broken connection is evidence");
+    }
+}

@@ -492,3 +492,45 @@ impl InFlightCall<'_> {
         given >= self.upstream.needs(self.model, self.request.bytes().len())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use platform::metrics::Metrics;
+    use protocol::andon::v1::ModelReport;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_needs_what_it_reports_and_what_it_took() {
+        let metrics = UpstreamMetrics::register(&Metrics::default());
+        let target = Target::Tcp("127.0.0.1:1".to_owned());
+        let upstream = Upstream::new(target, metrics.of("w".to_owned()), Starvation::none());
+        let ms = Duration::from_millis;
+        // Nothing is known of a server of another make.
+        assert_eq!(upstream.needs("m", 1000), NEEDS_MIN);
+        let report = |queue_wait_us, token_ns| WatchReportResponse {
+            models: vec![ModelReport {
+                name: "m".to_owned(),
+                digest: "d".to_owned(),
+                queue_wait_us,
+                token_ns,
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        upstream.set_report(report(0, 0));
+        assert_eq!(upstream.needs("m", 1000), NEEDS_UNKNOWN);
+        upstream.set_report(report(30_000, 1_000_000));
+        // 30 ms of waiting and a millisecond for each byte.
+        assert_eq!(upstream.needs("m", 70), ms(200) + NEEDS_MIN);
+        upstream.set_report(report(0, 1));
+        upstream.took(ms(320));
+        assert_eq!(upstream.needs("m", 1000), ms(640) + NEEDS_MIN);
+        for _ in 0..200 {
+            upstream.took(ms(1));
+        }
+        assert!(upstream.needs("m", 1000) < ms(30));
+        upstream.took(Duration::MAX);
+        upstream.took(Duration::MAX);
+    }
+}

@@ -1,4 +1,4 @@
-//! Whose fault it is: requests on which workers break, callers without patience,
+//! Whose fault it is: requests on which workers break, deadlines that are short,
 //! and a gateway that was stopped are held against no worker that is well.
 
 use std::path::PathBuf;
@@ -129,7 +129,7 @@ async fn a_poisonous_request_breaks_two_workers_and_is_refused_then() -> Result<
 }
 
 #[tokio::test]
-async fn callers_without_patience_eject_no_worker() -> Result<()> {
+async fn short_deadlines_eject_no_worker() -> Result<()> {
     let fleet = Fleet::start(2).await?;
     let gateway = fleet.gateway.grpc;
     let ended = Instant::now() + Duration::from_secs(4);

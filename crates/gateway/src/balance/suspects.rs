@@ -196,3 +196,54 @@ fn hash(bytes: &[u8]) -> [u8; 32] {
         .try_into()
         .unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use platform::grpc::Message;
+    use protocol::inference::ModelInferRequest;
+
+    use super::*;
+    use crate::policy::{Caller, Tenant};
+    use crate::request::default_headers;
+
+    fn request(tenant: &str, id: usize) -> Request {
+        let tenant = Tenant {
+            holder: Holder::Tenant(tenant.into()),
+            ..Tenant::anyone()
+        };
+        let message = ModelInferRequest {
+            id: format!("{id:04}"),
+            ..Default::default()
+        };
+        let caller = Caller::new(Arc::new(tenant), "key");
+        let (headers, message) = (default_headers(), Message::encode(&message));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        Request::new(Method::ModelInfer, headers, message, deadline, caller).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_same_bytes_of_the_same_caller_are_refused_for_a_minute() {
+        let suspects = Suspects::default();
+        let poison = request("a", 1);
+        assert!(!suspects.refuses(&poison));
+        suspects.refuse(&poison);
+        assert!(suspects.refuses(&request("a", 1)));
+        assert!(!suspects.refuses(&request("b", 1)), "another caller");
+        assert!(!suspects.refuses(&request("a", 2)), "other bytes");
+        tokio::time::advance(REFUSED_FOR).await;
+        assert!(!suspects.refuses(&request("a", 1)));
+        assert_eq!(suspects.count.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn so_many_are_refused_and_the_oldest_is_forgotten() {
+        let suspects = Suspects::default();
+        for id in 0..=REFUSED_MAX {
+            suspects.refuse(&request("a", id));
+        }
+        assert_eq!(suspects.count.load(Ordering::Relaxed), REFUSED_MAX);
+        assert!(!suspects.refuses(&request("a", 0)));
+        assert!(suspects.refuses(&request("a", 1)));
+        assert!(suspects.refuses(&request("a", REFUSED_MAX)));
+    }
+}

@@ -11,7 +11,7 @@ use std::time::Duration;
 use platform::circuit_breaker::CircuitBreaker;
 use platform::grpc::MessageLimits;
 use platform::pot::{Held, Pot, PotFull};
-use platform::retry_budget::RetryBudget;
+use platform::retry_budget::RetryBudgets;
 use platform::tasks::OwnedTask;
 use protocol::{Error, ModelName, ModelVersion, Task};
 use tokio::time::Instant;
@@ -28,7 +28,7 @@ use crate::usage::{CallContext, ProviderUsage, reported_usage};
 
 /// The only version that a provider's model has.
 pub const MODEL_VERSION: &str = "1";
-/// Tokens of each model's retry budget.
+/// Tokens of each caller's retry budget for a model.
 const RETRY_TOKENS: u32 = 20;
 
 /// One model of an outside service.
@@ -44,7 +44,7 @@ pub struct Provider {
     /// The calls that may be in flight, with a share for each tenant.
     permits: Pot,
     breaker: CircuitBreaker,
-    retry_budget: RetryBudget,
+    retry_budgets: RetryBudgets,
     limits: MessageLimits,
     metrics: ProviderMetrics,
 }
@@ -74,7 +74,7 @@ impl Provider {
             credential: Credential::read(&settings)?,
             permits: Pot::new(settings.concurrency_max),
             breaker: CircuitBreaker::default(),
-            retry_budget: RetryBudget::new(RETRY_TOKENS),
+            retry_budgets: RetryBudgets::new(RETRY_TOKENS),
             limits: limits.clone(),
             metrics: metrics.clone(),
             settings,
@@ -146,7 +146,7 @@ impl Provider {
         let outgoing = self.chat_request(request, true).map_err(failed)?;
         let prompt_tokens = request.estimated_tokens();
         context.usage.begin(ProviderUsage::of_input(prompt_tokens));
-        let opened = self.open(&outgoing, self.ends(context.deadline)).await;
+        let opened = self.open(&outgoing, self.within_timeout(context)).await;
         let opened = opened.inspect_err(|error| context.usage.failed(error));
         Ok(stream::read(stream::OpenStream {
             provider: self.clone(),

@@ -125,7 +125,7 @@ impl Provider {
         T: Send + 'static,
     {
         let (started, ends) = (Instant::now(), context.deadline);
-        let attempts = self.retry(ends, || async {
+        let attempts = self.retry(context, || async {
             let response = self.send(outgoing).await?;
             let body = self.read_body(response, context.holder).await?;
             if body.bytes.len() <= INLINE_PARSE_BYTES_MAX {
@@ -153,11 +153,11 @@ impl Provider {
     pub(crate) async fn open(
         self: &Arc<Self>,
         outgoing: &HttpRequest,
-        ends: Instant,
+        context: CallContext<'_>,
     ) -> Result<Response, ProviderError> {
         let started = Instant::now();
-        let attempts = self.retry(ends, || self.send(outgoing));
-        let opened = timeout_at(ends, attempts).await;
+        let attempts = self.retry(context, || self.send(outgoing));
+        let opened = timeout_at(context.deadline, attempts).await;
         match opened.unwrap_or(Err(ProviderError::Timeout)) {
             Ok((response, mut attempt)) => {
                 attempt.opened();
@@ -175,12 +175,13 @@ impl Provider {
     /// and the time.
     async fn retry<T, F>(
         self: &Arc<Self>,
-        ends: Instant,
+        context: CallContext<'_>,
         call: impl Fn() -> F,
     ) -> Result<(T, Attempt), ProviderError>
     where
         F: Future<Output = Result<T, ProviderError>>,
     {
+        let (ends, holder) = (context.deadline, context.holder);
         let mut retries = 0;
         let mut last = None;
         loop {
@@ -190,17 +191,18 @@ impl Provider {
             let mut attempt = Attempt::begin(self.clone(), ends);
             let error = match call().await {
                 Ok(response) => {
-                    self.retry_budget.succeeded();
+                    self.retry_budgets.succeeded(holder);
                     return Ok((response, attempt));
                 }
                 Err(error) => error,
             };
             attempt.end(Some(&error));
             let pause = error.retry_after().unwrap_or_else(|| backoff(retries));
+            // What its caller has no time for costs nothing of the budget.
             let again = error.is_retryable()
-                && self.retry_budget.failed()
                 && retries < self.settings.retries_max
-                && Instant::now() + pause < ends;
+                && Instant::now() + pause < ends
+                && self.retry_budgets.failed(holder);
             if !again {
                 return Err(error);
             }

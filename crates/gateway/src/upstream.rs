@@ -272,7 +272,8 @@ impl Upstream {
         }
         .await;
         in_flight.ended = true;
-        if result.is_ok() {
+        // Calls of the gateway itself compute nothing.
+        if result.is_ok() && !options.model.is_empty() {
             self.took(in_flight.started.elapsed());
         }
         result

@@ -26,6 +26,8 @@ pub enum Holder {
     Own,
     /// A tenant, by its name.
     Tenant(Arc<str>),
+    /// A tenant of a gateway, by the number that the gateway gives its calls.
+    Lane(u32),
     /// A peer of whom nobody asks who it is: an IPv4 address, or the network of
     /// an IPv6 address.
     Peer(IpAddr),

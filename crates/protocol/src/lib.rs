@@ -56,6 +56,9 @@ pub const LANE_KEY: &str = "x-andon-lane";
 /// Metadata key of a call from a gateway to a worker: `true` when the policy lets
 /// the call's priority hold among other lanes too.
 pub const LANE_CROSS_KEY: &str = "x-andon-lane-cross";
+/// Metadata key of a call to a worker: `true` for work that waits until no other
+/// call does.
+pub const LANE_DEFERRED_KEY: &str = "x-andon-lane-deferred";
 
 /// The Open Inference Protocol v2 with Triton's extensions.
 #[allow(

@@ -16,11 +16,8 @@ pub enum ModelError {
         retry_after: Duration,
     },
     /// The wait in the queue is longer than the deadline allows.
-    #[error("the model's queue is too long for the deadline")]
-    TooLate {
-        /// How long the wait probably is.
-        wait: Duration,
-    },
+    #[error("the deadline is shorter than the probable wait in the model's queue")]
+    TooLate,
     /// The deadline passed.
     #[error("the deadline passed")]
     DeadlinePassed,
@@ -40,7 +37,9 @@ impl From<ModelError> for Error {
             ModelError::QueueFull { retry_after } => {
                 Self::overloaded(message, retry_after.max(Duration::from_millis(10)))
             }
-            ModelError::TooLate { wait } => Self::overloaded(message, wait),
+            // The caller's deadline is the reason, whatever the worker's load: a
+            // later or other attempt has no more time.
+            ModelError::TooLate => Self::new(Kind::DeadlinePassed, message),
             ModelError::DeadlinePassed => Self::deadline_passed(),
             ModelError::Unloading => Self::new(Kind::NotReady, message),
             ModelError::Engine(_) => {

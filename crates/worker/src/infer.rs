@@ -10,7 +10,7 @@ use tensor::{Shape, Tensor, TensorError};
 use crate::error::{ModelError, text_problem};
 use crate::metrics::Stages;
 use crate::model::{OwnedText, ServedModel, TextError, Urgency};
-use crate::queue::Rows;
+use crate::queue::{Lane, Rows};
 
 /// The input of a model of texts, and of a reranker besides.
 const TEXT: &str = "text";
@@ -35,21 +35,24 @@ pub async fn infer(
     model: &ServedModel,
     request: InferRequest,
     deadline: Instant,
+    lane: Lane,
 ) -> Result<(Outputs, usize), ModelError> {
     let started = Instant::now();
     let options = options(model, &request)?;
     let rows = model.signature().check(&request)?;
     let timeout_at = request.timeout.map(|timeout| started + timeout);
     let urgency = Urgency {
+        lane,
         priority: request.priority,
         deadline: timeout_at.map_or(deadline, |timeout_at| timeout_at.min(deadline)),
     };
     let (mut stages, mut tokens) = (Stages::default(), 0);
     let vectors = if model.task() == Task::Tabular {
+        let held = model.reserve(rows, &urgency)?;
         let values = features(model, &request)?;
         stages.input = started.elapsed();
         let (outputs, queue, compute) = model
-            .compute(Rows::Features { values, rows }, urgency)
+            .compute(Rows::Features { values, rows }, held, urgency)
             .await?;
         (stages.queue, stages.compute) = (queue, compute);
         outputs

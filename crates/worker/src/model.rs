@@ -12,13 +12,14 @@ use std::time::{Duration, Instant};
 use engine::{Card, EngineError, LoadOptions, Model, Text, TextOutput, Tokenizer, Truncation};
 use futures::future::try_join_all;
 use http::HeaderValue;
+use platform::pot::Held;
 use protocol::{ModelName, ModelVersion, Signature};
 use tokio::sync::oneshot;
 
 use crate::device::Instance;
 use crate::error::ModelError;
 use crate::metrics::{ModelMetrics, WorkerMetrics};
-use crate::queue::{Part, Queue, QueueLimits, Refusal, Rows, split};
+use crate::queue::{Lane, Part, Queue, QueueLimits, Refusal, Rows, split};
 
 /// Texts of at most so many bytes together are tokenized inline; longer ones on
 /// a blocking thread, since the network's threads must not stall.
@@ -120,10 +121,12 @@ pub struct Usage {
     pub compute: Duration,
 }
 
-/// The deadline and priority of a request.
-#[derive(Debug, Clone, Copy)]
+/// When a request is computed, among others.
+#[derive(Debug, Clone)]
 pub struct Urgency {
-    /// 1 is served first; 0 after every other.
+    /// Whose it is: lanes take turns.
+    pub lane: Lane,
+    /// 1 is served first of its lane; 0 after every other.
     pub priority: u64,
     /// When the caller stops waiting.
     pub deadline: Instant,
@@ -258,9 +261,7 @@ impl ServedModel {
         let Some(tokenizer) = self.tokenizer.clone() else {
             return Err(ModelError::Engine("the model has no tokenizer".to_owned()));
         };
-        self.queue
-            .admits(texts.len(), urgency.deadline)
-            .map_err(|refusal| self.refuse(&refusal, texts.len()))?;
+        let held = self.reserve(texts.len(), &urgency)?;
         let started = Instant::now();
         let bytes: usize = texts.iter().map(OwnedText::bytes).sum();
         let tokenize = move || tokenize(&tokenizer, &texts, output, truncation);
@@ -278,7 +279,7 @@ impl ServedModel {
         let tokenize = started.elapsed();
         self.metrics.tokenized(tokenize);
         let tokens = rows.tokens();
-        let (outputs, queue, compute) = self.compute(rows, urgency).await?;
+        let (outputs, queue, compute) = self.compute(rows, held, urgency).await?;
         let usage = Usage {
             tokens,
             tokenize,
@@ -288,12 +289,19 @@ impl ServedModel {
         Ok(Ok((outputs, usage)))
     }
 
-    /// Queues rows and waits until every part of them is computed. Returns one
-    /// vector a row, the longest wait of a part and the compute time of all.
+    /// Holds room in the queue for the rows of a request.
+    pub fn reserve(&self, rows: usize, urgency: &Urgency) -> Result<Held, ModelError> {
+        let held = self.queue.reserve(&urgency.lane, rows, urgency.deadline);
+        held.map_err(|refusal| self.refuse(&refusal, rows))
+    }
+
+    /// Queues rows, for which room is held, and waits until every part of them is
+    /// computed. Returns one vector a row, the longest wait of a part and the compute time of all.
     /// Dropping the future cancels them, in the queue or on the device.
     pub async fn compute(
         &self,
         rows: Rows,
+        held: Held,
         urgency: Urgency,
     ) -> Result<(Vec<Vec<f32>>, Duration, Duration), ModelError> {
         let count = rows.count();
@@ -313,7 +321,7 @@ impl ServedModel {
                 }
             })
             .collect();
-        let own = self.queue.push(parts);
+        let own = self.queue.push(parts, &urgency.lane, held);
         if let Some(batch) = own.map_err(|refusal| self.refuse(&refusal, count))? {
             self.instance.compute(batch);
         }
@@ -338,11 +346,7 @@ impl ServedModel {
             }
             Refusal::TooLate => {
                 self.metrics.refused("deadline", rows);
-                match self.queue.load().1 {
-                    // Nothing waits: the caller gave too little time.
-                    Duration::ZERO => ModelError::DeadlinePassed,
-                    wait => ModelError::TooLate { wait },
-                }
+                ModelError::TooLate
             }
             Refusal::Closed => ModelError::Unloading,
         }

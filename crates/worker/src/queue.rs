@@ -4,14 +4,18 @@
 //! device thread takes the next batch. The request holds the receiving end of
 //! each part's reply, so that parts of a cancelled request are seen and dropped.
 
-use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+mod lanes;
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use engine::{TextOutput, TokenRow};
+use platform::pot::{Held, Pot};
 use tokio::sync::oneshot;
 
 use crate::error::ModelError;
+pub use lanes::Lane;
+use lanes::{Lanes, Waiting};
 
 /// The rows of a part.
 #[derive(Debug)]
@@ -61,7 +65,7 @@ pub struct Computed {
 pub struct Part {
     /// The rows.
     pub rows: Rows,
-    /// 1 is served first; 0 after every other.
+    /// 1 is served first of its lane; 0 after every other.
     pub priority: u64,
     /// When the caller stops waiting.
     pub deadline: Instant,
@@ -75,14 +79,6 @@ impl Part {
     /// Whether the request still waits: it is neither cancelled nor late.
     pub fn awaited(&self, now: Instant) -> bool {
         !self.reply.is_closed() && now < self.deadline
-    }
-
-    fn rank(&self) -> u64 {
-        if self.priority == 0 {
-            u64::MAX
-        } else {
-            self.priority
-        }
     }
 }
 
@@ -125,39 +121,98 @@ pub struct Queue {
     limits: QueueLimits,
     /// The most tokens, or rows of features, that are computed inline.
     inline_max: usize,
+    /// The rows of the requests that wait or are being tokenized.
+    rows: Pot,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    parts: VecDeque<Part>,
-    rows: usize,
-    tokens: usize,
+    lanes: Lanes,
+    /// What waits until nothing else does.
+    deferred: Lanes,
     closed: bool,
     /// Seconds that one token takes, averaged over the last batches.
     token_seconds: f64,
-    /// Tokens of the batch that the device computes now.
+    /// Batches that are computed now, and their tokens.
+    busy_batches: usize,
     busy_tokens: usize,
     /// Rows dropped since the last batch.
     dropped: Dropped,
 }
 
 impl State {
-    fn wait(&self) -> Duration {
-        let tokens = self.tokens.saturating_add(self.busy_tokens);
-        Duration::from_secs_f64((tokens as f64 * self.token_seconds).min(3600.0))
+    /// How long a part would probably wait after so many tokens.
+    fn wait(&self, ahead: usize) -> Duration {
+        self.compute(ahead.saturating_add(self.busy_tokens))
+    }
+
+    /// How long everything that waits probably takes.
+    fn wait_of_all(&self) -> Duration {
+        self.wait(self.lanes.tokens + self.deferred.tokens)
+    }
+
+    /// How long so many further tokens of a lane would probably wait.
+    fn wait_of(&self, lane: &Lane, tokens: usize) -> Duration {
+        let ahead = if lane.deferred {
+            let ahead = self.deferred.tokens_ahead(&lane.holder, tokens);
+            self.lanes.tokens + ahead
+        } else {
+            self.lanes.tokens_ahead(&lane.holder, tokens)
+        };
+        self.wait(ahead)
     }
 
     fn compute(&self, tokens: usize) -> Duration {
         Duration::from_secs_f64((tokens as f64 * self.token_seconds).min(3600.0))
     }
 
-    fn remove(&mut self, index: usize) -> Option<Part> {
-        let part = self.parts.remove(index)?;
-        self.rows -= part.rows.count();
-        self.tokens -= part.rows.tokens();
-        Some(part)
+    fn is_empty(&self) -> bool {
+        self.lanes.is_empty() && self.deferred.is_empty()
+    }
+
+    /// What the next batch is taken from.
+    fn next_lanes(&mut self) -> &mut Lanes {
+        if self.lanes.is_empty() {
+            &mut self.deferred
+        } else {
+            &mut self.lanes
+        }
+    }
+
+    /// Takes out and counts the parts that nobody waits for.
+    fn remove_unawaited(&mut self) -> Unawaited {
+        let now = Instant::now();
+        let mut removed = self.lanes.remove_unawaited(now);
+        removed.extend(self.deferred.remove_unawaited(now));
+        for Waiting { part, rows, .. } in &removed {
+            if part.reply.is_closed() {
+                self.dropped.abandoned_rows += rows;
+            } else {
+                self.dropped.late_rows += rows;
+            }
+        }
+        Unawaited(removed)
+    }
+
+    fn begin(&mut self, tokens: usize) -> Dropped {
+        self.busy_batches += 1;
+        self.busy_tokens += tokens;
+        std::mem::take(&mut self.dropped)
+    }
+}
+
+/// Parts that left the queue: they are told so without its lock.
+#[must_use]
+struct Unawaited(Vec<Waiting>);
+
+impl Unawaited {
+    fn reply(self) {
+        for waiting in self.0 {
+            // A cancelled request has dropped its receiver.
+            let _ = waiting.part.reply.send(Err(ModelError::DeadlinePassed));
+        }
     }
 }
 
@@ -178,6 +233,7 @@ impl Queue {
     /// An empty queue. `inline_max`: see [`push`](Self::push).
     pub fn new(limits: QueueLimits, inline_max: usize) -> Self {
         Self {
+            rows: Pot::new(limits.rows_max),
             limits,
             inline_max,
             state: Mutex::default(),
@@ -193,7 +249,8 @@ impl Queue {
     /// Waiting rows, and how long a new row will probably wait.
     pub fn load(&self) -> (usize, Duration) {
         let state = self.lock();
-        (state.rows, state.wait())
+        let rows = state.lanes.rows + state.deferred.rows;
+        (rows, state.wait_of_all())
     }
 
     /// How long a token takes to compute; zero before the first batch.
@@ -201,77 +258,69 @@ impl Queue {
         self.lock().compute(1)
     }
 
-    /// Whether so many rows would be queued now. Checked before they are
+    /// Holds room for the rows of a request. It is asked for before they are
     /// tokenized, so that shed load costs no tokenization.
-    pub fn admits(&self, rows: usize, deadline: Instant) -> Result<(), Refusal> {
-        let mut state = self.lock();
-        if state.closed {
+    pub fn reserve(&self, lane: &Lane, rows: usize, deadline: Instant) -> Result<Held, Refusal> {
+        if self.lock().closed {
             return Err(Refusal::Closed);
         }
-        let overloaded = |state: &State| {
-            state.rows.saturating_add(rows) > self.limits.rows_max
-                || Instant::now() + state.wait() >= deadline
-        };
-        if overloaded(&state) {
-            drop_unawaited(&mut state);
+        let mut held = self.rows.take(&lane.holder, rows);
+        let late = |state: &State| Instant::now() + state.wait_of(lane, 0) >= deadline;
+        if held.is_err() || late(&self.lock()) {
+            // Rows of cancelled requests must not take the place of others.
+            let unawaited = self.lock().remove_unawaited();
+            unawaited.reply();
+            if held.is_err() {
+                held = self.rows.take(&lane.holder, rows);
+            }
         }
-        if state.rows.saturating_add(rows) > self.limits.rows_max {
-            return Err(Refusal::Full(state.wait()));
-        }
-        if Instant::now() + state.wait() >= deadline {
+        let state = self.lock();
+        let held = held.map_err(|_| Refusal::Full(state.wait_of_all()))?;
+        if late(&state) {
             return Err(Refusal::TooLate);
         }
-        Ok(())
+        Ok(held)
     }
 
-    /// Queues the parts of one request together, or refuses them at once.
+    /// Queues the parts of one request together, whose rows are held, or refuses
+    /// them at once.
     ///
     /// When the queue and the device are idle and the parts have at most
     /// `inline_max` tokens, they come back as a batch for the caller to compute
     /// inline: waking the device thread would take longer.
-    pub fn push(&self, parts: Vec<Part>) -> Result<Option<Batch>, Refusal> {
+    pub fn push(
+        &self,
+        parts: Vec<Part>,
+        lane: &Lane,
+        held: Held,
+    ) -> Result<Option<Batch>, Refusal> {
         let rows: usize = parts.iter().map(|part| part.rows.count()).sum();
         let tokens: usize = parts.iter().map(|part| part.rows.tokens()).sum();
         let mut state = self.lock();
         if state.closed {
             return Err(Refusal::Closed);
         }
-        let now = Instant::now();
-        let overloaded = |state: &State| {
-            state.rows.saturating_add(rows) > self.limits.rows_max
-                || parts.iter().any(|part| now + state.wait() >= part.deadline)
-        };
-        if overloaded(&state) {
-            // Rows of cancelled requests must not take the place of others.
-            drop_unawaited(&mut state);
-        }
-        let wait = state.wait();
-        if state.rows.saturating_add(rows) > self.limits.rows_max {
-            return Err(Refusal::Full(wait));
-        }
-        if parts.iter().any(|part| now + wait >= part.deadline) {
+        let expected = Instant::now() + state.wait_of(lane, tokens);
+        if parts.iter().any(|part| expected >= part.deadline) {
             return Err(Refusal::TooLate);
         }
-        let inline = state.parts.is_empty() && self.is_inline(&state, rows, tokens);
-        state.rows += rows;
-        state.tokens += tokens;
-        for part in parts {
-            let rank = part.rank();
-            // Almost always the end: priorities are rare.
-            let mut position = state.parts.len();
-            while position > 0
-                && state
-                    .parts
-                    .get(position - 1)
-                    .is_some_and(|p| p.rank() > rank)
-            {
-                position -= 1;
-            }
-            state.parts.insert(position, part);
+        if self.is_inline(&state, rows, tokens) {
+            let dropped = state.begin(tokens);
+            return Ok(Some(Batch {
+                parts,
+                rows,
+                tokens,
+                dropped,
+            }));
         }
-        if inline {
-            let count = state.parts.len();
-            return Ok(Some(take(&mut state, count)));
+        let held = Arc::new(held);
+        let lanes = if lane.deferred {
+            &mut state.deferred
+        } else {
+            &mut state.lanes
+        };
+        for part in parts {
+            lanes.push(lane, Waiting::new(part, held.clone()));
         }
         drop(state);
         self.changed.notify_one();
@@ -280,7 +329,8 @@ impl Queue {
 
     fn is_inline(&self, state: &State, rows: usize, tokens: usize) -> bool {
         let fits = rows <= self.limits.batch_rows_max && tokens <= self.limits.batch_tokens_max;
-        fits && tokens <= self.inline_max && state.busy_tokens == 0 && self.limits.delay.is_zero()
+        let idle = state.is_empty() && state.busy_batches == 0;
+        idle && fits && tokens <= self.inline_max && self.limits.delay.is_zero()
     }
 
     /// Refuses every further part and wakes the device thread, which computes
@@ -290,10 +340,12 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// Records how long a batch took, for the estimate of waits.
+    /// Records that a batch has ended and how long it took, for the estimate of
+    /// waits.
     pub fn finished(&self, tokens: usize, computed: Duration) {
         let mut state = self.lock();
-        state.busy_tokens = 0;
+        state.busy_batches = state.busy_batches.saturating_sub(1);
+        state.busy_tokens = state.busy_tokens.saturating_sub(tokens);
         if tokens > 0 {
             let token_seconds = computed.as_secs_f64() / tokens as f64;
             state.token_seconds = if state.token_seconds == 0.0 {
@@ -308,95 +360,74 @@ impl Queue {
     /// budget, the queue delay of its first part, or when waiting longer would
     /// miss its earliest deadline. None when the queue is closed and empty.
     pub fn next_batch(&self) -> Option<Batch> {
-        let mut state = self.lock();
         loop {
-            drop_unawaited(&mut state);
-            if state.parts.is_empty() {
-                if state.closed {
-                    return None;
-                }
-                state = self
-                    .changed
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.lock();
+            let unawaited = state.remove_unawaited();
+            if !unawaited.0.is_empty() {
+                drop(state);
+                unawaited.reply();
                 continue;
             }
-            let (count, full, closes_at) = self.candidate(&state);
             let now = Instant::now();
-            if full || state.closed || now >= closes_at {
-                return Some(take(&mut state, count));
+            let closes_at = self.closes_at(&mut state, now);
+            match closes_at {
+                Some(at) if now >= at => return Some(self.take(&mut state)),
+                Some(at) => {
+                    let waited = self.changed.wait_timeout(state, at - now);
+                    drop(waited.unwrap_or_else(PoisonError::into_inner));
+                }
+                None if state.closed => return None,
+                None => {
+                    let waited = self.changed.wait(state);
+                    drop(waited.unwrap_or_else(PoisonError::into_inner));
+                }
             }
-            (state, _) = self
-                .changed
-                .wait_timeout(state, closes_at - now)
-                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// How many parts the next batch would have, whether it is full, and when
-    /// it must close.
-    fn candidate(&self, state: &State) -> (usize, bool, Instant) {
-        let (mut count, mut rows, mut tokens) = (0, 0, 0);
-        let mut full = false;
-        let mut oldest = None::<Instant>;
-        let mut earliest = None::<Instant>;
-        for part in &state.parts {
-            let (part_rows, part_tokens) = (part.rows.count(), part.rows.tokens());
-            let fits = rows + part_rows <= self.limits.batch_rows_max
-                && tokens + part_tokens <= self.limits.batch_tokens_max;
-            if !fits && count > 0 {
-                full = true;
-                break;
-            }
-            count += 1;
-            rows += part_rows;
-            tokens += part_tokens;
-            oldest = Some(oldest.map_or(part.queued_at, |at| at.min(part.queued_at)));
-            earliest = Some(earliest.map_or(part.deadline, |at| at.min(part.deadline)));
+    /// When the next batch closes; none when nothing waits.
+    fn closes_at(&self, state: &mut State, now: Instant) -> Option<Instant> {
+        if state.is_empty() {
+            return None;
         }
-        full |= rows >= self.limits.batch_rows_max || tokens >= self.limits.batch_tokens_max;
-        let now = Instant::now();
-        let by_delay = oldest.map_or(now, |at| at + self.limits.delay);
+        let closed = state.closed;
+        let lanes = state.next_lanes();
+        let tokens = lanes.tokens;
+        let full =
+            lanes.rows >= self.limits.batch_rows_max || tokens >= self.limits.batch_tokens_max;
+        if full || closed || self.limits.delay.is_zero() {
+            return Some(now);
+        }
+        // All that waits would be in the batch.
+        let (oldest, earliest) = lanes.earliest()?;
         // Half of the compute time again, since the estimate is one.
         let compute = state.compute(tokens).mul_f64(1.5);
-        let by_deadline = earliest
-            .and_then(|at| at.checked_sub(compute))
-            .unwrap_or(now);
-        (count, full, by_delay.min(by_deadline))
+        let by_deadline = earliest.checked_sub(compute).unwrap_or(now);
+        Some(by_deadline.min(oldest + self.limits.delay))
     }
-}
 
-fn drop_unawaited(state: &mut State) {
-    let now = Instant::now();
-    let mut index = 0;
-    while let Some(part) = state.parts.get(index) {
-        if part.awaited(now) {
-            index += 1;
-            continue;
+    /// Takes parts until the next one does not fit.
+    fn take(&self, state: &mut State) -> Batch {
+        let lanes = state.next_lanes();
+        let (mut parts, mut rows, mut tokens) = (Vec::new(), 0, 0);
+        while let Some((next_rows, next_tokens)) = lanes.peek() {
+            let fits = rows + next_rows <= self.limits.batch_rows_max
+                && tokens + next_tokens <= self.limits.batch_tokens_max;
+            if !fits && !parts.is_empty() {
+                break;
+            }
+            let Some(waiting) = lanes.pop() else { break };
+            rows += next_rows;
+            tokens += next_tokens;
+            parts.push(waiting.part);
         }
-        let rows = part.rows.count();
-        if part.reply.is_closed() {
-            state.dropped.abandoned_rows += rows;
-        } else {
-            state.dropped.late_rows += rows;
+        let dropped = state.begin(tokens);
+        Batch {
+            parts,
+            rows,
+            tokens,
+            dropped,
         }
-        if let Some(part) = state.remove(index) {
-            // A cancelled request has dropped its receiver.
-            let _ = part.reply.send(Err(ModelError::DeadlinePassed));
-        }
-    }
-}
-
-fn take(state: &mut State, count: usize) -> Batch {
-    let parts: Vec<Part> = (0..count).filter_map(|_| state.remove(0)).collect();
-    let rows = parts.iter().map(|part| part.rows.count()).sum();
-    let tokens = parts.iter().map(|part| part.rows.tokens()).sum();
-    state.busy_tokens = tokens;
-    Batch {
-        parts,
-        rows,
-        tokens,
-        dropped: std::mem::take(&mut state.dropped),
     }
 }
 
@@ -439,6 +470,8 @@ pub fn split(rows: Rows, limits: &QueueLimits) -> Vec<Rows> {
 
 #[cfg(test)]
 mod tests {
+    use platform::pot::Holder;
+
     use super::*;
 
     type Reply = oneshot::Receiver<Result<Computed, ModelError>>;
@@ -472,6 +505,14 @@ mod tests {
         (part, wait)
     }
 
+    fn push(queue: &Queue, parts: Vec<Part>) -> Result<Option<Batch>, Refusal> {
+        let lane = Lane::default();
+        let rows = parts.iter().map(|part| part.rows.count()).sum();
+        let deadline = parts.iter().map(|part| part.deadline).min();
+        let held = queue.reserve(&lane, rows, deadline.unwrap())?;
+        queue.push(parts, &lane, held)
+    }
+
     const LONG: Duration = Duration::from_secs(60);
 
     #[test]
@@ -479,12 +520,12 @@ mod tests {
         let queue = Queue::new(limits(), 0);
         let (parts, _waits): (Vec<_>, Vec<_>) =
             [60, 30, 30].map(|t| part(&[t], LONG)).into_iter().unzip();
-        queue.push(parts).unwrap();
+        push(&queue, parts).unwrap();
         assert_eq!(queue.next_batch().map(|batch| batch.tokens), Some(90));
         assert_eq!(queue.next_batch().map(|batch| batch.tokens), Some(30));
         let (parts, _waits): (Vec<_>, Vec<_>) =
             [1; 6].map(|t| part(&[t], LONG)).into_iter().unzip();
-        queue.push(parts).unwrap();
+        push(&queue, parts).unwrap();
         assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(4));
         assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(2));
     }
@@ -500,14 +541,14 @@ mod tests {
         );
         let started = Instant::now();
         let (waits_long, _wait) = part(&[1], LONG);
-        queue.push(vec![waits_long]).unwrap();
+        push(&queue, vec![waits_long]).unwrap();
         assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(1));
         assert!(started.elapsed() >= Duration::from_millis(200));
         // A token takes 10 ms: the batch must close 15 ms before the deadline.
         queue.finished(1, Duration::from_millis(10));
         let started = Instant::now();
         let (hurried, _wait) = part(&[1], Duration::from_millis(80));
-        queue.push(vec![hurried]).unwrap();
+        push(&queue, vec![hurried]).unwrap();
         assert_eq!(queue.next_batch().map(|batch| batch.rows), Some(1));
         assert!(started.elapsed() < Duration::from_millis(80));
     }
@@ -516,12 +557,12 @@ mod tests {
     fn a_full_queue_refuses_and_cancelled_rows_make_room() {
         let queue = Queue::new(limits(), 0);
         let (first, wait) = part(&[1; 10], LONG);
-        queue.push(vec![first]).unwrap();
+        push(&queue, vec![first]).unwrap();
         let (second, _wait) = part(&[1], LONG);
-        assert!(matches!(queue.push(vec![second]), Err(Refusal::Full(_))));
+        assert!(matches!(push(&queue, vec![second]), Err(Refusal::Full(_))));
         drop(wait);
         let (third, _wait) = part(&[1; 2], LONG);
-        queue.push(vec![third]).unwrap();
+        push(&queue, vec![third]).unwrap();
         let batch = queue.next_batch().unwrap();
         assert_eq!((batch.rows, batch.dropped.abandoned_rows), (2, 10));
     }
@@ -531,9 +572,9 @@ mod tests {
         let queue = Queue::new(limits(), 0);
         queue.finished(1, Duration::from_secs(1));
         let (first, _wait) = part(&[5], LONG);
-        queue.push(vec![first]).unwrap();
+        push(&queue, vec![first]).unwrap();
         let (hurried, _wait) = part(&[1], Duration::from_millis(100));
-        assert!(matches!(queue.push(vec![hurried]), Err(Refusal::TooLate)));
+        assert!(matches!(push(&queue, vec![hurried]), Err(Refusal::TooLate)));
     }
 
     #[test]
@@ -550,7 +591,7 @@ mod tests {
             let (mut next, wait) = part(&[tokens], LONG);
             next.priority = priority;
             waits.push(wait);
-            queue.push(vec![next]).unwrap();
+            push(&queue, vec![next]).unwrap();
         }
         let order: Vec<usize> = (0..4)
             .filter_map(|_| queue.next_batch())
@@ -563,10 +604,10 @@ mod tests {
     fn a_closed_queue_finishes_its_rows_and_takes_no_more() {
         let queue = Queue::new(limits(), 0);
         let (first, _wait) = part(&[1], LONG);
-        queue.push(vec![first]).unwrap();
+        push(&queue, vec![first]).unwrap();
         queue.close();
         let (second, _wait) = part(&[1], LONG);
-        assert!(matches!(queue.push(vec![second]), Err(Refusal::Closed)));
+        assert!(matches!(push(&queue, vec![second]), Err(Refusal::Closed)));
         assert!(queue.next_batch().is_some());
         assert!(queue.next_batch().is_none());
     }
@@ -589,13 +630,83 @@ mod tests {
     fn a_small_request_is_computed_inline_when_idle() {
         let queue = Queue::new(limits(), 20);
         let (first, _wait) = part(&[20], LONG);
-        let batch = queue.push(vec![first]).unwrap();
+        let batch = push(&queue, vec![first]).unwrap();
         assert_eq!(batch.map(|batch| batch.tokens), Some(20));
         let (second, _wait) = part(&[20], LONG);
-        assert!(queue.push(vec![second]).unwrap().is_none(), "one computes");
+        assert!(
+            push(&queue, vec![second]).unwrap().is_none(),
+            "one computes"
+        );
         assert_eq!(queue.next_batch().map(|batch| batch.tokens), Some(20));
         queue.finished(20, Duration::from_micros(200));
         let (long, _wait) = part(&[21], LONG);
-        assert!(queue.push(vec![long]).unwrap().is_none(), "too long");
+        assert!(push(&queue, vec![long]).unwrap().is_none(), "too long");
+    }
+
+    #[test]
+    fn a_lane_that_fills_the_queue_leaves_the_others_their_share() {
+        let queue = Queue::new(limits(), 0);
+        queue.finished(1, Duration::from_secs(1));
+        let lane = |number| Lane {
+            holder: Holder::Lane(number),
+            ..Lane::default()
+        };
+        let mut waits = Vec::new();
+        let mut push = |lane: &Lane, tokens: usize, priority| {
+            let (mut part, wait) = part(&[tokens], Duration::from_secs(20));
+            part.priority = priority;
+            waits.push(wait);
+            let held = queue.reserve(lane, 1, part.deadline)?;
+            queue.push(vec![part], lane, held)
+        };
+        // Two that take turns have half of the rows each.
+        push(&lane(2), 1, 0).unwrap();
+        for _ in 0..5 {
+            push(&lane(1), 3, 1).unwrap();
+        }
+        assert!(matches!(push(&lane(1), 3, 1), Err(Refusal::Full(_))));
+        // The others' wait is not that of the flood.
+        push(&lane(2), 2, 0).unwrap();
+        assert!(matches!(push(&lane(1), 9, 1), Err(Refusal::Full(_))));
+        let batch = queue.next_batch().unwrap();
+        let tokens: Vec<usize> = batch.parts.iter().map(|part| part.rows.tokens()).collect();
+        assert_eq!(tokens, [1, 3, 2, 3]);
+    }
+
+    #[test]
+    fn deferred_work_waits_until_nothing_else_does() {
+        let queue = Queue::new(limits(), 0);
+        let mut waits = Vec::new();
+        for (tokens, deferred) in [(1, true), (2, false), (3, true), (4, false)] {
+            let lane = Lane {
+                deferred,
+                ..Lane::default()
+            };
+            let (mut part, wait) = part(&[tokens], LONG);
+            part.priority = u64::from(deferred);
+            waits.push(wait);
+            let held = queue.reserve(&lane, 1, part.deadline).unwrap();
+            queue.push(vec![part], &lane, held).unwrap();
+        }
+        let batches: Vec<usize> = (0..2)
+            .filter_map(|_| queue.next_batch())
+            .map(|batch| batch.tokens)
+            .collect();
+        assert_eq!(batches, [6, 4]);
+        assert_eq!(queue.load().0, 0);
+    }
+
+    #[test]
+    fn no_batch_is_inline_while_another_is_computed() {
+        let queue = Queue::new(limits(), 20);
+        let (first, _wait) = part(&[1], LONG);
+        assert!(push(&queue, vec![first]).unwrap().is_some());
+        let (second, _wait) = part(&[2], LONG);
+        assert!(push(&queue, vec![second]).unwrap().is_none());
+        assert_eq!(queue.next_batch().map(|batch| batch.tokens), Some(2));
+        // The first has ended; the device thread still computes the second.
+        queue.finished(1, Duration::from_micros(1));
+        let (third, _wait) = part(&[1], LONG);
+        assert!(push(&queue, vec![third]).unwrap().is_none());
     }
 }

@@ -7,16 +7,18 @@ mod text;
 use std::sync::Arc;
 use std::time::Instant;
 
-use platform::grpc::{Call, MessageLimits, Reply, StreamSettings, reject, stream, unary};
+use platform::grpc::{Call, MessageLimits, Messages, Reply, StreamSettings, reject, stream, unary};
+use platform::pot::Holder;
 use platform::server::Handler;
 use platform::streams::OpenStream;
 use platform::telemetry::TraceParent;
 use platform::{CommonServices, Process, common_path};
 use protocol::inference::{RepositoryModelLoadResponse, RepositoryModelUnloadResponse};
-use protocol::{Error, Method};
+use protocol::{Error, LANE_CROSS_KEY, LANE_DEFERRED_KEY, LANE_KEY, Method};
 use tonic::{Code, Status};
 
 use crate::model::ServedModel;
+use crate::queue::Lane;
 use crate::report;
 use crate::repository::Repository;
 
@@ -152,10 +154,28 @@ impl Service {
         })
     }
 
+    /// The messages of a call. Their bytes are held for its lane.
+    fn messages(&self, call: Call, lane: &Lane) -> Messages {
+        let limits = self.0.limits.held_by(lane.holder.clone());
+        call.into_messages(&limits)
+    }
+
     /// A place for a stream. A worker asks nobody who it is.
     fn open_stream(&self, call: &Call) -> Result<OpenStream, Status> {
         let streams = &self.0.process.streams;
         streams.open(&call.peer, &call.peer.holder())
+    }
+}
+
+/// The lane of a call: the gateway's word, since it knows the tenants; of a
+/// direct caller the peer's own. Who may open a worker's port is trusted with it.
+fn lane_of(call: &Call) -> Lane {
+    let is_true = |key| call.metadata_text(key) == Some("true");
+    let number = call.metadata_text(LANE_KEY).and_then(|it| it.parse().ok());
+    Lane {
+        holder: number.map_or_else(|| call.peer.holder(), Holder::Lane),
+        crosses: is_true(LANE_CROSS_KEY),
+        deferred: is_true(LANE_DEFERRED_KEY),
     }
 }
 

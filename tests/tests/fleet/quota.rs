@@ -2,6 +2,7 @@
 //! that may fail, and how tenants share what there is.
 
 mod in_flight;
+mod lanes;
 mod units;
 
 use std::collections::BTreeMap;
@@ -26,7 +27,7 @@ const UP: &str = "andon_gateway_redis_up";
 struct QuotaFleet {
     gateways: Vec<Andon>,
     keys: BTreeMap<String, String>,
-    _worker: Andon,
+    worker: Andon,
     folder: PathBuf,
 }
 
@@ -72,7 +73,7 @@ impl QuotaFleet {
         let fleet = Self {
             gateways: started.collect::<Result<_>>()?,
             keys,
-            _worker: worker,
+            worker,
             folder,
         };
         for gateway in &fleet.gateways {

@@ -24,16 +24,18 @@ use protocol::{
 };
 use tonic::{Code, Status};
 
-use super::{CallRecord, Service, statistics};
+use super::{CallRecord, Service, lane_of, statistics};
 use crate::infer::infer;
 use crate::model::ServedModel;
+use crate::queue::Lane;
 use crate::repository::State;
 
 impl Service {
     pub(super) async fn model_infer(&self, call: Call) -> Result<Reply, Status> {
         let deadline = call.deadline.into_std();
-        let message = call.into_messages(&self.0.limits).only().await?;
-        let (response, metadata) = self.infer(message, deadline).await?;
+        let lane = lane_of(&call);
+        let message = self.messages(call, &lane).only().await?;
+        let (response, metadata) = self.infer(message, deadline, lane).await?;
         Ok(reply(frame(&response), metadata))
     }
 
@@ -44,19 +46,20 @@ impl Service {
         let deadline = call.stream_deadline.map(tokio::time::Instant::into_std);
         let own = self.clone();
         let timeout = call.deadline - call.arrived;
-        let messages = call.into_messages(&self.0.limits);
+        let lane = lane_of(&call);
+        let messages = self.messages(call, &lane);
         Ok(bidirectional(messages, settings, move |message| {
-            let own = own.clone();
+            let (own, lane) = (own.clone(), lane.clone());
             let deadline = deadline.unwrap_or_else(|| Instant::now() + timeout);
-            async move { Ok(own.stream_response(message, deadline).await) }
+            async move { Ok(own.stream_response(message, deadline, lane).await) }
         }))
     }
 
-    async fn stream_response(&self, message: Message, deadline: Instant) -> Bytes {
+    async fn stream_response(&self, message: Message, deadline: Instant, lane: Lane) -> Bytes {
         let id = protocol::peek(&message.bytes())
             .map(|peeked| peeked.id.to_owned())
             .unwrap_or_default();
-        match self.infer(message, deadline).await {
+        match self.infer(message, deadline, lane).await {
             Ok((response, _)) => frame_bytes(&with_final_response_flag(&response.encode_to_vec())),
             Err(status) => frame(&protocol::stream_failure(id, status.message())),
         }
@@ -66,6 +69,7 @@ impl Service {
         &self,
         message: Message,
         deadline: Instant,
+        lane: Lane,
     ) -> Result<(ModelInferResponse, Metadata), Status> {
         let started = Instant::now();
         let request: ModelInferRequest = decode(message.bytes())?;
@@ -73,7 +77,7 @@ impl Service {
         let model = self.0.repository.find(&request.model, request.version)?;
         let id = std::mem::take(&mut request.id);
         let mut record = CallRecord::new(&model, Method::ModelInfer, started);
-        let (outputs, tokens) = infer(&model, request, deadline)
+        let (outputs, tokens) = infer(&model, request, deadline, lane)
             .await
             .map_err(|error| Error::from(error).to_status())
             .inspect_err(|status| record.code = status.code())?;

@@ -29,7 +29,7 @@ impl Service {
         F: Future<Output = Result<TextResponse<A>, Error>>,
     {
         let target = Target::of(&call)?;
-        let message = call.into_messages(&self.0.limits).only().await?;
+        let message = self.messages(call, &target.lane).only().await?;
         let request = decode(message.bytes())?;
         let response = respond(self.clone(), request, target).await?;
         Ok(reply(frame(&response.message), response.to_metadata()))
@@ -50,7 +50,7 @@ impl Service {
         let settings = self.stream_settings(&call)?;
         let (timeout, ends) = (call.deadline - call.arrived, call.stream_deadline);
         let own = self.clone();
-        let messages = call.into_messages(&self.0.limits);
+        let messages = self.messages(call, &target.lane);
         Ok(bidirectional(messages, settings, move |message| {
             let own = own.clone();
             let deadline = ends.map_or_else(|| Instant::now() + timeout, |end| end.into_std());
@@ -262,7 +262,7 @@ impl Service {
             model.limits.request_rows_max,
         );
         drop(model);
-        let mut messages = call.into_messages(&self.0.limits);
+        let mut messages = self.messages(call, &target.lane);
         let mut gathering = RerankGathering::default();
         while let Some(message) = messages.next().await? {
             gathering.reserve(message.bytes().len(), bytes_max)?;

@@ -13,9 +13,10 @@ use protocol::{
 };
 use tonic::Code;
 
-use super::super::CallRecord;
+use super::super::{CallRecord, lane_of};
 use crate::error::text_problem;
 use crate::model::{OwnedText, ServedModel, TextError, Urgency};
+use crate::queue::Lane;
 use crate::repository::Repository;
 
 /// The model that a call names, if any, and when the call must be done.
@@ -23,6 +24,8 @@ use crate::repository::Repository;
 pub struct Target {
     name: Option<ModelName>,
     version: Option<ModelVersion>,
+    /// Where the call waits.
+    pub lane: Lane,
     started: Instant,
     deadline: Instant,
 }
@@ -104,6 +107,7 @@ impl Target {
             name: name
                 .map(|name| ModelName::checked(name, MODEL_KEY))
                 .transpose()?,
+            lane: lane_of(call),
             version: ModelVersion::optional(version, VERSION_KEY)?,
             started: Instant::now(),
             deadline: call.deadline.into_std(),
@@ -173,6 +177,7 @@ impl Target {
         let texts = request.texts.prepared(model, request.prompt)?;
         let characters: usize = texts.iter().map(OwnedText::characters).sum();
         let urgency = Urgency {
+            lane: self.lane.clone(),
             priority: 0,
             deadline: self.deadline,
         };

@@ -23,8 +23,8 @@ pub enum EngineError {
     /// An output that the model does not have, for example logits of an embedding model.
     #[error("{0}")]
     UnsupportedOutput(&'static str),
-    /// The forward pass was cancelled between two layers, as its caller requested.
-    #[error("the forward pass was cancelled")]
+    /// The work was cancelled between two layers or two parts of a text, as its caller requested.
+    #[error("the work was cancelled")]
     Cancelled,
     /// The load options require something that this build or this machine does not have.
     #[error("{0}")]

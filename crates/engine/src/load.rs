@@ -14,7 +14,7 @@ use crate::families::roberta::Roberta;
 use crate::families::sentence_transformers::SentenceTransformer;
 use crate::families::tabular::Tabular;
 use crate::families::{EncoderFamily, LoadedEncoder};
-use crate::files::{ConfigFile, Folder, TextTaskConfig, Weights, bad_config};
+use crate::files::{ConfigFile, Folder, ModelFolder, TextTaskConfig, Weights, bad_config};
 use crate::layers::{Placement, WeightLoader};
 use crate::model::Model;
 use crate::options::{Dtype, LoadOptions, Task};
@@ -58,13 +58,21 @@ fn read_roberta(file: &ConfigFile) -> Result<Box<dyn EncoderFamily>, EngineError
 
 /// Loads a model folder as Hugging Face publishes it: `config.json`, `tokenizer.json`, safetensors
 /// weights, and the files of sentence-transformers where there are any. A tabular model has no
-/// tokenizer.
+/// tokenizer. The folder is outside a repository, see [`ModelFolder`].
+///
+/// # Errors
+/// Those of [`load_from`].
+pub fn load(folder: &Path, options: &LoadOptions) -> Result<Model, EngineError> {
+    load_from(&ModelFolder::bare(folder), options)
+}
+
+/// Loads a model as [`load`] does, from a folder that may be in a repository.
 ///
 /// # Errors
 /// [`EngineError::InvalidFile`] for a file that is missing, malformed or not supported, by its
 /// name; [`EngineError::Unsupported`] for options that this build or machine cannot meet;
 /// [`EngineError::OutOfMemory`] and [`EngineError::Device`] when the device fails.
-pub fn load(folder: &Path, options: &LoadOptions) -> Result<Model, EngineError> {
+pub fn load_from(folder: &ModelFolder, options: &LoadOptions) -> Result<Model, EngineError> {
     let folder = Folder::open(folder)?;
     let config = ConfigFile::read(&folder)?;
     match family(config.model_type())? {

@@ -1,17 +1,20 @@
 //! Tokenization: from texts to token ids and back.
 
+mod segments;
 mod template;
+#[cfg(test)]
+mod tests;
+mod trie;
 mod wordpiece;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use tokenizers::utils::truncation::{
-    TruncationDirection, TruncationParams, TruncationStrategy, truncate_encodings,
-};
+use tokenizers::utils::truncation::TruncationDirection;
 use tokenizers::{PostProcessor, Tokenizer as Inner};
 
 use crate::error::EngineError;
-use template::{Template, truncate_ids, truncated_lengths};
+use segments::{PART_BYTES, Segment, Segments};
+use template::{Template, around, post_processed, truncated, truncated_lengths};
 use wordpiece::WordPiece;
 
 /// Texts to test a new tokenizer with: one that fails on these is refused when it is loaded.
@@ -21,9 +24,19 @@ const PROBES: [&str; 3] = ["", "a", "one two, three"];
 pub struct Tokenizer {
     inner: Inner,
     /// The fast path for most texts, where the tokenizer is BERT's.
-    fast_path: Option<(WordPiece, Template)>,
+    words: Option<WordPiece>,
+    /// The fast path of the post-processor.
+    template: Option<Template>,
+    /// Where long texts may be cut.
+    segments: Option<Segments>,
+    /// The special tokens before and after a text.
+    around: (Vec<u32>, Vec<u32>),
+    /// Whether offsets leave out the spaces before a word.
+    trims: bool,
     /// Token ids must be below this: the embedding table has no others.
     vocabulary: usize,
+    /// Whether the tokenizer has an id.
+    known: Vec<bool>,
     tokens_max: usize,
 }
 
@@ -86,16 +99,26 @@ impl Tokenizer {
         inner
             .with_truncation(None)
             .map_err(|error| error.to_string())?;
-        let largest = inner.get_vocab(true).into_values().max().unwrap_or(0);
+        let ids: Vec<u32> = inner.get_vocab(true).into_values().collect();
+        let largest = ids.iter().copied().max().unwrap_or(0);
         if largest as usize >= vocabulary {
             return Err(format!(
                 "has token id {largest}, but the model's vocabulary (vocab_size) has {vocabulary} tokens"
             ));
         }
+        let mut known = vec![false; largest as usize + 1];
+        for id in ids {
+            known[id as usize] = true;
+        }
         let mut tokenizer = Self {
             inner,
-            fast_path: None,
+            words: None,
+            template: None,
+            segments: None,
+            around: Default::default(),
+            trims: false,
             vocabulary,
+            known,
             tokens_max,
         };
         for probe in PROBES {
@@ -104,8 +127,13 @@ impl Tokenizer {
                 row.map_err(|error| format!("fails on a simple text: {error}"))?;
             }
         }
-        let words = WordPiece::new(&tokenizer.inner);
-        tokenizer.fast_path = words.zip(Template::learn(&tokenizer.inner));
+        let inner = &tokenizer.inner;
+        let (words, template) = (WordPiece::new(inner), Template::learn(inner));
+        let (segments, around) = (Segments::of_tokenizer(inner), around(inner));
+        let second = tokenizer.tokens_with_library("a b", false).ok();
+        tokenizer.trims = second.is_some_and(|it| it.get(1).is_some_and(|it| it.start == Some(2)));
+        (tokenizer.words, tokenizer.template, tokenizer.segments) = (words, template, segments);
+        tokenizer.around = around.unwrap_or_default();
         Ok(tokenizer)
     }
 
@@ -115,98 +143,151 @@ impl Tokenizer {
     /// [`EngineError::TooManyTokens`] for a longer one with [`Truncation::Refuse`];
     /// [`EngineError::InvalidInput`] for a text that the tokenizer fails on.
     pub fn encode(&self, text: Text<'_>, truncation: Truncation) -> Result<TokenRow, EngineError> {
-        let row = match self.encode_fast_path(text, truncation) {
-            Some(row) => row?,
-            None => self.encode_with_library(text, truncation)?,
-        };
-        self.check_ids(&row.ids)?;
-        Ok(row)
+        self.encode_while(text, truncation, &|| true)
     }
 
-    /// Tokenizes by the fast path; none for a text that requires the library.
-    fn encode_fast_path(
+    /// The same for a caller who may leave: `should_continue` is called before each part of a long
+    /// text.
+    ///
+    /// # Errors
+    /// [`EngineError::Cancelled`] once `should_continue` returns false, and those of
+    /// [`Self::encode`].
+    pub fn encode_while(
         &self,
         text: Text<'_>,
         truncation: Truncation,
-    ) -> Option<Result<TokenRow, EngineError>> {
-        let (words, template) = self.fast_path.as_ref()?;
-        let plain = |text: &str| {
-            // English has about five bytes per token.
-            let mut ids = Vec::with_capacity(text.len() / 4 + 1);
-            words.encode(text, &mut ids).then_some(ids)
-        };
-        let (mut first, mut second) = match text {
-            Text::Single(text) => (plain(text)?, None),
-            Text::Pair(first, second) => (plain(first)?, Some(plain(second)?)),
-        };
-        let own = first.len() + second.as_ref().map_or(0, Vec::len);
-        let added = template.added(second.is_some());
-        if own + added > self.tokens_max {
-            let params = match self.truncation_params(truncation, own + added, added) {
-                Ok(params) => params,
-                Err(error) => return Some(Err(error)),
-            };
-            let others = second.as_ref().map_or(0, Vec::len);
-            let (length, others) = truncated_lengths(first.len(), others, params.max_length);
-            truncate_ids(&mut first, length, params.direction);
-            if let Some(second) = &mut second {
-                truncate_ids(second, others, params.direction);
+        should_continue: &dyn Fn() -> bool,
+    ) -> Result<TokenRow, EngineError> {
+        match text {
+            Text::Single(text) => self.row(&self.ids(text, should_continue)?, None, truncation),
+            Text::Pair(first, second) => {
+                let first = self.ids(first, should_continue)?;
+                let second = self.ids(second, should_continue)?;
+                self.row(&first, Some(&second), truncation)
             }
         }
-        Some(Ok(template.row(&first, second.as_deref())))
     }
 
-    /// Tokenizes with the library.
-    fn encode_with_library(
+    /// Makes the row of a pair by the [`ids`](Self::ids) of each text, so that the ids of a text
+    /// that is in many pairs are made once.
+    ///
+    /// # Errors
+    /// Those of [`Self::encode`].
+    pub fn encode_pair(
         &self,
-        text: Text<'_>,
+        first: &[u32],
+        second: &[u32],
         truncation: Truncation,
     ) -> Result<TokenRow, EngineError> {
-        let (first, second) = match text {
-            Text::Single(text) => (text, None),
-            Text::Pair(first, second) => (first, Some(second)),
-        };
-        let plain = |text: &str| {
-            self.inner
-                .encode_fast(text, false)
-                .map_err(|error| error.to_string())
-        };
-        let encoding = catch_panic(|| {
-            let first = plain(first)?;
-            Ok((first, second.map(plain).transpose()?))
-        });
-        let (first, second) = encoding.map_err(EngineError::InvalidInput)?;
-        let added = self
-            .inner
-            .get_post_processor()
-            .map_or(0, |processor| processor.added_tokens(second.is_some()));
-        let own = first.len() + second.as_ref().map_or(0, tokenizers::Encoding::len);
-        let (first, second) = if own + added <= self.tokens_max {
-            (first, second)
-        } else {
-            let params = self.truncation_params(truncation, own + added, added)?;
-            truncate_encodings(first, second, &params)
-                .map_err(|error| EngineError::InvalidInput(error.to_string()))?
-        };
-        let row = catch_panic(|| {
-            self.inner
-                .post_process(first, second, true)
-                .map_err(|error| error.to_string())
-        });
-        let row = row.map_err(EngineError::InvalidInput)?;
-        Ok(TokenRow {
-            ids: row.get_ids().to_vec(),
-            type_ids: row.get_type_ids().to_vec(),
-        })
+        self.row(first, Some(second), truncation)
     }
 
-    /// The truncation of a text of `tokens` tokens, so that its `added` special tokens fit.
-    fn truncation_params(
+    /// Makes the row of a text that is given by its token ids. The model's special tokens are put
+    /// around them as around a text, unless the ids begin and end with them already.
+    ///
+    /// # Errors
+    /// [`EngineError::UnknownTokenId`] for an id that the vocabulary does not have, and
+    /// [`EngineError::TooManyTokens`] as of [`Self::encode`].
+    pub fn encode_ids(&self, ids: &[u32], truncation: Truncation) -> Result<TokenRow, EngineError> {
+        self.check_known(ids)?;
+        let (before, after) = &self.around;
+        let own = ids.strip_prefix(before.as_slice());
+        let own = own.and_then(|ids| ids.strip_suffix(after.as_slice()));
+        self.row(own.unwrap_or(ids), None, truncation)
+    }
+
+    /// The ids of a text, without special tokens around it. `should_continue` is called before each
+    /// part of a long text.
+    ///
+    /// # Errors
+    /// [`EngineError::InvalidInput`] for a text that the tokenizer fails on;
+    /// [`EngineError::Cancelled`] once `should_continue` returns false.
+    pub fn ids(
+        &self,
+        text: &str,
+        should_continue: &dyn Fn() -> bool,
+    ) -> Result<Vec<u32>, EngineError> {
+        // English has about five bytes per token.
+        let mut ids = Vec::with_capacity(text.len() / 4 + 1);
+        if text.len() <= PART_BYTES && self.push_words(text, &mut ids) {
+            return Ok(ids);
+        }
+        let Some(segments) = &self.segments else {
+            self.push_with_library(text, &mut ids)?;
+            return Ok(ids);
+        };
+        for segment in segments.of(text) {
+            if !should_continue() {
+                return Err(EngineError::Cancelled);
+            }
+            match segment {
+                Segment::Token(id, _) => ids.push(id),
+                Segment::Text(text) if self.push_words(text, &mut ids) => {}
+                Segment::Text(text) => self.push_with_library(text, &mut ids)?,
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Appends the ids of a text by the fast path; false for one that requires the library.
+    fn push_words(&self, text: &str, ids: &mut Vec<u32>) -> bool {
+        let words = self.words.as_ref();
+        words.is_some_and(|words| words.encode(text, ids))
+    }
+
+    /// Appends the ids of a text by the library.
+    fn push_with_library(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), EngineError> {
+        let encoding = catch_panic(|| {
+            let encoding = self.inner.encode_fast(text, false);
+            encoding.map_err(|error| error.to_string())
+        });
+        let encoding = encoding.map_err(EngineError::InvalidInput)?;
+        ids.extend_from_slice(encoding.get_ids());
+        Ok(())
+    }
+
+    /// The row of a text or a pair by the ids of each, truncated where they are too many.
+    fn row(
+        &self,
+        mut first: &[u32],
+        mut second: Option<&[u32]>,
+        truncation: Truncation,
+    ) -> Result<TokenRow, EngineError> {
+        let added = match &self.template {
+            Some(template) => template.added(second.is_some()),
+            None => {
+                let processor = self.inner.get_post_processor();
+                processor.map_or(0, |processor| processor.added_tokens(second.is_some()))
+            }
+        };
+        let others = second.map_or(0, <[u32]>::len);
+        let tokens = first.len() + others + added;
+        if tokens > self.tokens_max {
+            let (length, direction) = self.truncation(truncation, tokens, added)?;
+            let (length, others) = truncated_lengths(first.len(), others, length);
+            first = truncated(first, length, direction);
+            second = second.map(|second| truncated(second, others, direction));
+        }
+        let row = match &self.template {
+            Some(template) => template.row(first, second),
+            None => catch_panic(|| post_processed(&self.inner, first, second))
+                .map_err(EngineError::InvalidInput)?,
+        };
+        let is_unknown = |id: &&u32| **id as usize >= self.vocabulary;
+        match row.ids.iter().find(is_unknown) {
+            Some(id) => Err(EngineError::UnknownTokenId { id: *id }),
+            None => Ok(row),
+        }
+    }
+
+    /// The length without special tokens of a text of `tokens` tokens, so that its `added` special
+    /// tokens fit, and the side that is truncated.
+    fn truncation(
         &self,
         truncation: Truncation,
         tokens: usize,
         added: usize,
-    ) -> Result<TruncationParams, EngineError> {
+    ) -> Result<(usize, TruncationDirection), EngineError> {
         let tokens_max = self.tokens_max;
         let too_long = EngineError::TooManyTokens { tokens, tokens_max };
         let direction = match truncation {
@@ -214,19 +295,85 @@ impl Tokenizer {
             Truncation::Right => TruncationDirection::Right,
             Truncation::Left => TruncationDirection::Left,
         };
-        Ok(TruncationParams {
-            direction,
-            max_length: tokens_max.checked_sub(added).ok_or(too_long)?,
-            strategy: TruncationStrategy::LongestFirst,
-            stride: 0,
-        })
+        Ok((tokens_max.checked_sub(added).ok_or(too_long)?, direction))
     }
 
-    /// The tokens of a text of any length, with their offsets.
+    /// The tokens of a text of any length, with their offsets. `should_continue` is called before
+    /// each part of a long text.
     ///
     /// # Errors
-    /// [`EngineError::InvalidInput`] for a text that the tokenizer fails on.
-    pub fn tokens(&self, text: &str, add_special_tokens: bool) -> Result<Vec<Token>, EngineError> {
+    /// [`EngineError::InvalidInput`] for a text that the tokenizer fails on;
+    /// [`EngineError::Cancelled`] once `should_continue` returns false.
+    pub fn tokens(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        should_continue: &dyn Fn() -> bool,
+    ) -> Result<Vec<Token>, EngineError> {
+        let segments = self.segments.as_ref().filter(|_| text.len() > PART_BYTES);
+        let Some(segments) = segments else {
+            return self.tokens_with_library(text, add_special_tokens);
+        };
+        let (before, after) = &self.around;
+        let around = |ids: &[u32]| {
+            let ids = ids.iter().filter(|_| add_special_tokens);
+            ids.map(|id| self.special(*id)).collect::<Vec<_>>()
+        };
+        let (mut tokens, mut position) = (around(before), 0);
+        for segment in segments.of(text) {
+            if !should_continue() {
+                return Err(EngineError::Cancelled);
+            }
+            let characters = segment.text().chars().count();
+            match segment {
+                Segment::Token(id, text) => tokens.push(Token {
+                    id,
+                    text: text.to_owned(),
+                    special: false,
+                    start: Some(position),
+                    stop: Some(position + characters),
+                }),
+                Segment::Text(text) => {
+                    let mut own = self.tokens_with_library(text, false)?;
+                    self.trim_first(&mut own, position > 0);
+                    tokens.extend(own.into_iter().map(|token| token.moved(position)));
+                }
+            }
+            position += characters;
+        }
+        tokens.extend(around(after));
+        Ok(tokens)
+    }
+
+    /// The library keeps the space before the first word of a text, and trims that of others.
+    fn trim_first(&self, tokens: &mut [Token], is_later: bool) {
+        if let Some(token) = tokens.first_mut().filter(|_| self.trims && is_later) {
+            let trimmed = token.text.trim_start();
+            let spaces = token.text.chars().count() - trimmed.chars().count();
+            if !trimmed.is_empty() {
+                token.text = trimmed.to_owned();
+                token.start = token.start.map(|start| start + spaces);
+            }
+        }
+    }
+
+    /// A special token that stands for no part of a text.
+    fn special(&self, id: u32) -> Token {
+        Token {
+            id,
+            text: self.inner.id_to_token(id).unwrap_or_default(),
+            special: true,
+            start: None,
+            stop: None,
+        }
+    }
+
+    /// The tokens of a text by the library.
+    fn tokens_with_library(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+    ) -> Result<Vec<Token>, EngineError> {
         let encoding = catch_panic(|| {
             self.inner
                 .encode_char_offsets(text, add_special_tokens)
@@ -261,11 +408,7 @@ impl Tokenizer {
     /// # Errors
     /// [`EngineError::UnknownTokenId`] for an id that the vocabulary does not have.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, EngineError> {
-        for id in ids {
-            if self.inner.id_to_token(*id).is_none() {
-                return Err(EngineError::UnknownTokenId { id: *id });
-            }
-        }
+        self.check_known(ids)?;
         let text = catch_panic(|| {
             self.inner
                 .decode(ids, skip_special_tokens)
@@ -274,10 +417,23 @@ impl Tokenizer {
         text.map_err(EngineError::InvalidInput)
     }
 
-    fn check_ids(&self, ids: &[u32]) -> Result<(), EngineError> {
-        match ids.iter().find(|id| **id as usize >= self.vocabulary) {
+    fn check_known(&self, ids: &[u32]) -> Result<(), EngineError> {
+        let is_known = |id: &u32| self.known.get(*id as usize).copied().unwrap_or(false);
+        match ids.iter().find(|id| !is_known(id)) {
             Some(id) => Err(EngineError::UnknownTokenId { id: *id }),
             None => Ok(()),
+        }
+    }
+}
+
+impl Token {
+    /// The same token of a text that follows so many characters.
+    fn moved(self, characters: usize) -> Self {
+        let moved = |offset: Option<usize>| offset.map(|offset| offset + characters);
+        Self {
+            start: moved(self.start),
+            stop: moved(self.stop),
+            ..self
         }
     }
 }

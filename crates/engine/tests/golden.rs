@@ -477,7 +477,7 @@ fn tokens_have_offsets_and_decode_back() {
     let model = load_encoder("models/minilm/1", &options());
     let tokenizer = model.tokenizer();
     let text = "Paper 日本 lanterns";
-    let tokens = tokenizer.tokens(text, true).unwrap();
+    let tokens = tokenizer.tokens(text, true, &|| true).unwrap();
     let parts: Vec<_> = tokens
         .iter()
         .map(|token| (token.text.as_str(), token.start, token.stop))
@@ -487,7 +487,7 @@ fn tokens_have_offsets_and_decode_back() {
     assert_eq!(parts[3], ("本", Some(7), Some(8)));
     assert_eq!(parts[4], ("lanterns", Some(9), Some(17)));
     assert!(tokens[0].special && !tokens[1].special);
-    let plain = tokenizer.tokens(text, false).unwrap();
+    let plain = tokenizer.tokens(text, false, &|| true).unwrap();
     assert_eq!(plain.len() + 2, tokens.len());
     let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
     assert_eq!(

@@ -8,13 +8,15 @@
     reason = "a test may fail, and its helpers with it"
 )]
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use engine::{
-    DeviceChoice, EngineError, LoadOptions, Model, Task, Text, TextOutput, TextRow, Truncation,
-    load,
+    DeviceChoice, EngineError, LoadOptions, Model, ModelFolder, Task, Text, TextOutput, TextRow,
+    Truncation, load, load_from,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -375,14 +377,82 @@ fn links_out_of_the_repository_and_odd_files_are_refused() {
         fs::create_dir(folder.0.join(name)).unwrap();
         folder.refused(name);
     }
-    // A version folder may link to another model of its own repository.
-    let root = Folder::valid();
-    let version = root.0.join("other").join("1");
-    fs::create_dir_all(&version).unwrap();
-    for name in ["config.json", "tokenizer.json", "model.safetensors"] {
-        symlink(root.0.join(name), version.join(name)).unwrap();
+}
+
+/// The files that a model has to have.
+const FILES: [&str; 3] = ["config.json", "tokenizer.json", "model.safetensors"];
+
+/// A folder whose files link to those of a valid one.
+#[cfg(unix)]
+fn linked(valid: &Path, folder: &Path) -> ModelFolder {
+    fs::create_dir_all(folder).unwrap();
+    for name in FILES {
+        std::os::unix::fs::symlink(valid.join(name), folder.join(name)).unwrap();
     }
-    assert!(load(&version, &LoadOptions::default()).is_ok());
+    ModelFolder::bare(folder)
+}
+
+#[cfg(unix)]
+#[test]
+fn links_lead_as_far_as_the_repository_and_no_further() {
+    let root = Folder::valid();
+    let options = LoadOptions::default();
+    // A version may link to another model of its own repository.
+    let mut version = linked(&root.0, &root.0.join("other").join("1"));
+    version.boundary = Some(root.0.clone());
+    assert!(load_from(&version, &options).is_ok());
+    version.boundary = Some(root.0.join("other"));
+    let refused = |folder: &ModelFolder| load_from(folder, &options).err().unwrap().to_string();
+    assert!(refused(&version).contains("link out of"));
+    // A bare folder may not, whatever its name and those above it.
+    for name in ["1", "model/1", "snapshots/1", "else/snapshots/1"] {
+        let bare = linked(&root.0, &root.0.join("bare").join(name));
+        assert!(refused(&bare).contains("link out of"), "{name}");
+    }
+    // But in a Hub's cache, to the files of its own model.
+    let cache = Folder::valid();
+    let blobs = cache.0.join("models--own--model/blobs");
+    fs::create_dir_all(&blobs).unwrap();
+    for name in FILES {
+        fs::rename(cache.0.join(name), blobs.join(name)).unwrap();
+    }
+    let own = cache.0.join("models--own--model/snapshots/0a1b");
+    assert!(load_from(&linked(&blobs, &own), &options).is_ok());
+    let other = cache.0.join("models--other/snapshots/0a1b");
+    assert!(refused(&linked(&blobs, &other)).contains("link out of"));
+}
+
+/// What was read of each file: offsets and bytes.
+type Reads = BTreeMap<String, Vec<(u64, Vec<u8>)>>;
+
+#[test]
+fn everything_that_is_read_is_observed() {
+    let folder = Folder::valid();
+    let all: Arc<Mutex<Reads>> = Arc::default();
+    let seen = all.clone();
+    let source = ModelFolder {
+        observe: Some(Arc::new(move |name, offset, bytes| {
+            let mut seen = seen.lock().unwrap();
+            let reads = seen.entry(name.to_owned()).or_default();
+            reads.push((offset, bytes.to_vec()));
+        })),
+        ..ModelFolder::bare(&folder.0)
+    };
+    load_from(&source, &LoadOptions::default()).unwrap();
+    let all = all.lock().unwrap();
+    for name in FILES {
+        let file = fs::read(folder.0.join(name)).unwrap();
+        let mut covered = vec![false; file.len()];
+        for (offset, bytes) in &all[name] {
+            let offset = usize::try_from(*offset).unwrap();
+            let range = offset..offset + bytes.len();
+            assert_eq!(file[range.clone()], bytes[..], "{name}");
+            covered[range].fill(true);
+        }
+        // The length of a header is in the offsets of all others.
+        let from = if name == "model.safetensors" { 8 } else { 0 };
+        assert!(covered[from..].iter().all(|it| *it), "{name}");
+    }
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub use request::{
 };
 pub use rerank::RerankGathering;
 pub use settings::{LogSettings, TraceSettings};
-pub use signature::{Signature, check_text_bytes};
+pub use signature::{IDS_INPUT, LENGTHS_INPUT, Signature, check_text_bytes, is_optional_input};
 pub use statistics::add_statistics;
 pub use task::{Task, UnknownTask};
 pub use text::{COMPUTE_TYPE_KEY, insert_compute_metadata, truncation_direction};

@@ -2,22 +2,49 @@
 //! the messages that describe them.
 
 use std::collections::HashMap;
+use std::sync::LazyLock;
 
-use tensor::{Datatype, TensorSpec};
+use tensor::{Datatype, Shape, TensorError, TensorSpec};
 
 use crate::inference::{
-    DataType, ModelConfig, ModelInput, ModelMetadataResponse, ModelOutput, ModelParameter,
-    ModelVersionPolicy,
+    DataType, ModelConfig, ModelInferRequest, ModelInput, ModelMetadataResponse, ModelOutput,
+    ModelParameter, ModelVersionPolicy,
     model_metadata_response::TensorMetadata,
     model_version_policy::{PolicyChoice, Specific},
 };
 use crate::{Error, FieldPath, InferRequest, Input};
+
+/// The input of token ids, which a model of texts takes in place of the texts:
+/// the ids of all lists, one list after the other.
+pub const IDS_INPUT: &str = "input_ids";
+/// The input with the number of ids of each list. It counts the rows.
+pub const LENGTHS_INPUT: &str = "input_lengths";
+
+/// Inputs, outputs and parameters that a request may have above what the model
+/// has: a mistake is told by the field that is wrong, and nothing is done for a
+/// flood.
+const EXCESS_MAX: usize = 16;
+/// Parameters of the protocol and of any model together.
+const PARAMETERS_MAX: usize = 16;
+
+static ID_INPUTS: LazyLock<[TensorSpec; 2]> = LazyLock::new(|| {
+    [LENGTHS_INPUT, IDS_INPUT].map(|name| TensorSpec::new(name, Datatype::Int64, &[-1]))
+});
+
+/// Whether a model offers the input beside its own ones, so that a request need
+/// not have it.
+pub fn is_optional_input(name: &str) -> bool {
+    [LENGTHS_INPUT, IDS_INPUT].contains(&name)
+}
 
 /// The inputs and outputs of a model and the rows that one request may have.
 #[derive(Debug, Clone, Copy)]
 pub struct Signature<'m> {
     /// The inputs; each is required.
     pub inputs: &'m [TensorSpec],
+    /// Whether lists of token ids may come in place of the inputs:
+    /// [`IDS_INPUT`] and [`LENGTHS_INPUT`].
+    pub takes_ids: bool,
     /// The outputs.
     pub outputs: &'m [TensorSpec],
     /// The most rows of one request.
@@ -25,6 +52,51 @@ pub struct Signature<'m> {
 }
 
 impl Signature<'_> {
+    /// Checks how many inputs, outputs, parameters and dimensions a message has,
+    /// before anything is made of it.
+    pub fn check_counts(&self, message: &ModelInferRequest) -> Result<(), Error> {
+        let inputs = self.inputs.len().max(ID_INPUTS.len());
+        for (field, count, most) in [
+            ("inputs", message.inputs.len(), inputs),
+            (
+                "raw_input_contents",
+                message.raw_input_contents.len(),
+                inputs,
+            ),
+            ("outputs", message.outputs.len(), self.outputs.len()),
+            ("parameters", message.parameters.len(), PARAMETERS_MAX),
+        ] {
+            if count > most + EXCESS_MAX {
+                let reason = format!("has {count} entries, but the model takes {most}");
+                return Err(Error::invalid(field, reason));
+            }
+        }
+        for (index, input) in message.inputs.iter().enumerate() {
+            let rank = input.shape.len();
+            if rank > Shape::RANK_MAX {
+                let reason = format!(
+                    "has {rank} dimensions, over the limit of {}",
+                    Shape::RANK_MAX
+                );
+                return Err(Error::invalid(
+                    FieldPath::input(index).field("shape"),
+                    reason,
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The inputs that a request has to have: its own choice of two.
+    fn expected(&self, request: &InferRequest) -> &[TensorSpec] {
+        let has_ids = |input: &Input| is_optional_input(&input.name);
+        if self.takes_ids && request.inputs.iter().any(has_ids) {
+            &*ID_INPUTS
+        } else {
+            self.inputs
+        }
+    }
+
     /// Checks the requested outputs, and the names, datatypes and shapes of the
     /// inputs. Returns the rows of the request: the leading dimension, which
     /// all inputs share and which is at least 1.
@@ -37,7 +109,8 @@ impl Signature<'_> {
                 ));
             }
         }
-        for spec in self.inputs {
+        let inputs = self.expected(request);
+        for spec in inputs {
             if !request.inputs.iter().any(|input| input.name == spec.name) {
                 let reason = format!("must have an input '{}'", spec.name);
                 return Err(Error::invalid("inputs", reason));
@@ -45,7 +118,9 @@ impl Signature<'_> {
         }
         let mut rows = None;
         for (index, input) in request.inputs.iter().enumerate() {
-            let count = self.check_input(index, input)?;
+            let Some(count) = self.check_input(inputs, index, input)? else {
+                continue;
+            };
             let expected = *rows.get_or_insert(count);
             if count != expected {
                 let reason = format!("has {count} rows, but an earlier input has {expected}");
@@ -56,12 +131,18 @@ impl Signature<'_> {
         rows.ok_or_else(|| Error::invalid("inputs", "must not be empty"))
     }
 
-    /// The rows of one input, which agrees with the model.
-    fn check_input(&self, index: usize, input: &Input) -> Result<usize, Error> {
-        let Some(spec) = self.inputs.iter().find(|spec| spec.name == input.name) else {
+    /// The rows of one input, which agrees with the model; none of
+    /// [`IDS_INPUT`], whose elements belong to rows by the lengths.
+    fn check_input(
+        &self,
+        inputs: &[TensorSpec],
+        index: usize,
+        input: &Input,
+    ) -> Result<Option<usize>, Error> {
+        let Some(spec) = inputs.iter().find(|spec| spec.name == input.name) else {
             return Err(Error::invalid(
                 FieldPath::input(index).field("name"),
-                format!("must be one of: {}", names(self.inputs)),
+                format!("must be one of: {}", names(inputs)),
             ));
         };
         let invalid = |part: &str, reason: String| {
@@ -76,6 +157,9 @@ impl Signature<'_> {
         if !spec.fits(shape.sizes()) {
             return invalid("shape", format!("is {shape}, but must be {:?}", spec.shape));
         }
+        if std::ptr::eq(inputs, &*ID_INPUTS) && spec.name == IDS_INPUT {
+            return Ok(None);
+        }
         let rows = shape.sizes().first().copied().unwrap_or_default();
         if rows == 0 {
             return invalid("shape", "has no rows".to_owned());
@@ -85,7 +169,12 @@ impl Signature<'_> {
             let reason = format!("has {rows} rows, over the limit of {rows_max} for a request");
             return invalid("shape", reason);
         }
-        Ok(rows)
+        Ok(Some(rows))
+    }
+
+    /// The inputs that a request may have in place of the others.
+    fn optional_inputs(&self) -> &[TensorSpec] {
+        if self.takes_ids { &*ID_INPUTS } else { &[] }
     }
 
     /// The model's metadata; `platform` names what runs it.
@@ -104,7 +193,12 @@ impl Signature<'_> {
             name: name.to_owned(),
             versions,
             platform,
-            inputs: self.inputs.iter().map(tensor).collect(),
+            inputs: self
+                .inputs
+                .iter()
+                .chain(self.optional_inputs())
+                .map(tensor)
+                .collect(),
             outputs: self.outputs.iter().map(tensor).collect(),
         }
     }
@@ -119,12 +213,15 @@ impl Signature<'_> {
         parameters: impl IntoIterator<Item = (&'static str, String)>,
     ) -> ModelConfig {
         let versions = vec![i64::try_from(version).unwrap_or(i64::MAX)];
-        let input = |spec: &TensorSpec| ModelInput {
+        let input = |spec: &TensorSpec, optional| ModelInput {
             name: spec.name.clone(),
             data_type: data_type(spec.datatype).into(),
             dims: dims(spec),
-            optional: false,
+            optional,
         };
+        // With the other choice none of the inputs is required by itself.
+        let own = self.inputs.iter().map(|spec| input(spec, self.takes_ids));
+        let others = self.optional_inputs().iter().map(|spec| input(spec, true));
         let output = |spec: &TensorSpec| ModelOutput {
             name: spec.name.clone(),
             data_type: data_type(spec.datatype).into(),
@@ -142,7 +239,7 @@ impl Signature<'_> {
                 policy_choice: Some(PolicyChoice::Specific(Specific { versions })),
             }),
             max_batch_size: i32::try_from(self.rows_max).unwrap_or(i32::MAX),
-            input: self.inputs.iter().map(input).collect(),
+            input: own.chain(others).collect(),
             output: self.outputs.iter().map(output).collect(),
             parameters,
             ..Default::default()
@@ -155,6 +252,64 @@ impl InferRequest {
     pub fn contents_field(&self, name: &str) -> FieldPath {
         let position = self.inputs.iter().position(|input| input.name == name);
         FieldPath::input(position.unwrap_or_default()).field("contents")
+    }
+
+    /// Lists of token ids, each of at least one id and at most `ids_max`; none
+    /// for a request of texts. The request agrees with the model's signature.
+    pub fn id_lists(&self, ids_max: usize) -> Result<Option<Vec<Vec<u32>>>, Error> {
+        let values = |name: &str| {
+            let input = self.inputs.iter().find(|input| input.name == name)?;
+            let failed = |error: TensorError| {
+                Error::invalid_input(name, self.contents_field(name), error.to_string())
+            };
+            Some(input.tensor.to_i64().map_err(failed))
+        };
+        let (Some(lengths), Some(ids)) = (values(LENGTHS_INPUT), values(IDS_INPUT)) else {
+            return Ok(None);
+        };
+        let (lengths, ids) = (lengths?, ids?);
+        let mut rest = ids.as_slice();
+        let mut lists = Vec::with_capacity(lengths.len());
+        for (row, length) in lengths.into_iter().enumerate() {
+            let list = usize::try_from(length)
+                .ok()
+                .filter(|length| (1..=ids_max).contains(length))
+                .ok_or_else(|| format!("is {length}, but must be from 1 to {ids_max}"))
+                .and_then(|length| {
+                    let parts = rest.split_at_checked(length);
+                    parts.ok_or_else(|| format!("'{IDS_INPUT}' has no {length} further ids"))
+                });
+            let (list, after) = list.map_err(|reason| {
+                let field = self.contents_field(LENGTHS_INPUT).index(row);
+                Error::invalid_input(LENGTHS_INPUT, field, reason)
+            })?;
+            let first = ids.len() - rest.len();
+            lists.push(self.checked_ids(list, first)?);
+            rest = after;
+        }
+        if !rest.is_empty() {
+            let reason = format!("has {} ids more than the lengths say", rest.len());
+            let field = self.contents_field(IDS_INPUT);
+            return Err(Error::invalid_input(IDS_INPUT, field, reason));
+        }
+        Ok(Some(lists))
+    }
+
+    /// One list of ids, which begins at element `first` of [`IDS_INPUT`].
+    fn checked_ids(&self, list: &[i64], first: usize) -> Result<Vec<u32>, Error> {
+        let ids = list
+            .iter()
+            .enumerate()
+            .map(|(index, id)| u32::try_from(*id).map_err(|_| self.unknown_id(first + index, id)));
+        ids.collect()
+    }
+
+    /// The error of a token id that the model does not have, by its index among
+    /// the ids of all lists.
+    pub fn unknown_id(&self, index: usize, id: impl std::fmt::Display) -> Error {
+        let field = self.contents_field(IDS_INPUT).index(index);
+        let reason = format!("is {id}, which is not in the model's vocabulary");
+        Error::invalid_input(IDS_INPUT, field, reason)
     }
 
     /// The texts of an input of BYTES, each of at most `bytes_max` bytes.
@@ -259,6 +414,7 @@ mod tests {
         let outputs = [TensorSpec::new("scores", Datatype::Fp32, &[-1, 10])];
         let signature = Signature {
             inputs: &inputs,
+            takes_ids: false,
             outputs: &outputs,
             rows_max: 4,
         };
@@ -318,6 +474,7 @@ mod tests {
         let inputs = [text("query"), text("text")];
         let signature = Signature {
             inputs: &inputs,
+            takes_ids: false,
             outputs: &[],
             rows_max: 8,
         };
@@ -358,12 +515,143 @@ mod tests {
         assert!(good.texts("query", 9).is_err());
     }
 
+    fn longs(values: &[i64]) -> Vec<u8> {
+        values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect()
+    }
+
+    #[test]
+    fn lists_of_ids_come_in_place_of_texts() {
+        let inputs = [TensorSpec::new("text", Datatype::Bytes, &[-1])];
+        let signature = Signature {
+            inputs: &inputs,
+            takes_ids: true,
+            outputs: &[],
+            rows_max: 3,
+        };
+        let lists = |lengths: &[i64], ids: &[i64]| {
+            request(&[
+                (
+                    "input_lengths",
+                    "INT64",
+                    &[lengths.len() as i64],
+                    longs(lengths),
+                ),
+                ("input_ids", "INT64", &[ids.len() as i64], longs(ids)),
+            ])
+        };
+        let good = lists(&[2, 1], &[7, 8, 9]);
+        assert_eq!(signature.check(&good), Ok(2));
+        assert_eq!(good.id_lists(2), Ok(Some(vec![vec![7, 8], vec![9]])));
+        for (lengths, ids, field) in [
+            (&[2, 2][..], &[7, 8, 9][..], "inputs[0].contents[1]"),
+            (&[2, 0], &[7, 8], "inputs[0].contents[1]"),
+            (&[3], &[7, 8, 9], "inputs[0].contents[0]"),
+            (&[-1], &[7], "inputs[0].contents[0]"),
+            (&[i64::MAX, 1], &[7], "inputs[0].contents[0]"),
+            (&[1], &[7, 8], "inputs[1].contents"),
+            (&[1, 2], &[7, 8, -1], "inputs[1].contents[2]"),
+            (&[1], &[1 << 32], "inputs[1].contents[0]"),
+        ] {
+            let error = lists(lengths, ids).id_lists(2).unwrap_err();
+            assert_eq!(error.field().unwrap(), field, "{error}");
+        }
+        let error = signature.check(&lists(&[1; 4], &[1; 4])).unwrap_err();
+        assert_eq!(error.field().unwrap(), "inputs[0].shape");
+        let both = request(&[
+            ("input_lengths", "INT64", &[1], longs(&[1])),
+            ("input_ids", "INT64", &[1], longs(&[1])),
+            ("text", "BYTES", &[1], texts(&["a"])),
+        ]);
+        let error = signature.check(&both).unwrap_err();
+        assert_eq!(error.field().unwrap(), "inputs[2].name");
+        let alone = request(&[("input_ids", "INT64", &[1], longs(&[1]))]);
+        let error = signature.check(&alone).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "inputs: must have an input 'input_lengths'"
+        );
+        let texts = request(&[("text", "BYTES", &[1], texts(&["a"]))]);
+        assert_eq!(
+            (signature.check(&texts), texts.id_lists(2)),
+            (Ok(1), Ok(None))
+        );
+        let none = Signature {
+            takes_ids: false,
+            ..signature
+        };
+        let error = none.check(&good).unwrap_err();
+        assert_eq!(error.to_string(), "inputs: must have an input 'text'");
+    }
+
+    #[test]
+    fn ids_are_told_as_optional_inputs() {
+        let inputs = [TensorSpec::new("text", Datatype::Bytes, &[-1])];
+        let signature = Signature {
+            inputs: &inputs,
+            takes_ids: true,
+            outputs: &[],
+            rows_max: 3,
+        };
+        let metadata = signature.to_metadata("m", Vec::new(), String::new());
+        let names: Vec<_> = metadata
+            .inputs
+            .iter()
+            .map(|input| input.name.as_str())
+            .collect();
+        assert_eq!(names, ["text", "input_lengths", "input_ids"]);
+        assert!(
+            metadata.inputs[1..]
+                .iter()
+                .all(|input| is_optional_input(&input.name))
+        );
+        let config = signature.to_config("m", 1, String::new(), []);
+        assert!(config.input.iter().all(|input| input.optional));
+    }
+
+    #[test]
+    fn counts_are_bounded_by_the_model_before_anything_is_made() {
+        let inputs = [TensorSpec::new("text", Datatype::Bytes, &[-1])];
+        let signature = Signature {
+            inputs: &inputs,
+            takes_ids: true,
+            outputs: &inputs,
+            rows_max: 3,
+        };
+        let most = ModelInferRequest {
+            inputs: vec![InferInputTensor::default(); 18],
+            outputs: vec![Default::default(); 17],
+            ..Default::default()
+        };
+        assert_eq!(signature.check_counts(&most), Ok(()));
+        let changed = |change: &dyn Fn(&mut ModelInferRequest)| {
+            let mut message = most.clone();
+            change(&mut message);
+            let error = signature.check_counts(&message).unwrap_err();
+            error.field().unwrap().to_string()
+        };
+        let parameters = || (0..33).map(|number| (number.to_string(), Default::default()));
+        assert_eq!(changed(&|m| m.inputs.push(Default::default())), "inputs");
+        assert_eq!(changed(&|m| m.outputs.push(Default::default())), "outputs");
+        assert_eq!(
+            changed(&|m| m.parameters.extend(parameters())),
+            "parameters"
+        );
+        let raw = |m: &mut ModelInferRequest| m.raw_input_contents = vec![Default::default(); 19];
+        assert_eq!(changed(&raw), "raw_input_contents");
+        let shape = |m: &mut ModelInferRequest| m.inputs[3].shape = vec![1; 17];
+        assert_eq!(changed(&shape), "inputs[3].shape");
+    }
+
     #[test]
     fn the_messages_of_a_model_agree() {
         let inputs = [TensorSpec::new("text", Datatype::Bytes, &[-1])];
         let outputs = [TensorSpec::new("embedding", Datatype::Fp32, &[-1, 384])];
         let signature = Signature {
             inputs: &inputs,
+            takes_ids: false,
             outputs: &outputs,
             rows_max: 32,
         };

@@ -1,20 +1,27 @@
 //! `ModelInfer` for one model: the request is checked against the model, its
 //! rows are computed, and the outputs are made.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use engine::{TextOutput, Truncation};
-use protocol::{Error, FieldPath, InferRequest, Task, checked_dimensions};
+use engine::{EngineError, TextOutput, Truncation};
+use platform::pool::Cancelled;
+use protocol::{
+    Error, FieldPath, IDS_INPUT, InferRequest, LENGTHS_INPUT, Task, checked_dimensions,
+};
 use tensor::{Shape, Tensor, TensorError};
 
 use crate::error::{ModelError, text_problem};
 use crate::metrics::Stages;
-use crate::model::{OwnedText, ServedModel, TextError, Urgency};
-use crate::queue::{Lane, Rows};
+use crate::model::{OwnedText, ServedModel, TextError, Texts, Urgency};
+use crate::queue::Rows;
+use crate::work::{Size, Work};
 
 /// The input of a model of texts, and of a reranker besides.
 const TEXT: &str = "text";
 const QUERY: &str = "query";
+/// Outputs of more values are made on the threads for work.
+const INLINE_VALUES_MAX: usize = 64 << 10;
 
 /// The parameters of a request that are the model's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,51 +37,102 @@ struct Options {
 /// The requested outputs, by name.
 pub type Outputs = Vec<(String, Tensor)>;
 
-/// Runs one request; returns also how many tokens it took.
-pub async fn infer(
-    model: &ServedModel,
+/// A request that agrees with its model.
+#[derive(Debug)]
+pub struct Checked {
     request: InferRequest,
-    deadline: Instant,
-    lane: Lane,
-) -> Result<(Outputs, usize), ModelError> {
-    let started = Instant::now();
+    options: Options,
+    rows: usize,
+    contents: Contents,
+}
+
+impl Checked {
+    /// The caller's id for the request, which its response has too.
+    pub fn take_id(&mut self) -> String {
+        std::mem::take(&mut self.request.id)
+    }
+}
+
+/// What is computed.
+#[derive(Debug)]
+enum Contents {
+    Features(Vec<f32>),
+    Texts(Vec<OwnedText>),
+}
+
+/// Checks a request against its model.
+pub fn check(model: &ServedModel, request: InferRequest) -> Result<Checked, Error> {
     let options = options(model, &request)?;
     let rows = model.signature().check(&request)?;
-    let timeout_at = request.timeout.map(|timeout| started + timeout);
-    let urgency = Urgency {
-        lane,
-        priority: request.priority,
-        deadline: timeout_at.map_or(deadline, |timeout_at| timeout_at.min(deadline)),
-    };
-    let (mut stages, mut tokens) = (Stages::default(), 0);
-    let vectors = if model.task() == Task::Tabular {
-        let held = model.reserve(rows, &urgency)?;
-        let values = features(model, &request)?;
-        stages.input = started.elapsed();
-        let (outputs, queue, compute) = model
-            .compute(Rows::Features { values, rows }, held, urgency)
-            .await?;
-        (stages.queue, stages.compute) = (queue, compute);
-        outputs
+    let contents = if model.task() == Task::Tabular {
+        Contents::Features(features(model, &request)?)
     } else {
-        let texts = texts(model, &request)?;
-        let output = if model.task() == Task::Embedding {
-            TextOutput::Embedding
-        } else {
-            TextOutput::Logits
-        };
-        let (outputs, usage) = model
-            .texts(texts, output, options.truncation, urgency)
-            .await?
-            .map_err(|error| invalid_text(&request, &error))?;
-        stages.input = usage.tokenize;
-        tokens = usage.tokens;
-        (stages.queue, stages.compute) = (usage.queue, usage.compute);
-        outputs
+        Contents::Texts(texts(model, &request)?)
+    };
+    Ok(Checked {
+        request,
+        options,
+        rows,
+        contents,
+    })
+}
+
+/// Runs one request, which came at `started`; returns also how many tokens it
+/// took.
+pub async fn infer(
+    model: &Arc<ServedModel>,
+    checked: Checked,
+    mut urgency: Urgency,
+    work: &Work,
+    started: Instant,
+) -> Result<(Outputs, usize), ModelError> {
+    let Checked {
+        request,
+        options,
+        rows,
+        contents,
+    } = checked;
+    urgency.priority = request.priority;
+    if let Some(timeout) = request.timeout {
+        urgency.deadline = urgency.deadline.min(started + timeout);
+    }
+    let (mut stages, mut tokens) = (Stages::default(), 0);
+    let vectors = match contents {
+        Contents::Features(values) => {
+            let held = model.reserve(rows, &urgency)?;
+            stages.input = started.elapsed();
+            let values = Rows::Features { values, rows };
+            let (outputs, queue, compute) = model.compute(values, held, urgency).await?;
+            (stages.queue, stages.compute) = (queue, compute);
+            outputs
+        }
+        Contents::Texts(texts) => {
+            let texts = Texts {
+                texts,
+                output: match model.task() {
+                    Task::Embedding => TextOutput::Embedding,
+                    _ => TextOutput::Logits,
+                },
+                truncation: options.truncation,
+            };
+            let computed = model.texts(texts, urgency, work).await?;
+            let (outputs, usage) = computed.map_err(|error| invalid_text(&request, &error))?;
+            stages.input = usage.tokenize;
+            tokens = usage.tokens;
+            (stages.queue, stages.compute) = (usage.queue, usage.compute);
+            outputs
+        }
     };
     let finished = Instant::now();
-    let outputs = make_outputs(model, vectors, rows, options)
-        .map_err(|error| ModelError::Engine(error.to_string()))?;
+    let values: usize = vectors.iter().map(Vec::len).sum();
+    let outputs = if values <= INLINE_VALUES_MAX {
+        make_outputs(model, vectors, rows, options)
+    } else {
+        let (model, bytes) = (model.clone(), values * size_of::<f32>());
+        let make = move |_: &Cancelled| make_outputs(&model, vectors, rows, options);
+        work.run(Size { items: 1, bytes }, make).await?
+    };
+    let outputs = outputs.map_err(|error| ModelError::Engine(error.to_string()))?;
     stages.output = finished.elapsed();
     model.metrics.staged(stages);
     let requested = outputs
@@ -137,15 +195,28 @@ fn features(model: &ServedModel, request: &InferRequest) -> Result<Vec<f32>, Err
 fn texts(model: &ServedModel, request: &InferRequest) -> Result<Vec<OwnedText>, Error> {
     let bytes_max = model.limits.text_bytes_max;
     if model.task() != Task::Rerank {
+        // A token has a byte at least.
+        let lists = match model.takes_ids() {
+            true => request.id_lists(bytes_max)?,
+            false => None,
+        };
+        if let Some(lists) = lists {
+            return Ok(lists.into_iter().map(OwnedText::Ids).collect());
+        }
         let texts = request.texts(TEXT, bytes_max)?;
         return Ok(texts.into_iter().map(OwnedText::One).collect());
     }
     let queries = request.texts(QUERY, bytes_max)?;
     let texts = request.texts(TEXT, bytes_max)?;
-    let pairs = queries.into_iter().zip(texts);
-    Ok(pairs
-        .map(|(query, text)| OwnedText::Pair(query, text))
-        .collect())
+    // Rows of the same query share it, so that it is tokenized once.
+    let mut shared: Arc<str> = "".into();
+    let pairs = queries.into_iter().zip(texts).map(|(query, text)| {
+        if *shared != *query {
+            shared = query.into();
+        }
+        OwnedText::Pair(shared.clone(), text.into())
+    });
+    Ok(pairs.collect())
 }
 
 /// The error of a text that could not be tokenized, in the request's terms.
@@ -153,8 +224,19 @@ fn invalid_text(request: &InferRequest, failed: &TextError) -> ModelError {
     if !failed.error.is_callers_input() {
         return ModelError::Engine(failed.error.to_string());
     }
-    let field = request.contents_field(TEXT).index(failed.index);
-    Error::invalid_input(TEXT, field, text_problem(&failed.error)).into()
+    let ids = request.inputs.iter().find(|input| input.name == IDS_INPUT);
+    let name = match (ids, &failed.error) {
+        (Some(ids), EngineError::UnknownTokenId { id }) => {
+            // The lists before have only known ids: this is its first place.
+            let ids = ids.tensor.to_i64().unwrap_or_default();
+            let place = ids.iter().position(|other| *other == i64::from(*id));
+            return request.unknown_id(place.unwrap_or_default(), id).into();
+        }
+        (Some(_), _) => LENGTHS_INPUT,
+        (None, _) => TEXT,
+    };
+    let field = request.contents_field(name).index(failed.index);
+    Error::invalid_input(name, field, text_problem(&failed.error)).into()
 }
 
 /// Truncates an embedding to its leading dimensions and normalizes it.

@@ -9,6 +9,7 @@ mod queue;
 mod report;
 mod repository;
 mod service;
+mod work;
 
 use std::sync::Arc;
 

@@ -3,15 +3,18 @@
 
 mod digest;
 
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use engine::{Card, EngineError, LoadOptions, Model, Text, TextOutput, Tokenizer, Truncation};
+use engine::{
+    Card, EngineError, LoadOptions, Model, ModelFolder, Text, TextOutput, TokenRow, Tokenizer,
+    Truncation,
+};
 use futures::future::try_join_all;
 use http::HeaderValue;
+use platform::pool::Cancelled;
 use platform::pot::Held;
 use protocol::{ModelName, ModelVersion, Signature};
 use tokio::sync::oneshot;
@@ -20,10 +23,16 @@ use crate::device::Instance;
 use crate::error::ModelError;
 use crate::metrics::{ModelMetrics, WorkerMetrics};
 use crate::queue::{Lane, Part, Queue, QueueLimits, Refusal, Rows, split};
+use crate::work::{Size, Work};
+use digest::Reads;
 
 /// Texts of at most so many bytes together are tokenized inline; longer ones on
-/// a blocking thread, since the network's threads must not stall.
+/// the threads for work, since the network's threads must not stall.
 const INLINE_TEXT_BYTES_MAX: usize = 4096;
+/// What a token of a row takes in memory: its id and its type.
+const TOKEN_BYTES: usize = 2 * size_of::<u32>();
+/// About as many special tokens are around a text.
+const SPECIAL_TOKENS: usize = 8;
 /// Rows of features that read at most so many bytes of weights, counted once a
 /// row, are computed inline: that takes microseconds, and waking the model's
 /// thread takes tens of them.
@@ -76,35 +85,53 @@ impl std::fmt::Debug for ServedModel {
     }
 }
 
-/// One text or a pair.
+/// One text, a pair, or the token ids of a text.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names say everything")]
 pub enum OwnedText {
+    /// One text.
     One(String),
-    Pair(String, String),
+    /// Two texts. Pairs of one query share it.
+    Pair(Arc<str>, Arc<str>),
+    /// The token ids of a text.
+    Ids(Vec<u32>),
 }
 
 impl OwnedText {
-    fn as_text(&self) -> Text<'_> {
-        match self {
-            Self::One(text) => Text::Single(text),
-            Self::Pair(first, second) => Text::Pair(first, second),
-        }
-    }
-
-    fn bytes(&self) -> usize {
+    /// The most tokens that it may have without special tokens: each has a byte.
+    fn tokens_max(&self) -> usize {
         match self {
             Self::One(text) => text.len(),
             Self::Pair(first, second) => first.len() + second.len(),
+            Self::Ids(ids) => ids.len(),
         }
     }
+}
 
-    /// Characters, as `tei.v1` counts them.
-    pub fn characters(&self) -> usize {
-        match self {
-            Self::One(text) => text.chars().count(),
-            Self::Pair(first, second) => first.chars().count() + second.chars().count(),
-        }
+/// Texts of one request and what is computed of them.
+#[derive(Debug, Clone)]
+pub struct Texts {
+    /// The texts.
+    pub texts: Vec<OwnedText>,
+    /// The kind of output of each.
+    pub output: TextOutput,
+    /// The truncation of those that are too long.
+    pub truncation: Truncation,
+}
+
+impl Texts {
+    /// Bytes to tokenize; a text that several pairs share is tokenized once.
+    fn bytes(&self) -> usize {
+        let mut shared: Option<&Arc<str>> = None;
+        let bytes = self.texts.iter().map(|text| match text {
+            OwnedText::One(text) => text.len(),
+            OwnedText::Ids(ids) => ids.len() * size_of::<u32>(),
+            OwnedText::Pair(first, second) => {
+                let same = shared.is_some_and(|shared| Arc::ptr_eq(shared, first));
+                shared = Some(first);
+                second.len() + if same { 0 } else { first.len() }
+            }
+        });
+        bytes.sum()
     }
 }
 
@@ -113,6 +140,8 @@ impl OwnedText {
 pub struct Usage {
     /// Tokens computed.
     pub tokens: usize,
+    /// Characters of the texts, as `tei.v1` counts them.
+    pub characters: usize,
     /// Tokenizing.
     pub tokenize: Duration,
     /// Waiting.
@@ -155,18 +184,22 @@ impl ServedModel {
     /// thread. Blocks for as long as that takes.
     pub fn start(
         id: ModelId,
-        folder: &Path,
+        mut folder: ModelFolder,
         options: &LoadOptions,
         limits: ModelLimits,
         metrics: &WorkerMetrics,
     ) -> Result<Self, EngineError> {
         let ModelId { name, version } = id;
-        let mut model = engine::load(folder, options)?;
+        let reads = Reads::default();
+        if limits.deterministic {
+            folder.observe = Some(reads.observer());
+        }
+        let mut model = engine::load_from(&folder, options)?;
         warm_up(&mut model)?;
         let card = model.card().clone();
         let tokenizer = model.tokenizer().cloned();
         let digest = if limits.deterministic {
-            digest::of(folder, options, &card)?
+            reads.digest(options, &card)?
         } else {
             String::new()
         };
@@ -212,9 +245,17 @@ impl ServedModel {
     pub fn signature(&self) -> Signature<'_> {
         Signature {
             inputs: &self.card.inputs,
+            takes_ids: self.takes_ids(),
             outputs: &self.card.outputs,
             rows_max: self.limits.request_rows_max,
         }
+    }
+
+    /// Whether it takes lists of token ids in place of texts: a pair's two texts
+    /// could not be told apart in them.
+    pub fn takes_ids(&self) -> bool {
+        use engine::Task::{Classification, Embedding};
+        matches!(self.card.task, Embedding | Classification)
     }
 
     /// The digest as an entry of metadata, for a model that has one.
@@ -253,27 +294,26 @@ impl ServedModel {
     /// Tokenizes texts, computes them and returns one vector for each.
     pub async fn texts(
         &self,
-        texts: Vec<OwnedText>,
-        output: TextOutput,
-        truncation: Truncation,
+        request: Texts,
         urgency: Urgency,
+        work: &Work,
     ) -> Result<Result<(Vec<Vec<f32>>, Usage), TextError>, ModelError> {
         let Some(tokenizer) = self.tokenizer.clone() else {
             return Err(ModelError::Engine("the model has no tokenizer".to_owned()));
         };
-        let held = self.reserve(texts.len(), &urgency)?;
+        let items = request.texts.len();
+        let held = self.reserve(items, &urgency)?;
+        let _memory = work.hold(self.row_bytes(&request.texts))?;
         let started = Instant::now();
-        let bytes: usize = texts.iter().map(OwnedText::bytes).sum();
-        let tokenize = move || tokenize(&tokenizer, &texts, output, truncation);
+        let bytes = request.bytes();
         let rows = if bytes <= INLINE_TEXT_BYTES_MAX {
-            tokenize()
+            tokenize(&tokenizer, &request, &Cancelled::never())
         } else {
-            tokio::task::spawn_blocking(tokenize)
-                .await
-                .map_err(|error| ModelError::Engine(error.to_string()))?
+            let tokenize = move |cancelled: &Cancelled| tokenize(&tokenizer, &request, cancelled);
+            work.run(Size { items, bytes }, tokenize).await?
         };
-        let rows = match rows {
-            Ok(rows) => Rows::Text(rows),
+        let (rows, characters) = match rows {
+            Ok((rows, characters)) => (Rows::Text(rows), characters),
             Err(error) => return Ok(Err(error)),
         };
         let tokenize = started.elapsed();
@@ -282,11 +322,23 @@ impl ServedModel {
         let (outputs, queue, compute) = self.compute(rows, held, urgency).await?;
         let usage = Usage {
             tokens,
+            characters,
             tokenize,
             queue,
             compute,
         };
         Ok(Ok((outputs, usage)))
+    }
+
+    /// The most memory that the rows of texts take: a short request may have a
+    /// long query in each of its rows.
+    fn row_bytes(&self, texts: &[OwnedText]) -> usize {
+        let tokens_max = self.card.tokens_max;
+        let tokens = |text: &OwnedText| {
+            let tokens = text.tokens_max().saturating_add(SPECIAL_TOKENS);
+            tokens.min(tokens_max) * TOKEN_BYTES
+        };
+        texts.iter().map(tokens).sum()
     }
 
     /// Holds room in the queue for the rows of a request.
@@ -360,22 +412,77 @@ impl Drop for ServedModel {
     }
 }
 
+/// The rows of texts, and how many characters these have.
 fn tokenize(
     tokenizer: &Tokenizer,
-    texts: &[OwnedText],
-    output: TextOutput,
+    request: &Texts,
+    cancelled: &Cancelled,
+) -> Result<(Vec<(TokenRow, TextOutput)>, usize), TextError> {
+    let mut tokenizing = Tokenizing {
+        tokenizer,
+        truncation: request.truncation,
+        cancelled,
+        shared: None,
+        characters: 0,
+    };
+    let mut rows = Vec::with_capacity(request.texts.len());
+    for (index, text) in request.texts.iter().enumerate() {
+        let row = tokenizing.row(text);
+        let row = row.map_err(|error| TextError { index, error })?;
+        rows.push((row, request.output));
+    }
+    Ok((rows, tokenizing.characters))
+}
+
+/// Tokenizes the texts of one request, one after the other.
+struct Tokenizing<'r> {
+    tokenizer: &'r Tokenizer,
     truncation: Truncation,
-) -> Result<Vec<(engine::TokenRow, TextOutput)>, TextError> {
-    texts
-        .iter()
-        .enumerate()
-        .map(|(index, text)| {
-            tokenizer
-                .encode(text.as_text(), truncation)
-                .map(|tokens| (tokens, output))
-                .map_err(|error| TextError { index, error })
-        })
-        .collect()
+    cancelled: &'r Cancelled,
+    /// The first text of the last pair.
+    shared: Option<First<'r>>,
+    characters: usize,
+}
+
+/// The first text of a pair, and what is needed of it again.
+struct First<'r> {
+    text: &'r Arc<str>,
+    ids: Vec<u32>,
+    characters: usize,
+}
+
+impl<'r> Tokenizing<'r> {
+    fn row(&mut self, text: &'r OwnedText) -> Result<TokenRow, EngineError> {
+        let cancelled = self.cancelled;
+        let should_continue = || !cancelled.is_set();
+        if !should_continue() {
+            return Err(EngineError::Cancelled);
+        }
+        let (tokenizer, truncation) = (self.tokenizer, self.truncation);
+        match text {
+            OwnedText::One(text) => {
+                self.characters += text.chars().count();
+                tokenizer.encode_while(Text::Single(text), truncation, &should_continue)
+            }
+            OwnedText::Ids(ids) => tokenizer.encode_ids(ids, truncation),
+            OwnedText::Pair(first, second) => {
+                let known = self.shared.take();
+                let first = match known.filter(|known| Arc::ptr_eq(known.text, first)) {
+                    Some(known) => known,
+                    None => First {
+                        text: first,
+                        ids: tokenizer.ids(first, &should_continue)?,
+                        characters: first.chars().count(),
+                    },
+                };
+                self.characters += first.characters + second.chars().count();
+                let second = tokenizer.ids(second, &should_continue)?;
+                let row = tokenizer.encode_pair(&first.ids, &second, truncation);
+                self.shared = Some(first);
+                row
+            }
+        }
+    }
 }
 
 /// Runs a first forward pass, which does the lazy initialization.

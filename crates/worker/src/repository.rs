@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use engine::ModelFolder;
 use protocol::{Error, Kind, ModelName, ModelVersion, Task};
 use tokio::sync::{Mutex, oneshot, watch};
 use tokio::task::JoinSet;
@@ -66,6 +67,11 @@ impl Repository {
             jobs: std::sync::Mutex::default(),
             started: AtomicBool::new(false),
         }
+    }
+
+    /// The most bytes of one text of any model.
+    pub fn text_bytes_max(&self) -> usize {
+        self.settings.text_bytes_max
     }
 
     /// Changes when a model's state does.
@@ -228,10 +234,18 @@ impl Repository {
     async fn load_now(self: &Arc<Self>, name: &ModelName) -> Result<(), Error> {
         let turn = self.turn(name);
         let _turn = turn.lock().await;
-        if !self.names()?.contains(name) {
+        let (own, of) = (self.clone(), name.clone());
+        // Reads folders and files.
+        let planned = tokio::task::spawn_blocking(move || {
+            let known = own.names()?.contains(&of);
+            Ok::<_, Error>(known.then(|| own.plan(&of)))
+        });
+        let planned = planned.await;
+        let planned = planned.map_err(|error| Error::new(Kind::Internal, error.to_string()))?;
+        let Some(plan) = planned? else {
             return Err(Error::unknown_model(name, None));
-        }
-        let plan = match self.plan(name) {
+        };
+        let plan = match plan {
             Ok(plan) => plan,
             Err(reason) => {
                 tracing::error!(model = %name, reason, "the model cannot be loaded");
@@ -245,12 +259,17 @@ impl Repository {
             self.set_unless_ready(name, version, State::Loading);
             let repository = self.clone();
             let (options, limits) = (plan.options.clone(), plan.limits.clone());
+            let folder = ModelFolder {
+                path: folder,
+                boundary: plan.boundary.clone(),
+                observe: None,
+            };
             let id = ModelId {
                 name: name.clone(),
                 version,
             };
             let loaded = tokio::task::spawn_blocking(move || {
-                ServedModel::start(id, &folder, &options, limits, &repository.metrics)
+                ServedModel::start(id, folder, &options, limits, &repository.metrics)
             })
             .await
             .map_err(|error| Error::new(Kind::Internal, error.to_string()))?;

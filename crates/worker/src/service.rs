@@ -7,7 +7,9 @@ mod text;
 use std::sync::Arc;
 use std::time::Instant;
 
-use platform::grpc::{Call, MessageLimits, Messages, Reply, StreamSettings, reject, stream, unary};
+use platform::grpc::{
+    Call, Message, MessageLimits, Messages, Reply, StreamSettings, decode, reject, stream, unary,
+};
 use platform::pot::Holder;
 use platform::server::Handler;
 use platform::streams::OpenStream;
@@ -21,9 +23,15 @@ use crate::model::ServedModel;
 use crate::queue::Lane;
 use crate::report;
 use crate::repository::Repository;
+use crate::work::{Size, Work};
+use text::Target;
 
 /// Messages of one stream that may be in flight at once.
 const STREAM_CONCURRENCY: usize = 32;
+/// Longer messages are decoded and checked on the threads for work.
+const INLINE_MESSAGE_BYTES_MAX: usize = 64 << 10;
+/// The most bytes of a message that carries no inputs.
+const CONTROL_BYTES_MAX: usize = 64 << 10;
 
 /// A worker's services. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -68,7 +76,7 @@ impl Service {
             Method::ModelMetadata => self.unary(call, Self::model_metadata).await,
             Method::ModelConfig => self.unary(call, Self::model_config).await,
             Method::ModelStatistics => self.unary(call, Self::model_statistics).await,
-            Method::RepositoryIndex => self.unary(call, Self::repository_index).await,
+            Method::RepositoryIndex => self.index(call).await,
             Method::RepositoryModelLoad => self.load(call).await,
             Method::RepositoryModelUnload => self.unload(call).await,
             Method::TraceSetting => self.unary(call, Self::trace_setting).await,
@@ -113,14 +121,31 @@ impl Service {
         Q: prost::Message + Default,
         A: prost::Message,
     {
-        unary(call, &self.0.limits, |request| async move {
+        unary(call, &self.control_limits(), |request| async move {
             respond(self, &request).map_err(Status::from)
         })
         .await
     }
 
+    /// The limits of messages that ask about the worker and its models: they
+    /// are short, and read where they arrive.
+    fn control_limits(&self) -> MessageLimits {
+        let mut limits = self.0.limits.clone();
+        limits.message_bytes_max = limits.message_bytes_max.min(CONTROL_BYTES_MAX);
+        limits
+    }
+
+    async fn index(&self, call: Call) -> Result<Reply, Status> {
+        let lane = lane_of(&call);
+        unary(call, &self.control_limits(), |request| async move {
+            let index = self.repository_index(request, &lane).await;
+            index.map_err(Status::from)
+        })
+        .await
+    }
+
     async fn load(&self, call: Call) -> Result<Reply, Status> {
-        unary(call, &self.0.limits, |request| async move {
+        unary(call, &self.control_limits(), |request| async move {
             let name = protocol::load_target(&request)?;
             self.0.repository.load(&name).await?;
             Ok(RepositoryModelLoadResponse {})
@@ -129,7 +154,7 @@ impl Service {
     }
 
     async fn unload(&self, call: Call) -> Result<Reply, Status> {
-        unary(call, &self.0.limits, |request| async move {
+        unary(call, &self.control_limits(), |request| async move {
             let name = protocol::unload_target(&request)?;
             self.0.repository.unload(&name).await?;
             Ok(RepositoryModelUnloadResponse {})
@@ -140,7 +165,7 @@ impl Service {
     /// The request has no fields: its content does not matter.
     async fn watch_report(&self, call: Call) -> Result<Reply, Status> {
         let open = self.open_stream(&call)?;
-        call.into_messages(&self.0.limits).only().await?;
+        call.into_messages(&self.control_limits()).only().await?;
         let (repository, drain) = (self.0.repository.clone(), self.0.process.drain.clone());
         Ok(stream(open.hold(report::watch(repository, drain))))
     }
@@ -154,9 +179,45 @@ impl Service {
         })
     }
 
+    /// The threads and the memory for the work of a lane.
+    fn work(&self, lane: &Lane) -> Work {
+        let limits = self.0.limits.held_by(lane.holder.clone());
+        Work::new(&self.0.process.pool, limits, lane.holder.clone())
+    }
+
+    /// Decodes a message, a long one on a thread for work: what it has is counted
+    /// first.
+    async fn decode<Q>(&self, message: &Message, target: &Target) -> Result<Q, Status>
+    where
+        Q: prost::Message + Default + 'static,
+    {
+        let (bytes, method) = (message.bytes(), target.method);
+        let size = Size {
+            items: 1,
+            bytes: bytes.len(),
+        };
+        let read = move || {
+            if let Some(method) = method {
+                method.outline(&bytes)?;
+            }
+            decode(bytes)
+        };
+        if size.bytes <= INLINE_MESSAGE_BYTES_MAX {
+            return read();
+        }
+        self.work(&target.lane).run(size, move |_| read()).await?
+    }
+
     /// The messages of a call. Their bytes are held for its lane.
     fn messages(&self, call: Call, lane: &Lane) -> Messages {
-        let limits = self.0.limits.held_by(lane.holder.clone());
+        let mut limits = self.0.limits.held_by(lane.holder.clone());
+        if let Some(Method::Decode | Method::DecodeStream) = Method::from_path(call.path()) {
+            // No more ids than a text has bytes are decoded. In a message an id
+            // has from one byte to five.
+            let bytes = self.0.repository.text_bytes_max().saturating_mul(5);
+            let bytes = bytes.saturating_add(CONTROL_BYTES_MAX);
+            limits.message_bytes_max = limits.message_bytes_max.min(bytes);
+        }
         call.into_messages(&limits)
     }
 

@@ -63,7 +63,12 @@ def check_models(checks, client):
         expect(metadata.name == "minilm", f"the name is {metadata.name!r}")
         expect(list(metadata.versions) == ["1"], f"versions are {list(metadata.versions)}")
         expect(metadata.platform, "the platform is empty")
-        check_tensor_list(metadata.inputs, {"text": ("BYTES", [-1])}, "inputs")
+        expected = {
+            "text": ("BYTES", [-1]),
+            "input_lengths": ("INT64", [-1]),
+            "input_ids": ("INT64", [-1]),
+        }
+        check_tensor_list(metadata.inputs, expected, "inputs")
         check_tensor_list(metadata.outputs, {"embedding": ("FP32", [-1, 384])}, "outputs")
     with checks.check("model_metadata_digits"):
         metadata = client.get_model_metadata("digits", "1")

@@ -17,3 +17,4 @@ mod providers;
 mod quota;
 mod transport;
 mod words;
+mod work;

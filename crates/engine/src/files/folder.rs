@@ -1,8 +1,10 @@
 //! A model folder: the only code that opens its files.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 
@@ -11,41 +13,90 @@ use crate::error::EngineError;
 /// The size of a JSON file: a configuration takes a few KiB, and a list of labels more.
 pub(super) const JSON_BYTES_MAX: u64 = 4 << 20;
 
-/// A model folder whose files may not lie outside its repository.
+/// What is told the bytes that are read of a model's files: the name of the file inside the folder,
+/// the offset, and the bytes.
+pub type Observe = Arc<dyn Fn(&str, u64, &[u8]) + Send + Sync>;
+
+/// Where a model is loaded from.
+#[derive(Clone)]
+pub struct ModelFolder {
+    /// The folder.
+    pub path: PathBuf,
+    /// The folder out of which no link may lead; none for a folder outside a repository. Then it
+    /// is the folder itself, or the `models--…` folder of a Hugging Face cache, whose
+    /// `snapshots/<revision>` link to the `blobs` next to them.
+    pub boundary: Option<PathBuf>,
+    /// What is told everything that is read.
+    pub observe: Option<Observe>,
+}
+
+impl ModelFolder {
+    /// A folder outside a repository.
+    pub fn bare(path: &Path) -> Self {
+        Self {
+            path: path.to_path_buf(),
+            boundary: None,
+            observe: None,
+        }
+    }
+}
+
+impl fmt::Debug for ModelFolder {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("ModelFolder")
+            .field("path", &self.path)
+            .field("boundary", &self.boundary)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A model folder whose files may not lie outside its boundary.
 pub(crate) struct Folder {
     path: PathBuf,
     boundary: PathBuf,
+    observe: Option<Observe>,
 }
 
 impl Folder {
-    /// Opens the folder. Its symbolic links may lead to files of the same repository and no
-    /// further: `<repository>/<model>/<version>`, or the `snapshots/<revision>` of a Hugging
-    /// Face cache, whose files link to the `blobs` folder next to it. In any other folder no link
-    /// may lead outside.
-    pub(crate) fn open(path: &Path) -> Result<Self, EngineError> {
-        let path = path.canonicalize().map_err(|error| {
-            EngineError::invalid_file(
-                file_name(path),
-                format!("the model folder cannot be opened: {}", error.kind()),
-            )
-        })?;
+    /// Opens the folder. Its symbolic links may lead to files within the boundary and no further.
+    pub(crate) fn open(source: &ModelFolder) -> Result<Self, EngineError> {
+        let canonical = |path: &Path| {
+            path.canonicalize().map_err(|error| {
+                EngineError::invalid_file(
+                    file_name(path),
+                    format!("the model folder cannot be opened: {}", error.kind()),
+                )
+            })
+        };
+        let path = canonical(&source.path)?;
         if !path.is_dir() {
             return Err(EngineError::invalid_file(
                 file_name(&path),
                 "is not a folder: a model is a folder with config.json in it",
             ));
         }
-        let name = file_name(&path);
-        let is_version = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit());
-        let is_snapshot = path
-            .parent()
-            .is_some_and(|parent| file_name(parent) == "snapshots");
-        let repository = path.parent().and_then(Path::parent);
-        let boundary = match repository {
-            Some(repository) if is_version || is_snapshot => repository.to_path_buf(),
-            _ => path.clone(),
+        let boundary = match &source.boundary {
+            Some(boundary) => canonical(boundary)?,
+            None => cache_folder(&path).unwrap_or(&path).to_path_buf(),
         };
-        Ok(Self { path, boundary })
+        Ok(Self {
+            path,
+            boundary,
+            observe: source.observe.clone(),
+        })
+    }
+
+    /// Tells what was read of a file.
+    pub(super) fn observe(&self, name: &str, offset: u64, bytes: &[u8]) {
+        if let Some(observe) = &self.observe {
+            observe(name, offset, bytes);
+        }
+    }
+
+    /// What is told everything that is read.
+    pub(super) fn observer(&self) -> Option<Observe> {
+        self.observe.clone()
     }
 
     /// Whether a file of this name exists, usable or not.
@@ -99,6 +150,7 @@ impl Folder {
         file.take(bytes_max)
             .read_to_end(&mut bytes)
             .map_err(|error| cannot_be_read(name, &error))?;
+        self.observe(name, 0, &bytes);
         refuse_pickle(name, &bytes)?;
         Ok(bytes)
     }
@@ -119,6 +171,14 @@ impl Folder {
             Ok(None)
         }
     }
+}
+
+/// The `models--…` folder of a Hugging Face cache, if this is one of its snapshots.
+fn cache_folder(path: &Path) -> Option<&Path> {
+    let snapshots = path.parent()?;
+    let model = snapshots.parent()?;
+    let is_cache = file_name(snapshots) == "snapshots" && file_name(model).starts_with("models--");
+    is_cache.then_some(model)
 }
 
 /// Parses the JSON of a file; an error names the key.

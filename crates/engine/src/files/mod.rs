@@ -14,4 +14,5 @@ pub(crate) use config::{
     bad_config, check_heads,
 };
 pub(crate) use folder::Folder;
+pub use folder::{ModelFolder, Observe};
 pub(crate) use weights::Weights;

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use serde::Deserialize;
 
-use super::folder::{Folder, refuse_pickle};
+use super::folder::{Folder, Observe, refuse_pickle};
 use crate::error::EngineError;
 
 const FILE_BYTES_MAX: u64 = 64 << 30;
@@ -41,6 +41,7 @@ pub(super) struct SafetensorsFile {
     pub(super) tensors: BTreeMap<String, StoredTensor>,
     file: File,
     data_start: u64,
+    observe: Option<Observe>,
 }
 
 /// The header of one tensor.
@@ -78,6 +79,7 @@ impl SafetensorsFile {
         }
         let mut header = vec![0; usize::try_from(length).unwrap_or(0)];
         read_at(&file, name, &mut header, 8)?;
+        folder.observe(name, 8, &header);
         let header: BTreeMap<String, serde_json::Value> = serde_json::from_slice(&header)
             .map_err(|error| invalid(format!("the header is not valid: {error}")))?;
         if header.len() > TENSORS_MAX {
@@ -100,6 +102,7 @@ impl SafetensorsFile {
             tensors,
             file,
             data_start,
+            observe: folder.observer(),
         })
     }
 
@@ -120,6 +123,9 @@ impl SafetensorsFile {
         bytes.resize(length, 0);
         let offset = self.data_start + tensor.begin;
         read_at(&self.file, &self.name, &mut bytes, offset)?;
+        if let Some(observe) = &self.observe {
+            observe(&self.name, offset, &bytes);
+        }
         Ok(decode(dtype, &bytes))
     }
 }

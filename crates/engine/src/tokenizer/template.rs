@@ -6,6 +6,16 @@ use tokenizers::{Encoding, PostProcessor, PostProcessorWrapper, Token, Tokenizer
 
 use super::TokenRow;
 
+/// The ids of the special tokens before and after a single text; none where the post-processor
+/// repeats or omits it.
+pub(super) fn around(tokenizer: &Tokenizer) -> Option<(Vec<u32>, Vec<u32>)> {
+    let [text, _] = PLACEHOLDERS;
+    let ids = post_processed(tokenizer, &[text], None).ok()?.ids;
+    let mut parts = ids.split(|id| *id == text).map(<[u32]>::to_vec);
+    let around = (parts.next()?, parts.next()?);
+    parts.next().is_none().then_some(around)
+}
+
 /// Ids in place of the tokens of the first and of the second text while a template is learned.
 const PLACEHOLDERS: [u32; 2] = [u32::MAX, u32::MAX - 1];
 /// Lengths of the texts with which a learned template is compared with the library.
@@ -47,7 +57,7 @@ impl Template {
         for (first, second) in PROBES {
             let (first, second) = (vec![PLACEHOLDERS[0]; first], vec![PLACEHOLDERS[1]; second]);
             for second in [None, Some(&second[..])] {
-                if template.row(&first, second) != post_processed(tokenizer, &first, second)? {
+                if template.row(&first, second) != post_processed(tokenizer, &first, second).ok()? {
                     return None;
                 }
             }
@@ -103,7 +113,7 @@ impl Template {
 /// The template by which the library's post-processor surrounds one token of each text.
 fn parts(tokenizer: &Tokenizer, pair: bool) -> Option<Vec<TemplatePart>> {
     let [first, second] = PLACEHOLDERS;
-    let row = post_processed(tokenizer, &[first], pair.then_some(&[second]))?;
+    let row = post_processed(tokenizer, &[first], pair.then_some(&[second])).ok()?;
     let tokens = row.ids.iter().zip(&row.type_ids);
     let parts: Vec<TemplatePart> = tokens
         .map(
@@ -124,22 +134,26 @@ fn parts(tokenizer: &Tokenizer, pair: bool) -> Option<Vec<TemplatePart>> {
 }
 
 /// The library's row of texts that are given by their ids.
-fn post_processed(
+pub(super) fn post_processed(
     tokenizer: &Tokenizer,
     first: &[u32],
     second: Option<&[u32]>,
-) -> Option<TokenRow> {
+) -> Result<TokenRow, String> {
+    let failed = |error: tokenizers::Error| error.to_string();
     let plain = |ids: &[u32]| {
         let token = |id: &u32| Token::new(*id, String::new(), (0, 0));
         let encoding = Encoding::from_tokens(ids.iter().map(token).collect(), 0);
-        tokenizer.post_process(encoding, None, false).ok()
+        tokenizer
+            .post_process(encoding, None, false)
+            .map_err(failed)
     };
     let second = match second {
         Some(ids) => Some(plain(ids)?),
         None => None,
     };
-    let row = tokenizer.post_process(plain(first)?, second, true).ok()?;
-    Some(TokenRow {
+    let row = tokenizer.post_process(plain(first)?, second, true);
+    let row = row.map_err(failed)?;
+    Ok(TokenRow {
         ids: row.get_ids().to_vec(),
         type_ids: row.get_type_ids().to_vec(),
     })
@@ -161,12 +175,11 @@ pub(crate) fn truncated_lengths(first: usize, second: usize, tokens_max: usize) 
     }
 }
 
-/// Truncates ids to this length, on the right or on the left.
-pub(crate) fn truncate_ids(ids: &mut Vec<u32>, length: usize, direction: TruncationDirection) {
-    match direction {
-        TruncationDirection::Right => ids.truncate(length),
-        TruncationDirection::Left => {
-            ids.drain(..ids.len().saturating_sub(length));
-        }
-    }
+/// Ids truncated to this length, on the right or on the left.
+pub(crate) fn truncated(ids: &[u32], length: usize, direction: TruncationDirection) -> &[u32] {
+    let range = match direction {
+        TruncationDirection::Right => 0..length.min(ids.len()),
+        TruncationDirection::Left => ids.len().saturating_sub(length)..ids.len(),
+    };
+    ids.get(range).unwrap_or_default()
 }

@@ -9,15 +9,14 @@
 mod characters;
 #[cfg(test)]
 mod tests;
-mod trie;
 
 use tokenizers::models::ModelWrapper;
 use tokenizers::{
     AddedToken, NormalizedString, Normalizer, NormalizerWrapper, PreTokenizerWrapper, Tokenizer,
 };
 
+use super::trie::{ROOT, Trie};
 use characters::{CharacterClass, Characters};
-use trie::{ROOT, Trie};
 
 /// A tokenizer whose normalizer, pre-tokenizer and model are all BERT's.
 pub(crate) struct WordPiece {

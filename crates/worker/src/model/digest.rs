@@ -1,133 +1,198 @@
-//! The digest of a model version: over the bytes of its files, and everything
-//! else that its outputs depend on.
+//! The digest of a model version: over the bytes that were read of its files, and
+//! everything else that its outputs depend on.
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use aws_lc_rs::digest::{Context, SHA256};
-use engine::{Card, EngineError, LoadOptions};
+use aws_lc_rs::digest::{Context, SHA256, SHA256_OUTPUT_LEN};
+use engine::{Card, EngineError, LoadOptions, Observe};
 
-/// The most files of a model folder.
-const FILES_MAX: usize = 10_000;
+type Hash = [u8; SHA256_OUTPUT_LEN];
 
-/// SHA-256, in hexadecimal digits, over the names, lengths and bytes of all
-/// files of a folder in order, and over how they are computed. Reads each file
-/// once.
-pub fn of(folder: &Path, options: &LoadOptions, card: &Card) -> Result<String, EngineError> {
-    let mut files = Vec::new();
-    list(folder, &mut files)?;
-    files.sort();
-    let mut context = Context::new(&SHA256);
-    let computed = format!(
-        "{:?} {:?} {} {} {} {}",
-        options.task, options.tokens_max, card.dtype, card.kernels, card.device, card.family
-    );
-    context.update(computed.as_bytes());
-    // Another version of the program may compute other numbers.
-    context.update(concat!(" ", env!("CARGO_PKG_VERSION"), "\0").as_bytes());
-    let mut buffer = vec![0_u8; 1 << 20];
-    for path in files {
-        let name = path.strip_prefix(folder).unwrap_or(&path);
-        let mut file = std::fs::File::open(&path).map_err(unreadable)?;
-        let length = file.metadata().map_err(unreadable)?.len();
-        context.update(name.as_os_str().as_encoded_bytes());
-        context.update(&[0]);
-        context.update(&length.to_le_bytes());
-        loop {
-            let count = file.read(&mut buffer).map_err(unreadable)?;
-            if count == 0 {
-                break;
-            }
-            context.update(buffer.get(..count).unwrap_or_default());
-        }
-    }
-    let digits = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(digits(context.finish().as_ref()))
+/// What was read of the files of a version while it was loaded. A digest of what
+/// lies on the disk later may be that of other weights.
+#[derive(Debug, Clone, Default)]
+pub struct Reads(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// The hash of each piece, by its file, offset and length. Files may be read
+    /// in any order.
+    pieces: BTreeMap<(String, u64, u64), Hash>,
+    /// A file of which one piece was read twice, and was another one then.
+    changed: Option<String>,
 }
 
-/// The files below a folder. A link may lead to a file, as all do in a snapshot
-/// of a Hugging Face cache; one to a folder might lead in a circle.
-fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), EngineError> {
-    for entry in std::fs::read_dir(folder).map_err(unreadable)? {
-        let entry = entry.map_err(unreadable)?;
-        let path = entry.path();
-        if entry.file_type().map_err(unreadable)?.is_dir() {
-            list(&path, files)?;
-            continue;
-        }
-        let refused = |reason: &str| EngineError::InvalidFile {
-            file: entry.file_name().to_string_lossy().into_owned(),
-            reason: reason.to_owned(),
-        };
-        let real = std::fs::metadata(&path).map_err(unreadable)?;
-        if real.is_dir() {
-            return Err(refused("it is a link to a folder"));
-        }
-        // Pipes and the like are no part of a model.
-        if real.is_file() {
-            if files.len() == FILES_MAX {
-                return Err(refused("the model has too many files"));
+impl Reads {
+    /// Notes what is read.
+    pub fn observer(&self) -> Observe {
+        let state = self.0.clone();
+        Arc::new(move |name, offset, bytes| {
+            let place = (name.to_owned(), offset, bytes.len() as u64);
+            let mut context = Context::new(&SHA256);
+            context.update(bytes);
+            let hash = finish(context);
+            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            let before = state.pieces.insert(place, hash);
+            if before.is_some_and(|before| before != hash) {
+                state.changed = Some(name.to_owned());
             }
-            files.push(path);
-        }
+        })
     }
-    Ok(())
+
+    /// SHA-256, in hexadecimal digits, over everything that was read and how it
+    /// is computed.
+    ///
+    /// # Errors
+    /// A file that changed between two reads.
+    pub fn digest(&self, options: &LoadOptions, card: &Card) -> Result<String, EngineError> {
+        let state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = &state.changed {
+            return Err(EngineError::InvalidFile {
+                file: file.clone(),
+                reason: "has changed while the model was loaded: load it again".to_owned(),
+            });
+        }
+        let mut context = Context::new(&SHA256);
+        let computed = format!(
+            "{:?} {:?} {} {} {} {}",
+            options.task, options.tokens_max, card.dtype, card.kernels, card.device, card.family
+        );
+        context.update(computed.as_bytes());
+        // Another version of the program may compute other numbers.
+        context.update(concat!(" ", env!("CARGO_PKG_VERSION"), "\0").as_bytes());
+        for ((name, offset, length), hash) in &state.pieces {
+            context.update(name.as_bytes());
+            context.update(&[0]);
+            context.update(&offset.to_le_bytes());
+            context.update(&length.to_le_bytes());
+            context.update(hash);
+        }
+        let digits = finish(context).map(|byte| format!("{byte:02x}"));
+        Ok(digits.concat())
+    }
 }
 
-fn unreadable(error: std::io::Error) -> EngineError {
-    EngineError::Device(format!(
-        "the model's files cannot be read: {}",
-        error.kind()
-    ))
+fn finish(context: Context) -> Hash {
+    let mut hash = [0; SHA256_OUTPUT_LEN];
+    hash.copy_from_slice(context.finish().as_ref());
+    hash
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::{Path, PathBuf};
+
+    use engine::{Model, ModelFolder};
+
     use super::*;
 
-    #[test]
-    fn every_byte_and_name_counts() {
-        let folder = std::env::temp_dir().join(format!("andon-digest-{}", std::process::id()));
-        std::fs::create_dir_all(folder.join("inner")).unwrap();
-        let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/digits/1");
-        let options = LoadOptions::default();
-        let card = engine::load(&digits, &options).unwrap().card().clone();
-        let digest = || of(&folder, &options, &card).unwrap();
-        std::fs::write(folder.join("a"), "one").unwrap();
-        let first = digest();
-        assert_eq!(first, digest());
-        std::fs::write(folder.join("a"), "two").unwrap();
-        let changed = digest();
-        std::fs::rename(folder.join("a"), folder.join("inner/a")).unwrap();
-        let moved = digest();
-        std::fs::remove_dir_all(&folder).unwrap();
-        assert_ne!(first, changed);
-        assert_ne!(changed, moved);
+    /// A copy of the demo model `digits`, removed with the test.
+    struct Digits(PathBuf);
+
+    impl Drop for Digits {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    const FILES: [&str; 2] = ["config.json", "model.safetensors"];
+
+    impl Digits {
+        fn copy(name: &str) -> Self {
+            let folder = format!("andon-digest-{}-{name}", std::process::id());
+            let folder = std::env::temp_dir().join(folder);
+            std::fs::create_dir_all(&folder).unwrap();
+            let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/digits/1");
+            for file in FILES {
+                std::fs::copy(demo.join(file), folder.join(file)).unwrap();
+            }
+            Self(folder)
+        }
+
+        /// Loads the model, and returns its digest and what it computes. `before`
+        /// is called before the bytes of each read are noted.
+        fn load(&self, before: impl Fn(&str) + Send + Sync + 'static) -> (String, Vec<f32>) {
+            let reads = Reads::default();
+            let note = reads.observer();
+            let folder = ModelFolder {
+                observe: Some(Arc::new(move |name, offset, bytes| {
+                    before(name);
+                    note(name, offset, bytes);
+                })),
+                ..ModelFolder::bare(&self.0)
+            };
+            let options = LoadOptions::default();
+            let Model::Tabular(mut model) = engine::load_from(&folder, &options).unwrap() else {
+                panic!("digits is a tabular model");
+            };
+            let outputs = model.forward(&[1.0; 64], 1, &|| true).unwrap();
+            (reads.digest(&options, model.card()).unwrap(), outputs)
+        }
+    }
+
+    /// Weights of the same shapes with another value at the end, in place of the
+    /// file or into it.
+    fn change_weights(folder: &Path, value: f32, in_place: bool) {
+        let path = folder.join("model.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        let last = bytes.len() - 4;
+        bytes[last..].copy_from_slice(&value.to_le_bytes());
+        let file = if in_place {
+            path.clone()
+        } else {
+            folder.join("new")
+        };
+        std::fs::write(&file, bytes).unwrap();
+        std::fs::rename(file, path).unwrap();
     }
 
     #[test]
-    fn links_stand_for_the_files_that_they_lead_to() {
-        let folder = std::env::temp_dir().join(format!("andon-links-{}", std::process::id()));
-        let snapshot = folder.join("snapshots/one");
-        std::fs::create_dir_all(&snapshot).unwrap();
-        std::fs::create_dir_all(folder.join("blobs")).unwrap();
-        let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/digits/1");
+    fn a_file_that_changes_while_it_loads_has_the_digest_of_what_was_read() {
+        let digits = Digits::copy("changes");
+        let mut old = digits.load(|_| ());
+        assert_eq!(digits.load(|_| ()), old);
+        for in_place in [false, true] {
+            let (folder, once) = (digits.0.clone(), std::sync::Once::new());
+            // The change comes when the header has been read, and no tensor.
+            let during = digits.load(move |name| {
+                if name == "model.safetensors" {
+                    let value = if in_place { 2e3 } else { 1e3 };
+                    once.call_once(|| change_weights(&folder, value, in_place));
+                }
+            });
+            let new = digits.load(|_| ());
+            assert_ne!((&new.0, &new.1), (&old.0, &old.1));
+            // The digest is that of the weights, old or new.
+            assert_eq!(during, if in_place { new.clone() } else { old });
+            old = new;
+        }
+    }
+
+    #[test]
+    fn every_byte_and_every_option_counts() {
+        let digits = Digits::copy("counts");
+        let reads = |bytes: &[u8], name: &str| {
+            let reads = Reads::default();
+            reads.observer()(name, 0, bytes);
+            reads
+        };
+        let card = engine::load(&digits.0, &LoadOptions::default()).unwrap();
+        let card = card.card().clone();
+        let digest = |reads: &Reads, options: &LoadOptions| reads.digest(options, &card).unwrap();
         let options = LoadOptions::default();
-        let card = engine::load(&digits, &options).unwrap().card().clone();
-        let digest = || of(&snapshot, &options, &card);
-        std::fs::write(folder.join("blobs/a"), "one").unwrap();
-        std::os::unix::fs::symlink("../../blobs/a", snapshot.join("weights")).unwrap();
-        let first = digest().unwrap();
-        std::fs::write(folder.join("blobs/a"), "two").unwrap();
-        let changed = digest().unwrap();
-        std::fs::remove_file(snapshot.join("weights")).unwrap();
-        std::fs::write(snapshot.join("weights"), "two").unwrap();
-        let plain = digest().unwrap();
-        std::os::unix::fs::symlink("../../blobs", snapshot.join("more")).unwrap();
-        let circle = digest();
-        std::fs::remove_dir_all(&folder).unwrap();
-        assert_ne!(first, changed);
-        assert_eq!(changed, plain);
-        assert!(matches!(circle, Err(EngineError::InvalidFile { .. })));
+        let others = LoadOptions {
+            tokens_max: Some(7),
+            ..LoadOptions::default()
+        };
+        let one = digest(&reads(b"one", "a"), &options);
+        assert_eq!(one, digest(&reads(b"one", "a"), &options));
+        assert_ne!(one, digest(&reads(b"two", "a"), &options));
+        assert_ne!(one, digest(&reads(b"one", "b"), &options));
+        assert_ne!(one, digest(&reads(b"one", "a"), &others));
+        let changed = reads(b"one", "a");
+        changed.observer()("a", 0, b"two");
+        let error = changed.digest(&options, &card).unwrap_err();
+        assert!(error.to_string().contains("has changed"), "{error}");
     }
 }

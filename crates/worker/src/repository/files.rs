@@ -49,6 +49,8 @@ enum Versions {
 pub struct Plan {
     /// The folders of the versions to serve.
     pub versions: BTreeMap<ModelVersion, PathBuf>,
+    /// The repository, out of which no link may lead; none of a bare folder.
+    pub boundary: Option<PathBuf>,
     /// How to load them.
     pub options: LoadOptions,
     /// Their limits.
@@ -134,7 +136,11 @@ pub fn plan(root: &Path, name: &ModelName, defaults: Defaults) -> Result<Plan, S
                 .map_err(|error| format!("the folder of version {version} {error}"))
         })
         .collect::<Result<_, String>>()?;
-    checked_plan(versions, &settings, defaults)
+    let plan = checked_plan(versions, &settings, defaults)?;
+    Ok(Plan {
+        boundary: Some(root.to_owned()),
+        ..plan
+    })
 }
 
 /// The plan of a bare folder, which is version 1 of its model.
@@ -220,6 +226,7 @@ fn checked_plan(
     }
     Ok(Plan {
         versions,
+        boundary: None,
         options,
         limits: ModelLimits {
             queue,

@@ -24,11 +24,12 @@ use protocol::{
 };
 use tonic::{Code, Status};
 
-use super::{CallRecord, Service, lane_of, statistics};
-use crate::infer::infer;
-use crate::model::ServedModel;
+use super::{CallRecord, INLINE_MESSAGE_BYTES_MAX, Service, lane_of, statistics};
+use crate::infer::{Checked, check, infer};
+use crate::model::{ServedModel, Urgency};
 use crate::queue::Lane;
-use crate::repository::State;
+use crate::repository::{Repository, State};
+use crate::work::Size;
 
 impl Service {
     pub(super) async fn model_infer(&self, call: Call) -> Result<Reply, Status> {
@@ -72,12 +73,27 @@ impl Service {
         lane: Lane,
     ) -> Result<(ModelInferResponse, Metadata), Status> {
         let started = Instant::now();
-        let request: ModelInferRequest = decode(message.bytes())?;
-        let mut request = InferRequest::checked(request)?;
-        let model = self.0.repository.find(&request.model, request.version)?;
-        let id = std::mem::take(&mut request.id);
+        let work = self.work(&lane);
+        let (repository, bytes) = (self.0.repository.clone(), message.bytes());
+        let size = bytes.len();
+        let read = move || read_request(&repository, bytes);
+        let (model, mut checked) = if size <= INLINE_MESSAGE_BYTES_MAX {
+            read()?
+        } else {
+            let size = Size {
+                items: 1,
+                bytes: size,
+            };
+            work.run(size, move |_| read()).await??
+        };
+        let id = checked.take_id();
+        let urgency = Urgency {
+            lane,
+            priority: 0,
+            deadline,
+        };
         let mut record = CallRecord::new(&model, Method::ModelInfer, started);
-        let (outputs, tokens) = infer(&model, request, deadline, lane)
+        let (outputs, tokens) = infer(&model, checked, urgency, &work, started)
             .await
             .map_err(|error| Error::from(error).to_status())
             .inspect_err(|status| record.code = status.code())?;
@@ -167,15 +183,18 @@ impl Service {
         })
     }
 
-    pub(super) fn repository_index(
+    /// Reads the folders of the repository, on a thread for work.
+    pub(super) async fn repository_index(
         &self,
-        request: &RepositoryIndexRequest,
+        request: RepositoryIndexRequest,
+        lane: &Lane,
     ) -> Result<RepositoryIndexResponse, Error> {
         protocol::check_repository_name(&request.repository_name)?;
-        let models = self
-            .0
-            .repository
-            .index()?
+        let repository = self.0.repository.clone();
+        let size = Size { items: 1, bytes: 0 };
+        let work = self.work(lane);
+        let index = work.run(size, move |_| repository.index()).await??;
+        let models = index
             .into_iter()
             .filter(|(_, _, state)| !request.ready || matches!(state, State::Ready(_)))
             .map(|(name, version, state)| ModelIndex {
@@ -219,6 +238,33 @@ impl Service {
         let response = settings.apply(request)?;
         telemetry.set_log_levels(levels);
         Ok(response)
+    }
+}
+
+/// Decodes a request and checks it against its model: how much there is of it
+/// first.
+fn read_request(
+    repository: &Repository,
+    message: Bytes,
+) -> Result<(Arc<ServedModel>, Checked), Status> {
+    let started = Instant::now();
+    Method::ModelInfer.outline(&message)?;
+    let message: ModelInferRequest = decode(message)?;
+    let name = ModelName::checked(&message.model_name, "model_name")?;
+    let version = ModelVersion::optional(&message.model_version, "model_version")?;
+    let model = repository.find(&name, version)?;
+    let checked = model
+        .signature()
+        .check_counts(&message)
+        .and_then(|()| InferRequest::checked(message))
+        .and_then(|request| check(&model, request));
+    match checked {
+        Ok(checked) => Ok((model, checked)),
+        Err(error) => {
+            let mut record = CallRecord::new(&model, Method::ModelInfer, started);
+            record.code = error.kind().code();
+            Err(error.into())
+        }
     }
 }
 

@@ -3,18 +3,31 @@
 mod target;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use engine::{TextOutput, Truncation};
-use platform::grpc::{Call, Reply, bidirectional, decode, frame, reply};
+use engine::{TextOutput, Token, Truncation};
+use platform::grpc::{Call, Reply, bidirectional, frame, reply};
+use platform::pool::Cancelled;
 use protocol::tei::v1 as tei;
 use protocol::{Error, Method, RerankGathering, Task, checked_dimensions};
 use tonic::Status;
 
-use super::Service;
+use super::{INLINE_MESSAGE_BYTES_MAX, Service};
 use crate::infer::{finish_embedding, finish_scores};
-use target::{Target, TextRequest, TextResponse, TextsField, truncation};
+use crate::work::{Size, Work};
+pub(super) use target::Target;
+use target::{TextRequest, TextResponse, TextsField, truncation};
+
+/// Longer texts and lists of ids are tokenized and decoded on the threads for
+/// work.
+const INLINE_BYTES_MAX: usize = 4096;
+/// Responses of more parts are encoded on the threads for work.
+const INLINE_PARTS_MAX: usize = 1024;
+/// What a token takes while it is told to a caller: its name, its offsets, and the
+/// message. A text has at most a token for each byte, and mostly a fourth.
+const TOKENIZED_BYTES: usize = 64;
 
 impl Service {
     /// Responds to a call of one message.
@@ -24,15 +37,17 @@ impl Service {
         respond: impl FnOnce(Self, Q, Target) -> F,
     ) -> Result<Reply, Status>
     where
-        Q: prost::Message + Default,
-        A: prost::Message,
+        Q: prost::Message + Default + 'static,
+        A: prost::Message + 'static,
         F: Future<Output = Result<TextResponse<A>, Error>>,
     {
         let target = Target::of(&call)?;
         let message = self.messages(call, &target.lane).only().await?;
-        let request = decode(message.bytes())?;
+        let work = self.work(&target.lane);
+        let request = self.decode(&message, &target).await?;
         let response = respond(self.clone(), request, target).await?;
-        Ok(reply(frame(&response.message), response.to_metadata()))
+        let metadata = response.to_metadata();
+        Ok(reply(framed(response, &work).await?, metadata))
     }
 
     /// Responds to each message of a stream.
@@ -42,8 +57,8 @@ impl Service {
         respond: impl Fn(Self, Q, Target) -> F + Send + Sync + Copy + 'static,
     ) -> Result<Reply, Status>
     where
-        Q: prost::Message + Default,
-        A: prost::Message,
+        Q: prost::Message + Default + 'static,
+        A: prost::Message + 'static,
         F: Future<Output = Result<TextResponse<A>, Error>> + Send,
     {
         let target = Target::of(&call)?;
@@ -56,9 +71,10 @@ impl Service {
             let deadline = ends.map_or_else(|| Instant::now() + timeout, |end| end.into_std());
             let target = target.clone().until(deadline);
             async move {
-                let request = decode(message.bytes())?;
+                let work = own.work(&target.lane);
+                let request = own.decode(&message, &target).await?;
                 let response = respond(own, request, target).await?;
-                Ok::<Bytes, Status>(frame(&response.message))
+                Ok::<Bytes, Status>(framed(response, &work).await?)
             }
         }))
     }
@@ -118,7 +134,9 @@ impl Service {
             output: TextOutput::Embedding,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
-        let mut vectors = target.run(&model, Method::Embed, texts).await?;
+        let mut vectors = target
+            .run(&model, Method::Embed, texts, &self.work(&target.lane))
+            .await?;
         let mut embeddings = vectors.message.pop().unwrap_or_default();
         finish_embedding(&mut embeddings, dimensions, request.normalize);
         Ok(vectors.with(|metadata| tei::EmbedResponse {
@@ -139,7 +157,9 @@ impl Service {
             output: TextOutput::TokenEmbeddings,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
-        let mut vectors = target.run(&model, Method::EmbedAll, texts).await?;
+        let mut vectors = target
+            .run(&model, Method::EmbedAll, texts, &self.work(&target.lane))
+            .await?;
         let states = vectors.message.pop().unwrap_or_default();
         let token_embeddings = states
             .chunks(model.card.hidden.max(1))
@@ -193,7 +213,9 @@ impl Service {
             output: TextOutput::Logits,
             truncation,
         };
-        let mut vectors = target.run(&model, Method::Predict, texts).await?;
+        let mut vectors = target
+            .run(&model, Method::Predict, texts, &self.work(&target.lane))
+            .await?;
         let mut scores = vectors.message.pop().unwrap_or_default();
         if !raw_scores {
             finish_scores(&model, &mut scores);
@@ -222,14 +244,18 @@ impl Service {
         if request.texts.is_empty() {
             return Err(Error::invalid("texts", "must not be empty"));
         }
-        let returned = request.return_text.then(|| request.texts.clone());
+        target::check_count(&model, request.texts.len())?;
+        let texts: Vec<Arc<str>> = request.texts.into_iter().map(Arc::from).collect();
+        let returned = request.return_text.then(|| texts.clone());
         let texts = TextRequest {
-            texts: TextsField::Ranked(request.query, request.texts),
+            texts: TextsField::Ranked(request.query.into(), texts),
             prompt: None,
             output: TextOutput::Logits,
             truncation: truncation(request.truncate, request.truncation_direction)?,
         };
-        let mut vectors = target.run(&model, Method::Rerank, texts).await?;
+        let mut vectors = target
+            .run(&model, Method::Rerank, texts, &self.work(&target.lane))
+            .await?;
         let mut ranks: Vec<tei::Rank> = std::mem::take(&mut vectors.message)
             .into_iter()
             .enumerate()
@@ -241,7 +267,7 @@ impl Service {
                     index: u32::try_from(index).unwrap_or(u32::MAX),
                     text: returned
                         .as_ref()
-                        .and_then(|texts| texts.get(index).cloned()),
+                        .and_then(|texts| texts.get(index).map(ToString::to_string)),
                     score: scores.first().copied().unwrap_or_default(),
                 }
             })
@@ -264,9 +290,13 @@ impl Service {
         drop(model);
         let mut messages = self.messages(call, &target.lane);
         let mut gathering = RerankGathering::default();
+        let work = self.work(&target.lane);
+        // What is gathered stays counted as in flight until the response.
+        let mut held = Vec::new();
         while let Some(message) = messages.next().await? {
             gathering.reserve(message.bytes().len(), bytes_max)?;
-            gathering.push(decode(message.bytes())?, texts_max)?;
+            held.push(work.hold(message.bytes().len())?);
+            gathering.push(self.decode(&message, &target).await?, texts_max)?;
         }
         let request = gathering.into_request();
         let response = self.clone().rerank(request, target).await?;
@@ -282,23 +312,24 @@ impl Service {
         let text = target::prompted(&model, request.prompt_name, request.inputs)?;
         target::check_length(&model, &text, || "inputs".into())?;
         let tokenizer = target::tokenizer(&model)?;
-        let tokens = tokenizer
-            .tokens(&text, request.add_special_tokens)
-            .map_err(|error| Error::invalid("inputs", error.to_string()))?;
-        let offset = |offset: Option<usize>| offset.and_then(|offset| u32::try_from(offset).ok());
-        let message = tei::EncodeResponse {
-            tokens: tokens
-                .into_iter()
-                .map(|token| tei::SimpleToken {
-                    id: token.id,
-                    text: token.text,
-                    special: token.special,
-                    start: offset(token.start),
-                    stop: offset(token.stop),
-                })
-                .collect(),
+        let work = self.work(&target.lane);
+        let bytes = text.len();
+        let _memory = work.hold(bytes * TOKENIZED_BYTES)?;
+        let special = request.add_special_tokens;
+        let tokenize = move |cancelled: &Cancelled| {
+            let tokens = tokenizer.tokens(&text, special, &|| !cancelled.is_set());
+            tokens.map(|tokens| tei::EncodeResponse {
+                tokens: tokens.into_iter().map(simple_token).collect(),
+            })
         };
-        Ok(TextResponse::free(message, &model))
+        let tokens = if bytes <= INLINE_BYTES_MAX {
+            tokenize(&Cancelled::never())
+        } else {
+            work.run(Size { items: 1, bytes }, tokenize).await?
+        };
+        let message = tokens.map_err(|error| Error::invalid("inputs", error.to_string()))?;
+        let parts = message.tokens.len();
+        Ok(TextResponse::free(message, &model).of_parts(parts))
     }
 
     pub(super) async fn decode_ids(
@@ -307,9 +338,52 @@ impl Service {
         target: Target,
     ) -> Result<TextResponse<tei::DecodeResponse>, Error> {
         let model = target.any_text_model(&self.0.repository)?;
-        let text = target::tokenizer(&model)?
-            .decode(&request.ids, request.skip_special_tokens)
-            .map_err(|error| Error::invalid("ids", error.to_string()))?;
+        let tokenizer = target::tokenizer(&model)?;
+        let (count, ids_max) = (request.ids.len(), model.limits.text_bytes_max);
+        if count > ids_max {
+            let reason = format!("has {count} ids, over the limit of {ids_max}");
+            return Err(Error::invalid("ids", reason));
+        }
+        let work = self.work(&target.lane);
+        let bytes = count * size_of::<u32>();
+        let _memory = work.hold(count * TOKENIZED_BYTES)?;
+        let decode = move || tokenizer.decode(&request.ids, request.skip_special_tokens);
+        let text = if bytes <= INLINE_BYTES_MAX {
+            decode()
+        } else {
+            work.run(Size { items: 1, bytes }, move |_| decode())
+                .await?
+        };
+        let text = text.map_err(|error| Error::invalid("ids", error.to_string()))?;
         Ok(TextResponse::free(tei::DecodeResponse { text }, &model))
     }
+}
+
+/// A token as messages have it.
+fn simple_token(token: Token) -> tei::SimpleToken {
+    let offset = |offset: Option<usize>| offset.and_then(|offset| u32::try_from(offset).ok());
+    tei::SimpleToken {
+        id: token.id,
+        text: token.text,
+        special: token.special,
+        start: offset(token.start),
+        stop: offset(token.stop),
+    }
+}
+
+/// A response with its prefix; a long one is encoded on a thread for work, where
+/// its length is counted too if it has many parts.
+async fn framed<A>(response: TextResponse<A>, work: &Work) -> Result<Bytes, Error>
+where
+    A: prost::Message + 'static,
+{
+    let TextResponse { message, parts, .. } = response;
+    if parts <= INLINE_PARTS_MAX && message.encoded_len() <= INLINE_MESSAGE_BYTES_MAX {
+        return Ok(frame(&message));
+    }
+    let size = Size {
+        items: 1,
+        bytes: parts * size_of::<tei::SimpleToken>(),
+    };
+    work.run(size, move |_| frame(&message)).await
 }

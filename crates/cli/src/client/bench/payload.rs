@@ -8,6 +8,7 @@ use platform::grpc::frame;
 use protocol::inference::model_infer_request::InferInputTensor;
 use protocol::inference::model_metadata_response::TensorMetadata;
 use protocol::inference::{ModelInferRequest, ModelMetadataResponse};
+use protocol::{LENGTHS_INPUT, is_optional_input};
 use tensor::{Datatype, Shape, encode_bytes_elements};
 
 use super::super::options::parameters;
@@ -107,7 +108,10 @@ fn request(
         parameters: parameters(&options.param),
         ..Default::default()
     };
-    for (index, input) in metadata.inputs.iter().enumerate() {
+    let takes_ids = metadata.inputs.iter().any(|it| it.name == LENGTHS_INPUT);
+    let inputs = metadata.inputs.iter();
+    let inputs = inputs.filter(|it| !takes_ids || !is_optional_input(&it.name));
+    for (index, input) in inputs.enumerate() {
         let bytes = options.payload_bytes.filter(|_| index == 0);
         let (shape, raw) = input_contents(input, row_values, bytes)
             .with_context(|| format!("input '{}'", input.name))?;

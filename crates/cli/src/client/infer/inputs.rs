@@ -9,6 +9,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use bytes::Bytes;
 use protocol::inference::model_infer_request::InferInputTensor;
 use protocol::inference::model_metadata_response::TensorMetadata;
+use protocol::{LENGTHS_INPUT, is_optional_input};
 use tensor::{Datatype, Shape, Tensor};
 
 use super::super::print::shape;
@@ -62,8 +63,7 @@ pub fn tensors(
             listed(inputs)
         );
     }
-    let mut given: Vec<InputValues> = inputs
-        .iter()
+    let mut given: Vec<InputValues> = chosen(inputs, named)
         .map(|input| InputValues {
             input,
             values: named
@@ -97,6 +97,19 @@ pub fn tensors(
         .collect::<anyhow::Result<Vec<InputTensor>>>()?;
     repeat_single(&mut tensors, &given)?;
     Ok(tensors)
+}
+
+/// The inputs that the request has: token ids where they are given by name, in
+/// place of the others.
+fn chosen<'i>(
+    inputs: &'i [TensorMetadata],
+    named: &[(String, String)],
+) -> impl Iterator<Item = &'i TensorMetadata> {
+    let takes_ids = inputs.iter().any(|input| input.name == LENGTHS_INPUT);
+    let with_ids = named.iter().any(|(name, _)| is_optional_input(name));
+    inputs
+        .iter()
+        .filter(move |input| !takes_ids || is_optional_input(&input.name) == with_ids)
 }
 
 fn input_tensor(given: &InputValues, inputs: &[TensorMetadata]) -> anyhow::Result<InputTensor> {

@@ -5,10 +5,12 @@ use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+use tokenizers::utils::truncation::{TruncationParams, TruncationStrategy, truncate_encodings};
+use tokenizers::{OffsetReferential, OffsetType, PostProcessor, PreTokenizedString, PreTokenizer};
 
 use super::*;
-use crate::tokenizer::{self, Text, Truncation};
+use crate::error::EngineError;
+use crate::tokenizer::{self, Text, TokenRow, Truncation};
 
 /// Texts of many scripts, and of characters of no script.
 const TEXTS: &[&str] = &[
@@ -287,15 +289,49 @@ fn a_tokenizer_of_other_parts_is_not_supported() {
     assert!(WordPiece::new(&tokenizer).is_none());
 }
 
+/// The row that the library makes of a text or a pair.
+fn library_row(
+    tokenizer: &tokenizer::Tokenizer,
+    text: Text<'_>,
+    truncation: Truncation,
+) -> Result<TokenRow, EngineError> {
+    let inner = &tokenizer.inner;
+    let plain = |text: &str| inner.encode_fast(text, false).unwrap();
+    let (first, second) = match text {
+        Text::Single(text) => (plain(text), None),
+        Text::Pair(first, second) => (plain(first), Some(plain(second))),
+    };
+    let processor = inner.get_post_processor();
+    let added = processor.map_or(0, |processor| processor.added_tokens(second.is_some()));
+    let tokens = first.len() + second.as_ref().map_or(0, tokenizers::Encoding::len) + added;
+    let (mut first, mut second) = (first, second);
+    if tokens > tokenizer.tokens_max {
+        let (max_length, direction) = tokenizer.truncation(truncation, tokens, added)?;
+        let params = TruncationParams {
+            direction,
+            max_length,
+            strategy: TruncationStrategy::LongestFirst,
+            stride: 0,
+        };
+        (first, second) = truncate_encodings(first, second, &params).unwrap();
+    }
+    let row = inner.post_process(first, second, true).unwrap();
+    Ok(TokenRow {
+        ids: row.get_ids().to_vec(),
+        type_ids: row.get_type_ids().to_vec(),
+    })
+}
+
 /// Rows of texts and pairs, truncated and not, against the library's.
 fn rows_agree(bytes: &[u8], texts: &[&str]) {
     let mut tokenizer = tokenizer::Tokenizer::from_bytes(bytes, 40_000, 512).unwrap();
+    assert!(tokenizer.words.is_some() && tokenizer.template.is_some());
     for tokens_max in [0, 2, 3, 4, 5, 8, 13, 512] {
         tokenizer.tokens_max = tokens_max;
         let agree = |text| {
             for truncation in [Truncation::Refuse, Truncation::Right, Truncation::Left] {
-                let fast = tokenizer.encode_fast_path(text, truncation).unwrap();
-                let library = tokenizer.encode_with_library(text, truncation);
+                let fast = tokenizer.encode(text, truncation);
+                let library = library_row(&tokenizer, text, truncation);
                 let what = format!("{text:?} {truncation:?} {tokens_max}");
                 assert_eq!(format!("{fast:?}"), format!("{library:?}"), "{what}");
             }

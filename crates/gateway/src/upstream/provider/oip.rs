@@ -97,6 +97,7 @@ fn outputs(provider: &Provider) -> Vec<TensorSpec> {
 fn signature<'o>(provider: &Provider, outputs: &'o [TensorSpec]) -> Signature<'o> {
     Signature {
         inputs: inputs(provider),
+        takes_ids: false,
         outputs,
         rows_max: provider.settings().rows_max(),
     }

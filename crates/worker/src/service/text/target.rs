@@ -15,9 +15,10 @@ use tonic::Code;
 
 use super::super::{CallRecord, lane_of};
 use crate::error::text_problem;
-use crate::model::{OwnedText, ServedModel, TextError, Urgency};
+use crate::model::{OwnedText, ServedModel, TextError, Texts, Urgency};
 use crate::queue::Lane;
 use crate::repository::Repository;
+use crate::work::Work;
 
 /// The model that a call names, if any, and when the call must be done.
 #[derive(Debug, Clone)]
@@ -26,6 +27,8 @@ pub struct Target {
     version: Option<ModelVersion>,
     /// Where the call waits.
     pub lane: Lane,
+    /// What is called.
+    pub method: Option<Method>,
     started: Instant,
     deadline: Instant,
 }
@@ -33,6 +36,8 @@ pub struct Target {
 /// The message of a response and the usage of its computation.
 pub struct TextResponse<A> {
     pub message: A,
+    /// How many messages there are in it: to count its bytes takes so long.
+    pub parts: usize,
     metadata: tei::Metadata,
     compute_type: &'static str,
     digest: Option<HeaderValue>,
@@ -53,7 +58,7 @@ pub enum TextsField {
     /// The only pair: `inputs[0]` and `inputs[1]`.
     Pair(String, String),
     /// A query with each of several texts: `query` and `texts[…]`.
-    Ranked(String, Vec<String>),
+    Ranked(Arc<str>, Vec<Arc<str>>),
 }
 
 impl TextsField {
@@ -80,11 +85,11 @@ impl TextsField {
             Self::Pair(first, second) => {
                 check_length(model, &first, || inputs(0))?;
                 check_length(model, &second, || inputs(1))?;
-                Ok(vec![OwnedText::Pair(first, second)])
+                Ok(vec![OwnedText::Pair(first.into(), second.into())])
             }
             Self::Ranked(query, texts) => {
                 check_length(model, &query, || "query".into())?;
-                let pair = |(index, text): (usize, String)| {
+                let pair = |(index, text): (usize, Arc<str>)| {
                     check_length(model, &text, || texts_field(index))?;
                     Ok(OwnedText::Pair(query.clone(), text))
                 };
@@ -108,6 +113,7 @@ impl Target {
                 .map(|name| ModelName::checked(name, MODEL_KEY))
                 .transpose()?,
             lane: lane_of(call),
+            method: Method::from_path(call.path()),
             version: ModelVersion::optional(version, VERSION_KEY)?,
             started: Instant::now(),
             deadline: call.deadline.into_std(),
@@ -153,9 +159,10 @@ impl Target {
         model: &ServedModel,
         method: Method,
         request: TextRequest,
+        work: &Work,
     ) -> Result<TextResponse<Vec<Vec<f32>>>, Error> {
         let mut record = CallRecord::new(model, method, self.started);
-        let response = self.compute(model, request).await;
+        let response = self.compute(model, request, work).await;
         record.code = match &response {
             Ok(_) => Code::Ok,
             Err(error) => error.kind().code(),
@@ -167,27 +174,28 @@ impl Target {
         &self,
         model: &ServedModel,
         request: TextRequest,
+        work: &Work,
     ) -> Result<TextResponse<Vec<Vec<f32>>>, Error> {
-        let (count, rows_max) = (request.texts.count(), model.limits.request_rows_max);
-        if count > rows_max {
-            let reason = format!("has {count} texts, over the limit of {rows_max} for a request");
-            return Err(Error::invalid("texts", reason));
-        }
+        check_count(model, request.texts.count())?;
         let ranked = matches!(request.texts, TextsField::Ranked(..));
         let texts = request.texts.prepared(model, request.prompt)?;
-        let characters: usize = texts.iter().map(OwnedText::characters).sum();
         let urgency = Urgency {
             lane: self.lane.clone(),
             priority: 0,
             deadline: self.deadline,
         };
+        let texts = Texts {
+            texts,
+            output: request.output,
+            truncation: request.truncation,
+        };
         let (vectors, usage) = model
-            .texts(texts, request.output, request.truncation, urgency)
+            .texts(texts, urgency, work)
             .await?
             .map_err(|error| invalid_text(&error, ranked))?;
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let metadata = tei::Metadata {
-            compute_chars: count(characters),
+            compute_chars: count(usage.characters),
             compute_tokens: count(usage.tokens),
             total_time_ns: ns(self.started.elapsed()),
             tokenization_time_ns: ns(usage.tokenize),
@@ -196,6 +204,7 @@ impl Target {
         };
         Ok(TextResponse {
             message: vectors,
+            parts: 0,
             metadata,
             compute_type: compute_type(model),
             digest: model.digest_value(),
@@ -222,16 +231,23 @@ impl<A> TextResponse<A> {
     pub fn free(message: A, model: &ServedModel) -> Self {
         Self {
             message,
+            parts: 0,
             metadata: tei::Metadata::default(),
             compute_type: compute_type(model),
             digest: model.digest_value(),
         }
     }
 
+    /// The same response, which has so many messages in it.
+    pub fn of_parts(self, parts: usize) -> Self {
+        Self { parts, ..self }
+    }
+
     /// The same usage with another message, which may hold it too.
     pub fn with<B>(self, message: impl FnOnce(tei::Metadata) -> B) -> TextResponse<B> {
         TextResponse {
             message: message(self.metadata),
+            parts: self.parts,
             metadata: self.metadata,
             compute_type: self.compute_type,
             digest: self.digest,
@@ -299,6 +315,16 @@ pub fn prompted(
     Ok(format!("{prompt}{text}"))
 }
 
+/// Refuses more texts than a request may have, before anything is made of them.
+pub fn check_count(model: &ServedModel, count: usize) -> Result<(), Error> {
+    let rows_max = model.limits.request_rows_max;
+    if count > rows_max {
+        let reason = format!("has {count} texts, over the limit of {rows_max} for a request");
+        return Err(Error::invalid("texts", reason));
+    }
+    Ok(())
+}
+
 /// Tokenizers truncate after tokenizing: the limit comes first.
 pub fn check_length(
     model: &ServedModel,
@@ -310,8 +336,8 @@ pub fn check_length(
 }
 
 /// The model's tokenizer, or an error where it has none.
-pub fn tokenizer(model: &ServedModel) -> Result<&Tokenizer, Error> {
-    model.tokenizer.as_deref().ok_or_else(|| {
+pub fn tokenizer(model: &ServedModel) -> Result<Arc<Tokenizer>, Error> {
+    model.tokenizer.clone().ok_or_else(|| {
         let reason = format!("model '{}' has no tokenizer", model.name);
         Error::invalid(MODEL_KEY, reason)
     })

@@ -422,3 +422,66 @@ async fn poll_index(
         tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use platform::metrics::Metrics;
+
+    use super::*;
+
+    /// Workers that are connected and have just reported.
+    fn discovery(addresses: &[&str]) -> Discovery {
+        let metrics = UpstreamMetrics::register(&Metrics::default());
+        let worker = |address: &&str| {
+            let target = Target::Tcp((*address).to_owned());
+            let own = metrics.of((*address).to_owned());
+            let upstream = Arc::new(Upstream::new(target, own, Starvation::none()));
+            upstream.set_channels(vec![Vec::new()]);
+            upstream.heard();
+            let worker = DiscoveredWorker {
+                upstream,
+                sources: BTreeSet::new(),
+                _task: spawn_owned(async {}),
+            };
+            ((*address).to_owned(), worker)
+        };
+        Discovery {
+            routes: Arc::default(),
+            metrics: metrics.clone(),
+            connections: 1,
+            shards: Arc::new(Shards::start(1).unwrap()),
+            starvation: Starvation::none(),
+            workers: Mutex::new(addresses.iter().map(worker).collect()),
+        }
+    }
+
+    fn upstream(discovery: &Discovery, address: &str) -> Arc<Upstream> {
+        discovery.lock()[address].upstream.clone()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_worker_is_lost_and_most_at_once_are_kept() {
+        let discovery = discovery(&["a", "b", "c"]);
+        let silent = upstream(&discovery, "a");
+        tokio::time::advance(REPORT_TIMEOUT / 2).await;
+        assert!(
+            discovery.excuses(&silent),
+            "it is not silent for long enough"
+        );
+        tokio::time::advance(REPORT_TIMEOUT / 2).await;
+        assert!(discovery.excuses(&silent), "all are silent");
+        upstream(&discovery, "b").heard();
+        assert!(discovery.excuses(&silent), "two of three are silent");
+        upstream(&discovery, "c").heard();
+        assert!(!discovery.excuses(&silent), "it alone is silent");
+        tokio::time::advance(KEPT_MAX).await;
+        assert!(!discovery.excuses(&silent), "they are not kept for ever");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_only_worker_is_lost_when_it_is_silent() {
+        let discovery = discovery(&["a"]);
+        tokio::time::advance(REPORT_TIMEOUT).await;
+        assert!(!discovery.excuses(&upstream(&discovery, "a")));
+    }
+}

@@ -194,6 +194,38 @@ fn fields_are_bounded_in_all() {
     assert_eq!(refused(Method::Embed, &unknown), "message");
 }
 
+/// The least time of several runs: others take the processor now and then.
+fn time_of(method: Method, bytes: &[u8]) -> std::time::Duration {
+    let runs = (0..15).map(|_| {
+        let begun = std::time::Instant::now();
+        let _ = std::hint::black_box(method.outline(bytes));
+        begun.elapsed()
+    });
+    runs.min().unwrap()
+}
+
+#[test]
+fn a_message_twice_as_long_takes_twice_as_long() {
+    type Make<'m> = &'m dyn Fn(usize) -> Vec<u8>;
+    let outputs = |count| [(6 << 3) | 2, 0_u8].repeat(count);
+    let parameters = |count| [(5 << 3) | 2, 2, (4 << 3) | 2, 0_u8].repeat(count);
+    let texts = |count| [(2 << 3) | 2, 0_u8].repeat(count);
+    let unknown = |count| [15 << 3, 0_u8].repeat(count);
+    let ids = |count| [1 << 3, 1_u8].repeat(count);
+    for (method, make, count) in [
+        (INFER, &outputs as Make<'_>, PARTS_MAX / 2),
+        (INFER, &parameters as Make<'_>, PARTS_MAX / 2),
+        (INFER, &unknown as Make<'_>, 200_000),
+        (Method::Rerank, &texts as Make<'_>, 200_000),
+        (Method::Decode, &ids as Make<'_>, 200_000),
+    ] {
+        let (one, two) = (make(count), make(2 * count));
+        let ratio = || time_of(method, &two).as_secs_f64() / time_of(method, &one).as_secs_f64();
+        let least = (0..5).map(|_| ratio()).fold(f64::INFINITY, f64::min);
+        assert!(least <= 2.5, "{method:?}: {least}");
+    }
+}
+
 proptest! {
     #[test]
     fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {

@@ -22,7 +22,7 @@ use serde::de::{self, DeserializeOwned, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::error::Category;
 
-use super::context::RequestContext;
+use super::context::{RequestContext, hold};
 use super::error::{ApiError, request_aborted, unsupported_encoding};
 use super::texts::TEXTS_MAX;
 use gateway::stack::Stack;
@@ -85,12 +85,6 @@ impl Received {
         }
         Ok(())
     }
-}
-
-/// Counts bytes as in flight before they are made.
-pub fn hold(budget: &ByteBudget, bytes: usize) -> Result<BytesHeld, Error> {
-    let held = budget.hold(bytes);
-    held.map_err(|status| Error::from_status(&status))
 }
 
 /// The limits of a JSON body.

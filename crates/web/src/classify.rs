@@ -9,6 +9,7 @@ mod classifier;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 
 use axum::response::Response;
 use axum::routing::post;
@@ -34,10 +35,10 @@ use super::reply;
 use super::rerank::NonEmptyText;
 use super::strict::strict;
 use super::texts::{
-    CALLS_AT_ONCE, InputFields, TEXTS_MAX, call_model, check_texts, computed_tokens, infer_request,
-    select_model,
+    CALLS_AT_ONCE, InputFields, TEXTS_MAX, call_model, check_texts, computed_tokens, encoded,
+    infer_request, select_model,
 };
-use classifier::{Classifier, Classifiers};
+use classifier::{Classifier, Classifiers, find};
 use gateway::Plan;
 use gateway::stack::Stack;
 
@@ -155,7 +156,7 @@ pub async fn classify(
     let fields = InputFields { single, first: 0 };
     check_texts("input", &texts).map_err(|error| fields.of_texts(error))?;
     let plan = select_model(&context, request.model.as_deref(), TASKS)?;
-    let classifier = classifiers.find(&context, &plan).await?;
+    let classifier = find(&classifiers, &context, &plan).await?;
     let calls = Calls {
         context: &context,
         plan: &plan,
@@ -164,9 +165,10 @@ pub async fn classify(
         raw_scores: request.raw_scores.unwrap_or_default(),
         truncate: request.truncate.unwrap_or_default(),
     };
+    let texts = Arc::new(texts);
     let results = match calls.infer(&texts).await? {
         Some(results) => results,
-        None => calls.predict(texts).await?,
+        None => calls.predict(Arc::unwrap_or_clone(texts)).await?,
     };
     let headers = results.headers();
     let labels = classifier.labels.len().max(1);
@@ -196,22 +198,31 @@ struct Calls<'r> {
 impl Calls<'_> {
     /// Classifies texts as the rows of a tensor. None if that is not possible,
     /// or if the scores are of another model or version than the labels.
-    async fn infer(&self, texts: &[String]) -> Result<Option<Results>, Error> {
+    async fn infer(&self, texts: &Arc<Vec<String>>) -> Result<Option<Results>, Error> {
         let Some(rows_max) = self.classifier.rows_max.filter(|_| !self.raw_scores) else {
             return Ok(None);
         };
         let mut results = Results::default();
         // One call after another: the model's queue need not hold more rows than
         // one call may have.
-        for part in texts.chunks(rows_max.min(ROWS_MAX)) {
+        let rows_max = rows_max.min(ROWS_MAX);
+        for first in (0..texts.len()).step_by(rows_max) {
+            let rows = first..texts.len().min(first + rows_max);
+            let part = texts.get(rows.clone()).unwrap_or_default();
             let fields = InputFields {
                 single: self.single,
-                first: results.classifications.len(),
+                first,
             };
             let truncate = ("truncate", ParameterChoice::BoolParam(true));
             let parameters = self.truncate.then_some(truncate);
-            let message = infer_request(self.plan.name(), part, parameters)?;
-            let response = call_model(self.context, Method::ModelInfer, self.plan, &message).await;
+            let bytes = part.iter().map(String::len).sum();
+            let (model, all) = (self.plan.name().to_owned(), texts.clone());
+            let make = move || {
+                let part = all.get(rows).unwrap_or_default();
+                infer_request(&model, part, parameters)
+            };
+            let message = encoded(self.context, bytes, make).await?;
+            let response = call_model(self.context, Method::ModelInfer, self.plan, message).await;
             let response: CallResponse<ModelInferResponse> =
                 response.map_err(|error: Error| fields.of_infer(error))?;
             let Some(scores) = self.classifier.scores(&response.message, part.len()) else {
@@ -242,7 +253,9 @@ impl Calls<'_> {
                     single: self.single,
                     first: index,
                 };
-                let response = call_model(self.context, Method::Predict, self.plan, &message).await;
+                let bytes = message.inputs.len();
+                let message = encoded(self.context, bytes, move || Ok(message)).await?;
+                let response = call_model(self.context, Method::Predict, self.plan, message).await;
                 response.map_err(|error: Error| {
                     error.map_field(|field| (*field == "inputs").then(|| fields.at(0).into()))
                 })

@@ -14,7 +14,7 @@ use gateway::stack::{ChatRequest, ChatResponse, ChatStream};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Frame, SizeHint};
-use platform::grpc::{BytesHeld, Message, MessageLimits};
+use platform::grpc::{ByteBudget, BytesHeld, Message, MessageLimits};
 use platform::pool::Cancelled;
 use protocol::{CACHE_KEY, DIGEST_KEY, Error, FALLBACK_KEY, Kind, Method, TOKENS_KEY};
 use tokio::time::Instant;
@@ -192,6 +192,12 @@ pub fn call_headers(headers: &HeaderMap) -> HeaderMap {
     }
     platform::telemetry::forward_trace(&tracing::Span::current(), headers, &mut forwarded);
     forwarded
+}
+
+/// Counts bytes as in flight before they are made.
+pub fn hold(budget: &ByteBudget, bytes: usize) -> Result<BytesHeld, Error> {
+    let held = budget.hold(bytes);
+    held.map_err(|status| Error::from_status(&status))
 }
 
 /// Marks a response whose bytes are counted as in flight by what it holds.

@@ -14,6 +14,7 @@ mod generate;
 mod infer;
 #[cfg(test)]
 mod linear;
+mod model_cache;
 mod model_path;
 mod openai;
 mod openapi;

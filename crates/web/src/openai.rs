@@ -1,6 +1,7 @@
 //! Models and embeddings in the format of OpenAI's API. Unknown fields are
 //! ignored, since its clients also send fields that only other servers know.
 
+mod ids;
 mod input;
 
 pub use input::{Input, Items};
@@ -8,17 +9,16 @@ pub use input::{Input, Items};
 use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use axum::Router;
 use axum::response::Response;
 use axum::routing::{get, post};
+use axum::{Extension, Router};
 use base64::display::Base64Display;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt, stream};
 use http::HeaderMap;
 use protocol::inference::ModelInferResponse;
 use protocol::inference::infer_parameter::ParameterChoice;
-use protocol::{Error, Kind, Method, Task, tei::v1 as tei};
+use protocol::{Error, Kind, Method, Task};
 use serde::ser::SerializeSeq;
 use serde::{Deserialize, Serialize, Serializer};
 use utoipa::ToSchema;
@@ -31,10 +31,10 @@ use super::model_path::{ModelPath, PathModel};
 use super::reply;
 use super::strict::strict;
 use super::texts::{
-    CALLS_AT_ONCE, InputFields, call_model, computed_tokens, infer_request, select_model,
+    InputFields, call_model, computed_tokens, encoded, infer_request, select_model,
 };
-use gateway::Plan;
 use gateway::stack::Stack;
+use ids::{IdFields, IdTakers};
 
 const TASKS: &[Task] = &[Task::Embedding];
 
@@ -223,6 +223,7 @@ pub fn routes(stack: &Stack) -> Router<Stack> {
         .authenticated("/v1/models/{model}", get(show_model))
         .authenticated("/v1/embeddings", post(embed))
         .into_router()
+        .layer(Extension(IdTakers::default()))
 }
 
 /// List models
@@ -264,14 +265,15 @@ pub async fn show_model(
 ///
 /// Unknown fields are ignored.
 ///
-/// Token ids are decoded to the text by the tokenizer of the model; models of
-/// outside services take texts only.
+/// Token ids go to the model as they are, if its metadata has the inputs
+/// input_ids and input_lengths; other models take texts only.
 #[utoipa::path(
     post, path = "/v1/embeddings", tag = "OpenAI", operation_id = "create_embedding",
     request_body = EmbeddingRequest,
     responses((status = 200, description = "One embedding for each input", body = EmbeddingList))
 )]
 pub async fn embed(
+    Extension(takers): Extension<IdTakers>,
     context: RequestContext,
     request: Json<EmbeddingRequest>,
 ) -> Result<Response, ApiError> {
@@ -285,11 +287,7 @@ pub async fn embed(
         single: input.single,
         first: 0,
     };
-    let texts = match input.items {
-        Items::Texts(texts) => texts,
-        Items::Tokens(lists) => decode(&context, &plan, lists, fields).await?,
-    };
-    let count = texts.len();
+    let count = input.len();
     let mut parameters = vec![("normalize", ParameterChoice::BoolParam(true))];
     if let Some(dimensions) = request.dimensions {
         parameters.push(("dimensions", ParameterChoice::Int64Param(dimensions.into())));
@@ -297,10 +295,27 @@ pub async fn embed(
     if request.truncate == Some(true) {
         parameters.push(("truncate", ParameterChoice::BoolParam(true)));
     }
-    let message = infer_request(plan.name(), &texts, parameters)?;
-    let response = call_model(&context, Method::ModelInfer, &plan, &message).await;
+    let model = plan.name().to_owned();
+    let (message, ids) = match input.items {
+        Items::Texts(texts) => {
+            let bytes = texts.iter().map(String::len).sum();
+            let make = move || infer_request(&model, &texts, parameters);
+            (encoded(&context, bytes, make).await?, None)
+        }
+        Items::Tokens(lists) => {
+            ids::must_be_taken(&takers, &context, &plan, fields).await?;
+            let fields = IdFields::of(&lists, input.single);
+            let bytes = fields.message_bytes();
+            let make = move || Ok(ids::infer_request(&model, &lists, parameters));
+            (encoded(&context, bytes, make).await?, Some(fields))
+        }
+    };
+    let response = call_model(&context, Method::ModelInfer, &plan, message).await;
     let response: CallResponse<ModelInferResponse> =
-        response.map_err(|error: Error| fields.of_infer(error))?;
+        response.map_err(|error: Error| match &ids {
+            Some(ids) => ids.of_infer(error),
+            None => fields.of_infer(error),
+        })?;
     let format = match request.encoding_format {
         Some(EncodingFormat::Base64) => Vector::Base64,
         _ => Vector::Float,
@@ -329,43 +344,6 @@ fn list(model: String, vectors: impl Iterator<Item = Vector>, usage: Usage) -> E
         model,
         usage,
     }
-}
-
-/// Decodes token ids to texts. Only the model's own tokenizer can do it, so that
-/// models of outside services take none.
-async fn decode(
-    context: &RequestContext,
-    plan: &Plan,
-    lists: Vec<Vec<u32>>,
-    fields: InputFields,
-) -> Result<Vec<String>, Error> {
-    let calls = lists
-        .into_iter()
-        .enumerate()
-        .map(|(index, ids)| async move {
-            let message = tei::DecodeRequest {
-                ids,
-                skip_special_tokens: true,
-            };
-            let response =
-                call_model::<tei::DecodeResponse>(context, Method::Decode, plan, &message);
-            let field = fields.at(index);
-            match response.await {
-                Ok(response) if response.message.text.is_empty() => {
-                    Err(Error::invalid(field, "must have tokens of a text"))
-                }
-                Ok(response) => Ok(response.message.text),
-                Err(error) if error.kind() == Kind::Unsupported => {
-                    let reason = "must be texts: the tokenizer of this model is not available";
-                    Err(Error::invalid(field, reason))
-                }
-                Err(error) => Err(error.map_field(|at| (*at == "ids").then(|| field.into()))),
-            }
-        });
-    stream::iter(calls)
-        .buffered(CALLS_AT_ONCE)
-        .try_collect()
-        .await
 }
 
 /// The bytes of each vector: FP32, little-endian.

@@ -2,11 +2,13 @@
 //! Jina, and at `/rerank` also in that of Text Embeddings Inference.
 
 use std::fmt;
+use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::Request;
 use axum::response::Response;
 use axum::routing::post;
+use prost::Message as _;
 use protocol::{Error, Method, Segment, Task, tei::v1 as tei};
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
@@ -21,7 +23,7 @@ use super::error::{ApiError, ErrorFormat};
 use super::openai::Usage;
 use super::reply;
 use super::strict::strict;
-use super::texts::{call_model, check_texts, computed_tokens, select_model};
+use super::texts::{call_model, check_texts, computed_tokens, encoded, select_model};
 use gateway::Plan;
 use gateway::stack::Stack;
 
@@ -412,17 +414,18 @@ async fn rerank_documents(
         return Err(Error::invalid("max_tokens_per_doc", "must be at least 1"));
     }
     let plan = select_model(context, request.model.as_deref(), TASKS)?;
-    let message = tei::RerankRequest {
+    let message = Arc::new(tei::RerankRequest {
         query: request.query,
         texts,
         truncate: true,
         ..Default::default()
-    };
+    });
     let response = call_rerank(context, &plan, &message, "documents").await?;
     let most = request.top_n.map_or(usize::MAX, |count| count as usize);
     let mut ranks = response.message.ranks;
     ranks.truncate(most);
-    let texts = (request.return_documents == Some(true)).then_some(message.texts);
+    let texts =
+        (request.return_documents == Some(true)).then(|| Arc::unwrap_or_clone(message).texts);
     let bytes = ranked_bytes(ranks.len(), texts.as_deref());
     let id = context.id.as_str().to_owned();
     let model = plan.name().to_owned();
@@ -486,9 +489,11 @@ async fn rerank_texts(
         return_text: false,
         truncation_direction: direction.into(),
     };
+    let message = Arc::new(message);
     let response = call_rerank(context, &plan, &message, "texts").await?;
     let ranks = response.message.ranks;
-    let mut texts = (request.return_text == Some(true)).then_some(message.texts);
+    let mut texts =
+        (request.return_text == Some(true)).then(|| Arc::unwrap_or_clone(message).texts);
     let bytes = ranked_bytes(ranks.len(), texts.as_deref());
     let make = move || {
         let ranks = ranks.into_iter().map(|rank| RankedText {
@@ -512,9 +517,11 @@ fn check_query(query: &str) -> Result<(), Error> {
 async fn call_rerank(
     context: &RequestContext,
     plan: &Plan,
-    message: &tei::RerankRequest,
+    message: &Arc<tei::RerankRequest>,
     field: &'static str,
 ) -> Result<CallResponse<tei::RerankResponse>, Error> {
+    let (bytes, shared) = (message.encoded_len(), message.clone());
+    let message = encoded::<tei::RerankRequest, _>(context, bytes, move || Ok(shared)).await?;
     let response: Result<CallResponse<tei::RerankResponse>, Error> =
         call_model(context, Method::Rerank, plan, message).await;
     let mut response = response.map_err(|error| {

@@ -1,14 +1,17 @@
 //! The common parts of the handlers of texts: selection of the model, calls of
 //! it, and checks of the texts.
 
+use std::borrow::Borrow;
+
 use http::{HeaderMap, HeaderValue};
 use platform::grpc::Message;
+use platform::pool::Cancelled;
 use protocol::inference::infer_parameter::ParameterChoice;
 use protocol::inference::model_infer_request::InferInputTensor;
 use protocol::inference::{InferParameter, ModelInferRequest};
 use protocol::{Error, FieldPath, MODEL_KEY, Method, Segment, Service, TOKENS_KEY, Task};
 
-use super::context::{CallResponse, RequestContext};
+use super::context::{CallResponse, RequestContext, hold};
 use gateway::Plan;
 use gateway::request::ModelSelector;
 
@@ -50,12 +53,35 @@ pub fn named_model(name: &str) -> ModelSelector {
     }
 }
 
+/// A message that is made of about so many bytes: on a thread for work if they are
+/// many, and counted before it is made.
+pub async fn encoded<M: prost::Message, B: Borrow<M>>(
+    context: &RequestContext,
+    bytes: usize,
+    make: impl FnOnce() -> Result<B, Error> + Send + 'static,
+) -> Result<Message, Error> {
+    let limits = context.limits.clone();
+    let encode = move |_: &Cancelled| {
+        // The message is there while it is encoded.
+        let _made = hold(&limits.budget, bytes)?;
+        let made = make()?;
+        let message: &M = made.borrow();
+        let length = message.encoded_len();
+        if length > limits.message_bytes_max {
+            return Err(Error::too_large(length, limits.message_bytes_max));
+        }
+        let held = hold(&limits.budget, length)?;
+        Ok(Message::encode(message).with_held(Some(held)))
+    };
+    context.work(bytes, encode).await
+}
+
 /// Calls the model of a plan with one message.
 pub async fn call_model<M: prost::Message + Default>(
     context: &RequestContext,
     method: Method,
     plan: &Plan,
-    message: &impl prost::Message,
+    message: Message,
 ) -> Result<CallResponse<M>, Error> {
     let mut context = context.clone();
     if method.service() != Service::Inference {
@@ -63,7 +89,7 @@ pub async fn call_model<M: prost::Message + Default>(
         let name = name.map_err(|_| Error::invalid("model", "is not a model name"))?;
         context.headers.insert(MODEL_KEY, name);
     }
-    let response = context.call(method, Message::encode(message), plan);
+    let response = context.call(method, message, plan);
     response
         .await
         .map_err(|error| error.map_field(as_model_field))

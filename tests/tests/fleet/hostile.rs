@@ -87,6 +87,12 @@ fn bodies() -> Result<Vec<Body>> {
             &format!("{{\"inputs\":{}}}", list("{}", 2_000_000)),
         )?,
         body("deep", INFER, true, &"[".repeat(30 << 20))?,
+        body(
+            "token ids",
+            EMBED,
+            true,
+            &embed(&list(&list("7", 1_000), 2_000)),
+        )?,
         body("short texts", EMBED, true, &embed(&list("\"\"", 1_150_000)))?,
         body(
             "texts of a reranker",

@@ -1,5 +1,7 @@
 //! OpenAI's surface, rerank, classify and the document, as clients meet them.
 
+mod ids;
+
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -205,7 +207,7 @@ async fn errors_have_the_shape_of_openai_and_name_the_field() -> Result<()> {
         (
             json!({"model": "minilm", "input": [[4_000_000]]}),
             400,
-            "input[0]",
+            "input[0][0]",
         ),
         (json!({"model": "minilm"}), 400, "input"),
         (

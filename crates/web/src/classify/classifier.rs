@@ -1,8 +1,8 @@
 //! The labels of a model's scores, by its configuration.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 
+use platform::grpc::Message;
 use protocol::inference::model_version_policy::PolicyChoice;
 use protocol::inference::{
     DataType, ModelConfig, ModelConfigRequest, ModelConfigResponse, ModelInferResponse,
@@ -10,9 +10,10 @@ use protocol::inference::{
 use protocol::{Error, Method};
 
 use super::super::context::{CallResponse, RequestContext};
+use super::super::model_cache::ModelCache;
 use super::super::texts::call_model;
 use super::Prediction;
-use gateway::{Plan, Table};
+use gateway::Plan;
 
 /// The settings of the scores in a model's configuration.
 #[derive(Debug, Default)]
@@ -43,8 +44,10 @@ impl Classifier {
             },
             _ => String::new(),
         };
-        let texts = matches!(&config.input[..], [input]
-            if input.name == "text" && input.data_type == DataType::TypeString as i32);
+        let texts = matches!(&config.input[..], [input, others @ ..]
+            if input.name == "text"
+                && input.data_type == DataType::TypeString as i32
+                && others.iter().all(|other| other.optional));
         let scores = matches!(&config.output[..], [output]
             if output.data_type == DataType::TypeFp32 as i32);
         let infers = texts && scores && !labels.is_empty() && !version.is_empty();
@@ -92,61 +95,34 @@ impl Classifier {
     }
 }
 
-/// A cache of classifiers for the current routing table: after a change of the
-/// table, configurations are fetched again.
-#[derive(Debug, Clone, Default)]
-pub struct Classifiers(Arc<Mutex<Cache>>);
+/// The classifiers of models.
+pub type Classifiers = ModelCache<Classifier>;
 
-/// The classifiers of one routing table by name, at most one for each model.
-#[derive(Debug, Default)]
-struct Cache {
-    table: Weak<Table>,
-    classifiers: HashMap<String, Arc<Classifier>>,
-}
-
-impl Classifiers {
-    /// The classifier of a model, from the cache or by its configuration.
-    pub async fn find(
-        &self,
-        context: &RequestContext,
-        plan: &Plan,
-    ) -> Result<Arc<Classifier>, Error> {
-        let table = Arc::downgrade(&context.stack.routing_table());
-        if let Some(classifier) = self.cached(&table, plan.name()) {
-            return Ok(classifier);
-        }
-        let message = ModelConfigRequest {
-            name: plan.name().to_owned(),
-            ..Default::default()
-        };
-        let response: CallResponse<ModelConfigResponse> =
-            call_model(context, Method::ModelConfig, plan, &message).await?;
-        let classifier = Classifier::of(response.message.config.unwrap_or_default());
-        let classifier = Arc::new(classifier);
-        // Of a chain another model may respond next time.
-        if classifier.name == plan.name() {
-            self.insert(table, &classifier);
-        }
-        Ok(classifier)
+/// The classifier of a model, from the cache or by its configuration.
+pub async fn find(
+    classifiers: &Classifiers,
+    context: &RequestContext,
+    plan: &Plan,
+) -> Result<Arc<Classifier>, Error> {
+    let table = Arc::downgrade(&context.stack.routing_table());
+    if let Some(classifier) = classifiers.get(&table, plan.name()) {
+        return Ok(classifier);
     }
-
-    fn cached(&self, table: &Weak<Table>, model: &str) -> Option<Arc<Classifier>> {
-        let cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !cache.table.ptr_eq(table) {
-            return None;
-        }
-        cache.classifiers.get(model).cloned()
-    }
-
-    fn insert(&self, table: Weak<Table>, classifier: &Arc<Classifier>) {
-        let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !cache.table.ptr_eq(&table) {
-            cache.table = table;
-            cache.classifiers.clear();
-        }
+    let message = ModelConfigRequest {
+        name: plan.name().to_owned(),
+        ..Default::default()
+    };
+    let message = Message::encode(&message);
+    let response: CallResponse<ModelConfigResponse> =
+        call_model(context, Method::ModelConfig, plan, message).await?;
+    let classifier = Classifier::of(response.message.config.unwrap_or_default());
+    let classifier = Arc::new(classifier);
+    // Of a chain another model may respond next time.
+    if classifier.name == plan.name() {
         let name = classifier.name.clone();
-        cache.classifiers.insert(name, classifier.clone());
+        classifiers.insert(table, name, classifier.clone());
     }
+    Ok(classifier)
 }
 
 #[cfg(test)]
@@ -156,6 +132,8 @@ mod tests {
     use protocol::inference::{ModelInput, ModelOutput, ModelParameter, ModelVersionPolicy};
 
     use super::*;
+    use gateway::Table;
+    use std::collections::HashMap;
 
     fn predictions(of: &[(&str, f32)]) -> Vec<Prediction> {
         let prediction = |(label, score): &(&str, f32)| Prediction {
@@ -258,9 +236,10 @@ mod tests {
         let classifiers = Classifiers::default();
         let tables = [Arc::new(Table::default()), Arc::new(Table::default())];
         let [first, second] = [&tables[0], &tables[1]].map(Arc::downgrade);
-        classifiers.insert(first.clone(), &Arc::new(Classifier::of(config())));
-        assert!(classifiers.cached(&first, "m").is_some());
-        assert!(classifiers.cached(&first, "n").is_none());
-        assert!(classifiers.cached(&second, "m").is_none());
+        let classifier = Arc::new(Classifier::of(config()));
+        classifiers.insert(first.clone(), "m".to_owned(), classifier);
+        assert!(classifiers.get(&first, "m").is_some());
+        assert!(classifiers.get(&first, "n").is_none());
+        assert!(classifiers.get(&second, "m").is_none());
     }
 }

@@ -18,6 +18,7 @@ use tensor::{Datatype, Shape, TensorError};
 use utoipa::ToSchema;
 
 use super::super::body::{self, Received};
+use super::super::context::hold;
 use super::super::model_path::PathModel;
 use super::super::schemas::{DatatypeSchema, DimensionSchema, ParameterSchema};
 use super::super::strict::strict;
@@ -255,7 +256,7 @@ impl ParsedRequest {
         if length > limits.message_bytes_max {
             return Err(Error::too_large(length, limits.message_bytes_max));
         }
-        let held = body::hold(&limits.budget, length)?;
+        let held = hold(&limits.budget, length)?;
         let message = Message::from_framed(self.framed()).with_held(Some(held));
         Ok((message, self.formats))
     }
@@ -330,7 +331,7 @@ impl Source<'_> {
         if datatype != Datatype::Bytes && self.bytes > limits.message_bytes_max {
             return Err(Error::too_large(self.bytes, limits.message_bytes_max));
         }
-        let mut held = body::hold(&limits.budget, capacity)?;
+        let mut held = hold(&limits.budget, capacity)?;
         let raw = parse_data(text, datatype, &shape, self.reading.cancelled);
         let raw = raw.map_err(|error| self.data_error(index, text, &error))?;
         held.shrink(raw.capacity());

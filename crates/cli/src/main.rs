@@ -1,5 +1,6 @@
 //! The binary `andon`.
 
+mod allocator;
 mod arguments;
 mod client;
 mod keys;

@@ -21,8 +21,8 @@ use platform::{Process, admin, descriptors, memory};
 use tokio::net::TcpListener;
 use web::HttpSettings;
 
-use crate::arguments;
 use crate::arguments::Common;
+use crate::{allocator, arguments};
 
 /// The crates that are logged at INFO and below: the binary and every library of
 /// the workspace. `tests/tidy` holds the list complete.
@@ -47,6 +47,7 @@ struct Role {
     admin_addr: SocketAddr,
     _telemetry: Telemetry,
     _watchdog: Watchdog,
+    _memory: OwnedTask,
 }
 
 impl Role {
@@ -81,6 +82,7 @@ impl Role {
             admin_addr: common.admin_addr,
             _telemetry: telemetry,
             _watchdog: watchdog,
+            _memory: allocator::return_memory(),
         })
     }
 

@@ -196,6 +196,8 @@ async fn the_page_works_in_a_browser() -> Result<()> {
         &key,
         "--screenshots",
         &screenshots,
+        "--operations",
+        if soaking() { "all" } else { "some" },
     ];
     let output = node("browser.mjs", &flags).await?;
     print!("{output}");

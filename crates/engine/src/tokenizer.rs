@@ -326,13 +326,7 @@ impl Tokenizer {
             }
             let characters = segment.text().chars().count();
             match segment {
-                Segment::Token(id, text) => tokens.push(Token {
-                    id,
-                    text: text.to_owned(),
-                    special: false,
-                    start: Some(position),
-                    stop: Some(position + characters),
-                }),
+                Segment::Token(id, text) => tokens.push(self.added(id, text).moved(position)),
                 Segment::Text(text) => {
                     let mut own = self.tokens_with_library(text, false)?;
                     self.trim_first(&mut own, position > 0);
@@ -354,6 +348,25 @@ impl Tokenizer {
                 token.text = trimmed.to_owned();
                 token.start = token.start.map(|start| start + spaces);
             }
+        }
+    }
+
+    /// An added token at the beginning of a text.
+    fn added(&self, id: u32, text: &str) -> Token {
+        let (mut start, mut stop) = (0, text.chars().count());
+        let mut own = text;
+        if self.trims {
+            own = text.trim_start();
+            start = stop - own.chars().count();
+            own = own.trim_end();
+            stop = start + own.chars().count();
+        }
+        Token {
+            id,
+            text: own.to_owned(),
+            special: false,
+            start: Some(start),
+            stop: Some(stop),
         }
     }
 

@@ -260,7 +260,7 @@ fn classify_error(upstream: &Upstream, error: SendError) -> Outcome {
             retryable("not_sent", false)
         }
         SendError::Broken(_) => {
-            upstream.failed();
+            upstream.broke();
             retryable("broken", true)
         }
         // The other calls on the connection go on, so that the worker is well.
@@ -356,8 +356,8 @@ mod tests {
         Upstream::new(target, metrics.of("w".to_owned()), Starvation::none())
     }
 
-    #[test]
-    fn what_a_request_is_to_blame_for_ejects_no_worker() {
+    #[tokio::test(start_paused = true)]
+    async fn what_a_request_is_to_blame_for_ejects_no_worker() {
         let reset = || SendError::Reset("PROTOCOL_ERROR".to_owned());
         let too_long = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
         let upstream = upstream();
@@ -382,8 +382,15 @@ mod tests {
             classify_error(&upstream, reset()),
             Outcome::Retryable(RetryableFailure { lost: true, .. })
         ));
-        for _ in 0..5 {
-            classify_error(&upstream, SendError::Broken("reset".to_owned()));
+        let broken = || SendError::Broken("reset".to_owned());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        for _ in 0..100 {
+            classify_error(&upstream, broken());
+        }
+        assert!(!upstream.circuit_open(), "one connection broke");
+        for _ in 0..4 {
+            tokio::time::advance(Duration::from_secs(1)).await;
+            classify_error(&upstream, broken());
         }
         assert!(upstream.circuit_open(), "a broken connection is evidence");
     }

@@ -43,6 +43,8 @@ pub struct Upstream {
     reported_ms: AtomicU64,
     in_flight: AtomicUsize,
     breaker: CircuitBreaker,
+    /// When a connection broke last, in milliseconds after the creation.
+    broke_ms: AtomicU64,
     /// The longest response of late, in microseconds; each shorter one takes it
     /// a step down.
     slowest_us: AtomicU64,
@@ -105,6 +107,7 @@ impl Upstream {
             reported_ms: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
             breaker: CircuitBreaker::default(),
+            broke_ms: AtomicU64::new(0),
             slowest_us: AtomicU64::new(0),
             starvation,
             metrics,
@@ -206,6 +209,18 @@ impl Upstream {
         if let Some(rest) = self.breaker.failed() {
             self.metrics.ejections.inc();
             tracing::warn!(worker = %self.target, ?rest, "ejected after repeated failures");
+        }
+    }
+
+    /// Records that a connection broke with a call in flight. The other calls on
+    /// it fail at the same moment, and show nothing more.
+    pub fn broke(&self) {
+        let now = u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let last = self.broke_ms.swap(now, Ordering::Relaxed);
+        if last == 0 || now.saturating_sub(last) >= BREAK_MS {
+            self.failed();
+        } else {
+            self.abandoned();
         }
     }
 
@@ -429,6 +444,8 @@ fn set_timeout(headers: &mut HeaderMap, deadline: Instant) {
     }
 }
 
+/// Calls that break within so many milliseconds were on one connection.
+const BREAK_MS: u64 = 100;
 /// What a worker is given in any case: what passes on the way, and for a turn on
 /// a busy processor.
 const NEEDS_MIN: Duration = Duration::from_millis(20);

@@ -329,7 +329,7 @@ impl Tokenizer {
                 Segment::Token(id, text) => tokens.push(self.added(id, text).moved(position)),
                 Segment::Text(text) => {
                     let mut own = self.tokens_with_library(text, false)?;
-                    self.trim_first(&mut own, position > 0);
+                    self.trim_first(&mut own, text, position > 0);
                     tokens.extend(own.into_iter().map(|token| token.moved(position)));
                 }
             }
@@ -340,14 +340,12 @@ impl Tokenizer {
     }
 
     /// The library keeps the space before the first word of a text, and trims that of others.
-    fn trim_first(&self, tokens: &mut [Token], is_later: bool) {
-        if let Some(token) = tokens.first_mut().filter(|_| self.trims && is_later) {
-            let trimmed = token.text.trim_start();
-            let spaces = token.text.chars().count() - trimmed.chars().count();
-            if !trimmed.is_empty() {
-                token.text = trimmed.to_owned();
-                token.start = token.start.map(|start| start + spaces);
-            }
+    fn trim_first(&self, tokens: &mut [Token], text: &str, is_later: bool) {
+        let first = tokens.first_mut().filter(|token| token.start == Some(0));
+        if let Some(token) = first.filter(|_| self.trims && is_later && text.starts_with(' ')) {
+            token.text = token.text.trim_start().to_owned();
+            token.start = Some(1);
+            token.stop = token.stop.max(Some(1));
         }
     }
 

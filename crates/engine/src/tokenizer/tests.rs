@@ -210,7 +210,7 @@ fn least(work: impl Fn()) -> Duration {
         work();
         processor_time() - before
     };
-    (0..3).map(|_| time()).min().unwrap()
+    (0..5).map(|_| time()).min().unwrap()
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn a_text_of_twice_the_length_takes_twice_the_time() {
                 };
                 let (one, two) = (least(|| work(&once)), least(|| work(&twice)));
                 // Times of a few ticks say nothing.
-                let bound = one.mul_f64(2.5) + Duration::from_millis(20);
+                let bound = one.mul_f64(2.5) + Duration::from_millis(50);
                 println!("{name} {piece:?} tokens {tokens}: {one:?}, {two:?}");
                 assert!(two <= bound, "{name} {piece:?}: {one:?}, then {two:?}");
             }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use fleet_tests::calls::{Client, client, texts};
 use fleet_tests::process::Andon;
+use fleet_tests::root;
 use protocol::inference::{InferParameter, ModelInferRequest, infer_parameter::ParameterChoice};
 use tokio::task::JoinSet;
 use tonic::{Request, Status};
@@ -22,10 +23,10 @@ fn with_key(
     Ok(request)
 }
 
-/// About half a second of work, before that of every other call of its tenant.
+/// Half a batch of work, before that of every other call of its tenant.
 fn urgent() -> ModelInferRequest {
     let text = "a lantern around a candle stops the line when quality slips ".repeat(15);
-    let mut request = texts(&vec![text; 8]);
+    let mut request = texts(&vec![text; 64]);
     for (name, choice) in [
         ("priority", ParameterChoice::Int64Param(1)),
         ("truncate", ParameterChoice::BoolParam(true)),
@@ -51,7 +52,11 @@ async fn one_tenants_priority_starves_no_other() -> Result<()> {
     let policy = tenant("a", "") + &tenant("b", "");
     // The gateway's own fair queueing lets all of the flood pass.
     let flags = ["--fair-rows", "4096"];
-    let fleet = QuotaFleet::over(Andon::worker(&[], None)?, &policy, 1, &flags).await?;
+    // A small model: its batches are short, also where the machine is busy.
+    let model = root().join("tests/golden/bert-embedding");
+    let model = format!("minilm={}", model.display());
+    let worker = Andon::worker(&["--model".to_owned(), model], None)?;
+    let fleet = QuotaFleet::over(worker, &policy, 1, &flags).await?;
     let key = |tenant| fleet.keys.get(tenant).context("a key").cloned();
     let address = fleet.gateways[0].grpc;
     let (flooder, mut other) = (client(address).await?, client(address).await?);

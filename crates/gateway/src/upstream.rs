@@ -224,6 +224,14 @@ impl Upstream {
         }
     }
 
+    /// Whether a connection broke within the last second: the process may be gone,
+    /// which its other connections learn a moment later.
+    pub fn broke_lately(&self) -> bool {
+        let now = u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let last = self.broke_ms.load(Ordering::Relaxed);
+        last > 0 && now.saturating_sub(last) < 1000
+    }
+
     /// Records that a call said nothing about the worker: another may probe it.
     pub fn abandoned(&self) {
         self.breaker.abandon_probe();

@@ -118,11 +118,19 @@ fn bodies() -> Result<Vec<Body>> {
     ])
 }
 
-/// The most processor time of a thread of the network during a call.
-async fn turn<F: Future<Output = Result<()>>>(andon: &Andon, call: F) -> Result<Duration> {
-    let before = ShardTimes::of(andon)?;
-    call.await?;
-    Ok(ShardTimes::of(andon)?.most_since(&before))
+/// The most processor time of a thread of the network during a call: the least of
+/// three tries, since what runs beside it on the core makes it slower.
+async fn turn(andon: &Andon, call: impl AsyncFn() -> Result<()>) -> Result<Duration> {
+    let mut least = Duration::MAX;
+    for _ in 0..3 {
+        let before = ShardTimes::of(andon)?;
+        call().await?;
+        least = least.min(ShardTimes::of(andon)?.most_since(&before));
+        if least <= TURN_MAX {
+            break;
+        }
+    }
+    Ok(least)
 }
 
 #[tokio::test]
@@ -139,7 +147,7 @@ async fn hostile_bodies_keep_no_thread_of_the_network_busy() -> Result<()> {
     let web = web.timeout(Duration::from_secs(60)).build()?;
     let resident = gateway.resident_bytes()?;
     for body in bodies()? {
-        let call = async {
+        let call = async || {
             let url = format!("http://{}{}", gateway.http, body.path);
             let mut call = web.post(url).header("content-type", "application/json");
             if body.gzip {
@@ -179,7 +187,7 @@ async fn large_answers_are_written_beside_the_threads_of_the_network() -> Result
     let texts: Vec<String> = (0..256).map(|number| format!("text {number}")).collect();
     let body = json!({"model": "minilm", "input": texts}).to_string();
     for encoding in ["identity", "gzip"] {
-        let call = async {
+        let call = async || {
             let url = format!("http://{}{EMBED}", gateway.http);
             let call = web.post(url).header("content-type", "application/json");
             let call = call.header("accept-encoding", encoding).body(body.clone());
@@ -225,7 +233,7 @@ async fn compressed_messages_keep_no_thread_of_the_gateway_busy() -> Result<()> 
     let resident = gateway.resident_bytes()?;
     for (name, framed) in [("ids", decode), ("empty blocks", empty)] {
         let path = "/tei.v1.Tokenize/Decode";
-        let call = async {
+        let call = async || {
             let channel = raw::connect(gateway.grpc).await?;
             let metadata = [("andon-model", "minilm"), ("grpc-timeout", "10S")];
             let reply = raw::call(&channel, path, &metadata, Bytes::clone(&framed));

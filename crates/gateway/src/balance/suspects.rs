@@ -143,7 +143,8 @@ impl Suspects {
             let upstreams = route.upstreams().iter();
             upstreams.filter(move |upstream| {
                 let address = Arc::as_ptr(upstream).addr();
-                upstream.reachable() && !upstream.ejected() && !tried.contains(&address)
+                let healthy = upstream.reachable() && !upstream.ejected();
+                healthy && !upstream.broke_lately() && !tried.contains(&address)
             })
         };
         let picked = async {

@@ -341,12 +341,18 @@ async fn a_lost_redis_leaves_each_gateway_its_share() -> Result<()> {
     report.all_refused(Code::ResourceExhausted, "requests per second")?;
     redis.again().await?;
     fleet.redis_is(1.0).await?;
-    let report = fleet.run_load("a", 4, 3 * SECOND).await?;
-    let (allowed, passed) = (20.0 + 200.0 * report.seconds, report.passed.len() as f64);
-    ensure!(
-        passed <= 1.05 * allowed && passed >= 0.8 * allowed,
-        "{passed} of {allowed}"
-    );
+    // One measurement may fall into a moment without Redis.
+    for left in (0..3).rev() {
+        let report = fleet.run_load("a", 4, 3 * SECOND).await?;
+        let (allowed, passed) = (20.0 + 200.0 * report.seconds, report.passed.len() as f64);
+        ensure!(passed <= 1.05 * allowed, "{passed} of {allowed}");
+        if passed >= 0.8 * allowed {
+            break;
+        }
+        ensure!(left > 0, "{passed} of {allowed}");
+        // The burst comes back.
+        tokio::time::sleep(SECOND).await;
+    }
     Ok(())
 }
 

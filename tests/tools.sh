@@ -20,13 +20,13 @@ once() { # COMMAND...: waits while another script installs
     (flock 9 && "$@") 9>"$tools/lock"
 }
 
-# One build gives the lints and what the tests run: clippy is the compiler of
-# the workspace's crates, with warnings denied, instead of a pass of its own
-# over all dependencies. Cargo hands no flags on to clippy; the variable is how
-# `cargo clippy -- -D warnings` does it.
+# One build gives the lints and what the tests run: clippy compiles the
+# workspace's crates (rustc.sh), with warnings denied, instead of a pass of its
+# own over all dependencies. Cargo hands no flags on to clippy; the variable is
+# how `cargo clippy -- -D warnings` does it.
 build_and_lint() {
     need clippy-driver "rustup component add clippy"
-    export RUSTC_WORKSPACE_WRAPPER=clippy-driver
+    export RUSTC_WORKSPACE_WRAPPER=$PWD/tests/rustc.sh
     export CLIPPY_ARGS="-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__"
     timed "build and lints" cargo build --locked --workspace --all-targets
 }

@@ -41,7 +41,7 @@ golden: models ## Make tests/golden anew, with the reference implementations
 	target/golden/bin/python tests/python/train_digits.py --check
 
 soak: ## Run the tests that have a long form in that form
-	SOAK=1 bash tests/run.sh --workspace -E 'test(no_generated_call_breaks_the_document) + test(memory_stays_level) + test(generated_calls_stay_within_their_budgets) + test(the_page_works)'
+	SOAK=1 bash tests/run.sh --profile soak --workspace -E 'test(no_generated_call_breaks_the_document) + test(memory_stays_level) + test(generated_calls_stay_within_their_budgets) + test(the_page_works)'
 
 check: ## Check format, lints, licences, protos, structure, manifests
 	bash tests/check.sh

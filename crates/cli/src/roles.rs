@@ -180,6 +180,7 @@ pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
 
 /// `andon gateway`
 pub async fn gateway(arguments: arguments::Gateway) -> anyhow::Result<()> {
+    allocator::use_small_pages();
     let role = Role::new(arguments.common, "gateway")?;
     let server = role.server.clone();
     let gateway = gateway::Gateway::new(

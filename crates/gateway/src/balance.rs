@@ -39,6 +39,7 @@ const LOSSES_MAX: usize = 1;
 /// call.
 const BACKOFF: Duration = Duration::from_millis(20);
 const NOT_FOUND: &str = "not_found";
+const LATE: &str = "late";
 
 /// The load balancer.
 #[derive(Debug)]
@@ -105,7 +106,7 @@ impl Balance {
         // By address: a worker is tried again only when no other is left.
         let mut tried: Vec<usize> = Vec::new();
         let mut last = Err(no_worker_reachable());
-        let (mut losses, mut late) = (0, 0);
+        let (mut losses, mut late, mut retried) = (0, 0, None);
         for number in 0..ATTEMPTS_MAX {
             let apart = if losses > 0 {
                 self.suspects.pick(route, &tried, &holder).await
@@ -116,6 +117,13 @@ impl Balance {
             let Some((upstream, tried_before)) = picked.or_else(|| pick(route, &tried)) else {
                 break;
             };
+            // The worker that refused a call as late would do so again.
+            if tried_before && late > 0 {
+                break;
+            }
+            if let Some(reason) = retried {
+                self.metrics.retried(reason);
+            }
             if tried_before && number > 0 {
                 tokio::time::sleep(BACKOFF * (1 << number.min(4))).await;
             }
@@ -129,7 +137,7 @@ impl Balance {
             at_worker.store(true, Ordering::Relaxed);
             let sent = upstream.send(request, options).await;
             at_worker.store(false, Ordering::Relaxed);
-            let failure = match self.classify(upstream, sent, &holder) {
+            let failure = match self.classify(upstream, sent, request) {
                 Outcome::Responded(response) => return Ok(response),
                 Outcome::Failed(error) => return Err(error),
                 Outcome::Retryable(failure) => failure,
@@ -144,8 +152,9 @@ impl Balance {
                 break;
             }
             // What was refused because its caller does not wait for long enough
-            // shows no fault of a worker: it costs nothing, and is tried once more.
-            let is_late = is_late(&last, request.deadline);
+            // shows no fault of a worker: it costs nothing, and is tried once more
+            // where less may wait.
+            let is_late = failure.reason == LATE || is_late(&last, request.deadline);
             late += usize::from(is_late);
             if late > 1 || (failure.reason == NOT_FOUND && number > 0) {
                 break;
@@ -154,8 +163,8 @@ impl Balance {
                 self.metrics.budget_exhausted.inc();
                 break;
             }
+            retried = Some(failure.reason);
             if number + 1 < ATTEMPTS_MAX {
-                self.metrics.retried(failure.reason);
                 tokio::time::sleep(pause).await;
             }
         }
@@ -179,17 +188,18 @@ impl Balance {
         &self,
         upstream: &Upstream,
         sent: Result<Response, SendError>,
-        holder: &Holder,
+        request: &Request,
     ) -> Outcome {
+        let holder = request.caller.holder();
         let response = match sent {
             Ok(response) => response,
-            Err(error) => return classify_error(upstream, error),
+            Err(error) => return classify_error(upstream, error, &holder),
         };
         if matches!(
             response.code(),
             Code::Internal | Code::Unknown | Code::DataLoss
         ) {
-            upstream.failed();
+            upstream.failed_by(&holder);
             return Outcome::Responded(response);
         }
         // Any other response is that of a healthy worker.
@@ -199,8 +209,10 @@ impl Balance {
             Code::Unavailable => "unavailable",
             // The model left this worker a moment ago: one retry is enough.
             Code::NotFound => NOT_FOUND,
+            // More waits there than the caller has time for.
+            Code::DeadlineExceeded if Instant::now() < request.deadline => LATE,
             _ => {
-                self.budgets.succeeded(holder);
+                self.budgets.succeeded(&holder);
                 return Outcome::Responded(response);
             }
         };
@@ -213,7 +225,7 @@ impl Balance {
             pushback => Outcome::Retryable(RetryableFailure {
                 last: Ok(response),
                 reason,
-                costs: reason != NOT_FOUND,
+                costs: reason == "unavailable",
                 lost: false,
                 pause: pushback.and_then(Result::ok).map(Duration::from_millis),
             }),
@@ -221,8 +233,8 @@ impl Balance {
     }
 }
 
-/// Whether a worker refused a call because it would wait for longer than its
-/// caller does.
+/// Whether a server that says UNAVAILABLE refused a call because it would wait
+/// for longer than its caller does.
 fn is_late(last: &Result<Response, Error>, deadline: Instant) -> bool {
     let Ok(response) = last else { return false };
     let status = response.status();
@@ -236,7 +248,7 @@ fn poisonous() -> Error {
 }
 
 /// What an error says about the worker and about the call.
-fn classify_error(upstream: &Upstream, error: SendError) -> Outcome {
+fn classify_error(upstream: &Upstream, error: SendError, caller: &Holder) -> Outcome {
     // The log has the worker's address; callers get none.
     tracing::debug!(worker = %upstream.target, %error, "a call failed");
     let message = format!("a worker failed: {error}");
@@ -270,7 +282,7 @@ fn classify_error(upstream: &Upstream, error: SendError) -> Outcome {
         }
         SendError::Http(status) if is_of_request(status) => failed(of_request(status)),
         SendError::Http(_) => {
-            upstream.failed();
+            upstream.failed_by(caller);
             retryable("unavailable", false)
         }
         SendError::TooLarge(_) => failed(Error::new(Kind::TooLarge, message)),
@@ -370,27 +382,29 @@ mod tests {
                 SendError::TooLarge(1),
                 SendError::NoRoom,
             ] {
-                classify_error(&upstream, error);
+                classify_error(&upstream, error, &Holder::Own);
                 assert!(!upstream.circuit_open());
             }
         }
-        let Outcome::Failed(error) = classify_error(&upstream, SendError::Http(too_long)) else {
+        let Outcome::Failed(error) =
+            classify_error(&upstream, SendError::Http(too_long), &Holder::Own)
+        else {
             panic!("the next worker would refuse it too");
         };
         assert_eq!(error.kind(), Kind::Invalid);
         assert!(matches!(
-            classify_error(&upstream, reset()),
+            classify_error(&upstream, reset(), &Holder::Own),
             Outcome::Retryable(RetryableFailure { lost: true, .. })
         ));
         let broken = || SendError::Broken("reset".to_owned());
         tokio::time::advance(Duration::from_secs(1)).await;
         for _ in 0..100 {
-            classify_error(&upstream, broken());
+            classify_error(&upstream, broken(), &Holder::Own);
         }
         assert!(!upstream.circuit_open(), "one connection broke");
         for _ in 0..4 {
             tokio::time::advance(Duration::from_secs(1)).await;
-            classify_error(&upstream, broken());
+            classify_error(&upstream, broken(), &Holder::Own);
         }
         assert!(upstream.circuit_open(), "a broken connection is evidence");
     }

@@ -19,6 +19,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use platform::channel::{Channel, ChannelError, Incoming, Target};
 use platform::circuit_breaker::CircuitBreaker;
 use platform::grpc::{MessageLimits, head_status};
+use platform::pot::Holder;
 use platform::shards;
 use platform::watchdog::Starvation;
 use protocol::andon::v1::WatchReportResponse;
@@ -145,8 +146,12 @@ impl Upstream {
 
     /// Records that the worker is heard: by a report, or by a new connection.
     pub fn heard(&self) {
-        let ms = u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.reported_ms.store(ms, Ordering::Relaxed);
+        self.reported_ms.store(self.age_ms(), Ordering::Relaxed);
+    }
+
+    /// Milliseconds since the creation.
+    fn age_ms(&self) -> u64 {
+        u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Stores a report; true when the worker serves other models than before.
@@ -203,10 +208,14 @@ impl Upstream {
         }
     }
 
-    /// Records that the worker failed. After several failures, or when a probe
-    /// fails, it is ejected.
-    pub fn failed(&self) {
-        if let Some(rest) = self.breaker.failed() {
+    /// Records that the worker failed at a request of a caller, who may be the
+    /// reason. After several failures, or when a probe fails, it is ejected.
+    pub fn failed_by(&self, caller: &Holder) {
+        self.ejected_for(self.breaker.failed_by(caller));
+    }
+
+    fn ejected_for(&self, ejection: Option<Duration>) {
+        if let Some(rest) = ejection {
             self.metrics.ejections.inc();
             tracing::warn!(worker = %self.target, ?rest, "ejected after repeated failures");
         }
@@ -215,10 +224,10 @@ impl Upstream {
     /// Records that a connection broke with a call in flight. The other calls on
     /// it fail at the same moment, and show nothing more.
     pub fn broke(&self) {
-        let now = u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let now = self.age_ms();
         let last = self.broke_ms.swap(now, Ordering::Relaxed);
         if last == 0 || now.saturating_sub(last) >= BREAK_MS {
-            self.failed();
+            self.ejected_for(self.breaker.failed());
         } else {
             self.abandoned();
         }
@@ -227,9 +236,8 @@ impl Upstream {
     /// Whether a connection broke within the last second: the process may be gone,
     /// which its other connections learn a moment later.
     pub fn broke_lately(&self) -> bool {
-        let now = u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX);
         let last = self.broke_ms.load(Ordering::Relaxed);
-        last > 0 && now.saturating_sub(last) < 1000
+        last > 0 && self.age_ms().saturating_sub(last) < BROKE_LATELY_MS
     }
 
     /// Records that a call said nothing about the worker: another may probe it.
@@ -454,6 +462,8 @@ fn set_timeout(headers: &mut HeaderMap, deadline: Instant) {
 
 /// Calls that break within so many milliseconds were on one connection.
 const BREAK_MS: u64 = 100;
+/// For so many milliseconds after a connection broke the process may be gone.
+const BROKE_LATELY_MS: u64 = 1000;
 /// What a worker is given in any case: what passes on the way, and for a turn on
 /// a busy processor.
 const NEEDS_MIN: Duration = Duration::from_millis(20);
@@ -477,6 +487,10 @@ impl<'u> InFlightCall<'u> {
     fn begin(upstream: &'u Upstream, request: &'u Request, model: &'u str) -> Self {
         upstream.in_flight.fetch_add(1, Ordering::Relaxed);
         upstream.breaker.begin_probe();
+        // Calls of the gateway itself are no caller's.
+        if !model.is_empty() {
+            upstream.breaker.called_by(&request.caller.holder());
+        }
         Self {
             upstream,
             request,
@@ -499,7 +513,7 @@ impl Drop for InFlightCall<'_> {
         // A worker that lets deadline after deadline pass is as bad as one that
         // fails; a caller who left says nothing about the worker.
         if Instant::now() >= self.request.deadline && self.had_long_enough() {
-            upstream.failed();
+            upstream.failed_by(&self.request.caller.holder());
         } else {
             upstream.abandoned();
         }

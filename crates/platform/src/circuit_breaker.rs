@@ -1,16 +1,28 @@
 //! A circuit breaker: a worker or an outside service that failed repeatedly is
 //! ejected with exponential backoff, and then probed by one call at a time.
+//!
+//! A request may fail by its own fault. So the failures of one caller open the
+//! circuit only while no other caller has a use for it: where several call,
+//! the calls of two of them must fail with no success between.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+use crate::pot::Holder;
 
 /// Consecutive failures that open the circuit.
 const FAILURES_MAX: u32 = 5;
 /// The first ejection; each further one in a row is twice as long.
 const EJECTION: Duration = Duration::from_millis(500);
 const EJECTION_MAX: Duration = Duration::from_secs(15);
+/// For how long two callers count as several after their calls took turns.
+const SEVERAL_FOR: Duration = Duration::from_secs(10);
+/// In place of the number of a caller.
+const NOBODY: u64 = 0;
+const SEVERAL: u64 = u64::MAX;
 
 /// The state of one circuit. Closed: calls go. Open: none goes until the
 /// ejection ends. Half open: one probe at a time decides which it will be.
@@ -24,6 +36,14 @@ pub struct CircuitBreaker {
     ejected_until_us: AtomicU64,
     /// Whether a probe is in flight.
     probing: AtomicBool,
+    /// The number of the last caller, or [`NOBODY`].
+    caller: AtomicU64,
+    /// Microseconds after `born` when a call came from another caller than the
+    /// one before it; 0 if none did.
+    several_us: AtomicU64,
+    /// The number of the caller whose calls failed since the last success,
+    /// [`NOBODY`] or [`SEVERAL`].
+    failing: AtomicU64,
     born: Instant,
 }
 
@@ -34,6 +54,9 @@ impl Default for CircuitBreaker {
             ejections: AtomicU32::new(0),
             ejected_until_us: AtomicU64::new(0),
             probing: AtomicBool::new(false),
+            caller: AtomicU64::new(NOBODY),
+            several_us: AtomicU64::new(0),
+            failing: AtomicU64::new(NOBODY),
             born: Instant::now(),
         }
     }
@@ -84,13 +107,55 @@ impl CircuitBreaker {
 
     /// Counts a success, which closes the circuit; true when it was open.
     pub fn succeeded(&self) -> bool {
-        self.failures.store(0, Ordering::Relaxed);
+        self.forget_failures();
         if self.ejected_until_us.swap(0, Ordering::AcqRel) == 0 {
             return false;
         }
         self.ejections.store(0, Ordering::Relaxed);
         self.probing.store(false, Ordering::Release);
         true
+    }
+
+    fn forget_failures(&self) {
+        self.failures.store(0, Ordering::Relaxed);
+        self.failing.store(NOBODY, Ordering::Relaxed);
+    }
+
+    /// A call of a caller goes.
+    pub fn called_by(&self, caller: &Holder) {
+        let caller = number(caller);
+        let last = self.caller.load(Ordering::Relaxed);
+        if last == caller {
+            return;
+        }
+        self.caller.store(caller, Ordering::Relaxed);
+        if last != NOBODY {
+            self.several_us.store(self.now_us(), Ordering::Relaxed);
+        }
+    }
+
+    /// Counts a failure that the caller's request may have caused: as
+    /// [`Self::failed`], unless there are other callers and only the calls of
+    /// this one failed since the last success.
+    pub fn failed_by(&self, caller: &Holder) -> Option<Duration> {
+        let caller = number(caller);
+        let failing = match self.failing.load(Ordering::Relaxed) {
+            NOBODY => caller,
+            failing if failing == caller => caller,
+            _ => SEVERAL,
+        };
+        self.failing.store(failing, Ordering::Relaxed);
+        if failing != SEVERAL && self.has_several_callers() {
+            self.abandon_probe();
+            return None;
+        }
+        self.failed()
+    }
+
+    fn has_several_callers(&self) -> bool {
+        let several_us = self.several_us.load(Ordering::Relaxed);
+        let age_us = self.now_us().saturating_sub(several_us);
+        several_us != 0 && Duration::from_micros(age_us) < SEVERAL_FOR
     }
 
     /// Counts a failure. The circuit opens after several, or when a probe
@@ -108,7 +173,7 @@ impl CircuitBreaker {
         let times = self.ejections.fetch_add(1, Ordering::Relaxed).min(10);
         let ejection = EJECTION.saturating_mul(1 << times).min(EJECTION_MAX);
         let ejection_us = u64::try_from(ejection.as_micros()).unwrap_or(u64::MAX);
-        self.failures.store(0, Ordering::Relaxed);
+        self.forget_failures();
         let until_us = self.now_us().saturating_add(ejection_us);
         self.ejected_until_us.store(until_us, Ordering::Release);
         Some(ejection)
@@ -117,7 +182,7 @@ impl CircuitBreaker {
     /// Closes the circuit without a call, because the connection is new. The
     /// count of ejections stays: the next one is longer.
     pub fn reset(&self) {
-        self.failures.store(0, Ordering::Relaxed);
+        self.forget_failures();
         self.ejected_until_us.store(0, Ordering::Release);
         self.probing.store(false, Ordering::Release);
     }
@@ -127,9 +192,59 @@ impl CircuitBreaker {
     }
 }
 
+/// The number of a caller.
+fn number(caller: &Holder) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    caller.hash(&mut hasher);
+    hasher.finish().clamp(NOBODY + 1, SEVERAL - 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn caller(name: &str) -> Holder {
+        Holder::Tenant(name.into())
+    }
+
+    /// Failures of calls of one caller.
+    fn fail(breaker: &CircuitBreaker, name: &str, calls: u32) {
+        for _ in 0..calls {
+            breaker.called_by(&caller(name));
+            breaker.failed_by(&caller(name));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_caller_of_several_opens_no_circuit() {
+        let breaker = CircuitBreaker::default();
+        tokio::time::advance(Duration::from_secs(1)).await;
+        breaker.called_by(&caller("honest"));
+        breaker.succeeded();
+        fail(&breaker, "poisonous", 100);
+        assert!(!breaker.is_open());
+        // Nor is the circuit closed by what shows nothing.
+        fail(&breaker, "honest", 1);
+        fail(&breaker, "poisonous", FAILURES_MAX - 2);
+        assert!(!breaker.is_open());
+        fail(&breaker, "poisonous", 1);
+        assert!(breaker.is_open(), "the calls of two callers fail");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_that_is_alone_opens_the_circuit() {
+        let breaker = CircuitBreaker::default();
+        tokio::time::advance(Duration::from_secs(1)).await;
+        fail(&breaker, "first", FAILURES_MAX);
+        assert!(breaker.is_open(), "nobody else called");
+        breaker.succeeded();
+        breaker.called_by(&caller("second"));
+        fail(&breaker, "first", 100);
+        assert!(!breaker.is_open());
+        tokio::time::advance(SEVERAL_FOR).await;
+        fail(&breaker, "first", FAILURES_MAX);
+        assert!(breaker.is_open(), "the other called long ago");
+    }
 
     #[test]
     fn one_call_probes_what_was_ejected() {

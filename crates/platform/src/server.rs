@@ -46,6 +46,9 @@ pub const CALLER_HEADER_BYTES_MAX: u32 = 64 << 10;
 /// All headers of a gateway's request to a worker: what it adds to a caller's
 /// must never make them too many.
 pub const WORKER_HEADER_BYTES_MAX: u32 = 2 * CALLER_HEADER_BYTES_MAX;
+/// What a worker takes in a message beyond the limit of its gateways, which may
+/// give a caller's message another name of a model.
+pub const WORKER_MESSAGE_BYTES_MORE: usize = 64 << 10;
 /// The pause after a connection could not be accepted.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
@@ -73,7 +76,8 @@ pub struct ServerSettings {
     /// Interval of keepalive pings on an HTTP/2 connection
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = crate::config::positive_duration)]
     pub keepalive_interval: Duration,
-    /// Maximum size of one message, for example 64MiB
+    /// Maximum size of one message, for example 64MiB; a worker takes 64 KiB more,
+    /// for what a gateway adds to its callers' messages
     #[arg(long, value_name = "BYTES", default_value = "64MiB", value_parser = crate::config::bytes)]
     pub message_bytes_max: usize,
     /// Maximum size of all messages in flight together

@@ -156,6 +156,7 @@ impl Provider {
             deadline,
             prompt_tokens,
             usage: context.usage.clone(),
+            caller: context.holder.clone(),
         }))
     }
 

@@ -14,7 +14,9 @@ mod work;
 use std::sync::Arc;
 
 use platform::health::Health;
-use platform::server::{Grpc, Listener, Server, ServerSettings, WORKER_HEADER_BYTES_MAX};
+use platform::server::{
+    Grpc, Listener, Server, ServerSettings, WORKER_HEADER_BYTES_MAX, WORKER_MESSAGE_BYTES_MORE,
+};
 use platform::tasks::{OwnedTask, spawn_owned};
 use platform::{CommonServices, Process};
 use protocol::Error;
@@ -69,7 +71,10 @@ impl Worker {
         let health = Health::default();
         let common = CommonServices::new(&health, DESCRIPTORS, &process.streams)
             .map_err(|error| WorkerError::Descriptors(error.to_string()))?;
-        let limits = server.message_limits(&process.metrics, &process.pool);
+        let mut limits = server.message_limits(&process.metrics, &process.pool);
+        limits.message_bytes_max = limits
+            .message_bytes_max
+            .saturating_add(WORKER_MESSAGE_BYTES_MORE);
         let service = Service::new(repository.clone(), common, &limits, process.clone());
         Ok(Self {
             repository,

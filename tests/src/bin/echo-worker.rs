@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use clap::Parser;
 use platform::drain::{self, Phase};
-use platform::grpc::{Call, MessageLimits, Metadata, Reply, decode, frame, reject, reply, unary};
+use platform::grpc::{
+    Call, Message, MessageLimits, Metadata, Reply, decode, frame, reject, reply, unary,
+};
 use platform::metrics::Metrics;
 use platform::pool::WorkPool;
 use platform::server::{
@@ -37,6 +39,12 @@ struct Arguments {
     /// The process ends at once when an input has this text.
     #[arg(long)]
     dies_of: Option<String>,
+    /// A call with an input that has this text fails with INTERNAL.
+    #[arg(long)]
+    fails_on: Option<String>,
+    /// Every call is refused, since too much waits.
+    #[arg(long)]
+    is_late: bool,
     #[command(flatten)]
     server: ServerSettings,
 }
@@ -49,6 +57,8 @@ struct EchoSettings {
     limits: MessageLimits,
     delay: Duration,
     dies_of: Option<String>,
+    fails_on: Option<String>,
+    is_late: bool,
 }
 
 impl Handler for Echo {
@@ -65,14 +75,24 @@ impl Echo {
             limits,
             delay,
             dies_of,
+            fails_on,
+            is_late,
         } = &*self.0;
+        let has = |message: &Message, text: &Option<String>| {
+            let text = text.as_ref().map(String::as_bytes);
+            text.is_some_and(|text| contains(message.framed(), text))
+        };
         match call.path().rsplit('/').next() {
             Some("ModelInfer") => {
                 let message = call.into_messages(limits).only().await?;
-                if let Some(text) = dies_of
-                    && contains(message.framed(), text.as_bytes())
-                {
+                if has(&message, dies_of) {
                     std::process::exit(1);
+                }
+                if has(&message, fails_on) {
+                    return Err(Status::internal("the input makes the model fail"));
+                }
+                if *is_late {
+                    return Err(Status::deadline_exceeded("too much waits"));
                 }
                 if !delay.is_zero() {
                     tokio::time::sleep(*delay).await;
@@ -165,6 +185,8 @@ async fn main() -> anyhow::Result<()> {
         limits,
         delay: arguments.delay,
         dies_of: arguments.dies_of,
+        fails_on: arguments.fails_on,
+        is_late: arguments.is_late,
     })));
     let listener = Listener::Tcp(bind(arguments.grpc_addr)?);
     let _admin = spawn_owned(admin::run(

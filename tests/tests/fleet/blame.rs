@@ -17,8 +17,8 @@ use tonic::{Code, Request};
 const EJECTIONS: &str = "andon_gateway_ejections_total";
 const READY: &str = "andon_gateway_workers{state=\"ready\"}";
 
-/// Three workers that die of a request, and a gateway with two tenants, of whom
-/// one has a key.
+/// Three workers that may die of a request, and a gateway with two tenants, of
+/// whom one has a key.
 struct Fragile {
     gateway: Andon,
     workers: Vec<Andon>,
@@ -34,7 +34,8 @@ impl Drop for Fragile {
 }
 
 impl Fragile {
-    async fn start() -> Result<Self> {
+    /// Starts workers that each have these flags.
+    async fn start(flags: [&[&str]; 3]) -> Result<Self> {
         let folder = scratch("fragile")?;
         std::fs::create_dir_all(&folder)?;
         let path = |name: &str| folder.join(name).display().to_string();
@@ -47,16 +48,16 @@ impl Fragile {
             .args(["--keys", &path("keys.toml")])
             .output()?;
         ensure!(output.status.success(), "no key");
-        let dies = ["--dies-of".to_owned(), "poison".to_owned()];
-        let mut flags = vec!["--policy".to_owned(), path("policy.toml")];
-        flags.extend(["--keys".to_owned(), path("keys.toml")]);
+        let mut gateway = vec!["--policy".to_owned(), path("policy.toml")];
+        gateway.extend(["--keys".to_owned(), path("keys.toml")]);
         let mut workers = Vec::new();
-        for _ in 0..3 {
-            let worker = Andon::run(&mut Command::new(program("echo-worker")?), &dies, None)?;
-            flags.extend(["--worker".to_owned(), worker.grpc.to_string()]);
+        for flags in flags {
+            let flags: Vec<String> = flags.iter().map(|flag| (*flag).to_owned()).collect();
+            let worker = Andon::run(&mut Command::new(program("echo-worker")?), &flags, None)?;
+            gateway.extend(["--worker".to_owned(), worker.grpc.to_string()]);
             workers.push(worker);
         }
-        let gateway = Andon::start("gateway", &flags, None)?;
+        let gateway = Andon::start("gateway", &gateway, None)?;
         gateway.ready().await?;
         let all = || async { Ok(gateway.metric(READY).await? == Some(3.0)) };
         until(Duration::from_secs(20), "all workers are found", all).await?;
@@ -105,7 +106,7 @@ fn echo(text: &str) -> ModelInferRequest {
 
 #[tokio::test]
 async fn a_poisonous_request_breaks_two_workers_and_is_refused_then() -> Result<()> {
-    let mut fleet = Fragile::start().await?;
+    let mut fleet = Fragile::start([&["--dies-of", "poison"]; 3]).await?;
     let honest = client(fleet.gateway.grpc).await?;
     let load = Load::start(&honest, &echo("a text"), 8, usize::MAX);
     load.reached(200).await?;
@@ -125,6 +126,61 @@ async fn a_poisonous_request_breaks_two_workers_and_is_refused_then() -> Result<
     // Who was in flight at the workers that died lost nothing.
     let outcome = load.stopped().await;
     ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+    Ok(())
+}
+
+#[tokio::test]
+async fn one_tenants_failures_eject_no_worker_while_others_call() -> Result<()> {
+    let flags: &[&str] = &["--fails-on", "poison", "--delay", "5ms"];
+    let fleet = Fragile::start([flags; 3]).await?;
+    let honest = client(fleet.gateway.grpc).await?;
+    let load = Load::start(&honest, &echo("a text"), 1, usize::MAX);
+    load.reached(20).await?;
+    for _ in 0..20 {
+        let failing = (0..10).map(|_| fleet.other("poison"));
+        for code in futures::future::join_all(failing).await {
+            ensure!(code? == Code::Internal);
+        }
+    }
+    let outcome = load.stopped().await;
+    ensure!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+    let ejected = fleet.gateway.metric_sum(EJECTIONS).await?;
+    ensure!(ejected == 0.0, "{ejected} ejections");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_call_that_is_late_at_one_worker_is_tried_at_another() -> Result<()> {
+    let fleet = Fragile::start([&["--is-late"], &[], &[]]).await?;
+    let honest = client(fleet.gateway.grpc).await?;
+    for _ in 0..50 {
+        calls::infer(&honest, echo("a text"), Duration::from_secs(10)).await?;
+    }
+    let retried = "andon_gateway_retries_total{reason=\"late\"}";
+    let retried = fleet.gateway.metric(retried).await?;
+    ensure!(retried.is_some_and(|count| count > 0.0), "{retried:?}");
+    // No worker is to blame for it, and no retry was paid.
+    let ejected = fleet.gateway.metric_sum(EJECTIONS).await?;
+    ensure!(ejected == 0.0, "{ejected} ejections");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_call_that_is_late_everywhere_is_refused_at_once() -> Result<()> {
+    let fleet = Fragile::start([&["--is-late"]; 3]).await?;
+    let timeout = Duration::from_secs(20);
+    let started = Instant::now();
+    for _ in 0..100 {
+        let request = echo("a text");
+        let code = infer_by_server_deadline(fleet.gateway.grpc, &request, timeout).await?;
+        ensure!(code == Code::DeadlineExceeded, "{code:?}");
+    }
+    ensure!(started.elapsed() < timeout, "it waited for the deadline");
+    // Two attempts a call, and nothing of the retry budget.
+    let retried = "andon_gateway_retries_total{reason=\"late\"}";
+    ensure!(fleet.gateway.metric(retried).await? == Some(100.0));
+    let spent = "andon_gateway_retry_budget_exhausted_total";
+    ensure!(fleet.gateway.metric(spent).await? == Some(0.0));
     Ok(())
 }
 

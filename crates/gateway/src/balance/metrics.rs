@@ -6,7 +6,14 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 
 /// Why a call may be retried, as the label of the metric.
-const REASONS: [&str; 5] = ["unavailable", "not_found", "not_sent", "broken", "reset"];
+const REASONS: [&str; 6] = [
+    "unavailable",
+    "not_found",
+    "late",
+    "not_sent",
+    "broken",
+    "reset",
+];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabel {

@@ -188,7 +188,8 @@ impl Provider {
             if let Err(ejection) = self.breaker.admit() {
                 return Err(last.unwrap_or(ProviderError::CircuitOpen(ejection)));
             }
-            let mut attempt = Attempt::begin(self.clone(), ends);
+            self.breaker.called_by(holder);
+            let mut attempt = Attempt::begin(self.clone(), ends, holder);
             let error = match call().await {
                 Ok(response) => {
                     self.retry_budgets.succeeded(holder);
@@ -275,16 +276,19 @@ impl Provider {
     }
 
     /// Tells the circuit breaker the outcome of a call.
-    pub(crate) fn record_outcome(&self, error: Option<&ProviderError>) {
+    pub(crate) fn record_outcome(&self, error: Option<&ProviderError>, caller: &Holder) {
         match error.map_or(Health::Healthy, ProviderError::health) {
             Health::Healthy => self.record_success(),
-            Health::Unhealthy => self.record_failure(error.map_or("", ProviderError::outcome)),
+            Health::Unhealthy => {
+                self.record_failure(error.map_or("", ProviderError::outcome), caller);
+            }
             Health::Unknown => self.breaker.abandon_probe(),
         }
     }
 
-    fn record_failure(&self, reason: &'static str) {
-        if let Some(ejection) = self.breaker.failed() {
+    /// Records a failure at a request of a caller, who may be the reason.
+    fn record_failure(&self, reason: &'static str, caller: &Holder) {
+        if let Some(ejection) = self.breaker.failed_by(caller) {
             self.metrics.breaker(&self.name, true);
             let model = &self.name;
             tracing::warn!(%model, reason, ?ejection, "a provider failed repeatedly: its circuit breaker is open");
@@ -337,15 +341,17 @@ struct Attempt {
     provider: Arc<Provider>,
     started: Instant,
     ends: Instant,
+    caller: Holder,
     ended: bool,
 }
 
 impl Attempt {
-    fn begin(provider: Arc<Provider>, ends: Instant) -> Self {
+    fn begin(provider: Arc<Provider>, ends: Instant, caller: &Holder) -> Self {
         Self {
             provider,
             started: Instant::now(),
             ends,
+            caller: caller.clone(),
             ended: false,
         }
     }
@@ -353,7 +359,7 @@ impl Attempt {
     /// The call succeeded or failed.
     fn end(&mut self, error: Option<&ProviderError>) {
         self.ended = true;
-        self.provider.record_outcome(error);
+        self.provider.record_outcome(error, &self.caller);
     }
 
     /// A response has begun. That is enough to close an open circuit: whether
@@ -376,7 +382,7 @@ impl Drop for Attempt {
         let timeout = self.provider.settings.timeout;
         let blame_after = TIMEOUT_BLAME_MIN.max(timeout / 4).min(timeout);
         if Instant::now() >= self.ends && self.started.elapsed() >= blame_after {
-            self.provider.record_failure("late");
+            self.provider.record_failure("late", &self.caller);
         } else {
             self.provider.breaker.abandon_probe();
         }

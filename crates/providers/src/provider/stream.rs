@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use futures::{StreamExt, stream};
+use platform::pot::Holder;
 use platform::tasks::spawn_owned;
 use protocol::Error;
 use reqwest::Response;
@@ -33,6 +34,8 @@ pub(crate) struct OpenStream {
     pub prompt_tokens: u64,
     /// Where what has come is recorded: a caller may leave at any time.
     pub usage: UsageMeter,
+    /// Whose call it is.
+    pub caller: Holder,
 }
 
 struct StreamReader {
@@ -177,7 +180,7 @@ impl StreamReader {
         match error {
             // It is the caller's deadline that passed, which proves nothing.
             Some(ProviderError::Timeout) if Instant::now() >= open.deadline => {}
-            error => provider.record_outcome(error),
+            error => provider.record_outcome(error, &self.open.caller),
         }
         let outcome = error.map_or("ok", ProviderError::outcome);
         provider

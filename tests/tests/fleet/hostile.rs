@@ -63,9 +63,10 @@ struct Body {
 }
 
 fn body(name: &'static str, path: &'static str, gzip: bool, text: &str) -> Result<Body> {
-    let bytes = match gzip {
-        true => raw::gzip(text.as_bytes())?,
-        false => text.as_bytes().to_vec(),
+    let bytes = if gzip {
+        raw::gzip(text.as_bytes())?
+    } else {
+        text.as_bytes().to_vec()
     };
     Ok(Body {
         name,

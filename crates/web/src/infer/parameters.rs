@@ -125,11 +125,11 @@ impl CountedParameters {
         let read = left.deserialize(&mut serde_json::Deserializer::from_str(text.get()));
         let read = read.map_err(|error| {
             let error = error.to_string();
-            let reason = match text.get().starts_with('{') {
-                true => error
-                    .rsplit_once(" at line ")
-                    .map_or("", |(reason, _)| reason),
-                false => "must be an object",
+            let reason = if text.get().starts_with('{') {
+                let read = error.rsplit_once(" at line ");
+                read.map_or("", |(reason, _)| reason)
+            } else {
+                "must be an object"
             };
             Error::invalid(format!("{before}parameters"), reason)
         })?;

@@ -22,6 +22,7 @@ use super::super::context::hold;
 use super::super::model_path::PathModel;
 use super::super::schemas::{DatatypeSchema, DimensionSchema, ParameterSchema};
 use super::super::strict::strict;
+use super::super::waiting::while_waiting;
 use super::HEADER_LENGTH;
 use super::json_data::{DataError, capacity, parse_data};
 use super::parameters::{self, CountedParameters, Parameter, boolean, checked};
@@ -141,7 +142,7 @@ pub fn parse(
         held: None,
     };
     let json = json.joined(&reading.limits.budget)?;
-    let request: InferRequest<'_> = body::json(&json)?;
+    let request: InferRequest<'_> = while_waiting(reading.cancelled, || body::json(&json))?;
     let mut parsed = ParsedRequest {
         head: ModelInferRequest {
             model_name: model.name.clone(),

@@ -11,6 +11,7 @@ pub mod process;
 pub mod raw;
 pub mod redis;
 pub mod scripts;
+pub mod tenants;
 pub mod tokens;
 
 use std::path::{Path, PathBuf};

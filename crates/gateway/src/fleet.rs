@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures::future::join_all;
+use platform::pool::Cancelled;
 use protocol::inference::{
     LogSettingsRequest, LogSettingsResponse, ModelReadyRequest, ModelReadyResponse,
     ModelStatistics, ModelStatisticsRequest, ModelStatisticsResponse, RepositoryIndexRequest,
@@ -132,8 +133,33 @@ impl Stack {
                 deadline,
             )
             .await?;
+        let responses = unless_all_failed(responses)?;
+        self.merge(responses, caller, Self::sum).await
+    }
+
+    /// Merges the responses of workers: on a thread for work if they are long,
+    /// since a fleet may have many models, and each of them many batch sizes.
+    async fn merge<A: prost::Message + 'static, T: Send + 'static>(
+        &self,
+        responses: Vec<A>,
+        caller: &Caller,
+        merge: fn(&Self, Vec<A>, &Caller) -> T,
+    ) -> Result<T, Status> {
+        let bytes = responses.iter().map(A::encoded_len).sum();
+        let limits = self.0.limits.held_by(caller.holder());
+        let (stack, caller) = (self.clone(), caller.clone());
+        let work = move |_: &Cancelled| merge(&stack, responses, &caller);
+        limits.work(bytes, work).await
+    }
+
+    /// The sums of statistics that the caller may read.
+    fn sum(
+        &self,
+        responses: Vec<ModelStatisticsResponse>,
+        caller: &Caller,
+    ) -> ModelStatisticsResponse {
         let mut sums: BTreeMap<(String, String), ModelStatistics> = BTreeMap::new();
-        for statistics in unless_all_failed(responses)?
+        for statistics in responses
             .into_iter()
             .flat_map(|response| response.model_stats)
             .filter(|statistics| caller.tenant.may_call(&statistics.name))
@@ -146,9 +172,9 @@ impl Stack {
                 }
             }
         }
-        Ok(ModelStatisticsResponse {
+        ModelStatisticsResponse {
             model_stats: sums.into_values().collect(),
-        })
+        }
     }
 
     /// Every model version of the workers, ready if it is ready on one of them, and
@@ -167,8 +193,18 @@ impl Stack {
                 deadline,
             )
             .await?;
+        let responses = unless_all_failed(responses)?;
+        self.merge(responses, caller, Self::list).await
+    }
+
+    /// The models of workers and of providers that the caller may call.
+    fn list(
+        &self,
+        responses: Vec<RepositoryIndexResponse>,
+        caller: &Caller,
+    ) -> RepositoryIndexResponse {
         let mut models: BTreeMap<(String, String), ModelIndex> = BTreeMap::new();
-        for model in unless_all_failed(responses)?
+        for model in responses
             .into_iter()
             .flat_map(|response| response.models)
             .filter(|model| caller.tenant.may_call(&model.name))
@@ -186,9 +222,9 @@ impl Stack {
                 models.insert((model.name.clone(), model.version.clone()), model);
             }
         }
-        Ok(RepositoryIndexResponse {
+        RepositoryIndexResponse {
             models: models.into_values().collect(),
-        })
+        }
     }
 
     /// Loads a model on every worker, and waits until the routing table has it.

@@ -30,6 +30,9 @@ const OTHER: &str = "other";
 /// authenticated: they share no budget with other messages.
 static PROBE_LIMITS: LazyLock<MessageLimits> = LazyLock::new(|| MessageLimits::new(1024, 16 << 20));
 
+/// The most bytes of a message about the fleet, which carries no inputs.
+const CONTROL_BYTES_MAX: usize = 64 << 10;
+
 const TEXT_TASKS: &[Task] = &[Task::Embedding, Task::Classification, Task::Rerank];
 
 /// Serves gRPC.
@@ -238,7 +241,7 @@ impl GrpcDoor {
         caller: &Caller,
     ) -> Result<Reply, Status> {
         let stack = &self.stack;
-        let limits = &stack.0.limits;
+        let limits = &control_limits(&stack.0.limits, caller);
         let deadline = call.deadline;
         match method {
             FleetMethod::ServerLive => {
@@ -301,7 +304,18 @@ impl GrpcDoor {
     }
 }
 
-/// Answers a unary call about the fleet: one message in, one message out.
+/// The limits of messages about the fleet: they are short, and decoded where they
+/// arrive.
+fn control_limits(limits: &MessageLimits, caller: &Caller) -> MessageLimits {
+    let mut limits = limits.held_by(caller.holder());
+    limits.message_bytes_max = limits.message_bytes_max.min(CONTROL_BYTES_MAX);
+    limits
+}
+
+/// Answers a unary call about the fleet: one message in, one message out. Beyond
+/// what platform's does, which knows no methods, it refuses a message with too
+/// many parts before it decodes it, and encodes a long response on a thread for
+/// work: a fleet may have thousands of models.
 async fn unary<Q, A, F>(
     call: Call,
     limits: &MessageLimits,
@@ -309,7 +323,7 @@ async fn unary<Q, A, F>(
 ) -> Result<Reply, Status>
 where
     Q: prost::Message + Default,
-    A: prost::Message,
+    A: prost::Message + 'static,
     F: Future<Output = Result<A, Status>>,
 {
     let method = Method::from_path(call.path());
@@ -318,5 +332,7 @@ where
         method.outline(&message.bytes())?;
     }
     let response = respond(decode(message.bytes())?).await?;
-    Ok(reply(frame(&response), Metadata::new()))
+    let bytes = response.encoded_len();
+    let framed = limits.work(bytes, move |_| frame(&response)).await?;
+    Ok(reply(framed, Metadata::new()))
 }

@@ -262,9 +262,10 @@ impl Gateway {
         }
         let auth = &self.stack.0.auth;
         if !auth.is_required() {
-            return match settings.auth.insecure {
-                true => Ok(()),
-                false => Err(GatewayError::Open(address)),
+            return if settings.auth.insecure {
+                Ok(())
+            } else {
+                Err(GatewayError::Open(address))
             };
         }
         if self.server.tls.is_some() {

@@ -91,9 +91,10 @@ impl Answer {
 
     /// Bytes that have not left, and are not counted as in flight.
     pub fn uncounted(&self) -> usize {
-        match self.counted.load(Ordering::Relaxed) {
-            true => 0,
-            false => self.rest.load(Ordering::Relaxed) + self.leaving(),
+        if self.counted.load(Ordering::Relaxed) {
+            0
+        } else {
+            self.rest.load(Ordering::Relaxed) + self.leaving()
         }
     }
 

@@ -149,9 +149,10 @@ impl Inner {
         let accounts = &mut *guard;
         accounts.forget(now);
         let known = accounts.holders.contains_key(holder);
-        let holder = match known || accounts.holders.len() < HOLDERS_MAX {
-            true => holder.clone(),
-            false => Holder::Others,
+        let holder = if known || accounts.holders.len() < HOLDERS_MAX {
+            holder.clone()
+        } else {
+            Holder::Others
         };
         // Who is refused counts as well: others leave it its share.
         let account = accounts.holders.entry(holder.clone()).or_default();

@@ -80,9 +80,10 @@ impl Watchdog {
         let mut tasks = JoinSet::new();
         for index in 0..count {
             let watching = watch(state.clone(), index);
-            match index < shards.count() {
-                true => tasks.spawn_on(watching, shards.handle(index)),
-                false => tasks.spawn_on(watching, &Handle::current()),
+            if index < shards.count() {
+                tasks.spawn_on(watching, shards.handle(index))
+            } else {
+                tasks.spawn_on(watching, &Handle::current())
             };
         }
         Self {
@@ -132,9 +133,10 @@ impl Thread {
     fn recent(&self, now: Duration) -> Duration {
         let due = Duration::from_nanos(self.due.load(Ordering::Relaxed));
         // A thread that has not woken up yet is late as well.
-        let overdue = match due.is_zero() {
-            true => Duration::ZERO,
-            false => now.saturating_sub(due),
+        let overdue = if due.is_zero() {
+            Duration::ZERO
+        } else {
+            now.saturating_sub(due)
         };
         let late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
         late.longest(now).max(overdue)
@@ -155,9 +157,10 @@ impl Late {
             *self = Self {
                 begun: now,
                 now: Duration::ZERO,
-                before: match now.saturating_sub(self.begun) < RECENT * 2 {
-                    true => self.now,
-                    false => Duration::ZERO,
+                before: if now.saturating_sub(self.begun) < RECENT * 2 {
+                    self.now
+                } else {
+                    Duration::ZERO
                 },
             };
         }

@@ -331,9 +331,10 @@ impl Provider {
         let permits = &self.permits;
         let has_share =
             context.has_others && permits.held_by(context.holder) >= permits.capacity().div_ceil(2);
-        let permit = match has_share {
-            true => Err(PotFull::Share),
-            false => permits.take(context.holder, 1),
+        let permit = if has_share {
+            Err(PotFull::Share)
+        } else {
+            permits.take(context.holder, 1)
         };
         permit.map(Permit).map_err(|_| {
             let error = ProviderError::ConcurrencyLimit;

@@ -25,6 +25,7 @@ use serde_json::error::Category;
 use super::context::{RequestContext, hold};
 use super::error::{ApiError, request_aborted, unsupported_encoding};
 use super::texts::TEXTS_MAX;
+use super::waiting::{self, while_waiting};
 use gateway::stack::Stack;
 
 /// JSON that is parsed as a whole.
@@ -292,6 +293,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Bounded<T> {
         } = self;
         let mut entries = Vec::new();
         while entries.len() < count_max {
+            waiting::check::<A::Error>(entries.len())?;
             match list.next_element()? {
                 Some(entry) => entries.push(entry),
                 None => return Ok(entries),
@@ -313,6 +315,7 @@ pub fn reject_rest<'de, A: SeqAccess<'de>>(
     let mut count = read;
     while list.next_element::<IgnoredAny>()?.is_some() {
         count += 1;
+        waiting::check::<A::Error>(count)?;
     }
     if count > read {
         return Err(de::Error::custom(reason(count)));
@@ -411,18 +414,19 @@ impl<T: Send + 'static> Json<T> {
         Self::parse(context, received, parse).await
     }
 
-    /// Parses a body: on a thread for work if it is large.
+    /// Parses a body: on a thread for work if it is large, as long as its caller
+    /// waits.
     pub async fn parse(
         context: &RequestContext,
         mut received: Received,
         parse: impl FnOnce(&[u8]) -> Result<T, Error> + Send + 'static,
     ) -> Result<Self, Error> {
         let (length, budget) = (received.length, context.limits.budget.clone());
-        let work = move |_: &Cancelled| {
+        let work = move |cancelled: &Cancelled| {
             received.join(&budget)?;
             let bytes = received.chunks.pop().unwrap_or_default();
             let values = hold(&budget, values_bytes(&bytes))?;
-            let value = parse(&bytes)?;
+            let value = while_waiting(cancelled, || parse(&bytes))?;
             let held = match received.held.take() {
                 Some(mut held) => {
                     held.merge(values);

@@ -30,6 +30,9 @@ use gateway::stack::{ChatDelta, ChatMessage, ChatRequest, Role, TokenUsage};
 const MESSAGES_MAX: usize = 4096;
 /// Texts that may end a generated text.
 const STOPS_MAX: usize = 16;
+/// Tools of a chat, the limit of OpenAI's API: they are read before they are
+/// refused.
+const TOOLS_MAX: usize = 128;
 
 /// A chat to be completed.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
@@ -88,7 +91,7 @@ pub struct ChatCompletionRequest {
     #[serde(default)]
     #[schema(max_items = 0)]
     #[schema(value_type = Option<Vec<Value>>)]
-    pub tools: Option<Vec<IgnoredAny>>,
+    pub tools: Option<Tools>,
     /// The format of the response: text.
     #[serde(default)]
     #[allow(dead_code, reason = "it is checked by being read")]
@@ -192,6 +195,10 @@ impl fmt::Debug for Content {
     }
 }
 
+/// The tools of a chat, which are counted and not kept.
+#[derive(Debug, Clone)]
+pub struct Tools(Vec<IgnoredAny>);
+
 /// One text or several at which generation stops.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stop(pub Vec<String>);
@@ -236,6 +243,13 @@ impl<'de> Visitor<'de> for ContentVisitor {
     fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Content, A::Error> {
         let parts = Bounded::<Part>::new("parts", MESSAGES_MAX).visit_seq(list)?;
         Ok(Content(parts.into_iter().map(|part| part.text).collect()))
+    }
+}
+
+impl<'de> Deserialize<'de> for Tools {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let tools = Bounded::new("tools", TOOLS_MAX);
+        deserializer.deserialize_seq(tools).map(Self)
     }
 }
 
@@ -467,7 +481,7 @@ pub async fn complete(
 /// The request for any provider. A field that would change the response and is
 /// not supported is an error.
 fn chat_request(request: ChatCompletionRequest) -> Result<ChatRequest, Error> {
-    if request.tools.is_some_and(|tools| !tools.is_empty()) {
+    if request.tools.is_some_and(|tools| !tools.0.is_empty()) {
         return Err(Error::invalid("tools", "tools are not supported"));
     }
     if request.n.is_some_and(|count| count != 1) {
@@ -628,6 +642,26 @@ mod tests {
             let error = read(&format!(r#"{{"model": "a", {rest}}}"#)).unwrap_err();
             assert_eq!(error.violation().unwrap().field, field, "{rest}");
         }
+    }
+
+    #[test]
+    fn every_list_is_counted_while_it_is_read() {
+        let list = |entry: &str, count: usize| format!("[{}]", vec![entry; count].join(","));
+        let user = |content: &str| format!(r#"{{"role": "user", "content": {content}}}"#);
+        let refused = |messages: &str, tools: &str| {
+            let text = format!(r#"{{"model": "a", "messages": {messages}, "tools": {tools}}}"#);
+            read(&text).unwrap_err().to_string()
+        };
+        let (one, parts) = (user("\"a\""), r#"{"type": "text", "text": "a"}"#);
+        let none = refused(&list(&one, 1), &list("{}", TOOLS_MAX));
+        assert_eq!(none, "tools: tools are not supported");
+        let tools = refused(&list(&one, 1), &list("{}", TOOLS_MAX + 1));
+        assert!(tools.starts_with("tools: ") && tools.contains("has 129 tools, but"));
+        let messages = refused(&list(&one, MESSAGES_MAX + 1), "[]");
+        assert!(messages.contains("has 4097 entries, but"), "{messages}");
+        let parts = user(&list(parts, MESSAGES_MAX + 1));
+        let parts = refused(&list(&parts, 1), "null");
+        assert!(parts.contains("has 4097 parts, but"), "{parts}");
     }
 
     #[test]

@@ -212,9 +212,10 @@ impl Arrival<'_> {
         let counted = response.extensions_mut().remove::<Counted>().is_some();
         response.extensions_mut().insert(AnswerFor {
             holder,
-            deadline: match streams {
-                true => self.arrived + timeouts.stream,
-                false => self.arrived + timeouts.response,
+            deadline: if streams {
+                self.arrived + timeouts.stream
+            } else {
+                self.arrived + timeouts.response
             },
             counted,
         });

@@ -28,6 +28,7 @@ mod sse;
 mod strict;
 mod texts;
 mod timeouts;
+mod waiting;
 
 pub use origin::Exposure;
 

@@ -83,8 +83,10 @@ static JSON: LazyLock<Bytes> = LazyLock::new(|| {
     document.to_string().into()
 });
 
-/// The endpoint.
+/// The endpoint. The document is made here: on the thread of its first caller it
+/// would keep other calls waiting.
 pub fn routes(stack: &Stack) -> Router<Stack> {
+    LazyLock::force(&JSON);
     Endpoints::new(stack, ErrorFormat::Problem)
         .public("/openapi.json", get(document_as_json))
         .into_router()

@@ -6,11 +6,12 @@ mod responses;
 use std::collections::HashMap;
 
 use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use http::HeaderMap;
 use platform::grpc::Message;
+use prost::Message as _;
 use protocol::inference::log_settings_request::SettingValue as LogSetting;
 use protocol::inference::log_settings_request::setting_value::ParameterChoice as LogValue;
 use protocol::inference::log_settings_response::setting_value::ParameterChoice as LoggedValue;
@@ -154,7 +155,9 @@ pub async fn metadata(context: RequestContext, model: PathModel) -> Result<Respo
     let response = context
         .call::<ModelMetadataResponse>(Method::ModelMetadata, message, &plan)
         .await?;
-    Ok(Json(responses::metadata(&response.message)).into_response())
+    let bytes = response.message.encoded_len();
+    let make = move || responses::metadata(&response.message);
+    Ok(reply::json(&context, HeaderMap::new(), bytes, make).await?)
 }
 
 /// Model readiness
@@ -183,8 +186,9 @@ pub async fn config(context: RequestContext, model: PathModel) -> Result<Respons
     let response = context
         .call::<ModelConfigResponse>(Method::ModelConfig, message, &plan)
         .await?;
-    let config = response.message.config.unwrap_or_default();
-    Ok(Json(responses::config(&config)).into_response())
+    let bytes = response.message.encoded_len();
+    let make = move || responses::config(&response.message.config.unwrap_or_default());
+    Ok(reply::json(&context, HeaderMap::new(), bytes, make).await?)
 }
 
 /// Model statistics

@@ -196,9 +196,10 @@ fn texts(model: &ServedModel, request: &InferRequest) -> Result<Vec<OwnedText>, 
     let bytes_max = model.limits.text_bytes_max;
     if model.task() != Task::Rerank {
         // A token has a byte at least.
-        let lists = match model.takes_ids() {
-            true => request.id_lists(bytes_max)?,
-            false => None,
+        let lists = if model.takes_ids() {
+            request.id_lists(bytes_max)?
+        } else {
+            None
         };
         if let Some(lists) = lists {
             return Ok(lists.into_iter().map(OwnedText::Ids).collect());

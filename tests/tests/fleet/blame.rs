@@ -1,7 +1,6 @@
 //! Whose fault it is: requests on which workers break, deadlines that are short,
 //! and a gateway that was stopped are held against no worker that is well.
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -9,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use fleet_tests::calls::{self, client, infer_by_server_deadline, pixels, texts};
 use fleet_tests::load::Load;
 use fleet_tests::process::{Andon, scratch};
+use fleet_tests::tenants::Tenants;
 use fleet_tests::{Fleet, program, until};
 use protocol::inference::ModelInferRequest;
 use tokio::task::JoinSet;
@@ -23,33 +23,17 @@ struct Fragile {
     gateway: Andon,
     workers: Vec<Andon>,
     key: String,
-    folder: PathBuf,
-}
-
-impl Drop for Fragile {
-    fn drop(&mut self) {
-        // A folder that stays harms nobody.
-        let _ = std::fs::remove_dir_all(&self.folder);
-    }
+    _tenants: Tenants,
 }
 
 impl Fragile {
     /// Starts workers that each have these flags.
     async fn start(flags: [&[&str]; 3]) -> Result<Self> {
-        let folder = scratch("fragile")?;
-        std::fs::create_dir_all(&folder)?;
-        let path = |name: &str| folder.join(name).display().to_string();
         let policy = "anonymous = \"honest\"\n[tenants.honest]\nmodels = [\"*\"]\n\
                       [tenants.other]\nmodels = [\"*\"]\n";
-        std::fs::write(folder.join("policy.toml"), policy)?;
-        std::fs::write(folder.join("keys.toml"), "")?;
-        let output = Command::new(program("andon")?)
-            .args(["keys", "create", "--tenant", "other"])
-            .args(["--keys", &path("keys.toml")])
-            .output()?;
-        ensure!(output.status.success(), "no key");
-        let mut gateway = vec!["--policy".to_owned(), path("policy.toml")];
-        gateway.extend(["--keys".to_owned(), path("keys.toml")]);
+        let tenants = Tenants::of(policy)?;
+        let key = tenants.key("other")?;
+        let mut gateway = Vec::from(tenants.flags());
         let mut workers = Vec::new();
         for flags in flags {
             let flags: Vec<String> = flags.iter().map(|flag| (*flag).to_owned()).collect();
@@ -64,8 +48,8 @@ impl Fragile {
         Ok(Self {
             gateway,
             workers,
-            key: String::from_utf8(output.stdout)?.trim().to_owned(),
-            folder,
+            key,
+            _tenants: tenants,
         })
     }
 

@@ -118,9 +118,10 @@ fn check(made: &Made, turn: Duration) -> Result<()> {
         turn <= TURN_MAX,
         "{door}: a thread was busy for {turn:?}: {made:?}"
     );
-    let most = match made.ok {
-        true => ANSWER_BYTES_MAX,
-        false => ERROR_BYTES_MAX,
+    let most = if made.ok {
+        ANSWER_BYTES_MAX
+    } else {
+        ERROR_BYTES_MAX
     };
     ensure!(made.answered <= most, "{door}: a long answer: {made:?}");
     Ok(())

@@ -20,6 +20,40 @@ const IN_FLIGHT: &str = "128MiB";
 /// what its allocator keeps of them.
 const MEMORY_MAX: u64 = 256 << 20;
 
+/// A gateway over a worker, with little memory for messages in flight.
+struct Bounded {
+    fleet: Fleet,
+    /// What the gateway has at the start.
+    resident: u64,
+}
+
+impl Bounded {
+    async fn start() -> Result<Self> {
+        let flags = [
+            "--bytes-in-flight-max",
+            IN_FLIGHT,
+            "--message-bytes-max",
+            "64MiB",
+        ];
+        let fleet = Fleet::with(1, &[], &flags).await?;
+        let resident = fleet.gateway.resident_bytes()?;
+        Ok(Self { fleet, resident })
+    }
+
+    /// An error if the gateway has had more memory than it may take.
+    fn stayed_within(&self) -> Result<()> {
+        let peak = peak_bytes(&self.fleet.gateway)?;
+        let more = peak.saturating_sub(self.resident);
+        ensure!(more <= MEMORY_MAX, "{} MiB more", more >> 20);
+        Ok(())
+    }
+}
+
+fn web() -> Result<reqwest::Client> {
+    let web = reqwest::Client::builder().no_proxy();
+    Ok(web.timeout(Duration::from_secs(60)).build()?)
+}
+
 /// A body that makes work at the HTTP door.
 struct Body {
     name: &'static str,
@@ -29,9 +63,10 @@ struct Body {
 }
 
 fn body(name: &'static str, path: &'static str, gzip: bool, text: &str) -> Result<Body> {
-    let bytes = match gzip {
-        true => raw::gzip(text.as_bytes())?,
-        false => text.as_bytes().to_vec(),
+    let bytes = if gzip {
+        raw::gzip(text.as_bytes())?
+    } else {
+        text.as_bytes().to_vec()
     };
     Ok(Body {
         name,
@@ -135,17 +170,9 @@ async fn turn(andon: &Andon, call: impl AsyncFn() -> Result<()>) -> Result<Durat
 
 #[tokio::test]
 async fn hostile_bodies_keep_no_thread_of_the_network_busy() -> Result<()> {
-    let flags = [
-        "--bytes-in-flight-max",
-        IN_FLIGHT,
-        "--message-bytes-max",
-        "64MiB",
-    ];
-    let fleet = Fleet::with(1, &[], &flags).await?;
-    let gateway = &fleet.gateway;
-    let web = reqwest::Client::builder().no_proxy();
-    let web = web.timeout(Duration::from_secs(60)).build()?;
-    let resident = gateway.resident_bytes()?;
+    let bounded = Bounded::start().await?;
+    let gateway = &bounded.fleet.gateway;
+    let web = web()?;
     for body in bodies()? {
         let call = async || {
             let url = format!("http://{}{}", gateway.http, body.path);
@@ -170,9 +197,7 @@ async fn hostile_bodies_keep_no_thread_of_the_network_busy() -> Result<()> {
         let turn = turn(gateway, call).await?;
         ensure!(turn <= TURN_MAX, "{}: {turn:?}", body.name);
     }
-    let peak = peak_bytes(gateway)?;
-    let more = peak.saturating_sub(resident) >> 20;
-    ensure!(peak <= resident + MEMORY_MAX, "{more} MiB more");
+    bounded.stayed_within()?;
     let logged = gateway.logged();
     ensure!(!logged.contains("panicked"), "{logged}");
     Ok(())
@@ -182,8 +207,7 @@ async fn hostile_bodies_keep_no_thread_of_the_network_busy() -> Result<()> {
 async fn large_answers_are_written_beside_the_threads_of_the_network() -> Result<()> {
     let fleet = Fleet::start(1).await?;
     let gateway = &fleet.gateway;
-    let web = reqwest::Client::builder().no_proxy();
-    let web = web.timeout(Duration::from_secs(60)).build()?;
+    let web = web()?;
     let texts: Vec<String> = (0..256).map(|number| format!("text {number}")).collect();
     let body = json!({"model": "minilm", "input": texts}).to_string();
     for encoding in ["identity", "gzip"] {
@@ -210,14 +234,8 @@ async fn large_answers_are_written_beside_the_threads_of_the_network() -> Result
 
 #[tokio::test]
 async fn compressed_messages_keep_no_thread_of_the_gateway_busy() -> Result<()> {
-    let flags = [
-        "--bytes-in-flight-max",
-        IN_FLIGHT,
-        "--message-bytes-max",
-        "64MiB",
-    ];
-    let fleet = Fleet::with(1, &[], &flags).await?;
-    let gateway = &fleet.gateway;
+    let bounded = Bounded::start().await?;
+    let gateway = &bounded.fleet.gateway;
     // Special tokens, which are skipped: the answer is short.
     let decode = tei::DecodeRequest {
         ids: vec![0; 4_000_000],
@@ -230,7 +248,6 @@ async fn compressed_messages_keep_no_thread_of_the_gateway_busy() -> Result<()> 
         empty.extend([0, 0, 0, 0xff, 0xff]);
     }
     let empty = raw::framed(&empty, true);
-    let resident = gateway.resident_bytes()?;
     for (name, framed) in [("ids", decode), ("empty blocks", empty)] {
         let path = "/tei.v1.Tokenize/Decode";
         let call = async || {
@@ -245,7 +262,5 @@ async fn compressed_messages_keep_no_thread_of_the_gateway_busy() -> Result<()> 
         let turn = turn(gateway, call).await?;
         ensure!(turn <= TURN_MAX, "{name}: {turn:?}");
     }
-    let more = peak_bytes(gateway)?.saturating_sub(resident);
-    ensure!(more <= MEMORY_MAX, "{} MiB more", more >> 20);
-    Ok(())
+    bounded.stayed_within()
 }

@@ -7,7 +7,6 @@ mod units;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,7 @@ use anyhow::{Context, Result, ensure};
 use fleet_tests::calls::{client, texts};
 use fleet_tests::process::{Andon, scratch};
 use fleet_tests::redis::Redis;
+use fleet_tests::tenants::Tenants;
 use fleet_tests::{program, until};
 use protocol::inference::ModelInferRequest;
 use tokio::task::JoinSet;
@@ -28,14 +28,7 @@ struct QuotaFleet {
     gateways: Vec<Andon>,
     keys: BTreeMap<String, String>,
     worker: Andon,
-    folder: PathBuf,
-}
-
-impl Drop for QuotaFleet {
-    fn drop(&mut self) {
-        // A file that stays harms nobody.
-        let _ = std::fs::remove_dir_all(&self.folder);
-    }
+    tenants: Tenants,
 }
 
 impl QuotaFleet {
@@ -48,33 +41,22 @@ impl QuotaFleet {
 
     /// The same over another worker.
     async fn over(worker: Andon, policy: &str, gateways: usize, flags: &[&str]) -> Result<Self> {
-        let folder = scratch("quota")?;
-        std::fs::create_dir_all(&folder)?;
-        let path = |name: &str| folder.join(name).display().to_string();
-        std::fs::write(folder.join("policy.toml"), policy)?;
-        std::fs::write(folder.join("keys.toml"), "")?;
+        let tenants = Tenants::of(policy)?;
         let mut keys = BTreeMap::new();
         for tenant in ["a", "b"] {
             if policy.contains(&format!("[tenants.{tenant}]")) {
-                let output = Command::new(program("andon")?)
-                    .args(["keys", "create", "--tenant", tenant])
-                    .args(["--keys", &path("keys.toml")])
-                    .output()?;
-                ensure!(output.status.success(), "no key for {tenant}");
-                let key = String::from_utf8(output.stdout)?.trim().to_owned();
-                keys.insert(tenant.to_owned(), key);
+                keys.insert(tenant.to_owned(), tenants.key(tenant)?);
             }
         }
         let mut all: Vec<String> = flags.iter().map(ToString::to_string).collect();
         all.extend(["--worker".to_owned(), worker.grpc.to_string()]);
-        all.extend(["--policy".to_owned(), path("policy.toml")]);
-        all.extend(["--keys".to_owned(), path("keys.toml")]);
+        all.extend(tenants.flags());
         let started = (0..gateways).map(|_| Andon::start("gateway", &all, None));
         let fleet = Self {
             gateways: started.collect::<Result<_>>()?,
             keys,
             worker,
-            folder,
+            tenants,
         };
         for gateway in &fleet.gateways {
             gateway.ready().await?;

@@ -3,20 +3,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
-use protocol::Error;
 use protocol::inference::InferParameter;
 use protocol::inference::infer_parameter::ParameterChoice;
+use protocol::{Error, PARTS_MAX};
 use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// Parameters of a request with those of its inputs and outputs.
-pub const PARAMETERS_MAX: usize = 4096;
-
 /// Parameters by their names.
 pub type Parameters = BTreeMap<String, Parameter>;
 
-/// Reads so many parameters at most.
+/// Reads so many parameters at most: those of a request count with those of its
+/// inputs and outputs.
 struct ParametersUpTo(usize);
 
 impl<'de> DeserializeSeed<'de> for ParametersUpTo {
@@ -38,7 +36,7 @@ impl<'de> Visitor<'de> for ParametersUpTo {
         let mut parameters = Parameters::new();
         while let Some((name, value)) = map.next_entry()? {
             if parameters.len() == self.0 {
-                let reason = format!("a request has at most {PARAMETERS_MAX} parameters");
+                let reason = format!("a request has at most {PARTS_MAX} parameters");
                 return Err(de::Error::custom(reason));
             }
             parameters.insert(name, value);
@@ -123,15 +121,15 @@ impl CountedParameters {
         let Some(text) = text else {
             return Ok(Parameters::new());
         };
-        let left = ParametersUpTo(PARAMETERS_MAX - self.0);
+        let left = ParametersUpTo(PARTS_MAX - self.0);
         let read = left.deserialize(&mut serde_json::Deserializer::from_str(text.get()));
         let read = read.map_err(|error| {
             let error = error.to_string();
-            let reason = match text.get().starts_with('{') {
-                true => error
-                    .rsplit_once(" at line ")
-                    .map_or("", |(reason, _)| reason),
-                false => "must be an object",
+            let reason = if text.get().starts_with('{') {
+                let read = error.rsplit_once(" at line ");
+                read.map_or("", |(reason, _)| reason)
+            } else {
+                "must be an object"
             };
             Error::invalid(format!("{before}parameters"), reason)
         })?;

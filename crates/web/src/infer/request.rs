@@ -8,10 +8,10 @@ use platform::grpc::{BytesHeld, Message, MessageLimits};
 use platform::pool::Cancelled;
 use prost::Message as _;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
-use protocol::Error;
 use protocol::inference::ModelInferRequest;
 use protocol::inference::infer_parameter::ParameterChoice;
 use protocol::inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
+use protocol::{Error, PARTS_MAX};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use tensor::{Datatype, Shape, TensorError};
@@ -22,6 +22,7 @@ use super::super::context::hold;
 use super::super::model_path::PathModel;
 use super::super::schemas::{DatatypeSchema, DimensionSchema, ParameterSchema};
 use super::super::strict::strict;
+use super::super::waiting::while_waiting;
 use super::HEADER_LENGTH;
 use super::json_data::{DataError, capacity, parse_data};
 use super::parameters::{self, CountedParameters, Parameter, boolean, checked};
@@ -32,10 +33,8 @@ const PREFIX_BYTES: usize = 5;
 /// `raw_input_contents` of a `ModelInferRequest`.
 const RAW_CONTENTS: u32 = 7;
 const BINARY_SIZE: &str = "binary_data_size";
-/// Inputs, or outputs, of a request.
-const TENSORS_MAX: usize = 4096;
 /// Dimensions of a tensor.
-const DIMENSIONS_MAX: usize = 16;
+const DIMENSIONS_MAX: usize = Shape::RANK_MAX;
 
 /// An inference request.
 #[derive(Deserialize, ToSchema)]
@@ -52,10 +51,10 @@ pub struct InferRequest<'b> {
     #[schema(value_type = BTreeMap<String, ParameterSchema>)]
     parameters: Option<&'b RawValue>,
     /// The input tensors.
-    #[serde(borrow, deserialize_with = "body::list::<TENSORS_MAX, _, _>")]
+    #[serde(borrow, deserialize_with = "body::list::<PARTS_MAX, _, _>")]
     inputs: Vec<InferInput<'b>>,
     /// The requested outputs; all by default.
-    #[serde(default, borrow, deserialize_with = "body::list::<TENSORS_MAX, _, _>")]
+    #[serde(default, borrow, deserialize_with = "body::list::<PARTS_MAX, _, _>")]
     outputs: Vec<InferRequestedOutput<'b>>,
 }
 
@@ -143,7 +142,7 @@ pub fn parse(
         held: None,
     };
     let json = json.joined(&reading.limits.budget)?;
-    let request: InferRequest<'_> = body::json(&json)?;
+    let request: InferRequest<'_> = while_waiting(reading.cancelled, || body::json(&json))?;
     let mut parsed = ParsedRequest {
         head: ModelInferRequest {
             model_name: model.name.clone(),
@@ -389,7 +388,6 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
-    use super::super::parameters::PARAMETERS_MAX;
     use super::*;
 
     fn model() -> PathModel {
@@ -572,20 +570,20 @@ mod tests {
         };
         let list = |entry: &str, count: usize| vec![entry; count].join(",");
         let one = input("[0]", "{}");
-        let most = format!(r#"{{"inputs": [{}]}}"#, list(&one, TENSORS_MAX));
+        let most = format!(r#"{{"inputs": [{}]}}"#, list(&one, PARTS_MAX));
         let of = |body: &str| parse(received(body.as_bytes(), 1 << 20), None, &model());
-        assert_eq!(of(&most).unwrap().head.inputs.len(), TENSORS_MAX);
+        assert_eq!(of(&most).unwrap().head.inputs.len(), PARTS_MAX);
         let dimensions = format!("[{}]", list("0", DIMENSIONS_MAX + 1));
-        let half = map(0, PARAMETERS_MAX / 2);
+        let half = map(0, PARTS_MAX / 2);
         for (body, field) in [
             (
-                format!(r#"{{"inputs": [{}]}}"#, list(&one, TENSORS_MAX + 1)),
+                format!(r#"{{"inputs": [{}]}}"#, list(&one, PARTS_MAX + 1)),
                 "inputs",
             ),
             (
                 format!(
                     r#"{{"inputs": [], "outputs": [{}]}}"#,
-                    list(r#"{"name": "o"}"#, TENSORS_MAX + 1)
+                    list(r#"{"name": "o"}"#, PARTS_MAX + 1)
                 ),
                 "outputs",
             ),
@@ -596,14 +594,14 @@ mod tests {
             (
                 format!(
                     r#"{{"inputs": [], "parameters": {}}}"#,
-                    map(0, PARAMETERS_MAX + 1)
+                    map(0, PARTS_MAX + 1)
                 ),
                 "parameters",
             ),
             (
                 format!(
                     r#"{{"inputs": [{one}, {}], "parameters": {half}}}"#,
-                    input("[0]", &map(0, PARAMETERS_MAX / 2 + 1))
+                    input("[0]", &map(0, PARTS_MAX / 2 + 1))
                 ),
                 "inputs[1].parameters",
             ),

@@ -173,9 +173,10 @@ impl IdFields {
     }
 
     fn list(&self, index: usize) -> String {
-        match self.single {
-            true => "input".to_owned(),
-            false => format!("input[{index}]"),
+        if self.single {
+            "input".to_owned()
+        } else {
+            format!("input[{index}]")
         }
     }
 

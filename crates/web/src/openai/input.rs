@@ -10,6 +10,7 @@ use utoipa::{PartialSchema, ToSchema};
 
 use super::super::body::reject_rest;
 use super::super::texts::TEXTS_MAX;
+use super::super::waiting;
 
 /// Tokens of one input; the limits of models are lower as a rule.
 pub const TOKENS_MAX: usize = 8192;
@@ -162,6 +163,7 @@ impl<'de> Visitor<'de> for InputVisitor {
                 ElementKind::Tokens => (tokens.len(), "tokens", TOKENS_MAX),
                 _ => (texts.len() + lists.len(), "inputs", TEXTS_MAX),
             };
+            waiting::check::<A::Error>(count)?;
             if count == count_max {
                 reject_rest(&mut list, count, |count| {
                     format!("has {count} {what}, but the maximum is {count_max}")
@@ -215,6 +217,7 @@ impl<'de> Visitor<'de> for ElementKind {
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Element, A::Error> {
         let mut tokens = Vec::new();
         while let Some(token) = list.next_element()? {
+            waiting::check::<A::Error>(tokens.len())?;
             tokens.push(token);
             if tokens.len() == TOKENS_MAX {
                 reject_rest(&mut list, TOKENS_MAX, |count| {

@@ -3,15 +3,14 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use fleet_tests::calls::{Client, client, pixels};
-use fleet_tests::process::{Andon, scratch};
-use fleet_tests::{Fleet, program, until};
+use fleet_tests::process::Andon;
+use fleet_tests::tenants::Tenants;
+use fleet_tests::{Fleet, until};
 use tokio::task::JoinSet;
 
 /// Calls of the honest tenant that may be in flight.
@@ -39,40 +38,22 @@ pub struct Attacked {
     /// The hostile tenant's key.
     pub hostile: String,
     honest: String,
-    folder: PathBuf,
-}
-
-impl Drop for Attacked {
-    fn drop(&mut self) {
-        // Nothing else is in it; a file that stays harms nobody.
-        let _ = std::fs::remove_dir_all(&self.folder);
-    }
+    _tenants: Tenants,
 }
 
 impl Attacked {
     /// Starts the processes, the gateway with further flags.
     pub async fn start(flags: &[&str]) -> Result<Self> {
-        let folder = scratch("chaos")?;
-        std::fs::create_dir_all(&folder)?;
-        let path = |name: &str| folder.join(name).display().to_string();
-        let (policy, keys) = (path("policy.toml"), path("keys.toml"));
-        std::fs::write(&policy, POLICY)?;
-        std::fs::write(&keys, "")?;
-        let key = |tenant: &str| -> Result<String> {
-            let created = Command::new(program("andon")?)
-                .args(["keys", "create", "--tenant", tenant, "--keys", &keys])
-                .output()?;
-            ensure!(created.status.success(), "no key could be made");
-            Ok(String::from_utf8(created.stdout)?.trim().to_owned())
-        };
-        let (honest, hostile) = (key("honest")?, key("hostile")?);
-        let flags = [&["--policy", &*policy, "--keys", &keys], flags].concat();
+        let tenants = Tenants::of(POLICY)?;
+        let (honest, hostile) = (tenants.key("honest")?, tenants.key("hostile")?);
+        let own = tenants.flags();
+        let flags = [&own.each_ref().map(String::as_str)[..], flags].concat();
         let fleet = Fleet::with(3, &[], &flags).await?;
         Ok(Self {
             fleet,
             hostile,
             honest,
-            folder,
+            _tenants: tenants,
         })
     }
 

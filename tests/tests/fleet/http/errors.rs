@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fleet_tests::calls::{call, client, pixels, texts};
-use fleet_tests::process::{Andon, free_port, scratch};
+use fleet_tests::process::{Andon, free_port};
+use fleet_tests::tenants::Tenants;
 use fleet_tests::{Fleet, program, until};
 use platform::grpc::code_name;
 use protocol::inference::infer_parameter::ParameterChoice;
@@ -487,19 +488,11 @@ const POLICY: &str = r#"
 
 #[tokio::test]
 async fn a_caller_without_permission_fails_alike_at_both_doors() -> Result<()> {
-    let folder = scratch("doors")?;
-    std::fs::create_dir_all(&folder)?;
-    let path = |name: &str| folder.join(name).display().to_string();
-    std::fs::write(folder.join("policy.toml"), POLICY)?;
-    std::fs::write(folder.join("keys.toml"), "")?;
-    let (policy, keys) = (path("policy.toml"), path("keys.toml"));
-    let made = Command::new(program("andon")?)
-        .args(["keys", "create", "--tenant", "a", "--keys", &keys])
-        .output()?;
-    ensure!(made.status.success(), "{made:?}");
-    let key = String::from_utf8(made.stdout)?.trim().to_owned();
+    let tenants = Tenants::of(POLICY)?;
+    let key = tenants.key("a")?;
     let worker = echo("0s")?;
-    let gateway = gateway(worker.grpc, &["--policy", &policy, "--keys", &keys]).await?;
+    let flags = tenants.flags();
+    let gateway = gateway(worker.grpc, &flags.each_ref().map(String::as_str)).await?;
     gateway.ready().await?;
     let request = echoed();
     let expected = without_field(Code::Unauthenticated);
@@ -554,5 +547,5 @@ async fn a_caller_without_permission_fails_alike_at_both_doors() -> Result<()> {
         get(gateway.http, "/v2/health/ready").await?.status == 200,
         "not ready"
     );
-    std::fs::remove_dir_all(&folder).context("the folder stays")
+    Ok(())
 }

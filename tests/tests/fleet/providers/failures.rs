@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use fleet_tests::process::{free_port, scratch};
+use fleet_tests::tenants::Tenants;
 use fleet_tests::{calls, program, until};
 use protocol::inference::ModelReadyRequest;
 use serde_json::json;
@@ -270,21 +271,13 @@ async fn calls_over_the_cap_are_refused_at_once() -> Result<()> {
 async fn one_tenant_has_half_of_a_providers_calls() -> Result<()> {
     let slow = ResponseTemplate::new(200).set_delay(Duration::from_secs(300));
     let server = answering(slow).await;
-    let folder = scratch("shares")?;
-    std::fs::create_dir_all(&folder)?;
-    let path = |name: &str| folder.join(name).display().to_string();
     let policy = "anonymous = \"guest\"\n[tenants.guest]\nmodels = [\"*\"]\n\
                   [tenants.other]\nmodels = [\"*\"]\n";
-    std::fs::write(folder.join("policy.toml"), policy)?;
-    std::fs::write(folder.join("keys.toml"), "")?;
-    let output = Command::new(program("andon")?)
-        .args(["keys", "create", "--tenant", "other"])
-        .args(["--keys", &path("keys.toml")])
-        .output()?;
-    let key = String::from_utf8(output.stdout)?.trim().to_owned();
+    let tenants = Tenants::of(policy)?;
+    let key = tenants.key("other")?;
     let catalogue = embedding("small", &server, "concurrency_max = 2\ntimeout = \"60s\"");
-    let (policy, keys) = (path("policy.toml"), path("keys.toml"));
-    let flags = ["--policy", &policy, "--keys", &keys];
+    let flags = tenants.flags();
+    let flags = flags.each_ref().map(String::as_str);
     let outside = Outside::with(&catalogue, &flags).await?;
     let in_flight = async |count: usize| {
         until(TIMEOUT, "the calls are in flight", || async {
@@ -306,12 +299,10 @@ async fn one_tenant_has_half_of_a_providers_calls() -> Result<()> {
             both = in_flight(2) => both,
         }
     };
-    let checked = tokio::select! {
+    tokio::select! {
         _ = first => anyhow::bail!("the first succeeded"),
         checked = checks => checked,
-    };
-    std::fs::remove_dir_all(&folder)?;
-    checked
+    }
 }
 
 #[tokio::test]

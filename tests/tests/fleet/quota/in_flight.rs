@@ -175,7 +175,7 @@ async fn a_limit_that_shrinks_takes_hold_under_load() -> Result<()> {
         })
         .await?;
         let policy = tenant("a", "in_flight = 4") + "[limits]\nreplicas = 2\n";
-        std::fs::write(fleet.folder.join("policy.toml"), policy)?;
+        std::fs::write(fleet.tenants.policy(), policy)?;
         // Both gateways refuse, and what was over the limit has ended.
         let refused = "andon_gateway_limited_total{limit=\"in_flight\"}";
         let shrunk = || async {

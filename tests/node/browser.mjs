@@ -6,7 +6,7 @@
 //
 // Both servers must serve `minilm`: the first asks nobody for a key, the second
 // takes that of the file. Swagger UI resolves the whole document for each
-// operation that is opened, which takes seconds: one of each group and method is
+// operation that is opened, which takes its time: one of each group and method is
 // opened, or all.
 
 import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync } from "node:fs";

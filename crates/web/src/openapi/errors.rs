@@ -35,83 +35,145 @@ impl AppliesTo {
     }
 }
 
-/// Every error response: its operations, status and description.
-const ERRORS: [(AppliesTo, u16, &str); 14] = [
+/// Every error response: its operations, status, name and description.
+const ERRORS: [(AppliesTo, u16, &str, &str); 14] = [
     (
         AppliesTo::All,
         400,
+        "BadRequest",
         "A field is invalid; the error names it",
     ),
     (
         AppliesTo::Authenticated,
         401,
+        "Unauthorized",
         "The credential is missing or unknown",
     ),
     (
         AppliesTo::Authenticated,
         403,
+        "Forbidden",
         "The caller is not allowed to do this",
     ),
     (
         AppliesTo::Models,
         404,
+        "NotFound",
         "The model does not exist or is not ready",
     ),
     (
         AppliesTo::All,
         405,
+        "MethodNotAllowed",
         "The method is not allowed; Allow has the methods of the path",
     ),
-    (AppliesTo::Bodies, 413, "The body is too large"),
+    (
+        AppliesTo::Bodies,
+        413,
+        "ContentTooLarge",
+        "The body is too large",
+    ),
     (
         AppliesTo::Bodies,
         415,
+        "Unsupported",
         "The content encoding is not supported",
     ),
     (
         AppliesTo::Authenticated,
         429,
+        "TooManyRequests",
         "A quota or rate limit of the caller is exceeded; retry after Retry-After",
     ),
     (
         AppliesTo::All,
         431,
+        "HeadersTooLarge",
         "The headers are too large; the response has no body",
     ),
-    (AppliesTo::Bodies, 499, "The client closed the request"),
-    (AppliesTo::All, 500, "Internal error"),
+    (
+        AppliesTo::Bodies,
+        499,
+        "ClientClosedRequest",
+        "The client closed the request",
+    ),
+    (AppliesTo::All, 500, "InternalServerError", "Internal error"),
     (
         AppliesTo::Models,
         501,
+        "NotImplemented",
         "The model or its server does not support this",
     ),
     (
         AppliesTo::All,
         503,
+        "ServiceUnavailable",
         "Overloaded, or no worker or service with the model is available; retry after Retry-After, if it is given",
     ),
     (
         AppliesTo::All,
         504,
+        "GatewayTimeout",
         "The timeout of the caller or of the server passed",
     ),
 ];
 
-/// The error responses of an operation, by status.
-pub(super) fn responses(traits: Traits<'_>) -> Vec<(u16, Response)> {
+/// An error response of an operation.
+pub(super) struct ErrorResponse {
+    pub(super) status: u16,
+    /// Its name among the components, the same for operations with the same response.
+    pub(super) name: String,
+    /// The response without its headers.
+    pub(super) response: Response,
+}
+
+/// The error responses of an operation.
+pub(super) fn responses(traits: Traits<'_>) -> Vec<ErrorResponse> {
     let applying = ERRORS.iter().filter(|(to, ..)| to.includes(traits));
     applying
-        .map(|(_, status, description)| (*status, response(traits, *status, description)))
+        .map(|&(_, status, name, description)| {
+            let error = error(traits, status);
+            ErrorResponse {
+                status,
+                name: match &error {
+                    Some(error) => component(traits, name, error),
+                    None => name.to_owned(),
+                },
+                response: response(traits, status, error.as_ref())
+                    .description(description)
+                    .build(),
+            }
+        })
         .collect()
 }
 
-fn response(traits: Traits<'_>, status: u16, description: &str) -> Response {
-    let response = ResponseBuilder::new().description(description);
-    let (Some(error), Ok(status)) = (error(traits, status), StatusCode::from_u16(status)) else {
-        return response.build();
+/// The name of a response with a body: operations have errors in two formats, and
+/// their examples are about different fields.
+fn component(traits: Traits<'_>, name: &str, error: &Error) -> String {
+    let format = match traits.format {
+        ErrorFormat::OpenAi => "OpenAi",
+        ErrorFormat::Problem => "",
+    };
+    let field = error.field().map(|field| words(field.as_str()));
+    format!("{format}{name}{}", field.unwrap_or_default())
+}
+
+/// The words of a field's path: `InputsShape` of `inputs[0].shape`.
+fn words(field: &str) -> String {
+    field
+        .split(|letter: char| !letter.is_ascii_alphabetic())
+        .filter_map(|word| word.split_at_checked(1))
+        .map(|(first, rest)| first.to_ascii_uppercase() + rest)
+        .collect()
+}
+
+fn response(traits: Traits<'_>, status: u16, error: Option<&Error>) -> ResponseBuilder {
+    let response = ResponseBuilder::new();
+    let (Some(error), Ok(status)) = (error, StatusCode::from_u16(status)) else {
+        return response;
     };
     let id = RequestId(HeaderValue::from_static("3f1c9a52f3c84f0d9d35a1f0a4f1c2d7"));
-    let example = traits.format.body(&error, status, &id);
+    let example = traits.format.body(error, status, &id);
     let (kind, schema) = match traits.format {
         ErrorFormat::OpenAi => ("application/json", "OpenAiError"),
         ErrorFormat::Problem => ("application/problem+json", "Problem"),
@@ -120,7 +182,7 @@ fn response(traits: Traits<'_>, status: u16, description: &str) -> Response {
         .schema(Some(Ref::from_schema_name(schema)))
         .example(Some(example))
         .build();
-    response.content(kind, content).build()
+    response.content(kind, content)
 }
 
 /// An example for a status; none for a response without a body.
@@ -195,14 +257,19 @@ fn unknown_model(traits: Traits<'_>) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use serde_json::Value;
 
-    use super::super::document;
+    use super::super::shared::tests::resolved;
+    use super::super::{document, operations};
+    use super::*;
 
     /// The example of an operation's error response.
     fn example(path: &str, method: &str, status: &str) -> Value {
         let document = serde_json::to_value(document()).unwrap();
         let response = &document["paths"][path][method]["responses"][status];
+        let response = resolved(&document, response);
         let content = response["content"].as_object().unwrap();
         content.values().next().unwrap()["example"].clone()
     }
@@ -237,5 +304,23 @@ mod tests {
         assert_eq!(response["error"]["param"], "input[1]");
         let response = example("/v1/models/{model}", "get", "400");
         assert_eq!(response["error"]["param"], "model");
+    }
+
+    #[test]
+    fn a_name_stands_for_one_response() {
+        let mut named = BTreeMap::new();
+        for (path, mut item) in document().paths.paths {
+            for operation in operations(&mut item) {
+                for error in responses(Traits::of(&path, operation)) {
+                    let response = serde_json::to_value(&error.response).unwrap();
+                    let part = (error.status, response);
+                    let first = named.entry(error.name).or_insert_with(|| part.clone());
+                    assert_eq!(*first, part, "{path}");
+                }
+            }
+        }
+        assert!(named.contains_key("OpenAiTooManyRequests"));
+        assert!(named.contains_key("BadRequestInputsShape"));
+        assert!(named.contains_key("NotFoundModelName"));
     }
 }

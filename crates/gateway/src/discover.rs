@@ -425,7 +425,11 @@ async fn poll_index(
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
+    use platform::memory::{Acceptor, pair};
     use platform::metrics::Metrics;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
     use super::*;
 
@@ -483,5 +487,68 @@ mod tests {
         let discovery = discovery(&["a"]);
         tokio::time::advance(REPORT_TIMEOUT).await;
         assert!(!discovery.excuses(&upstream(&discovery, "a")));
+    }
+
+    /// Takes a request and sends one report without a field, in the frames of HTTP/2.
+    async fn report(io: &mut DuplexStream) -> std::io::Result<()> {
+        const HEADERS: u8 = 1;
+        let mut preface = [0; 24];
+        io.read_exact(&mut preface).await?;
+        let mut kind = 0;
+        while kind != HEADERS {
+            let mut head = [0; 9];
+            io.read_exact(&mut head).await?;
+            kind = head[3];
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            io.read_exact(&mut vec![0; length as usize]).await?;
+        }
+        // The settings, the status 200 of the first stream, and its message.
+        io.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await?;
+        io.write_all(&[0, 0, 1, 1, 4, 0, 0, 0, 1, 0x88]).await?;
+        io.write_all(&[0, 0, 5, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0])
+            .await
+    }
+
+    /// A server that is silent after its first report, and keeps its connections.
+    fn silent_server(mut acceptor: Acceptor) -> OwnedTask {
+        spawn_owned(async move {
+            let mut open = Vec::new();
+            while let Some(mut io) = acceptor.accept().await {
+                report(&mut io).await.unwrap();
+                open.push(io);
+            }
+        })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_of_this_process_is_never_declared_silent() {
+        let (connector, acceptor) = pair();
+        let _server = silent_server(acceptor);
+        let metrics = UpstreamMetrics::register(&Metrics::default());
+        let worker = |target| Upstream::new(target, metrics.of("a".to_owned()), Starvation::none());
+        let opened = Cell::new(0);
+        let changed = || opened.set(opened.get() + 1);
+        // Another worker that behaves so is declared silent at the timeout.
+        let memory = Target::Memory(connector);
+        let channel = Channel::connect(&memory, CONNECT_TIMEOUT).await.unwrap();
+        let other = worker(Target::Tcp("a".to_owned()));
+        let begun = Instant::now();
+        let silent = watch_reports(&other, &channel, &changed).await.unwrap_err();
+        assert_eq!(silent.code(), Code::DeadlineExceeded);
+        assert_eq!(begun.elapsed().as_secs(), REPORT_TIMEOUT.as_secs());
+        assert_eq!(opened.get(), 1, "the first report came");
+
+        let day = Duration::from_secs(24 * 3600);
+        let own = worker(memory);
+        let asked = Cell::new(false);
+        let excused = || {
+            asked.set(true);
+            false
+        };
+        let followed = tokio::time::timeout(day, follow(&own, &changed, &excused)).await;
+        assert!(followed.is_err(), "it is lost: {followed:?}");
+        assert!(!asked.get(), "nobody asks for an excuse");
+        assert_eq!(opened.get(), 2, "its first report came");
+        assert!(own.silence() >= day - REPORT_TIMEOUT);
     }
 }

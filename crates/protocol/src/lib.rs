@@ -4,6 +4,8 @@
 mod error;
 mod field;
 mod ids;
+#[cfg(test)]
+mod linear;
 mod method;
 mod outline;
 mod peek;

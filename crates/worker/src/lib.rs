@@ -3,6 +3,8 @@
 mod device;
 mod error;
 mod infer;
+#[cfg(test)]
+mod linear;
 mod metrics;
 mod model;
 mod queue;

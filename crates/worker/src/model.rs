@@ -512,3 +512,39 @@ fn warm_up(model: &mut Model) -> Result<(), EngineError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linear::{self, doubles};
+
+    /// Pairs of one query.
+    fn ranked(query: &str, texts: usize) -> Texts {
+        let query: Arc<str> = query.into();
+        let pair = |_| OwnedText::Pair(query.clone(), "a candle".into());
+        Texts {
+            texts: (0..texts).map(pair).collect(),
+            output: TextOutput::Logits,
+            truncation: Truncation::Right,
+        }
+    }
+
+    #[test]
+    fn twice_a_rerank_is_tokenized_in_twice_the_time() {
+        let model = linear::model("bert-rerank");
+        let tokenizer = model.tokenizer.clone().unwrap();
+        let read = |request: Texts| {
+            let most = model.row_bytes(&request.texts);
+            let (rows, _) = tokenize(&tokenizer, &request, &Cancelled::never()).unwrap();
+            let tokens: usize = rows.iter().map(|(row, _)| row.ids.len()).sum();
+            assert!(tokens * TOKEN_BYTES <= most, "{tokens} tokens");
+            assert!(request.bytes() > 0 && rows.len() == request.texts.len());
+        };
+        doubles("texts", 10_000, |n| ranked("a lantern", n), read);
+        let long = |n: usize| ranked(&"a lantern ".repeat(n), 4);
+        doubles("a long query", 20_000, long, read);
+        // If each text read the query again, both would take four times as long.
+        let both = |n: usize| ranked(&"a lantern ".repeat(n), n);
+        doubles("texts and a long query", 10_000, both, read);
+    }
+}

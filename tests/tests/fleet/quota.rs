@@ -3,6 +3,7 @@
 
 mod in_flight;
 mod lanes;
+mod shares;
 mod units;
 
 use std::collections::BTreeMap;

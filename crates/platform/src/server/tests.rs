@@ -1,6 +1,8 @@
 //! The limits of ports, as peers meet them: raw HTTP/2 over pipes within the
 //! process, on a clock that is paused.
 
+mod unread;
+
 use std::time::Duration;
 
 use axum::Router;

@@ -342,3 +342,41 @@ pub fn tokenizer(model: &ServedModel) -> Result<Arc<Tokenizer>, Error> {
         Error::invalid(MODEL_KEY, reason)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::Message;
+
+    use super::*;
+    use crate::linear::{self, doubles};
+
+    /// The bytes of a request.
+    fn ranked(query: &str, texts: usize) -> bytes::Bytes {
+        let request = tei::RerankRequest {
+            query: query.to_owned(),
+            texts: vec!["a candle".to_owned(); texts],
+            ..Default::default()
+        };
+        request.encode_to_vec().into()
+    }
+
+    #[test]
+    fn twice_a_rerank_is_read_in_twice_the_time() {
+        let model = linear::model("bert-rerank");
+        let read = |message: bytes::Bytes| {
+            let rows = Method::Rerank.outline(&message).unwrap().rows;
+            let request = tei::RerankRequest::decode(message).unwrap();
+            let texts = request.texts.into_iter().map(Arc::from).collect();
+            let texts = TextsField::Ranked(request.query.into(), texts);
+            assert_eq!(texts.count() as u64, rows);
+            let pairs = texts.prepared(&model, None).unwrap();
+            assert_eq!(pairs.len() as u64, rows);
+        };
+        doubles("texts", 50_000, |n| ranked("a lantern", n), read);
+        let long = |n: usize| ranked(&"\u{fc}".repeat(n), 1);
+        doubles("a long query", 2 << 20, long, read);
+        // If each text copied the query, both would take four times as long.
+        let both = |n: usize| ranked(&"\u{fc}".repeat(20 * n), n);
+        doubles("texts and a long query", 20_000, both, read);
+    }
+}

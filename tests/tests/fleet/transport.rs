@@ -59,16 +59,22 @@ async fn silent_and_foreign_peers_are_closed() -> Result<()> {
 
 #[tokio::test]
 async fn pages_of_other_sites_change_nothing() -> Result<()> {
-    let fleet = Fleet::start(1).await?;
+    let fleet = Fleet::with(1, &[], &["--cors-origin", "https://pages.example"]).await?;
     let web = reqwest::Client::builder().no_proxy().build()?;
-    let status = async |path: &str, site: &str| -> Result<u16> {
+    let status = async |path: &str, header: [&str; 2]| -> Result<u16> {
         let url = format!("http://{}{path}", fleet.gateway.http);
-        let response = web.post(url).header("sec-fetch-site", site).send().await?;
+        let response = web.post(url).header(header[0], header[1]).send().await?;
         Ok(response.status().as_u16())
     };
-    for site in ["cross-site", "same-site"] {
-        let found = status("/v2/repository/models/digits/unload", site).await?;
-        ensure!(found == 403, "{site}: {found}");
+    for header in [
+        ["sec-fetch-site", "cross-site"],
+        ["sec-fetch-site", "same-site"],
+        ["origin", "https://other.example"],
+        ["origin", "null"],
+        ["host", "rebound.example"],
+    ] {
+        let found = status("/v2/repository/models/digits/unload", header).await?;
+        ensure!(found == 403, "{header:?}: {found}");
     }
     infer(
         &client(fleet.gateway.grpc).await?,
@@ -76,8 +82,15 @@ async fn pages_of_other_sites_change_nothing() -> Result<()> {
         Duration::from_secs(5),
     )
     .await?;
-    let found = status("/v2/repository/index", "same-origin").await?;
-    ensure!(found == 200, "{found}");
+    let own = format!("http://{}", fleet.gateway.http);
+    for header in [
+        ["sec-fetch-site", "same-origin"],
+        ["origin", "https://pages.example"],
+        ["origin", &own],
+    ] {
+        let found = status("/v2/repository/index", header).await?;
+        ensure!(found == 200, "{header:?}: {found}");
+    }
     Ok(())
 }
 

@@ -5,10 +5,10 @@
 //! circuit only while no other caller has a use for it: where several call,
 //! the calls of two of them must fail with no success between.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use ahash::RandomState;
 use tokio::time::Instant;
 
 use crate::pot::Holder;
@@ -44,6 +44,7 @@ pub struct CircuitBreaker {
     /// The number of the caller whose calls failed since the last success,
     /// [`NOBODY`] or [`SEVERAL`].
     failing: AtomicU64,
+    hasher: RandomState,
     born: Instant,
 }
 
@@ -57,6 +58,7 @@ impl Default for CircuitBreaker {
             caller: AtomicU64::new(NOBODY),
             several_us: AtomicU64::new(0),
             failing: AtomicU64::new(NOBODY),
+            hasher: RandomState::new(),
             born: Instant::now(),
         }
     }
@@ -123,7 +125,7 @@ impl CircuitBreaker {
 
     /// A call of a caller goes.
     pub fn called_by(&self, caller: &Holder) {
-        let caller = number(caller);
+        let caller = self.number(caller);
         let last = self.caller.load(Ordering::Relaxed);
         if last == caller {
             return;
@@ -138,7 +140,7 @@ impl CircuitBreaker {
     /// [`Self::failed`], unless there are other callers and only the calls of
     /// this one failed since the last success.
     pub fn failed_by(&self, caller: &Holder) -> Option<Duration> {
-        let caller = number(caller);
+        let caller = self.number(caller);
         let failing = match self.failing.load(Ordering::Relaxed) {
             NOBODY => caller,
             failing if failing == caller => caller,
@@ -150,6 +152,11 @@ impl CircuitBreaker {
             return None;
         }
         self.failed()
+    }
+
+    fn number(&self, caller: &Holder) -> u64 {
+        let number = self.hasher.hash_one(caller);
+        number.clamp(NOBODY + 1, SEVERAL - 1)
     }
 
     fn has_several_callers(&self) -> bool {
@@ -190,13 +197,6 @@ impl CircuitBreaker {
     fn now_us(&self) -> u64 {
         u64::try_from(self.born.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
-}
-
-/// The number of a caller.
-fn number(caller: &Holder) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    caller.hash(&mut hasher);
-    hasher.finish().clamp(NOBODY + 1, SEVERAL - 1)
 }
 
 #[cfg(test)]

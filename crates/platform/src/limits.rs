@@ -1,7 +1,6 @@
 //! What the messages of a process may take together: bytes, time and work.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use tonic::{Code, Status};
@@ -25,24 +24,32 @@ pub type BytesHeld = Held;
 /// holder. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct ByteBudget {
-    pot: Pot,
+    shared: Arc<SharedBudget>,
     holder: Holder,
+}
+
+#[derive(Debug)]
+struct SharedBudget {
+    pot: Pot,
     full: Option<Bound>,
 }
 
 impl ByteBudget {
     /// A budget of `bytes_max` bytes.
     pub fn new(bytes_max: usize) -> Self {
+        Self::of(Pot::new(bytes_max), None)
+    }
+
+    fn of(pot: Pot, full: Option<Bound>) -> Self {
         Self {
-            pot: Pot::new(bytes_max),
+            shared: Arc::new(SharedBudget { pot, full }),
             holder: Holder::Own,
-            full: None,
         }
     }
 
     /// Bytes in flight now.
     pub fn used(&self) -> usize {
-        self.pot.used()
+        self.shared.pot.used()
     }
 
     /// Takes bytes from the budget for its holder, or fails at once: to wait would
@@ -56,7 +63,7 @@ impl ByteBudget {
 
     /// The same; a holding that may grow.
     pub fn hold(&self, bytes: usize) -> Result<BytesHeld, Status> {
-        let held = self.pot.take(&self.holder, bytes);
+        let held = self.shared.pot.take(&self.holder, bytes);
         held.map_err(|full| self.refuse(full))
     }
 
@@ -66,7 +73,7 @@ impl ByteBudget {
     }
 
     fn count_refused(&self) {
-        if let Some(bound) = &self.full {
+        if let Some(bound) = &self.shared.full {
             bound.reached();
         }
     }
@@ -92,14 +99,16 @@ pub struct MessageLimits {
     pub message_bytes_max: usize,
     /// The bytes of all messages in flight together.
     pub budget: ByteBudget,
-    /// Messages rejected for their size or by the budget.
-    pub refused: Arc<AtomicU64>,
     /// How fast a message that has begun must arrive.
     pub pace: Pace,
-    /// Where large messages are decompressed; where they arrive without it.
-    pub pool: Option<WorkPool>,
-    /// Counts messages that arrive too slowly, and answers that are read so.
-    pub slow: Option<Bound>,
+    shared: Arc<SharedLimits>,
+}
+
+/// What all clones have in common: each call makes several.
+#[derive(Debug, Default)]
+struct SharedLimits {
+    pool: Option<WorkPool>,
+    slow: Option<Bound>,
 }
 
 impl MessageLimits {
@@ -108,10 +117,8 @@ impl MessageLimits {
         Self {
             message_bytes_max,
             budget: ByteBudget::new(bytes_in_flight_max.max(message_bytes_max)),
-            refused: Arc::default(),
             pace: Pace::default(),
-            pool: None,
-            slow: None,
+            shared: Arc::default(),
         }
     }
 
@@ -119,10 +126,13 @@ impl MessageLimits {
     /// its threads for work.
     #[must_use]
     pub fn with(mut self, pace: Pace, metrics: &Metrics, pool: &WorkPool) -> Self {
-        self.budget.full = Some(metrics.bound("--bytes-in-flight-max"));
-        self.slow = Some(metrics.bound("--transfer-rate-min"));
+        let full = metrics.bound("--bytes-in-flight-max");
+        self.budget = ByteBudget::of(self.budget.shared.pot.clone(), Some(full));
         self.pace = pace;
-        self.pool = Some(pool.clone());
+        self.shared = Arc::new(SharedLimits {
+            pool: Some(pool.clone()),
+            slow: Some(metrics.bound("--transfer-rate-min")),
+        });
         self
     }
 
@@ -146,7 +156,7 @@ impl MessageLimits {
     /// Counts bytes as in flight for a holder, which need not be that of the
     /// limits.
     pub fn hold_for(&self, holder: &Holder, bytes: usize) -> Result<BytesHeld, PotFull> {
-        let held = self.budget.pot.take(holder, bytes);
+        let held = self.budget.shared.pot.take(holder, bytes);
         held.inspect_err(|_| self.budget.count_refused())
     }
 
@@ -157,7 +167,7 @@ impl MessageLimits {
         bytes: usize,
         work: impl FnOnce(&Cancelled) -> T + Send + 'static,
     ) -> Result<T, Status> {
-        let pool = self.pool.as_ref().filter(|_| bytes > INLINE_BYTES);
+        let pool = self.shared.pool.as_ref().filter(|_| bytes > INLINE_BYTES);
         let Some(pool) = pool else {
             return Ok(work(&Cancelled::never()));
         };
@@ -170,7 +180,7 @@ impl MessageLimits {
 
     /// Counts a message that arrived too slowly, or an answer that was read so.
     pub fn too_slow(&self) {
-        if let Some(bound) = &self.slow {
+        if let Some(bound) = &self.shared.slow {
             bound.reached();
         }
     }

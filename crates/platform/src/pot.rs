@@ -5,11 +5,13 @@
 //! its share: the capacity divided by the holders. So a flood of one leaves room
 //! for the others, and what is free is never kept from a holder that is alone.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ahash::AHashMap;
 use tokio::time::Instant;
 
 /// A holder that holds nothing counts for so long after its last attempt to
@@ -73,9 +75,17 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Accounts {
     used: usize,
-    holders: HashMap<Holder, Account>,
-    /// Holders that held nothing when they were put here.
-    idle: VecDeque<Holder>,
+    /// Every call takes and gives back several times: holders are hashed fast,
+    /// with a key that callers do not know.
+    holders: AHashMap<Holder, Account>,
+    idle: VecDeque<Idle>,
+}
+
+/// A holder that held nothing when it was put here.
+#[derive(Debug)]
+struct Idle {
+    holder: Holder,
+    since: Instant,
 }
 
 #[derive(Debug, Default)]
@@ -148,18 +158,21 @@ impl Inner {
         let mut guard = self.lock();
         let accounts = &mut *guard;
         accounts.forget(now);
-        let known = accounts.holders.contains_key(holder);
-        let holder = if known || accounts.holders.len() < HOLDERS_MAX {
-            holder.clone()
+        let many = accounts.holders.len() >= HOLDERS_MAX;
+        let holder = if many && !accounts.holders.contains_key(holder) {
+            &Holder::Others
         } else {
-            Holder::Others
+            holder
         };
+        let used = accounts.used.saturating_add(amount);
+        let count = accounts.holders.len();
         // Who is refused counts as well: others leave it its share.
-        let account = accounts.holders.entry(holder.clone()).or_default();
+        let (account, count) = match accounts.holders.entry(holder.clone()) {
+            Entry::Occupied(known) => (known.into_mut(), count),
+            Entry::Vacant(new) => (new.insert(Account::default()), count + 1),
+        };
         account.seen = Some(now);
         let held = account.held.saturating_add(amount);
-        let count = accounts.holders.len();
-        let used = accounts.used.saturating_add(amount);
         let full = if used > self.capacity {
             Some(PotFull::Whole)
         } else if count > 1 && used > self.capacity / 2 && held > self.capacity / count {
@@ -167,56 +180,58 @@ impl Inner {
         } else {
             None
         };
-        if let Some(full) = full {
-            accounts.rest(&holder);
-            return Err(full);
-        }
-        accounts.used = used;
-        if let Some(account) = accounts.holders.get_mut(&holder) {
+        if full.is_none() {
+            accounts.used = used;
             account.held = held;
         }
-        accounts.rest(&holder);
-        Ok(holder)
+        account.rest(holder, &mut accounts.idle);
+        full.map_or_else(|| Ok(holder.clone()), Err)
     }
 
     fn give_back(&self, holder: &Holder, amount: usize) {
-        let mut accounts = self.lock();
+        let mut guard = self.lock();
+        let accounts = &mut *guard;
         accounts.used = accounts.used.saturating_sub(amount);
         if let Some(account) = accounts.holders.get_mut(holder) {
             account.held = account.held.saturating_sub(amount);
+            account.rest(holder, &mut accounts.idle);
         }
-        accounts.rest(holder);
+    }
+}
+
+impl Account {
+    /// Notes that its holder holds nothing, if so.
+    fn rest(&mut self, holder: &Holder, idle: &mut VecDeque<Idle>) {
+        if self.held == 0 && !self.idle {
+            self.idle = true;
+            // It has tried to take before.
+            let since = self.seen.unwrap_or_else(Instant::now);
+            let holder = holder.clone();
+            idle.push_back(Idle { holder, since });
+        }
     }
 }
 
 impl Accounts {
-    /// Notes that a holder holds nothing, if so.
-    fn rest(&mut self, holder: &Holder) {
-        if let Some(account) = self.holders.get_mut(holder)
-            && account.held == 0
-            && !account.idle
-        {
-            account.idle = true;
-            self.idle.push_back(holder.clone());
-        }
-    }
-
     /// Removes the holders that have held nothing for long. Each stands in the
     /// queue once, so that an attempt to take needs constant time on average.
     fn forget(&mut self, now: Instant) {
-        while let Some(holder) = self.idle.front() {
-            if let Some(account) = self.holders.get_mut(holder) {
-                let recent = |seen| now.duration_since(seen) < REMEMBERED;
-                if account.held > 0 {
-                    account.idle = false;
-                } else if account.seen.is_some_and(recent) {
-                    // It may have been seen since it was put here.
-                    return self.idle.rotate_left(1);
-                } else {
-                    self.holders.remove(holder);
-                }
+        let recent = |since: Instant| now.duration_since(since) < REMEMBERED;
+        while self.idle.front().is_some_and(|idle| !recent(idle.since)) {
+            let Some(Idle { holder, .. }) = self.idle.pop_front() else {
+                return;
+            };
+            let Some(account) = self.holders.get_mut(&holder) else {
+                continue;
+            };
+            if account.held > 0 {
+                account.idle = false;
+            } else if let Some(since) = account.seen.filter(|seen| recent(*seen)) {
+                // It has been seen since it was put here.
+                self.idle.push_back(Idle { holder, since });
+            } else {
+                self.holders.remove(&holder);
             }
-            self.idle.pop_front();
         }
     }
 }

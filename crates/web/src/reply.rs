@@ -16,6 +16,8 @@ use super::context::{Counted, RequestContext, hold_until_sent};
 
 /// The first buffer of a response.
 const BUFFER_BYTES_MIN: usize = 1 << 10;
+/// The longest number in JSON, with a comma: a double has 24 characters.
+const NUMBER_BYTES_MAX: usize = 32;
 
 /// A JSON response of about so many bytes. What `make` takes with it is dropped
 /// when the JSON has been written.
@@ -79,6 +81,27 @@ impl<'w> Written<'w> {
         written.map_err(|_| self.failed())
     }
 
+    /// Adds an array of numbers or booleans. Floats have the fewest digits that
+    /// are read back as the same bits.
+    pub fn numbers<T: Serialize>(
+        &mut self,
+        values: impl ExactSizeIterator<Item = T>,
+    ) -> Result<(), Error> {
+        self.text("[")?;
+        // About as long as they become, so that little is moved.
+        let likely_bytes = values.len() * 3 * size_of::<T>();
+        self.reserve(likely_bytes).map_err(|_| self.failed())?;
+        for (index, value) in values.enumerate() {
+            self.reserve(NUMBER_BYTES_MAX).map_err(|_| self.failed())?;
+            if index > 0 {
+                self.bytes.push(b',');
+            }
+            let written = serde_json::to_writer(&mut self.bytes, &value);
+            written.map_err(|_| self.failed())?;
+        }
+        self.text("]")
+    }
+
     /// Takes back the last byte.
     pub fn pop(&mut self) {
         self.bytes.pop();
@@ -91,6 +114,25 @@ impl<'w> Written<'w> {
         (self.bytes.into(), self.held)
     }
 
+    /// Memory for so many more bytes, as long as the caller waits.
+    fn reserve(&mut self, more: usize) -> io::Result<()> {
+        let length = self.bytes.len() + more;
+        if length <= self.bytes.capacity() {
+            return Ok(());
+        }
+        if self.cancelled.is_set() {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        let capacity = length.max(self.bytes.capacity() * 2);
+        let more = capacity - self.bytes.capacity();
+        if let Err(status) = self.budget.grow(&mut self.held, more) {
+            self.refused = Some(Error::from_status(&status));
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        self.bytes.reserve_exact(capacity - self.bytes.len());
+        Ok(())
+    }
+
     /// Why a write failed.
     fn failed(&mut self) -> Error {
         let unwritten = || Error::new(Kind::Internal, "the response cannot be written");
@@ -100,19 +142,7 @@ impl<'w> Written<'w> {
 
 impl io::Write for Written<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let length = self.bytes.len() + bytes.len();
-        if length > self.bytes.capacity() {
-            if self.cancelled.is_set() {
-                return Err(io::ErrorKind::ConnectionAborted.into());
-            }
-            let capacity = length.max(self.bytes.capacity() * 2);
-            let more = capacity - self.bytes.capacity();
-            if let Err(status) = self.budget.grow(&mut self.held, more) {
-                self.refused = Some(Error::from_status(&status));
-                return Err(io::ErrorKind::OutOfMemory.into());
-            }
-            self.bytes.reserve_exact(capacity - self.bytes.len());
-        }
+        self.reserve(bytes.len())?;
         self.bytes.extend_from_slice(bytes);
         Ok(bytes.len())
     }

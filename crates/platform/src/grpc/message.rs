@@ -1,7 +1,5 @@
 //! Length-prefixed messages: read within limits, encoded in one buffer.
 
-use std::sync::atomic::Ordering;
-
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http_body_util::BodyExt;
 use tonic::Status;
@@ -137,7 +135,6 @@ impl Messages {
         let length = prefix.get_u32() as usize;
         drop(prefix);
         if length > self.limits.message_bytes_max {
-            self.limits.refused.fetch_add(1, Ordering::Relaxed);
             return Err(too_large(length, self.limits.message_bytes_max));
         }
         let message = self.read(PREFIX_BYTES + length, progress).await;
@@ -145,9 +142,7 @@ impl Messages {
             Ok(message) if compressed => inflated(message, &self.limits).await,
             message => message,
         };
-        message.map(Some).inspect_err(|_| {
-            self.limits.refused.fetch_add(1, Ordering::Relaxed);
-        })
+        message.map(Some)
     }
 
     /// A message of exactly `length` bytes: a slice of one chunk if they are

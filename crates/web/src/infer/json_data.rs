@@ -48,8 +48,11 @@ pub fn parse_data(
         Datatype::Int32 => numbers!(i32, "must be an integer in the range of INT32"),
         Datatype::Int64 => numbers!(i64, "must be an integer in the range of INT64"),
         Datatype::Fp32 => &|text, raw| {
-            let value: f32 = text.parse().map_err(|_| "must be a number")?;
-            raw.extend_from_slice(&finite(value)?.to_le_bytes());
+            let value = match short_f32(text.as_bytes()) {
+                Some(value) => value,
+                None => finite(text.parse().map_err(|_| "must be a number")?)?,
+            };
+            raw.extend_from_slice(&value.to_le_bytes());
             Ok(())
         },
         Datatype::Fp64 => &|text, raw| {
@@ -90,6 +93,58 @@ pub fn capacity(text: &str, datatype: Datatype, shape: &Shape) -> usize {
         None => text.len() + shape.elements().min(text.len() / 3 + 1),
     }
 }
+
+/// Powers of ten that a double holds exactly.
+const POWERS_OF_TEN: [f64; 23] = [
+    1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15, 1e16,
+    1e17, 1e18, 1e19, 1e20, 1e21, 1e22,
+];
+
+/// The number of a text of at most 15 digits without an exponent, as clients write
+/// most of them, correctly rounded; none for any other text.
+///
+/// Digits and power of ten are exact as doubles, so that their quotient is the
+/// correctly rounded double (Clinger, "How to Read Floating Point Numbers
+/// Accurately", 1990). To round it once more to a float is wrong only when it lies
+/// halfway between two floats, which is left to the standard library.
+fn short_f32(text: &[u8]) -> Option<f32> {
+    let (negative, digits) = match text.split_first()? {
+        (b'-', rest) => (true, rest),
+        _ => (false, text),
+    };
+    if digits.len() > 16 {
+        return None;
+    }
+    let (mut mantissa, mut point) = (0_u64, None);
+    for (index, byte) in digits.iter().enumerate() {
+        match byte {
+            b'0'..=b'9' => mantissa = mantissa * 10 + u64::from(byte - b'0'),
+            b'.' if point.is_none() && index > 0 => point = Some(index),
+            _ => return None,
+        }
+    }
+    let decimals = point.map_or(0, |point| digits.len() - point - 1);
+    // A point is followed by digits, and 16 digits may be too many for a double.
+    if digits.is_empty() || (point.is_some() && decimals == 0) || mantissa >= 1 << 53 {
+        return None;
+    }
+    #[allow(clippy::cast_precision_loss, reason = "it is below 2^53")]
+    let value = mantissa as f64 / POWERS_OF_TEN.get(decimals)?;
+    if value.to_bits() & HALF_MASK == HALF {
+        return None;
+    }
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "to round it is the purpose"
+    )]
+    let value = value as f32;
+    Some(if negative { -value } else { value })
+}
+
+/// The bits of a double that a float lacks, and their value halfway between two
+/// floats.
+const HALF_MASK: u64 = (1 << 29) - 1;
+const HALF: u64 = 1 << 28;
 
 fn finite(value: f32) -> Result<f32, &'static str> {
     if value.is_finite() {
@@ -249,6 +304,8 @@ fn token(text: &str) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn parse(text: &str, datatype: Datatype, shape: &Shape) -> Result<Vec<u8>, DataError> {
@@ -340,5 +397,69 @@ mod tests {
             refused(text, Datatype::Int32, &[2, 2]);
         }
         refused("[[1],[2]]", Datatype::Int32, &[2, 1, 1]);
+    }
+
+    #[test]
+    fn short_numbers_are_the_floats_of_the_standard_library() {
+        for text in [
+            "0",
+            "-0",
+            "-0.0",
+            "1",
+            "0.1",
+            "16777217",
+            "16777216.5",
+            "1.00000017881393432",
+            "9007199254740993",
+            "9007199254740991",
+            "0.000000000000001",
+            "123456789012345.6",
+        ] {
+            let expected: f32 = text.parse().unwrap();
+            let read = short_f32(text.as_bytes());
+            let same = |value: f32| value.to_bits() == expected.to_bits();
+            assert!(read.is_none_or(same), "{text}: {read:?}");
+        }
+        for text in [
+            "", "-", ".", "1.", ".5", "-.5", "+1", "1e3", "1.2.3", "--1", "NaN", "true",
+        ] {
+            assert_eq!(short_f32(text.as_bytes()), None, "{text}");
+        }
+        assert_eq!(
+            short_f32(b"-0").map(f32::to_bits),
+            Some((-0.0_f32).to_bits())
+        );
+        // Halfway between two floats: the digits behind decide.
+        assert_eq!(short_f32(b"16777217"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn digits_are_the_float_of_the_standard_library(
+            digits in 0_u64..10_000_000_000_000_000,
+            decimals in 0_usize..16,
+            negative in proptest::bool::ANY,
+        ) {
+            let mut text = format!("{digits:0width$}", width = decimals + 1);
+            if decimals > 0 {
+                text.insert(text.len() - decimals, '.');
+            }
+            if negative {
+                text.insert(0, '-');
+            }
+            let expected: f32 = text.parse().unwrap();
+            if let Some(read) = short_f32(text.as_bytes()) {
+                prop_assert_eq!(read.to_bits(), expected.to_bits(), "{}", text);
+            }
+        }
+
+        #[test]
+        fn floats_are_read_back_from_their_shortest_digits(bits in proptest::num::u32::ANY) {
+            let value = f32::from_bits(bits);
+            let text = serde_json::to_string(&value).unwrap();
+            if let Some(read) = short_f32(text.as_bytes()) {
+                prop_assert_eq!(read.to_bits(), bits, "{}", text);
+            }
+        }
     }
 }

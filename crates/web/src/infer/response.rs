@@ -16,7 +16,6 @@ use protocol::inference::infer_parameter::ParameterChoice;
 use protocol::inference::model_infer_response::InferOutputTensor;
 use protocol::inference::{InferParameter, ModelInferResponse};
 use protocol::{Error, Kind};
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tensor::{Datatype, bytes_elements};
 
@@ -164,7 +163,7 @@ fn write_data(
                 return Err(broken("has too few bytes"));
             }
             let values = values.iter().map(|bytes| <$kind>::from_le_bytes(*bytes));
-            array(written, values.map(Ok))
+            written.numbers(values)
         }};
     }
     let check_finite = |finite: bool| {
@@ -178,7 +177,7 @@ fn write_data(
         }
     };
     match datatype {
-        Datatype::Bool => array(written, raw.iter().map(|byte| Ok(*byte != 0))),
+        Datatype::Bool => written.numbers(raw.iter().map(|byte| *byte != 0)),
         Datatype::Uint8 => numbers!(u8),
         Datatype::Uint16 => numbers!(u16),
         Datatype::Uint32 => numbers!(u32),
@@ -205,7 +204,7 @@ fn write_data(
                 std::str::from_utf8(element)
                     .map_err(|_| not_json(&output.name, "has elements that are not UTF-8"))
             });
-            array(written, texts)
+            strings(written, texts)
         }
         Datatype::Fp16 | Datatype::Bf16 => {
             Err(not_json(&output.name, "has a 16-bit float datatype"))
@@ -213,17 +212,16 @@ fn write_data(
     }
 }
 
-fn array<T: Serialize>(
+fn strings<'r>(
     written: &mut Written<'_>,
-    values: impl Iterator<Item = Result<T, Error>>,
+    values: impl Iterator<Item = Result<&'r str, Error>>,
 ) -> Result<(), Error> {
     written.text("[")?;
     for (index, value) in values.enumerate() {
         if index > 0 {
             written.text(",")?;
         }
-        // Floats have the fewest digits that are read back as the same bits.
-        written.json(&value?)?;
+        written.json(value?)?;
     }
     written.text("]")
 }

@@ -115,11 +115,16 @@ impl<'w> Written<'w> {
     }
 
     /// Memory for so many more bytes, as long as the caller waits.
+    #[inline]
     fn reserve(&mut self, more: usize) -> io::Result<()> {
-        let length = self.bytes.len() + more;
-        if length <= self.bytes.capacity() {
+        if more <= self.bytes.capacity() - self.bytes.len() {
             return Ok(());
         }
+        self.grow(self.bytes.len() + more)
+    }
+
+    #[cold]
+    fn grow(&mut self, length: usize) -> io::Result<()> {
         if self.cancelled.is_set() {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }

@@ -48,11 +48,8 @@ pub fn parse_data(
         Datatype::Int32 => numbers!(i32, "must be an integer in the range of INT32"),
         Datatype::Int64 => numbers!(i64, "must be an integer in the range of INT64"),
         Datatype::Fp32 => &|text, raw| {
-            let value = match short_f32(text.as_bytes()) {
-                Some(value) => value,
-                None => finite(text.parse().map_err(|_| "must be a number")?)?,
-            };
-            raw.extend_from_slice(&value.to_le_bytes());
+            let value: f32 = text.parse().map_err(|_| "must be a number")?;
+            raw.extend_from_slice(&finite(value)?.to_le_bytes());
             Ok(())
         },
         Datatype::Fp64 => &|text, raw| {
@@ -79,6 +76,7 @@ pub fn parse_data(
         leaves: None,
         elements: 0,
         raw: Vec::with_capacity(capacity(text, datatype, shape)),
+        floats: datatype == Datatype::Fp32,
         cancelled,
     };
     scanner.run(shape, push)?;
@@ -100,32 +98,40 @@ const POWERS_OF_TEN: [f64; 23] = [
     1e17, 1e18, 1e19, 1e20, 1e21, 1e22,
 ];
 
-/// The number of a text of at most 15 digits without an exponent, as clients write
-/// most of them, correctly rounded; none for any other text.
+/// A number at the beginning of a text.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct ShortFloat {
+    value: f32,
+    length: usize,
+}
+
+/// Characters of a number that [`short_f32`] reads: its digits are below 2^64.
+const SHORT_MAX: usize = 18;
+
+/// The number at the beginning of a text, correctly rounded, if it has few digits
+/// and no exponent, as most have that clients write.
 ///
 /// Digits and power of ten are exact as doubles, so that their quotient is the
 /// correctly rounded double (Clinger, "How to Read Floating Point Numbers
 /// Accurately", 1990). To round it once more to a float is wrong only when it lies
 /// halfway between two floats, which is left to the standard library.
-fn short_f32(text: &[u8]) -> Option<f32> {
-    let (negative, digits) = match text.split_first()? {
-        (b'-', rest) => (true, rest),
-        _ => (false, text),
-    };
-    if digits.len() > 16 {
-        return None;
-    }
-    let (mut mantissa, mut point) = (0_u64, None);
-    for (index, byte) in digits.iter().enumerate() {
+fn short_f32(text: &[u8]) -> Option<ShortFloat> {
+    let start = usize::from(text.first() == Some(&b'-'));
+    let (mut mantissa, mut point, mut end) = (0_u64, None, start);
+    for byte in text.iter().skip(start).take(SHORT_MAX) {
         match byte {
             b'0'..=b'9' => mantissa = mantissa * 10 + u64::from(byte - b'0'),
-            b'.' if point.is_none() && index > 0 => point = Some(index),
+            b'.' if point.is_none() && end > start => point = Some(end),
+            b',' | b']' | b' ' | b'\t' | b'\n' | b'\r' => break,
             _ => return None,
         }
+        end += 1;
     }
-    let decimals = point.map_or(0, |point| digits.len() - point - 1);
-    // A point is followed by digits, and 16 digits may be too many for a double.
-    if digits.is_empty() || (point.is_some() && decimals == 0) || mantissa >= 1 << 53 {
+    let decimals = point.map_or(0, |point| end - point - 1);
+    // A point is followed by digits, a number by something else, and more than
+    // 2^53 may be inexact as a double.
+    let is_whole = end > start && end < start + SHORT_MAX && end < text.len();
+    if !is_whole || point == Some(end - 1) || mantissa >= 1 << 53 {
         return None;
     }
     #[allow(clippy::cast_precision_loss, reason = "it is below 2^53")]
@@ -138,7 +144,8 @@ fn short_f32(text: &[u8]) -> Option<f32> {
         reason = "to round it is the purpose"
     )]
     let value = value as f32;
-    Some(if negative { -value } else { value })
+    let value = if start == 0 { value } else { -value };
+    Some(ShortFloat { value, length: end })
 }
 
 /// The bits of a double that a float lacks, and their value halfway between two
@@ -190,6 +197,8 @@ struct Scanner<'t> {
     leaves: Option<usize>,
     elements: usize,
     raw: Vec<u8>,
+    /// Whether short numbers may be read by [`short_f32`].
+    floats: bool,
     cancelled: &'t Cancelled,
 }
 
@@ -262,16 +271,29 @@ impl Scanner<'_> {
         if self.elements.is_multiple_of(ELEMENTS_AT_ONCE) && self.cancelled.is_set() {
             return Err(error("is not read: the caller left"));
         }
-        let rest = self.text.get(self.at..).unwrap_or_default();
-        let token = token(rest).ok_or_else(|| error("must not be an object"))?;
         // There is no memory for more than the shape needs: they are only counted.
-        if self.elements < shape.elements() {
-            push(token, &mut self.raw).map_err(error)?;
-        }
+        let is_needed = self.elements < shape.elements();
+        let bytes = self.text.as_bytes().get(self.at..).unwrap_or_default();
+        let short = if self.floats && is_needed {
+            short_f32(bytes)
+        } else {
+            None
+        };
+        let length = if let Some(short) = short {
+            self.raw.extend_from_slice(&short.value.to_le_bytes());
+            short.length
+        } else {
+            let rest = self.text.get(self.at..).unwrap_or_default();
+            let token = token(rest).ok_or_else(|| error("must not be an object"))?;
+            if is_needed {
+                push(token, &mut self.raw).map_err(error)?;
+            }
+            token.len()
+        };
         if leaves != depth || !whole {
             return Err(error("is nested at another depth than the shape"));
         }
-        self.at += token.len();
+        self.at += length;
         self.elements += 1;
         if let Some(count) = self.counts.last_mut() {
             *count += 1;
@@ -399,38 +421,37 @@ mod tests {
         refused("[[1],[2]]", Datatype::Int32, &[2, 1, 1]);
     }
 
+    /// The number of a whole text.
+    fn short(text: &str) -> Option<f32> {
+        let read = short_f32(format!("{text}]").as_bytes())?;
+        assert_eq!(read.length, text.len());
+        Some(read.value)
+    }
+
     #[test]
     fn short_numbers_are_the_floats_of_the_standard_library() {
+        for text in ["0", "-0", "-0.0", "1", "0.1", "-12.5", "0.000000000000001"] {
+            let expected: f32 = text.parse().unwrap();
+            assert_eq!(short(text).map(f32::to_bits), Some(expected.to_bits()));
+        }
         for text in [
-            "0",
-            "-0",
-            "-0.0",
-            "1",
-            "0.1",
-            "16777217",
             "16777216.5",
-            "1.00000017881393432",
-            "9007199254740993",
+            "16777217",
             "9007199254740991",
-            "0.000000000000001",
+            "9007199254740993",
+            "1.0000000178813943",
             "123456789012345.6",
         ] {
             let expected: f32 = text.parse().unwrap();
-            let read = short_f32(text.as_bytes());
-            let same = |value: f32| value.to_bits() == expected.to_bits();
-            assert!(read.is_none_or(same), "{text}: {read:?}");
+            assert!(short(text).is_none_or(|read| read == expected), "{text}");
         }
         for text in [
             "", "-", ".", "1.", ".5", "-.5", "+1", "1e3", "1.2.3", "--1", "NaN", "true",
         ] {
-            assert_eq!(short_f32(text.as_bytes()), None, "{text}");
+            assert_eq!(short(text), None, "{text}");
         }
-        assert_eq!(
-            short_f32(b"-0").map(f32::to_bits),
-            Some((-0.0_f32).to_bits())
-        );
-        // Halfway between two floats: the digits behind decide.
-        assert_eq!(short_f32(b"16777217"), None);
+        assert_eq!(short("16777217"), None, "halfway between two floats");
+        assert_eq!(short_f32(b"1"), None, "it may go on");
     }
 
     proptest! {
@@ -448,7 +469,7 @@ mod tests {
                 text.insert(0, '-');
             }
             let expected: f32 = text.parse().unwrap();
-            if let Some(read) = short_f32(text.as_bytes()) {
+            if let Some(read) = short(&text) {
                 prop_assert_eq!(read.to_bits(), expected.to_bits(), "{}", text);
             }
         }
@@ -457,7 +478,7 @@ mod tests {
         fn floats_are_read_back_from_their_shortest_digits(bits in proptest::num::u32::ANY) {
             let value = f32::from_bits(bits);
             let text = serde_json::to_string(&value).unwrap();
-            if let Some(read) = short_f32(text.as_bytes()) {
+            if let Some(read) = short(&text) {
                 prop_assert_eq!(read.to_bits(), bits, "{}", text);
             }
         }

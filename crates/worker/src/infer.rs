@@ -7,13 +7,14 @@ use std::time::Instant;
 use engine::{EngineError, TextOutput, Truncation};
 use platform::pool::Cancelled;
 use protocol::{
-    Error, FieldPath, IDS_INPUT, InferRequest, LENGTHS_INPUT, Task, checked_dimensions,
+    Error, FieldPath, IDS_INPUT, InferRequest, LENGTHS_INPUT, PROMPT, PROMPT_NAME, Task,
+    checked_dimensions,
 };
 use tensor::{Shape, Tensor, TensorError};
 
 use crate::error::{ModelError, text_problem};
 use crate::metrics::Stages;
-use crate::model::{OwnedText, ServedModel, TextError, Texts, Urgency};
+use crate::model::{OwnedText, PromptChoice, ServedModel, TextError, Texts, Urgency};
 use crate::queue::Rows;
 use crate::work::{Size, Work};
 
@@ -42,6 +43,7 @@ pub type Outputs = Vec<(String, Tensor)>;
 pub struct Checked {
     request: InferRequest,
     options: Options,
+    prompt: Option<Arc<str>>,
     rows: usize,
     contents: Contents,
 }
@@ -63,6 +65,7 @@ enum Contents {
 /// Checks a request against its model.
 pub fn check(model: &ServedModel, request: InferRequest) -> Result<Checked, Error> {
     let options = options(model, &request)?;
+    let prompt = prompt(model, &request)?;
     let rows = model.signature().check(&request)?;
     let contents = if model.task() == Task::Tabular {
         Contents::Features(features(model, &request)?)
@@ -72,6 +75,7 @@ pub fn check(model: &ServedModel, request: InferRequest) -> Result<Checked, Erro
     Ok(Checked {
         request,
         options,
+        prompt,
         rows,
         contents,
     })
@@ -89,6 +93,7 @@ pub async fn infer(
     let Checked {
         request,
         options,
+        prompt,
         rows,
         contents,
     } = checked;
@@ -109,6 +114,7 @@ pub async fn infer(
         Contents::Texts(texts) => {
             let texts = Texts {
                 texts,
+                prompt,
                 output: match model.task() {
                     Task::Embedding => TextOutput::Embedding,
                     _ => TextOutput::Logits,
@@ -163,10 +169,38 @@ fn options(model: &ServedModel, request: &InferRequest) -> Result<Options, Error
                 options.dimensions = dimensions
                     .map_err(|reason| Error::invalid(FieldPath::parameter(name), reason))?;
             }
+            // `prompt` reads them.
+            PROMPT_NAME | PROMPT if task == Task::Embedding => {}
             _ => return Err(request.unknown_parameter(name)),
         }
     }
     Ok(options)
+}
+
+/// What is put before each text of a request, which may name or bring it. Ids of
+/// tokens take no prompt: whoever made them has put it before their text.
+fn prompt(model: &ServedModel, request: &InferRequest) -> Result<Option<Arc<str>>, Error> {
+    let text = |name: &str| {
+        let value = request.parameters.get(name);
+        value.map(|value| value.text(name)).transpose()
+    };
+    let choice = match (text(PROMPT_NAME)?, text(PROMPT)?) {
+        (name, None) => PromptChoice::from(name),
+        (None, Some(prompt)) => PromptChoice::Given(prompt),
+        (Some(_), Some(_)) => {
+            let reason = format!("must not be set beside {PROMPT_NAME}");
+            return Err(Error::invalid(FieldPath::parameter(PROMPT), reason));
+        }
+    };
+    let has_ids = request.inputs.iter().any(|input| input.name == IDS_INPUT);
+    let chosen = match choice {
+        PromptChoice::Default if has_ids => return Ok(None),
+        PromptChoice::Named(_) if has_ids => PROMPT_NAME,
+        PromptChoice::Given(_) if has_ids => PROMPT,
+        choice => return model.prompts.choose(choice, FieldPath::parameter),
+    };
+    let reason = "must not be set with token ids, which take no prompt";
+    Err(Error::invalid(FieldPath::parameter(chosen), reason))
 }
 
 fn features(model: &ServedModel, request: &InferRequest) -> Result<Vec<f32>, Error> {

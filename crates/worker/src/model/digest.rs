@@ -59,6 +59,8 @@ impl Reads {
             options.task, options.tokens_max, card.dtype, card.kernels, card.device, card.family
         );
         context.update(computed.as_bytes());
+        // Texts without a chosen prompt are computed with this one, whatever set it.
+        context.update(format!(" {:?}", card.default_prompt).as_bytes());
         // Another version of the program may compute other numbers.
         context.update(concat!(" ", env!("CARGO_PKG_VERSION"), "\0").as_bytes());
         for ((name, offset, length), hash) in &state.pieces {
@@ -190,6 +192,10 @@ mod tests {
         assert_ne!(one, digest(&reads(b"two", "a"), &options));
         assert_ne!(one, digest(&reads(b"one", "b"), &options));
         assert_ne!(one, digest(&reads(b"one", "a"), &others));
+        let mut prompted = card.clone();
+        prompted.default_prompt = Some("query".to_owned());
+        let with_prompt = reads(b"one", "a").digest(&options, &prompted);
+        assert_ne!(one, with_prompt.unwrap());
         let changed = reads(b"one", "a");
         changed.observer()("a", 0, b"two");
         let error = changed.digest(&options, &card).unwrap_err();

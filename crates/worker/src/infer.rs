@@ -328,3 +328,113 @@ fn make_outputs(
     }
     Ok(outputs)
 }
+
+#[cfg(test)]
+mod tests {
+    use protocol::{Input, ModelName, Value};
+
+    use super::*;
+    use crate::linear;
+
+    fn request(inputs: Vec<Input>, parameters: &[(&str, Value)]) -> InferRequest {
+        let parameters = parameters.iter();
+        InferRequest {
+            model: ModelName::checked("m", "name").unwrap(),
+            version: None,
+            id: String::new(),
+            priority: 0,
+            timeout: None,
+            parameters: parameters
+                .map(|(name, value)| ((*name).to_owned(), value.clone()))
+                .collect(),
+            inputs,
+            outputs: Vec::new(),
+        }
+    }
+
+    fn text(name: &str) -> Input {
+        let shape = Shape::from_sizes(vec![1]).unwrap();
+        Input {
+            name: name.to_owned(),
+            tensor: Tensor::from_elements(shape, &["lantern"]).unwrap(),
+        }
+    }
+
+    fn numbers(name: &str, values: &[i64]) -> Input {
+        let shape = Shape::from_sizes(vec![values.len()]).unwrap();
+        Input {
+            name: name.to_owned(),
+            tensor: Tensor::from_i64(shape, values).unwrap(),
+        }
+    }
+
+    fn string(text: &str) -> Value {
+        Value::Text(text.to_owned())
+    }
+
+    #[test]
+    fn a_request_chooses_its_prompt_by_name_or_brings_it() {
+        let model = linear::model("bert-dense");
+        for (parameters, expected) in [
+            (vec![], None),
+            (vec![(PROMPT_NAME, string("query"))], Some("query: ")),
+            (vec![(PROMPT, string("title: "))], Some("title: ")),
+            (vec![(PROMPT, string(""))], None),
+        ] {
+            let checked = check(&model, request(vec![text(TEXT)], &parameters)).unwrap();
+            assert_eq!(checked.prompt.as_deref(), expected, "{parameters:?}");
+        }
+    }
+
+    #[test]
+    fn a_prompt_that_cannot_be_applied_is_refused_by_name() {
+        let embedder = linear::model("bert-dense");
+        let reranker = linear::model("bert-rerank");
+        let texts = || vec![text(TEXT)];
+        let ids = || vec![numbers(LENGTHS_INPUT, &[2]), numbers(IDS_INPUT, &[7, 8])];
+        let named = || (PROMPT_NAME, string("query"));
+        let given = || (PROMPT, string("title: "));
+        let unknown = (PROMPT_NAME, string("passage"));
+        for (model, inputs, parameters, sentence) in [
+            (
+                &embedder,
+                texts(),
+                vec![unknown],
+                "parameters[prompt_name]: must be one of the model's prompts: query",
+            ),
+            (
+                &embedder,
+                texts(),
+                vec![(PROMPT_NAME, Value::Integer(1))],
+                "parameters[prompt_name]: must be a string",
+            ),
+            (
+                &embedder,
+                texts(),
+                vec![named(), given()],
+                "parameters[prompt]: must not be set beside prompt_name",
+            ),
+            (
+                &embedder,
+                ids(),
+                vec![named()],
+                "parameters[prompt_name]: must not be set with token ids, which take no prompt",
+            ),
+            (
+                &embedder,
+                ids(),
+                vec![given()],
+                "parameters[prompt]: must not be set with token ids, which take no prompt",
+            ),
+            (
+                &reranker,
+                vec![text(QUERY), text(TEXT)],
+                vec![named()],
+                "parameters[prompt_name]: is not a parameter of model 'm'",
+            ),
+        ] {
+            let error = check(model, request(inputs, &parameters)).unwrap_err();
+            assert_eq!(error.to_string(), sentence);
+        }
+    }
+}

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use engine::{DeviceChoice, Dtype, Kernels, LoadOptions, Task};
+use engine::{DeviceChoice, Dtype, Kernels, LoadOptions, Overrides, Side, Task};
 use platform::files::from_toml;
 use protocol::{ModelName, ModelVersion};
 use serde::Deserialize;
@@ -34,6 +34,27 @@ struct Settings {
     queue_delay: Option<Duration>,
     #[serde(default)]
     deterministic: bool,
+    pooling: Option<String>,
+    prompt: Option<String>,
+    normalize: Option<bool>,
+    truncate: Option<Truncate>,
+    activation: Option<String>,
+}
+
+/// Whether texts that are too long are truncated for callers who do not say, and at which side.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(untagged, expecting = "true, false, \"left\" or \"right\"")]
+enum Truncate {
+    /// At the side that the model's files name, or not at all.
+    Switch(bool),
+    Side(TruncateSide),
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum TruncateSide {
+    Left,
+    Right,
 }
 
 /// The versions to serve.
@@ -42,6 +63,29 @@ struct Settings {
 enum Versions {
     Named(String),
     Listed(Vec<u64>),
+}
+
+impl Settings {
+    /// What the model's own files do not say.
+    fn overrides(&self) -> Result<Overrides, String> {
+        let wrong = |error: engine::EngineError| format!("{SETTINGS}: {error}");
+        let (truncate, truncation_side) = match self.truncate {
+            None => (None, None),
+            Some(Truncate::Switch(truncate)) => (Some(truncate), None),
+            Some(Truncate::Side(TruncateSide::Left)) => (Some(true), Some(Side::Left)),
+            Some(Truncate::Side(TruncateSide::Right)) => (Some(true), Some(Side::Right)),
+        };
+        let pooling = self.pooling.as_deref().map(str::parse).transpose();
+        let activation = self.activation.as_deref().map(str::parse).transpose();
+        Ok(Overrides {
+            pooling: pooling.map_err(wrong)?,
+            prompt: self.prompt.clone(),
+            normalize: self.normalize,
+            truncate,
+            truncation_side,
+            activation: activation.map_err(wrong)?,
+        })
+    }
 }
 
 /// The versions of a model to serve, and how.
@@ -200,6 +244,7 @@ fn checked_plan(
         kernels: defaults.kernels,
         task: task.map_err(wrong)?,
         tokens_max: settings.tokens_max,
+        overrides: settings.overrides()?,
     };
     let request_rows_max = settings.request_rows_max.unwrap_or(4096);
     let queue = QueueLimits {
@@ -235,4 +280,49 @@ fn checked_plan(
             deterministic: settings.deterministic,
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use engine::{PoolingMode, ScoreActivation};
+
+    use super::*;
+
+    fn overrides(text: &str) -> Result<Overrides, String> {
+        let settings: Settings = from_toml(text).map_err(|error| error.to_string())?;
+        settings.overrides()
+    }
+
+    #[test]
+    fn settings_say_what_the_files_of_a_model_do_not() {
+        assert_eq!(overrides("").unwrap(), Overrides::default());
+        let own = overrides(
+            "pooling = \"cls\"\nprompt = \"query: \"\nnormalize = false\n\
+             truncate = \"left\"\nactivation = \"identity\"\n",
+        );
+        let expected = Overrides {
+            pooling: Some(PoolingMode::Cls),
+            prompt: Some("query: ".to_owned()),
+            normalize: Some(false),
+            truncate: Some(true),
+            truncation_side: Some(Side::Left),
+            activation: Some(ScoreActivation::Identity),
+        };
+        assert_eq!(own.unwrap(), expected);
+        assert_eq!(overrides("truncate = true").unwrap().truncate, Some(true));
+        assert_eq!(overrides("truncate = false").unwrap().truncate, Some(false));
+    }
+
+    #[test]
+    fn settings_that_are_not_known_are_named() {
+        for (text, named) in [
+            ("pooling = \"first\"", "pooling 'first'"),
+            ("activation = \"tanh\"", "activation 'tanh'"),
+            ("truncate = \"middle\"", "truncate"),
+            ("poolings = \"cls\"", "poolings"),
+        ] {
+            let error = overrides(text).unwrap_err();
+            assert!(error.contains(named), "{error}");
+        }
+    }
 }

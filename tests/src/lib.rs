@@ -66,6 +66,22 @@ pub fn models() -> Result<PathBuf> {
     bail!("models/ lacks the demo models: run `make models`")
 }
 
+/// Copies a folder, by links where that is possible: weights are large. A file of
+/// the copy is removed before another one is written in its place.
+pub fn link_folder(from: &Path, to: &Path) -> Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        if from.is_dir() {
+            link_folder(&from, &to)?;
+        } else if std::fs::hard_link(&from, &to).is_err() {
+            std::fs::copy(&from, &to)?;
+        }
+    }
+    Ok(())
+}
+
 /// A gateway and its workers.
 #[derive(Debug)]
 pub struct Fleet {

@@ -34,7 +34,10 @@ pub use settings::{LogSettings, TraceSettings};
 pub use signature::{IDS_INPUT, LENGTHS_INPUT, Signature, check_text_bytes, is_optional_input};
 pub use statistics::add_statistics;
 pub use task::{Task, UnknownTask};
-pub use text::{COMPUTE_TYPE_KEY, insert_compute_metadata, truncation_direction};
+pub use text::{
+    COMPUTE_TYPE_KEY, PROMPT, PROMPT_NAME, insert_compute_metadata, truncation_direction,
+    unknown_prompt,
+};
 
 /// Metadata key that names the model of a `tei.v1` call.
 pub const MODEL_KEY: &str = "andon-model";

@@ -46,6 +46,17 @@ impl Value {
             )),
         }
     }
+
+    /// The text of a model's own parameter.
+    pub fn text(&self, name: &str) -> Result<&str, Error> {
+        match self {
+            Self::Text(value) => Ok(value),
+            _ => Err(Error::invalid(
+                FieldPath::parameter(name),
+                "must be a string",
+            )),
+        }
+    }
 }
 
 /// A model's own parameters by name.

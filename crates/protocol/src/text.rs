@@ -1,14 +1,41 @@
-//! The common parts of `tei.v1`: truncation, and the metadata with the usage of a
-//! response.
+//! The common parts of calls of texts: truncation, prompts, and the metadata with
+//! the usage of a response.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::tei::v1::{Metadata, TruncationDirection};
-use crate::{Error, TOKENS_KEY};
+use crate::words::cut;
+use crate::{Error, FieldPath, TOKENS_KEY};
 
 /// Metadata key with the kind of device that computed a response: `cpu`, `gpu`
 /// or `provider`.
 pub const COMPUTE_TYPE_KEY: &str = "x-compute-type";
+
+/// The parameter, or the field, with the name of a prompt: a text of the model's
+/// configuration that is put before each text.
+pub const PROMPT_NAME: &str = "prompt_name";
+/// The parameter, or the field, with a prompt itself.
+pub const PROMPT: &str = "prompt";
+/// Names of prompts that an error lists.
+const LISTED_PROMPTS_MAX: usize = 8;
+
+/// The error of a prompt that the model does not have; it lists the names of
+/// those that it has.
+pub fn unknown_prompt<'n>(
+    field: impl Into<FieldPath>,
+    known: impl ExactSizeIterator<Item = &'n str>,
+) -> Error {
+    let count = known.len();
+    if count == 0 {
+        return Error::invalid(field, "must not be set: the model has no prompts");
+    }
+    let listed: Vec<_> = known.take(LISTED_PROMPTS_MAX).map(cut).collect();
+    let mut reason = format!("must be one of the model's prompts: {}", listed.join(", "));
+    if count > listed.len() {
+        reason = format!("{reason} and {} more", count - listed.len());
+    }
+    Error::invalid(field, reason)
+}
 
 /// The end of a long text that is truncated.
 pub fn truncation_direction(direction: i32) -> Result<TruncationDirection, Error> {
@@ -71,6 +98,25 @@ mod tests {
             assert_eq!(headers[name], value, "{name}");
         }
         assert_eq!(headers.len(), 8);
+    }
+
+    #[test]
+    fn an_unknown_prompt_is_told_the_known_ones_up_to_a_bound() {
+        let reason = |names: &[String]| {
+            let error = unknown_prompt(PROMPT_NAME, names.iter().map(String::as_str));
+            assert_eq!(error.field().unwrap(), "prompt_name");
+            error.violation().unwrap().description.clone()
+        };
+        let names: Vec<String> = (0..10).map(|number| format!("task{number}")).collect();
+        assert_eq!(reason(&[]), "must not be set: the model has no prompts");
+        assert_eq!(
+            reason(&names[..2]),
+            "must be one of the model's prompts: task0, task1"
+        );
+        let many = reason(&names);
+        assert!(many.ends_with("task6, task7 and 2 more"), "{many}");
+        let long = vec!["\u{fc}".repeat(1 << 20); 3];
+        assert!(reason(&long).len() < 2048);
     }
 
     #[test]

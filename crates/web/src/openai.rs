@@ -18,7 +18,7 @@ use bytes::Bytes;
 use http::HeaderMap;
 use protocol::inference::ModelInferResponse;
 use protocol::inference::infer_parameter::ParameterChoice;
-use protocol::{Error, Kind, Method, Task};
+use protocol::{Error, Kind, Method, PROMPT, PROMPT_NAME, Task};
 use serde::ser::SerializeSeq;
 use serde::{Deserialize, Serialize, Serializer};
 use utoipa::ToSchema;
@@ -72,6 +72,14 @@ pub struct EmbeddingRequest {
     /// extension of Andon.
     #[serde(default)]
     pub truncate: Option<bool>,
+    /// The name of the model's prompt that is put before each text; its default
+    /// prompt if none is set. Token ids take no prompt. An extension of Andon.
+    #[serde(default)]
+    pub prompt_name: Option<String>,
+    /// The prompt itself, in place of `prompt_name`; no prompt if it is empty. An
+    /// extension of Andon.
+    #[serde(default)]
+    pub prompt: Option<String>,
     /// The end user; accepted and not used.
     #[serde(default, rename = "user")]
     #[allow(dead_code, reason = "it is only checked to be a text")]
@@ -79,6 +87,25 @@ pub struct EmbeddingRequest {
 }
 
 strict!(object EmbeddingRequest);
+
+impl EmbeddingRequest {
+    /// The parameters of the model's call.
+    fn parameters(&self) -> Vec<(&'static str, ParameterChoice)> {
+        let mut parameters = vec![("normalize", ParameterChoice::BoolParam(true))];
+        if let Some(dimensions) = self.dimensions {
+            parameters.push(("dimensions", ParameterChoice::Int64Param(dimensions.into())));
+        }
+        if self.truncate == Some(true) {
+            parameters.push(("truncate", ParameterChoice::BoolParam(true)));
+        }
+        for (name, text) in [(PROMPT_NAME, &self.prompt_name), (PROMPT, &self.prompt)] {
+            if let Some(text) = text {
+                parameters.push((name, ParameterChoice::StringParam(text.clone())));
+            }
+        }
+        parameters
+    }
+}
 
 /// The format of embeddings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
@@ -278,6 +305,7 @@ pub async fn embed(
     request: Json<EmbeddingRequest>,
 ) -> Result<Response, ApiError> {
     let request = request.value;
+    let parameters = request.parameters();
     let input = request.input.checked()?;
     if request.dimensions == Some(0) {
         return Err(Error::invalid("dimensions", "must be at least 1").into());
@@ -288,13 +316,6 @@ pub async fn embed(
         first: 0,
     };
     let count = input.len();
-    let mut parameters = vec![("normalize", ParameterChoice::BoolParam(true))];
-    if let Some(dimensions) = request.dimensions {
-        parameters.push(("dimensions", ParameterChoice::Int64Param(dimensions.into())));
-    }
-    if request.truncate == Some(true) {
-        parameters.push(("truncate", ParameterChoice::BoolParam(true)));
-    }
     let model = plan.name().to_owned();
     let (message, ids) = match input.items {
         Items::Texts(texts) => {
@@ -417,6 +438,8 @@ mod tests {
             r#"{"model": "a", "input": "b", "encoding_format": "hex"}"#,
             r#"{"model": "a", "input": "b", "dimensions": -1}"#,
             r#"{"model": "a", "input": "b", "user": 1}"#,
+            r#"{"model": "a", "input": "b", "prompt_name": 1}"#,
+            r#"{"model": "a", "input": "b", "prompt": ["c"]}"#,
         ] {
             assert!(read(wrong).is_err(), "{wrong}");
         }

@@ -7,13 +7,14 @@ use std::time::Instant;
 use engine::{EngineError, TextOutput, Truncation};
 use platform::pool::Cancelled;
 use protocol::{
-    Error, FieldPath, IDS_INPUT, InferRequest, LENGTHS_INPUT, Task, checked_dimensions,
+    Error, FieldPath, IDS_INPUT, InferRequest, LENGTHS_INPUT, PROMPT, PROMPT_NAME, Task,
+    checked_dimensions,
 };
 use tensor::{Shape, Tensor, TensorError};
 
 use crate::error::{ModelError, text_problem};
 use crate::metrics::Stages;
-use crate::model::{OwnedText, ServedModel, TextError, Texts, Urgency};
+use crate::model::{OwnedText, PromptChoice, ServedModel, TextError, Texts, Urgency};
 use crate::queue::Rows;
 use crate::work::{Size, Work};
 
@@ -42,6 +43,7 @@ pub type Outputs = Vec<(String, Tensor)>;
 pub struct Checked {
     request: InferRequest,
     options: Options,
+    prompt: Option<Arc<str>>,
     rows: usize,
     contents: Contents,
 }
@@ -63,6 +65,7 @@ enum Contents {
 /// Checks a request against its model.
 pub fn check(model: &ServedModel, request: InferRequest) -> Result<Checked, Error> {
     let options = options(model, &request)?;
+    let prompt = prompt(model, &request)?;
     let rows = model.signature().check(&request)?;
     let contents = if model.task() == Task::Tabular {
         Contents::Features(features(model, &request)?)
@@ -72,6 +75,7 @@ pub fn check(model: &ServedModel, request: InferRequest) -> Result<Checked, Erro
     Ok(Checked {
         request,
         options,
+        prompt,
         rows,
         contents,
     })
@@ -89,6 +93,7 @@ pub async fn infer(
     let Checked {
         request,
         options,
+        prompt,
         rows,
         contents,
     } = checked;
@@ -109,6 +114,7 @@ pub async fn infer(
         Contents::Texts(texts) => {
             let texts = Texts {
                 texts,
+                prompt,
                 output: match model.task() {
                     Task::Embedding => TextOutput::Embedding,
                     _ => TextOutput::Logits,
@@ -165,10 +171,38 @@ fn options(model: &ServedModel, request: &InferRequest) -> Result<Options, Error
                 options.dimensions = dimensions
                     .map_err(|reason| Error::invalid(FieldPath::parameter(name), reason))?;
             }
+            // `prompt` reads them.
+            PROMPT_NAME | PROMPT if task == Task::Embedding => {}
             _ => return Err(request.unknown_parameter(name)),
         }
     }
     Ok(options)
+}
+
+/// What is put before each text of a request, which may name or bring it. Ids of
+/// tokens take no prompt: whoever made them has put it before their text.
+fn prompt(model: &ServedModel, request: &InferRequest) -> Result<Option<Arc<str>>, Error> {
+    let text = |name: &str| {
+        let value = request.parameters.get(name);
+        value.map(|value| value.text(name)).transpose()
+    };
+    let choice = match (text(PROMPT_NAME)?, text(PROMPT)?) {
+        (name, None) => PromptChoice::from(name),
+        (None, Some(prompt)) => PromptChoice::Given(prompt),
+        (Some(_), Some(_)) => {
+            let reason = format!("must not be set beside {PROMPT_NAME}");
+            return Err(Error::invalid(FieldPath::parameter(PROMPT), reason));
+        }
+    };
+    let has_ids = request.inputs.iter().any(|input| input.name == IDS_INPUT);
+    let chosen = match choice {
+        PromptChoice::Default if has_ids => return Ok(None),
+        PromptChoice::Named(_) if has_ids => PROMPT_NAME,
+        PromptChoice::Given(_) if has_ids => PROMPT,
+        choice => return model.prompts.choose(choice, FieldPath::parameter),
+    };
+    let reason = "must not be set with token ids, which take no prompt";
+    Err(Error::invalid(FieldPath::parameter(chosen), reason))
 }
 
 fn features(model: &ServedModel, request: &InferRequest) -> Result<Vec<f32>, Error> {
@@ -292,4 +326,114 @@ fn make_outputs(
         outputs.push((name(1), Tensor::from_i64(shape, &labels)?));
     }
     Ok(outputs)
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::{Input, ModelName, Value};
+
+    use super::*;
+    use crate::linear;
+
+    fn request(inputs: Vec<Input>, parameters: &[(&str, Value)]) -> InferRequest {
+        let parameters = parameters.iter();
+        InferRequest {
+            model: ModelName::checked("m", "name").unwrap(),
+            version: None,
+            id: String::new(),
+            priority: 0,
+            timeout: None,
+            parameters: parameters
+                .map(|(name, value)| ((*name).to_owned(), value.clone()))
+                .collect(),
+            inputs,
+            outputs: Vec::new(),
+        }
+    }
+
+    fn text(name: &str) -> Input {
+        let shape = Shape::from_sizes(vec![1]).unwrap();
+        Input {
+            name: name.to_owned(),
+            tensor: Tensor::from_elements(shape, &["lantern"]).unwrap(),
+        }
+    }
+
+    fn numbers(name: &str, values: &[i64]) -> Input {
+        let shape = Shape::from_sizes(vec![values.len()]).unwrap();
+        Input {
+            name: name.to_owned(),
+            tensor: Tensor::from_i64(shape, values).unwrap(),
+        }
+    }
+
+    fn string(text: &str) -> Value {
+        Value::Text(text.to_owned())
+    }
+
+    #[test]
+    fn a_request_chooses_its_prompt_by_name_or_brings_it() {
+        let model = linear::model("bert-dense");
+        for (parameters, expected) in [
+            (vec![], None),
+            (vec![(PROMPT_NAME, string("query"))], Some("query: ")),
+            (vec![(PROMPT, string("title: "))], Some("title: ")),
+            (vec![(PROMPT, string(""))], None),
+        ] {
+            let checked = check(&model, request(vec![text(TEXT)], &parameters)).unwrap();
+            assert_eq!(checked.prompt.as_deref(), expected, "{parameters:?}");
+        }
+    }
+
+    #[test]
+    fn a_prompt_that_cannot_be_applied_is_refused_by_name() {
+        let embedder = linear::model("bert-dense");
+        let reranker = linear::model("bert-rerank");
+        let texts = || vec![text(TEXT)];
+        let ids = || vec![numbers(LENGTHS_INPUT, &[2]), numbers(IDS_INPUT, &[7, 8])];
+        let named = || (PROMPT_NAME, string("query"));
+        let given = || (PROMPT, string("title: "));
+        let unknown = (PROMPT_NAME, string("passage"));
+        for (model, inputs, parameters, sentence) in [
+            (
+                &embedder,
+                texts(),
+                vec![unknown],
+                "parameters[prompt_name]: must be one of the model's prompts: query",
+            ),
+            (
+                &embedder,
+                texts(),
+                vec![(PROMPT_NAME, Value::Integer(1))],
+                "parameters[prompt_name]: must be a string",
+            ),
+            (
+                &embedder,
+                texts(),
+                vec![named(), given()],
+                "parameters[prompt]: must not be set beside prompt_name",
+            ),
+            (
+                &embedder,
+                ids(),
+                vec![named()],
+                "parameters[prompt_name]: must not be set with token ids, which take no prompt",
+            ),
+            (
+                &embedder,
+                ids(),
+                vec![given()],
+                "parameters[prompt]: must not be set with token ids, which take no prompt",
+            ),
+            (
+                &reranker,
+                vec![text(QUERY), text(TEXT)],
+                vec![named()],
+                "parameters[prompt_name]: is not a parameter of model 'm'",
+            ),
+        ] {
+            let error = check(model, request(inputs, &parameters)).unwrap_err();
+            assert_eq!(error.to_string(), sentence);
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //! thread behind it.
 
 mod digest;
+mod prompts;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,6 +26,7 @@ use crate::metrics::{ModelMetrics, WorkerMetrics};
 use crate::queue::{Lane, Part, Queue, QueueLimits, Refusal, Rows, split};
 use crate::work::{Size, Work};
 use digest::Reads;
+pub use prompts::{PromptChoice, Prompts, prompted};
 
 /// Texts of at most so many bytes together are tokenized inline; longer ones on
 /// the threads for work, since the network's threads must not stall.
@@ -74,6 +76,8 @@ pub struct ServedModel {
     pub metrics: ModelMetrics,
     /// Its tokenizer, if it reads text.
     pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Its prompts.
+    pub prompts: Prompts,
     queue: Arc<Queue>,
     instance: Arc<Instance>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -112,6 +116,8 @@ impl OwnedText {
 pub struct Texts {
     /// The texts.
     pub texts: Vec<OwnedText>,
+    /// What is put before each [`OwnedText::One`]; token ids are what they are.
+    pub prompt: Option<Arc<str>>,
     /// The kind of output of each.
     pub output: TextOutput,
     /// The truncation of those that are too long.
@@ -119,11 +125,16 @@ pub struct Texts {
 }
 
 impl Texts {
+    fn prompt_bytes(&self) -> usize {
+        self.prompt.as_deref().map_or(0, str::len)
+    }
+
     /// Bytes to tokenize; a text that several pairs share is tokenized once.
     fn bytes(&self) -> usize {
         let mut shared: Option<&Arc<str>> = None;
+        let prompt = self.prompt_bytes();
         let bytes = self.texts.iter().map(|text| match text {
-            OwnedText::One(text) => text.len(),
+            OwnedText::One(text) => prompt + text.len(),
             OwnedText::Ids(ids) => ids.len() * size_of::<u32>(),
             OwnedText::Pair(first, second) => {
                 let same = shared.is_some_and(|shared| Arc::ptr_eq(shared, first));
@@ -140,7 +151,7 @@ impl Texts {
 pub struct Usage {
     /// Tokens computed.
     pub tokens: usize,
-    /// Characters of the texts, as `tei.v1` counts them.
+    /// Characters of the texts without their prompt, as `tei.v1` counts them.
     pub characters: usize,
     /// Tokenizing.
     pub tokenize: Duration,
@@ -197,6 +208,7 @@ impl ServedModel {
         let mut model = engine::load_from(&folder, options)?;
         warm_up(&mut model)?;
         let card = model.card().clone();
+        let prompts = Prompts::of(&card)?;
         let tokenizer = model.tokenizer().cloned();
         let digest = if limits.deterministic {
             reads.digest(options, &card)?
@@ -225,6 +237,7 @@ impl ServedModel {
             limits,
             metrics,
             tokenizer,
+            prompts,
             queue,
             instance,
             thread: Mutex::new(Some(thread)),
@@ -303,7 +316,7 @@ impl ServedModel {
         };
         let items = request.texts.len();
         let held = self.reserve(items, &urgency)?;
-        let _memory = work.hold(self.row_bytes(&request.texts))?;
+        let _memory = work.hold(self.row_bytes(&request))?;
         let started = Instant::now();
         let bytes = request.bytes();
         let rows = if bytes <= INLINE_TEXT_BYTES_MAX {
@@ -331,14 +344,15 @@ impl ServedModel {
     }
 
     /// The most memory that the rows of texts take: a short request may have a
-    /// long query in each of its rows.
-    fn row_bytes(&self, texts: &[OwnedText]) -> usize {
+    /// long query, or a prompt, in each of its rows.
+    fn row_bytes(&self, request: &Texts) -> usize {
         let tokens_max = self.card.tokens_max;
+        let added = SPECIAL_TOKENS + request.prompt_bytes();
         let tokens = |text: &OwnedText| {
-            let tokens = text.tokens_max().saturating_add(SPECIAL_TOKENS);
+            let tokens = text.tokens_max().saturating_add(added);
             tokens.min(tokens_max) * TOKEN_BYTES
         };
-        texts.iter().map(tokens).sum()
+        request.texts.iter().map(tokens).sum()
     }
 
     /// Holds room in the queue for the rows of a request.
@@ -420,6 +434,7 @@ fn tokenize(
 ) -> Result<(Vec<(TokenRow, TextOutput)>, usize), TextError> {
     let mut tokenizing = Tokenizing {
         tokenizer,
+        prompt: request.prompt.as_deref(),
         truncation: request.truncation,
         cancelled,
         shared: None,
@@ -437,6 +452,7 @@ fn tokenize(
 /// Tokenizes the texts of one request, one after the other.
 struct Tokenizing<'r> {
     tokenizer: &'r Tokenizer,
+    prompt: Option<&'r str>,
     truncation: Truncation,
     cancelled: &'r Cancelled,
     /// The first text of the last pair.
@@ -462,7 +478,8 @@ impl<'r> Tokenizing<'r> {
         match text {
             OwnedText::One(text) => {
                 self.characters += text.chars().count();
-                tokenizer.encode_while(Text::Single(text), truncation, &should_continue)
+                let text = prompted(self.prompt, text);
+                tokenizer.encode_while(Text::Single(&text), truncation, &should_continue)
             }
             OwnedText::Ids(ids) => tokenizer.encode_ids(ids, truncation),
             OwnedText::Pair(first, second) => {
@@ -524,9 +541,40 @@ mod tests {
         let pair = |_| OwnedText::Pair(query.clone(), "a candle".into());
         Texts {
             texts: (0..texts).map(pair).collect(),
+            prompt: None,
             output: TextOutput::Logits,
             truncation: Truncation::Right,
         }
+    }
+
+    #[test]
+    fn a_prompt_is_before_a_text_and_not_before_ids() {
+        let model = linear::model("bert-embedding");
+        let tokenizer = model.tokenizer.clone().unwrap();
+        let request = |text: &OwnedText, prompt: Option<&str>| Texts {
+            texts: vec![text.clone()],
+            prompt: prompt.map(Arc::from),
+            output: TextOutput::Embedding,
+            truncation: Truncation::Right,
+        };
+        let ids = |request: &Texts| {
+            let (rows, characters) = tokenize(&tokenizer, request, &Cancelled::never()).unwrap();
+            assert!(rows[0].0.ids.len() * TOKEN_BYTES <= model.row_bytes(request));
+            (rows[0].0.ids.clone(), characters)
+        };
+        let lantern = OwnedText::One("lantern".to_owned());
+        let whole = OwnedText::One("query: lantern".to_owned());
+        let (with_prompt, characters) = ids(&request(&lantern, Some("query: ")));
+        assert_eq!(with_prompt, ids(&request(&whole, None)).0);
+        assert_ne!(with_prompt, ids(&request(&lantern, None)).0);
+        assert_eq!(characters, "lantern".len());
+        let prompted = request(&lantern, Some("query: "));
+        assert_eq!(prompted.bytes(), "query: lantern".len());
+        let list = OwnedText::Ids(vec![7, 8]);
+        assert_eq!(
+            ids(&request(&list, Some("query: "))),
+            ids(&request(&list, None))
+        );
     }
 
     #[test]
@@ -534,7 +582,7 @@ mod tests {
         let model = linear::model("bert-rerank");
         let tokenizer = model.tokenizer.clone().unwrap();
         let read = |request: Texts| {
-            let most = model.row_bytes(&request.texts);
+            let most = model.row_bytes(&request);
             let (rows, _) = tokenize(&tokenizer, &request, &Cancelled::never()).unwrap();
             let tokens: usize = rows.iter().map(|(row, _)| row.ids.len()).sum();
             assert!(tokens * TOKEN_BYTES <= most, "{tokens} tokens");

@@ -132,6 +132,7 @@ def check_errors(checks, client):
         ("input_is_a_number", {"input": 7}, "input"),
         ("input_holds_a_number", {"input": ["x", 7]}, "input[1]"),
         ("model_is_a_number", {"model": 7}, "model"),
+        ("prompt_unknown", {"extra_body": {"prompt_name": "nobody"}}, "prompt_name"),
     ]
     for name, change, param in cases:
         with checks.check(name):

@@ -4,14 +4,14 @@
 mod shared;
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fleet_tests::calls::{client, pixels, texts};
 use fleet_tests::process::{Andon, scratch};
-use fleet_tests::{Fleet, program, until};
+use fleet_tests::{Fleet, link_folder, program, until};
 use futures::future::try_join_all;
 use protocol::inference::{
     ModelInferRequest, ModelInferResponse, ModelStatisticsRequest, RepositoryModelLoadRequest,
@@ -36,7 +36,7 @@ impl Repository {
         let repository = Self(scratch("deterministic")?);
         for model in models {
             let folder = repository.0.join(model);
-            copy(
+            link_folder(
                 &fleet_tests::models()?.join(model).join("1"),
                 &folder.join("1"),
             )?;
@@ -55,21 +55,6 @@ impl Repository {
         let flags = self.flags();
         Fleet::with(1, &[&flags[0], &flags[1]], gateway_flags).await
     }
-}
-
-/// Links the files where that is possible: weights are large.
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    std::fs::create_dir_all(to)?;
-    for entry in std::fs::read_dir(from)? {
-        let entry = entry?;
-        let (from, to) = (entry.path(), to.join(entry.file_name()));
-        if from.is_dir() {
-            copy(&from, &to)?;
-        } else if std::fs::hard_link(&from, &to).is_err() {
-            std::fs::copy(&from, &to)?;
-        }
-    }
-    Ok(())
 }
 
 /// A response and where it came from.
@@ -294,7 +279,7 @@ async fn a_new_version_never_gets_an_old_ones_answers() -> Result<()> {
     // Another bias of the first label: the file ends with ten of them and
     // with their weights, 10 by 32.
     let folder = repository.0.join("digits/2");
-    copy(&repository.0.join("digits/1"), &folder)?;
+    link_folder(&repository.0.join("digits/1"), &folder)?;
     let weights = folder.join("model.safetensors");
     let mut bytes = std::fs::read(&weights)?;
     let offset = bytes.len() - 4 * (10 + 10 * 32);

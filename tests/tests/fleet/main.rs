@@ -13,6 +13,7 @@ mod input;
 mod openai;
 mod operations;
 mod outside;
+mod prompts;
 mod providers;
 mod quota;
 mod transport;

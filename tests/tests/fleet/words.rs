@@ -135,6 +135,14 @@ fn bodies(long: &str) -> Vec<(&'static str, Value)> {
             json!({"model": "digits", "input": "a", "encoding_format": long}),
         ),
         (
+            "/v1/embeddings",
+            json!({"model": "minilm", "input": "a", "prompt_name": long}),
+        ),
+        (
+            "/v1/embeddings",
+            json!({"model": "minilm", "input": "a", "prompt": long}),
+        ),
+        (
             "/v1/chat/completions",
             json!({"model": long, "messages": []}),
         ),

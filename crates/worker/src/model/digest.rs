@@ -65,6 +65,9 @@ impl Reads {
             card.family
         );
         context.update(computed.as_bytes());
+        // What is put before texts, which settings may say as well as files.
+        let prompts = format!(" {:?} {:?}", card.default_prompt, card.prompts);
+        context.update(prompts.as_bytes());
         // Another version of the program may compute other numbers.
         context.update(concat!(" ", env!("CARGO_PKG_VERSION"), "\0").as_bytes());
         for ((name, offset, length), hash) in &state.pieces {
@@ -204,6 +207,16 @@ mod tests {
         assert_ne!(one, digest(&reads(b"two", "a"), &options));
         assert_ne!(one, digest(&reads(b"one", "b"), &options));
         assert_ne!(one, digest(&reads(b"one", "a"), &others));
+        let with_prompt = |text: &str, default: Option<&str>| {
+            let mut card = card.clone();
+            card.prompts = [("query".to_owned(), text.to_owned())].into();
+            card.default_prompt = default.map(str::to_owned);
+            reads(b"one", "a").digest(&options, &card).unwrap()
+        };
+        let prompted = with_prompt("query: ", Some("query"));
+        assert_ne!(prompted, one);
+        assert_ne!(prompted, with_prompt("query: ", None));
+        assert_ne!(prompted, with_prompt("title: ", Some("query")));
         let changed = reads(b"one", "a");
         changed.observer()("a", 0, b"two");
         let error = changed.digest(&options, &card).unwrap_err();

@@ -290,6 +290,15 @@ fn config(model: &ServedModel) -> ModelConfig {
     {
         parameters.push(("labels", labels));
     }
+    let prompts: Vec<&str> = model.prompts.names().collect();
+    if let Ok(names) = serde_json::to_string(&prompts)
+        && !prompts.is_empty()
+    {
+        parameters.push(("prompts", names));
+    }
+    if let Some(name) = model.prompts.default_name() {
+        parameters.push(("default_prompt_name", name.to_owned()));
+    }
     let gpu = card
         .device
         .strip_prefix("cuda:")

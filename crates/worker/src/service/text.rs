@@ -16,6 +16,7 @@ use tonic::Status;
 
 use super::{INLINE_MESSAGE_BYTES_MAX, Service};
 use crate::infer::{finish_embedding, finish_scores};
+use crate::model::prompted;
 use crate::work::{Size, Work};
 pub(super) use target::Target;
 use target::{TextRequest, TextResponse, TextsField, truncation};
@@ -309,8 +310,9 @@ impl Service {
         target: Target,
     ) -> Result<TextResponse<tei::EncodeResponse>, Error> {
         let model = target.any_text_model(&self.0.repository)?;
-        let text = target::prompted(&model, request.prompt_name, request.inputs)?;
-        target::check_length(&model, &text, || "inputs".into())?;
+        target::check_length(&model, &request.inputs, || "inputs".into())?;
+        let prompt = target::prompt(&model, request.prompt_name.as_deref())?;
+        let text = prompted(prompt.as_deref(), &request.inputs).into_owned();
         let tokenizer = target::tokenizer(&model)?;
         let work = self.work(&target.lane);
         let bytes = text.len();

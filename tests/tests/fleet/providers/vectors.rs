@@ -171,6 +171,14 @@ async fn errors_in_a_request_name_their_field_like_a_local_models() -> Result<()
             parameter("color", ParameterChoice::BoolParam(true)),
             "parameters[color]",
         ),
+        (
+            parameter("prompt_name", ParameterChoice::StringParam("query".into())),
+            "parameters[prompt_name]",
+        ),
+        (
+            parameter("prompt", ParameterChoice::StringParam("query: ".into())),
+            "parameters[prompt]",
+        ),
         (texts("small", &["a", "b", "c"]), "inputs[0].shape"),
         (texts("small", &[]), "inputs[0].shape"),
         (datatype, "inputs[0].datatype"),

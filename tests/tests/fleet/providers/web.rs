@@ -170,6 +170,16 @@ async fn vectors_have_the_same_bits_at_both_doors() -> Result<()> {
     let body = json!({"model": "small", "input": [[1], [2]]});
     let response = post(&outside, "/v1/embeddings", &body).await?;
     ensure!(response.status() == 400, "{}", response.text().await?);
+    // Nor are its prompts.
+    for field in ["prompt_name", "prompt"] {
+        let mut body = json!({"model": "small", "input": "a"});
+        body[field] = json!("query");
+        let response = post(&outside, "/v1/embeddings", &body).await?;
+        let status = response.status();
+        let error: Value = response.json().await?;
+        ensure!(status == 400, "{status} {error}");
+        ensure!(error["error"]["param"] == field, "{error}");
+    }
     Ok(())
 }
 

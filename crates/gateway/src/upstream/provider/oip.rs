@@ -10,8 +10,8 @@ use protocol::inference::{
     ModelMetadataResponse, ModelTransactionPolicy,
 };
 use protocol::{
-    DIGEST_KEY, Error, FieldPath, InferRequest, Kind, Method, ModelName, ModelVersion, Signature,
-    TOKENS_KEY, Task, checked_dimensions, to_response,
+    DIGEST_KEY, Error, FieldPath, InferRequest, Kind, Method, ModelName, ModelVersion, PROMPT,
+    PROMPT_NAME, Signature, TOKENS_KEY, Task, checked_dimensions, to_response, unknown_prompt,
 };
 use providers::{
     CallContext, ChatRequest, EmbeddingOptions, MODEL_VERSION, Provider, ProviderError,
@@ -151,6 +151,10 @@ fn embedding_options(
                 let dimensions = dimensions(provider, value.integer(name)?)
                     .map_err(|reason| Error::invalid(FieldPath::parameter(name), reason))?;
                 options.dimensions = Some(dimensions);
+            }
+            PROMPT_NAME | PROMPT => {
+                let field = FieldPath::parameter(name);
+                return Err(unknown_prompt(field, std::iter::empty()));
             }
             _ => return Err(request.unknown_parameter(name)),
         }

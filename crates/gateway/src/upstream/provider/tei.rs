@@ -5,7 +5,10 @@ use std::sync::Arc;
 use http::{HeaderMap, HeaderValue};
 use platform::grpc::decode;
 use protocol::tei::v1 as tei;
-use protocol::{Error, MODEL_KEY, Method, Task, insert_compute_metadata, truncation_direction};
+use protocol::{
+    Error, MODEL_KEY, Method, PROMPT_NAME, Task, insert_compute_metadata, truncation_direction,
+    unknown_prompt,
+};
 use providers::{
     CallContext, EmbeddingOptions, MODEL_VERSION, Provider, ProviderError, ProviderUsage,
     UsageMeter,
@@ -94,8 +97,7 @@ impl Call<'_> {
             }
         };
         if request.prompt_name.is_some() {
-            let reason = "must not be set: the model has no prompts";
-            return Err(Error::invalid("prompt_name", reason));
+            return Err(unknown_prompt(PROMPT_NAME, std::iter::empty()));
         }
         // The provider chooses where it truncates.
         truncation_direction(request.truncation_direction)?;

@@ -15,7 +15,7 @@ use tonic::Code;
 
 use super::super::{CallRecord, lane_of};
 use crate::error::text_problem;
-use crate::model::{OwnedText, ServedModel, TextError, Texts, Urgency};
+use crate::model::{OwnedText, PromptChoice, ServedModel, TextError, Texts, Urgency};
 use crate::queue::Lane;
 use crate::repository::Repository;
 use crate::work::Work;
@@ -46,6 +46,7 @@ pub struct TextResponse<A> {
 /// The texts of one call and how they are computed.
 pub struct TextRequest {
     pub texts: TextsField,
+    /// The name of a prompt, if the call may have one and does.
     pub prompt: Option<String>,
     pub output: TextOutput,
     pub truncation: Truncation,
@@ -69,16 +70,11 @@ impl TextsField {
         }
     }
 
-    /// Checks each text's length and puts the prompt before an only text.
-    fn prepared(
-        self,
-        model: &ServedModel,
-        prompt: Option<String>,
-    ) -> Result<Vec<OwnedText>, Error> {
+    /// Checks each text's length.
+    fn prepared(self, model: &ServedModel) -> Result<Vec<OwnedText>, Error> {
         let inputs = |index| FieldPath::from("inputs").index(index);
         match self {
             Self::One(text) => {
-                let text = prompted(model, prompt, text)?;
                 check_length(model, &text, || "inputs".into())?;
                 Ok(vec![OwnedText::One(text)])
             }
@@ -178,7 +174,8 @@ impl Target {
     ) -> Result<TextResponse<Vec<Vec<f32>>>, Error> {
         check_count(model, request.texts.count())?;
         let ranked = matches!(request.texts, TextsField::Ranked(..));
-        let texts = request.texts.prepared(model, request.prompt)?;
+        let prompt = prompt(model, request.prompt.as_deref())?;
+        let texts = request.texts.prepared(model)?;
         let urgency = Urgency {
             lane: self.lane.clone(),
             priority: 0,
@@ -186,6 +183,7 @@ impl Target {
         };
         let texts = Texts {
             texts,
+            prompt,
             output: request.output,
             truncation: request.truncation,
         };
@@ -298,21 +296,11 @@ pub fn truncation(truncate: bool, direction: i32) -> Result<Truncation, Error> {
     })
 }
 
-/// Puts a prompt of the model's configuration before a text.
-pub fn prompted(
-    model: &ServedModel,
-    prompt: Option<String>,
-    text: String,
-) -> Result<String, Error> {
-    let Some(name) = prompt.or_else(|| model.card.default_prompt.clone()) else {
-        return Ok(text);
-    };
-    let prompt = model.card.prompts.get(&name).ok_or_else(|| {
-        let known: Vec<&str> = model.card.prompts.keys().map(String::as_str).collect();
-        let reason = format!("must be one of the model's prompts: {}", known.join(", "));
-        Error::invalid("prompt_name", reason)
-    })?;
-    Ok(format!("{prompt}{text}"))
+/// What is put before a text: the prompt of this name, or the model's default one.
+pub fn prompt(model: &ServedModel, name: Option<&str>) -> Result<Option<Arc<str>>, Error> {
+    model
+        .prompts
+        .choose(PromptChoice::from(name), FieldPath::from)
 }
 
 /// Refuses more texts than a request may have, before anything is made of them.
@@ -369,7 +357,7 @@ mod tests {
             let texts = request.texts.into_iter().map(Arc::from).collect();
             let texts = TextsField::Ranked(request.query.into(), texts);
             assert_eq!(texts.count() as u64, rows);
-            let pairs = texts.prepared(&model, None).unwrap();
+            let pairs = texts.prepared(&model).unwrap();
             assert_eq!(pairs.len() as u64, rows);
         };
         doubles("texts", 50_000, |n| ranked("a lantern", n), read);

@@ -87,6 +87,15 @@ fn what_changes_a_response_changes_the_key() {
                 .insert("truncate".to_owned(), parameter(choice));
         }),
         changed(|r| {
+            let choice = ParameterChoice::StringParam("query".to_owned());
+            r.parameters
+                .insert("prompt_name".to_owned(), parameter(choice));
+        }),
+        changed(|r| {
+            let choice = ParameterChoice::StringParam("query".to_owned());
+            r.parameters.insert("prompt".to_owned(), parameter(choice));
+        }),
+        changed(|r| {
             r.outputs = vec![InferRequestedOutputTensor {
                 name: "embedding".to_owned(),
                 ..Default::default()

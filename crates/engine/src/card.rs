@@ -43,9 +43,6 @@ pub struct Card {
     pub prompts: BTreeMap<String, String>,
     /// The name of the prompt for callers who choose none.
     pub default_prompt: Option<String>,
-    /// For each prompt, how many tokens it takes that pooling leaves out
-    /// ([`TokenRow::skipped`](crate::TokenRow::skipped)); empty for a model that pools them.
-    pub prompt_tokens: BTreeMap<String, usize>,
     /// The inputs, in order.
     pub inputs: Vec<TensorSpec>,
     /// The outputs, in order.

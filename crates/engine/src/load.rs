@@ -237,7 +237,6 @@ fn load_encoder(
         None => EmbeddingHead::none(),
     };
     let tokenizer = read_tokenizer(folder, &plan)?;
-    let prompt_tokens = plan.prompt_tokens(&tokenizer)?;
     let side = plan.truncation_side(&tokenizer, options);
     let (width, hidden, labels) = match &plan.head {
         Some(head) => (head.width, head.token_width, Vec::new()),
@@ -266,7 +265,6 @@ fn load_encoder(
         weight_bytes: weights.bytes + head.weight_bytes,
         prompts: plan.sentence.prompts,
         default_prompt: plan.sentence.default_prompt,
-        prompt_tokens,
         inputs,
         outputs,
         feature_range: None,

@@ -43,6 +43,8 @@ pub struct Tokenizer {
     file_side: Option<Side>,
     /// Whether rows have token types; else all are 0.
     token_types: bool,
+    /// Whether the tokens of a prompt are pooled.
+    include_prompt: bool,
     tokens_max: usize,
 }
 
@@ -166,6 +168,7 @@ impl Tokenizer {
             known,
             file_side,
             token_types: rules.token_types,
+            include_prompt: rules.include_prompt,
             tokens_max: rules.tokens_max,
         };
         for probe in PROBES {
@@ -298,12 +301,15 @@ impl Tokenizer {
         self.file_side
     }
 
-    /// How many tokens a prompt takes at the beginning of a row, the special tokens before it
-    /// included: those that a model leaves out of pooling that was trained so.
+    /// How many tokens of a row pooling leaves out whose text begins with this prompt: its own and
+    /// the special tokens before it, for a model that was trained so ([`TokenRow::skipped`]).
     ///
     /// # Errors
     /// [`EngineError::InvalidInput`] for a prompt that the tokenizer fails on.
-    pub(crate) fn prompt_tokens(&self, prompt: &str) -> Result<usize, EngineError> {
+    pub fn skipped(&self, prompt: &str) -> Result<usize, EngineError> {
+        if self.include_prompt || prompt.is_empty() {
+            return Ok(0);
+        }
         let (before, _) = &self.around;
         Ok(before.len() + self.ids(prompt, &|| true)?.len())
     }

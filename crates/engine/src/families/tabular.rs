@@ -128,7 +128,6 @@ impl Tabular {
             tokens_max: 0,
             weight_bytes: weights.bytes,
             prompts: Default::default(),
-            prompt_tokens: Default::default(),
             default_prompt: None,
             inputs,
             outputs,

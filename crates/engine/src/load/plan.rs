@@ -1,8 +1,6 @@
 //! What an encoder's folder is served as: everything that its configuration files say, checked
 //! before any weight is read.
 
-use std::collections::BTreeMap;
-
 use super::tokenizer_settings::TokenizerSettings;
 use crate::description::{DEFAULT, PERSON, Settings};
 use crate::error::EngineError;
@@ -64,7 +62,9 @@ impl EncoderPlan {
             note_class(&sentence, &task_config, settings);
             None
         };
-        let tokenizer = TokenizerSettings::read(folder, options, family.tokens_max(), settings)?;
+        let mut tokenizer =
+            TokenizerSettings::read(folder, options, family.tokens_max(), settings)?;
+        tokenizer.rules.include_prompt = head.as_ref().is_none_or(|head| head.include_prompt);
         Ok(Self {
             family,
             task,
@@ -75,20 +75,6 @@ impl EncoderPlan {
             head,
             tokenizer,
         })
-    }
-
-    /// For each prompt, how many tokens it takes that pooling leaves out.
-    pub(super) fn prompt_tokens(
-        &self,
-        tokenizer: &Tokenizer,
-    ) -> Result<BTreeMap<String, usize>, EngineError> {
-        let mut tokens = BTreeMap::new();
-        if self.head.as_ref().is_some_and(|head| !head.include_prompt) {
-            for (name, prompt) in &self.sentence.prompts {
-                tokens.insert(name.clone(), tokenizer.prompt_tokens(prompt)?);
-            }
-        }
-        Ok(tokens)
     }
 
     /// The side that is truncated where a caller names none.

@@ -111,6 +111,7 @@ impl TokenizerSettings {
             add_prefix_space: config.add_prefix_space,
             lowercase_first,
             token_types: config.has_token_types(),
+            include_prompt: true,
             tokens_max: tokens_max.value,
         };
         note_rules(&rules, settings);

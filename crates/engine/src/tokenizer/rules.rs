@@ -19,6 +19,8 @@ pub(crate) struct TokenizerRules {
     pub(crate) lowercase_first: bool,
     /// Whether the model is given token types; else all are 0.
     pub(crate) token_types: bool,
+    /// Whether the tokens of a prompt are pooled.
+    pub(crate) include_prompt: bool,
     /// The maximum number of tokens of a row.
     pub(crate) tokens_max: usize,
 }
@@ -34,6 +36,7 @@ impl TokenizerRules {
             add_prefix_space: None,
             lowercase_first: false,
             token_types: true,
+            include_prompt: true,
             tokens_max,
         }
     }
@@ -194,6 +197,28 @@ mod tests {
         };
         assert_eq!(ids(None), [0]);
         assert_eq!(ids(Some(true)), [2]);
+    }
+
+    #[test]
+    fn a_prompt_is_skipped_where_pooling_leaves_it_out() {
+        let file = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+            "normalizer": null, "pre_tokenizer": {"type": "Whitespace"}, "decoder": null,
+            "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 1], "cls": ["[CLS]", 0]},
+            "model": {"type": "WordLevel", "vocab": {"[CLS]": 0, "[SEP]": 1, "a": 2},
+                "unk_token": "a"},
+        });
+        let skipped = |include_prompt| {
+            let rules = TokenizerRules {
+                include_prompt,
+                ..TokenizerRules::of_file(8)
+            };
+            let own = Own::from_bytes(file.to_string().as_bytes(), 16, rules).unwrap();
+            own.skipped("a a").unwrap()
+        };
+        // The token before the prompt is left out with it.
+        assert_eq!(skipped(false), 3);
+        assert_eq!(skipped(true), 0);
     }
 
     #[test]

@@ -498,25 +498,6 @@ fn shards_are_plain_names_of_the_same_folder() {
 }
 
 #[test]
-fn sentence_files_are_checked_too() {
-    let folder = Folder::valid();
-    let modules = |path: &str, kind: &str| json!([{"path": path, "type": kind}]).to_string();
-    for (path, kind) in [
-        ("../1_Pooling", "x.Pooling"),
-        ("/etc", "x.Pooling"),
-        ("", "x.CNN"),
-    ] {
-        folder.write("modules.json", modules(path, kind));
-        folder.refused("modules.json");
-    }
-    folder.write("modules.json", modules("1_Pooling", "x.Pooling"));
-    fs::create_dir(folder.0.join("1_Pooling")).unwrap();
-    let mode = json!({"pooling_mode_weightedmean_tokens": true});
-    folder.write("1_Pooling/config.json", mode.to_string());
-    folder.refused("1_Pooling/config.json");
-}
-
-#[test]
 fn tasks_that_the_model_does_not_support_are_refused() {
     let folder = Folder::valid();
     for (task, file) in [

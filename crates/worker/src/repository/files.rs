@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use engine::{DeviceChoice, Dtype, Kernels, LoadOptions, Overrides, Side, Task};
+use engine::{
+    Description, DeviceChoice, Dtype, Kernels, LoadOptions, ModelFolder, Overrides, Side, Task,
+};
 use platform::files::from_toml;
 use protocol::{ModelName, ModelVersion};
 use serde::Deserialize;
@@ -194,6 +196,33 @@ pub fn bare_plan(folder: &Path, defaults: Defaults) -> Result<Plan, String> {
     checked_plan(versions, &settings(folder, folder)?, defaults)
 }
 
+/// What a folder would be served as, with its own settings or, of a version in a
+/// repository, those of its model.
+pub fn described(folder: &Path) -> Result<Description, String> {
+    let folder = folder.canonicalize();
+    let folder =
+        folder.map_err(|error| format!("the folder cannot be opened: {}", error.kind()))?;
+    let folder = folder.as_path();
+    let model = folder.parent().filter(|model| {
+        let name = folder.file_name().and_then(|name| name.to_str());
+        let is_version = name.is_some_and(|name| ModelVersion::checked(name, "folder").is_ok());
+        is_version && !folder.join(SETTINGS).exists() && model.join(SETTINGS).exists()
+    });
+    let home = model.unwrap_or(folder);
+    let defaults = Defaults {
+        device: DeviceChoice::Cpu,
+        dtype: Dtype::Auto,
+        kernels: Kernels::Auto,
+        text_bytes_max: 0,
+    };
+    let plan = checked_plan(BTreeMap::new(), &settings(home, home)?, defaults)?;
+    let source = ModelFolder {
+        boundary: model.and_then(Path::parent).map(Path::to_path_buf),
+        ..ModelFolder::bare(folder)
+    };
+    Ok(engine::describe(&source, &plan.options))
+}
+
 /// The real path of a folder or file, if it is in the root: a link may not
 /// lead out.
 fn within(root: &Path, folder: &Path) -> Result<PathBuf, String> {
@@ -311,6 +340,37 @@ mod tests {
         assert_eq!(own.unwrap(), expected);
         assert_eq!(overrides("truncate = true").unwrap().truncate, Some(true));
         assert_eq!(overrides("truncate = false").unwrap().truncate, Some(false));
+    }
+
+    #[test]
+    fn a_folder_is_described_with_the_settings_beside_it_or_of_its_model() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
+        let root = std::env::temp_dir().join(format!("andon-described-{}", std::process::id()));
+        let folder = root.join("lantern").join("1");
+        std::fs::create_dir_all(&folder).unwrap();
+        for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+            std::fs::copy(golden.join("bert-embedding").join(name), folder.join(name)).unwrap();
+        }
+        let pooling = || {
+            let description = described(&folder).unwrap();
+            assert!(description.is_served(), "{:?}", description.problems);
+            let mut settings = description.settings.into_iter();
+            settings.find(|one| one.name == "pooling").unwrap()
+        };
+        let own = pooling();
+        assert_eq!(
+            (own.value.as_str(), own.source.as_str()),
+            ("mean", "default")
+        );
+        std::fs::write(root.join("lantern/andon.toml"), "pooling = \"cls\"\n").unwrap();
+        let of_model = pooling();
+        let found = (of_model.value.as_str(), of_model.source.as_str());
+        assert_eq!(found, ("cls", "andon.toml"));
+        std::fs::write(folder.join("andon.toml"), "pooling = \"max\"\n").unwrap();
+        assert_eq!(pooling().value, "max");
+        std::fs::write(folder.join("andon.toml"), "nonsense = 1\n").unwrap();
+        assert!(described(&folder).unwrap_err().contains("nonsense"));
+        std::fs::remove_dir_all(&root).unwrap();
     }
 
     #[test]

@@ -199,7 +199,7 @@ impl EncoderModel {
                 let no_types = zeros.get(..ids.len()).unwrap_or_default();
                 PackedRow {
                     ids,
-                    type_ids: if fits { type_ids } else { no_types },
+                    type_ids: if fits { type_ids.as_slice() } else { no_types },
                     skipped: row.tokens.skipped,
                 }
             })

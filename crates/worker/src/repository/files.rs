@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use engine::{
-    Description, DeviceChoice, Dtype, Kernels, LoadOptions, ModelFolder, Overrides, Side, Task,
+    Description, DeviceChoice, Dtype, Kernels, LoadOptions, ModelFolder, Overrides, PoolingMode,
+    ScoreActivation, Side, Task,
 };
 use platform::files::from_toml;
 use protocol::{ModelName, ModelVersion};
@@ -77,15 +78,16 @@ impl Settings {
             Some(Truncate::Side(TruncateSide::Left)) => (Some(true), Some(Side::Left)),
             Some(Truncate::Side(TruncateSide::Right)) => (Some(true), Some(Side::Right)),
         };
-        let pooling = self.pooling.as_deref().map(str::parse).transpose();
-        let activation = self.activation.as_deref().map(str::parse).transpose();
+        let pooling = self.pooling.as_deref().map(str::parse::<PoolingMode>);
+        let activation = self.activation.as_deref();
+        let activation = activation.map(str::parse::<ScoreActivation>);
         Ok(Overrides {
-            pooling: pooling.map_err(wrong)?,
+            pooling: pooling.transpose().map_err(wrong)?,
             prompt: self.prompt.clone(),
             normalize: self.normalize,
             truncate,
             truncation_side,
-            activation: activation.map_err(wrong)?,
+            activation: activation.transpose().map_err(wrong)?,
         })
     }
 }
@@ -313,8 +315,6 @@ fn checked_plan(
 
 #[cfg(test)]
 mod tests {
-    use engine::{PoolingMode, ScoreActivation};
-
     use super::*;
 
     fn overrides(text: &str) -> Result<Overrides, String> {

@@ -184,8 +184,8 @@ fn modules_are_known_by_their_whole_names_old_and_new() {
         format!("{OWN}Pooling"),
     ] {
         folder.modules(&[
-            (&pooling, "1_Pooling"),
-            (&format!("{BASE}normalize.Normalize"), "2"),
+            (pooling.as_str(), "1_Pooling"),
+            (format!("{BASE}normalize.Normalize").as_str(), "2"),
         ]);
         assert_eq!(folder.card().width, 32);
     }
@@ -270,19 +270,25 @@ fn modules_that_cannot_run_in_their_place_are_refused() {
     );
     folder.write("1_Pooling/config.json", &json!({"pooling_mode": "mean"}));
     folder.dense("2_Dense", &json!({}));
-    folder.modules(&[(&dense, "2_Dense"), (&pooling, "1_Pooling")]);
+    folder.modules(&[(dense.as_str(), "2_Dense"), (pooling.as_str(), "1_Pooling")]);
     assert!(
         folder
             .refused("2_Dense/config.json")
             .contains("token_embeddings")
     );
-    folder.modules(&[(&scale, "3_Normalize"), (&pooling, "1_Pooling")]);
+    folder.modules(&[
+        (scale.as_str(), "3_Normalize"),
+        (pooling.as_str(), "1_Pooling"),
+    ]);
     assert!(
         folder
             .refused("3_Normalize/config.json")
             .contains("before the Pooling")
     );
-    folder.modules(&[(&pooling, "1_Pooling"), (&pooling, "1_Pooling")]);
+    folder.modules(&[
+        (pooling.as_str(), "1_Pooling"),
+        (pooling.as_str(), "1_Pooling"),
+    ]);
     assert!(folder.refused("modules.json").contains("two Poolings"));
     folder.modules(&[]);
     assert!(
@@ -291,7 +297,7 @@ fn modules_that_cannot_run_in_their_place_are_refused() {
             .contains("set pooling in andon.toml")
     );
     folder.dense("2_Dense", &json!({"use_residual": true}));
-    folder.modules(&[(&pooling, "1_Pooling"), (&dense, "2_Dense")]);
+    folder.modules(&[(pooling.as_str(), "1_Pooling"), (dense.as_str(), "2_Dense")]);
     assert!(
         folder
             .refused("2_Dense/config.json")
@@ -314,7 +320,7 @@ fn modules_that_cannot_run_in_their_place_are_refused() {
         json!({}),
     ] {
         folder.write("1_Pooling/config.json", &config);
-        folder.modules(&[(&pooling, "1_Pooling")]);
+        folder.modules(&[(pooling.as_str(), "1_Pooling")]);
         let sentence = folder.refused("1_Pooling/config.json");
         assert!(sentence.contains("weightedmean"), "{sentence}");
     }
@@ -323,7 +329,7 @@ fn modules_that_cannot_run_in_their_place_are_refused() {
 #[test]
 fn several_poolings_lie_side_by_side_in_the_order_of_the_library() {
     let folder = Folder::copy("bert-embedding");
-    folder.modules(&[(&format!("{OLD}Pooling"), "1_Pooling")]);
+    folder.modules(&[(format!("{OLD}Pooling").as_str(), "1_Pooling")]);
     let with = |config: Value| {
         folder.write("1_Pooling/config.json", &config);
         embedding(&mut folder.loaded())
@@ -343,7 +349,7 @@ fn several_poolings_lie_side_by_side_in_the_order_of_the_library() {
 #[test]
 fn a_prompt_is_left_out_of_pooling_where_the_files_say_so() {
     let folder = Folder::copy("bert-embedding");
-    folder.modules(&[(&format!("{OLD}Pooling"), "1_Pooling")]);
+    folder.modules(&[(format!("{OLD}Pooling").as_str(), "1_Pooling")]);
     let config = json!({"pooling_mode": "mean", "include_prompt": false});
     folder.write("1_Pooling/config.json", &config);
     let mut model = folder.loaded();
@@ -430,7 +436,7 @@ fn other_kinds_of_models_are_refused_by_name() {
     );
     let embeds = folder.load(|options| options.task = Some(Task::Embedding));
     assert_eq!(embeds.unwrap().card().task, Task::Embedding);
-    folder.modules(&[(&format!("{OLD}Pooling"), "1_Pooling")]);
+    folder.modules(&[(format!("{OLD}Pooling").as_str(), "1_Pooling")]);
     folder.write("1_Pooling/config.json", &json!({"pooling_mode": "mean"}));
     assert_eq!(folder.card().task, Task::Embedding);
 }

@@ -311,7 +311,7 @@ fn modules_that_cannot_run_in_their_place_are_refused() {
             .contains("begin with a Transformer")
     );
     for path in ["../1_Pooling", "/etc"] {
-        folder.modules(&[(&pooling, path)]);
+        folder.modules(&[(pooling.as_str(), path)]);
         assert!(folder.refused("modules.json").contains("path of a module"));
     }
     for config in [

@@ -127,7 +127,8 @@ pub struct Token {
 
 impl Tokenizer {
     /// Parses a `tokenizer.json`. Its padding and truncation settings are not the model's and are
-    /// dropped, but for the side that is truncated. The error is the reason, for a message about the file.
+    /// dropped, but for the side that is truncated. The error is the reason, for a message about
+    /// the file.
     pub(crate) fn from_bytes(
         bytes: &[u8],
         vocabulary: usize,
@@ -135,7 +136,7 @@ impl Tokenizer {
     ) -> Result<Self, String> {
         let mut inner =
             catch_panic(|| Inner::from_bytes(bytes).map_err(|error| error.to_string()))?;
-        rules.apply(&mut inner)?;
+        catch_panic(|| rules.apply(&mut inner))?;
         let file_side = inner
             .get_truncation()
             .map(|truncation| match truncation.direction {

@@ -235,7 +235,7 @@ impl SentenceFiles {
         };
         let mut source = DEFAULT.to_owned();
         for module in &self.modules {
-            let file = format!("{}/config.json", module.path);
+            let file = config_file(&module.path);
             match module.kind {
                 ModuleKind::Transformer => {
                     return Err(invalid_modules(
@@ -267,7 +267,7 @@ impl SentenceFiles {
             settings.note("include_prompt", "false", source);
         }
         for dense in head.dense() {
-            let file = format!("{}/config.json", dense.path);
+            let file = config_file(&dense.path);
             settings.note(
                 "dense",
                 format!("{} to {}", dense.inputs, dense.outputs),
@@ -313,7 +313,7 @@ impl HeadPlan {
     }
 
     fn add_dense(&mut self, folder: &Folder, path: &str) -> Result<(), EngineError> {
-        let file = format!("{path}/config.json");
+        let file = config_file(path);
         let config: DenseConfig = folder.json(&file)?;
         let of_tokens = self.reads_tokens(
             &file,
@@ -554,6 +554,15 @@ fn modules(entries: Vec<ModuleEntry>) -> Result<Vec<Module>, EngineError> {
         }
     }
     Ok(modules)
+}
+
+/// The configuration of a module: one without a folder has the model's.
+fn config_file(path: &str) -> String {
+    if path.is_empty() {
+        "config.json".to_owned()
+    } else {
+        format!("{path}/config.json")
+    }
 }
 
 /// The kind of a module by the whole name of its class: another package's class of the same last

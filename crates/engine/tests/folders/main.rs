@@ -314,6 +314,9 @@ fn modules_that_cannot_run_in_their_place_are_refused() {
         folder.modules(&[(pooling.as_str(), path)]);
         assert!(folder.refused("modules.json").contains("path of a module"));
     }
+    // No folder is the model's own, and never the root of all.
+    folder.modules(&[(pooling.as_str(), "")]);
+    assert!(folder.refused("config.json").contains("pooling_mode"));
     for config in [
         json!({"pooling_mode": "first"}),
         json!({"pooling_mode": []}),

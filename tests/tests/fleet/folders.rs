@@ -112,8 +112,8 @@ fn floats(value: &Value, place: &str) -> Result<Vec<f32>> {
 }
 
 fn near(actual: &[f32], expected: &[f32]) -> bool {
-    let pairs = actual.iter().zip(expected);
-    actual.len() == expected.len() && pairs.fold(true, |all, (a, b)| all && (a - b).abs() < 1e-4)
+    let mut pairs = actual.iter().zip(expected);
+    actual.len() == expected.len() && pairs.all(|(a, b)| (a - b).abs() < 1e-4)
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use crate::families::distilbert::DistilBert;
 use crate::families::embedding_head::{self, EmbeddingHead};
 use crate::families::modernbert::ModernBert;
 use crate::families::roberta::Roberta;
-use crate::families::sentence_transformers::MODULES;
+use crate::families::sentence_transformers::{MODULES, SentenceFiles};
 use crate::families::tabular::Tabular;
 use crate::files::{ConfigFile, Folder, ModelFolder, Weights, bad_config};
 use crate::layers::{Placement, WeightLoader};
@@ -159,6 +159,10 @@ fn read_config(folder: &Folder) -> Result<ConfigFile, EngineError> {
             "the folder holds a PEFT adapter, which is not applied: merge it into its base model \
              (merge_and_unload of peft), save the result, and serve that folder without this file",
         ));
+    }
+    if !folder.has(CONFIG) {
+        // The list of modules says where the encoder is, or that there is none.
+        SentenceFiles::read(folder, &Overrides::default(), &mut Settings::default())?;
     }
     if !folder.has(CONFIG) && folder.has("0_Transformer") {
         return Err(EngineError::invalid_file(

@@ -508,6 +508,15 @@ fn files_that_are_missing_have_a_sentence_with_what_to_do() {
         .unwrap();
     }
     assert!(folder.refused("modules.json").contains("0_Transformer"));
+    for (kind, path) in [("Transformer", "0_RoBERTa"), ("StaticEmbedding", "")] {
+        let module = json!({"path": path, "type": format!("{OLD}{kind}")});
+        folder.write("modules.json", &json!([module]));
+        let sentence = folder.refused("modules.json");
+        assert!(
+            sentence.contains(path) && sentence.contains(kind),
+            "{sentence}"
+        );
+    }
 }
 
 #[test]

@@ -64,6 +64,7 @@ struct SentenceConfig {
     query_length: Option<Value>,
     document_length: Option<Value>,
     query_expansion: Option<Value>,
+    module_output_name: Option<String>,
 }
 
 impl TokenizerSettings {
@@ -147,7 +148,7 @@ impl TokenizerConfig {
 }
 
 impl SentenceConfig {
-    /// Refuses what would change a text or its tokens in ways that are not supported.
+    /// Refuses what would change a text, its tokens or its output in ways that are not supported.
     fn refuse_others(&self, file: &str) -> Result<(), EngineError> {
         let is_set = |value: &Option<Value>| {
             let value = value.as_ref().filter(|value| !value.is_null());
@@ -165,6 +166,14 @@ impl SentenceConfig {
                     "{key} is that of a late interaction model (ColBERT), which is not supported \
                      yet: use an embedding model with one vector for each text"
                 ),
+            ));
+        }
+        let output = self.module_output_name.as_deref();
+        if output.is_some_and(|name| !["token_embeddings", "scores"].contains(&name)) {
+            return Err(EngineError::invalid_file(
+                file,
+                "module_output_name is not supported: it must be token_embeddings, or scores of a \
+                 CrossEncoder",
             ));
         }
         if is_set(&self.processing_kwargs) {

@@ -68,6 +68,13 @@ fn the_limit_of_sentence_transformers_wins_over_that_of_the_tokenizer() {
         &json!({"max_seq_length": null}),
     );
     assert_eq!(folder.card().tokens_max, 20);
+    let output = json!({"module_output_name": "token_embeddings"});
+    folder.write("sentence_bert_config.json", &output);
+    folder.card();
+    let output = json!({"module_output_name": "sentence_embedding"});
+    folder.write("sentence_bert_config.json", &output);
+    let sentence = folder.refused("sentence_bert_config.json");
+    assert!(sentence.contains("module_output_name"), "{sentence}");
     for key in ["query_length", "processing_kwargs"] {
         folder.write(
             "sentence_bert_config.json",

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use tensor::{Datatype, TensorSpec};
 
 use crate::options::{Dtype, Task};
+use crate::post::ScoreActivation;
+use crate::tokenizer::{Side, Truncation};
 
 /// The description of a loaded model, for metadata and for the validation of its inputs.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,8 +27,14 @@ pub struct Card {
     pub hidden: usize,
     /// The names of the labels in the order of the scores; empty for an embedding model.
     pub labels: Vec<String>,
-    /// Whether each label is predicted independently: logits then take a sigmoid, not a softmax.
-    pub multi_label: bool,
+    /// What turns the logits of a row into its scores.
+    pub activation: ScoreActivation,
+    /// Whether embeddings are normalized for callers who do not say.
+    pub normalize: bool,
+    /// The truncation of texts that are too long, for callers who do not say.
+    pub truncation: Truncation,
+    /// The side that is truncated, for callers who name none.
+    pub truncation_side: Side,
     /// Maximum number of tokens of one row, special tokens included; 0 for a tabular model.
     pub tokens_max: usize,
     /// Bytes of memory that the weights take on the device.

@@ -7,9 +7,9 @@ use candle_core::Device;
 use crate::card::Card;
 use crate::error::EngineError;
 use crate::families::LoadedEncoder;
-use crate::families::sentence_transformers::EmbeddingHead;
+use crate::families::embedding_head::EmbeddingHead;
 use crate::kernels;
-use crate::layers::{Batch, HiddenStates, Placement};
+use crate::layers::{Batch, HiddenStates, PackedRow, Placement};
 use crate::tokenizer::{TokenRow, Tokenizer};
 
 /// Tokens of a chunk: enough for a matrix multiplication to come near the CPU's peak, and few
@@ -105,7 +105,7 @@ impl EncoderModel {
     /// have.
     fn check(&self, rows: &[TextRow<'_>]) -> Result<(), EngineError> {
         for row in rows {
-            let TokenRow { ids, type_ids } = row.tokens;
+            let TokenRow { ids, type_ids, .. } = row.tokens;
             if ids.is_empty() || ids.len() != type_ids.len() {
                 return Err(EngineError::InvalidInput(
                     "a row must have at least one token, and a token type for each".to_owned(),
@@ -191,16 +191,17 @@ impl EncoderModel {
         let types = self.encoder.token_types.unwrap_or(1);
         let longest = rows.iter().map(|row| row.tokens.ids.len()).max();
         let zeros = vec![0; longest.unwrap_or(0)];
-        let packed: Vec<(&[u32], &[u32])> = rows
+        let packed: Vec<PackedRow<'_>> = rows
             .iter()
             .map(|row| {
-                let TokenRow { ids, type_ids } = row.tokens;
+                let TokenRow { ids, type_ids, .. } = row.tokens;
                 let fits = type_ids.iter().all(|type_id| (*type_id as usize) < types);
                 let no_types = zeros.get(..ids.len()).unwrap_or_default();
-                (
-                    ids.as_slice(),
-                    if fits { type_ids.as_slice() } else { no_types },
-                )
+                PackedRow {
+                    ids,
+                    type_ids: if fits { type_ids.as_slice() } else { no_types },
+                    skipped: row.tokens.skipped,
+                }
             })
             .collect();
         Batch::pack(&packed, self.encoder.encoder.position_scheme(), device)
@@ -222,11 +223,15 @@ impl EncoderModel {
         if let Some(head) = &self.encoder.head {
             outputs.fill(TextOutput::Logits, &head.forward(hidden, batch)?)?;
         }
-        if is_requested(TextOutput::Embedding) {
-            outputs.fill(TextOutput::Embedding, &self.head.forward(hidden, batch)?)?;
-        }
-        if is_requested(TextOutput::TokenEmbeddings) {
-            outputs.fill(TextOutput::TokenEmbeddings, hidden)?;
+        if is_requested(TextOutput::Embedding) || is_requested(TextOutput::TokenEmbeddings) {
+            let changed = self.head.tokens(hidden)?;
+            let hidden = changed.as_ref().unwrap_or(hidden);
+            if is_requested(TextOutput::Embedding) {
+                outputs.fill(TextOutput::Embedding, &self.head.forward(hidden, batch)?)?;
+            }
+            if is_requested(TextOutput::TokenEmbeddings) {
+                outputs.fill(TextOutput::TokenEmbeddings, hidden)?;
+            }
         }
         Ok(outputs.outputs)
     }

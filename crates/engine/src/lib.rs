@@ -13,6 +13,7 @@
 //! Synchronous: no runtime, no network, and no file is read after [`load`] returns.
 
 mod card;
+mod description;
 mod encoder;
 mod error;
 mod families;
@@ -26,13 +27,14 @@ mod post;
 mod tokenizer;
 
 pub use card::Card;
+pub use description::{Description, Setting};
 pub use encoder::{EncoderModel, TextOutput, TextRow};
 pub use error::EngineError;
 pub use families::tabular::TabularModel;
 pub use files::{ModelFolder, Observe};
 pub use kernels::InstructionSet;
-pub use load::{load, load_from};
+pub use load::{describe, load, load_from};
 pub use model::Model;
-pub use options::{DeviceChoice, Dtype, Kernels, LoadOptions, Task};
-pub use post::{argmax, normalize, sigmoid, softmax};
-pub use tokenizer::{Text, Token, TokenRow, Tokenizer, Truncation};
+pub use options::{DeviceChoice, Dtype, Kernels, LoadOptions, Overrides, PoolingMode, Task};
+pub use post::{ScoreActivation, argmax, normalize, sigmoid, softmax};
+pub use tokenizer::{Side, Text, Token, TokenRow, Tokenizer, Truncation};

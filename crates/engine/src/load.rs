@@ -1,29 +1,43 @@
 //! Loading: from a model folder to a model. The only module that knows every family.
 
+mod plan;
+mod tokenizer_settings;
+
 use std::path::Path;
 
-use serde::Deserialize;
-
 use crate::card::Card;
+use crate::description::{Description, Settings};
 use crate::encoder::EncoderModel;
 use crate::error::EngineError;
+use crate::families::EncoderFamily;
 use crate::families::bert::Bert;
 use crate::families::distilbert::DistilBert;
+use crate::families::embedding_head::{self, EmbeddingHead};
 use crate::families::modernbert::ModernBert;
 use crate::families::roberta::Roberta;
-use crate::families::sentence_transformers::SentenceTransformer;
+use crate::families::sentence_transformers::{MODULES, SentenceFiles};
 use crate::families::tabular::Tabular;
-use crate::families::{EncoderFamily, LoadedEncoder};
-use crate::files::{ConfigFile, Folder, ModelFolder, TextTaskConfig, Weights, bad_config};
+use crate::files::{ConfigFile, Folder, ModelFolder, Weights, bad_config};
 use crate::layers::{Placement, WeightLoader};
 use crate::model::Model;
-use crate::options::{Dtype, LoadOptions, Task};
-use crate::tokenizer::Tokenizer;
+use crate::options::{Dtype, LoadOptions, Overrides, Task};
+use crate::tokenizer::{Tokenizer, Truncation};
+use plan::{EncoderPlan, ReadFamily};
 
+const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_BYTES_MAX: u64 = 64 << 20;
-/// A row has two special tokens at least, and no text without a third.
-const TOKENS_MIN: usize = 3;
+/// The configuration of a PEFT adapter.
+const ADAPTER: &str = "adapter_config.json";
+/// Files of which transformers makes a tokenizer where there is no `tokenizer.json`.
+const VOCABULARIES: [&str; 4] = [
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+];
+/// How the names of tensors begin that belong to heads of tasks.
+const HEADS: [&str; 3] = ["classifier.", "qa_outputs.", "linear."];
 
 /// The families, by the values of `model_type` that name them.
 const FAMILIES: [(&str, Family); 7] = [
@@ -48,7 +62,7 @@ const FAMILIES: [(&str, Family); 7] = [
 /// How a family's configuration is read.
 #[derive(Clone, Copy)]
 enum Family {
-    Encoder(fn(&ConfigFile) -> Result<Box<dyn EncoderFamily>, EngineError>),
+    Encoder(ReadFamily),
     Tabular,
 }
 
@@ -74,11 +88,97 @@ pub fn load(folder: &Path, options: &LoadOptions) -> Result<Model, EngineError> 
 /// [`EngineError::OutOfMemory`] and [`EngineError::Device`] when the device fails.
 pub fn load_from(folder: &ModelFolder, options: &LoadOptions) -> Result<Model, EngineError> {
     let folder = Folder::open(folder)?;
-    let config = ConfigFile::read(&folder)?;
+    let config = read_config(&folder)?;
     match family(config.model_type())? {
-        Family::Encoder(read) => load_encoder(&folder, &config, options, read(&config)?.as_ref()),
+        Family::Encoder(read) => {
+            let plan =
+                EncoderPlan::read(&folder, &config, read, options, &mut Settings::default())?;
+            load_encoder(&folder, plan, options)
+        }
         Family::Tabular => load_tabular(&folder, &config, options),
     }
+}
+
+/// What a model folder would be served as, with which settings from which file, and what is
+/// missing or wrong. Reads no tensors: that they have the shapes that `config.json` requires shows
+/// when the model is loaded.
+pub fn describe(source: &ModelFolder, options: &LoadOptions) -> Description {
+    let mut settings = Settings::default();
+    let mut description = Description {
+        model_type: String::new(),
+        task: None,
+        settings: Vec::new(),
+        problems: Vec::new(),
+    };
+    match Folder::open(source) {
+        Ok(folder) => {
+            let found = describe_folder(&folder, options, &mut description, &mut settings);
+            description.problems.extend(found.err());
+        }
+        Err(error) => description.problems.push(error),
+    }
+    description.settings = settings.0;
+    description
+}
+
+/// Fills in the description; the error is what makes the rest of the folder unknown.
+fn describe_folder(
+    folder: &Folder,
+    options: &LoadOptions,
+    description: &mut Description,
+    settings: &mut Settings,
+) -> Result<(), EngineError> {
+    let config = read_config(folder)?;
+    config.model_type().clone_into(&mut description.model_type);
+    let Family::Encoder(read) = family(config.model_type())? else {
+        check_tabular(options)?;
+        Tabular::read(&config)?;
+        description.task = Some(Task::Tabular);
+        settings.note("task", Task::Tabular.as_str(), CONFIG);
+        return Weights::open(folder).map(drop);
+    };
+    let plan = EncoderPlan::read(folder, &config, read, options, settings)?;
+    description.task = Some(plan.task);
+    let tokenizer = read_tokenizer(folder, &plan);
+    description.problems.extend(tokenizer.err());
+    let weights = Weights::open(folder).and_then(|weights| check_heads(&weights, &plan));
+    description.problems.extend(weights.err());
+    for dense in plan.head.iter().flat_map(|head| head.dense()) {
+        description
+            .problems
+            .extend(embedding_head::open(folder, dense).err());
+    }
+    Ok(())
+}
+
+/// Reads `config.json`. The folders in its place that people have are named.
+fn read_config(folder: &Folder) -> Result<ConfigFile, EngineError> {
+    if folder.has(ADAPTER) {
+        return Err(EngineError::invalid_file(
+            ADAPTER,
+            "the folder holds a PEFT adapter, which is not applied: merge it into its base model \
+             (merge_and_unload of peft), save the result, and serve that folder without this file",
+        ));
+    }
+    if !folder.has(CONFIG) {
+        // The list of modules says where the encoder is, or that there is none.
+        SentenceFiles::read(folder, &Overrides::default(), &mut Settings::default())?;
+    }
+    if !folder.has(CONFIG) && folder.has("0_Transformer") {
+        return Err(EngineError::invalid_file(
+            MODULES,
+            "the encoder is in the folder 0_Transformer, as old versions of \
+             sentence-transformers saved it: move the files of that folder into the model folder \
+             and set the path of the module to \"\", or save the model again with a new version",
+        ));
+    }
+    if !folder.has(CONFIG) {
+        return Err(bad_config(
+            "is missing: a model is a folder as Hugging Face publishes it, with config.json, \
+             tokenizer.json and safetensors weights directly in it",
+        ));
+    }
+    ConfigFile::read(folder)
 }
 
 /// The family of a `model_type`.
@@ -98,9 +198,7 @@ fn load_tabular(
     config: &ConfigFile,
     options: &LoadOptions,
 ) -> Result<Model, EngineError> {
-    if options.task.is_some_and(|task| task != Task::Tabular) {
-        return Err(bad_config("a tabular model supports the task tabular only"));
-    }
+    check_tabular(options)?;
     let family = Tabular::read(config)?;
     let mut options = options.clone();
     if options.dtype == Dtype::Auto {
@@ -113,106 +211,103 @@ fn load_tabular(
     Ok(Model::Tabular(Box::new(model)))
 }
 
+fn check_tabular(options: &LoadOptions) -> Result<(), EngineError> {
+    if options.task.is_some_and(|task| task != Task::Tabular) {
+        return Err(bad_config("a tabular model supports the task tabular only"));
+    }
+    if options.overrides != Overrides::default() {
+        return Err(EngineError::Unsupported(
+            "pooling, prompt, normalize, truncate and activation have no meaning for a tabular \
+             model: remove them"
+                .to_owned(),
+        ));
+    }
+    Ok(())
+}
+
 fn load_encoder(
     folder: &Folder,
-    config: &ConfigFile,
+    plan: EncoderPlan,
     options: &LoadOptions,
-    family: &dyn EncoderFamily,
 ) -> Result<Model, EngineError> {
-    let task_config = TextTaskConfig::read(config)?;
-    let labels = task_config.labels()?;
-    let task = task(folder, options, &task_config, labels.len())?;
     let (placement, dtype) = Placement::choose(options)?;
-    let mut weights = WeightLoader::new(Weights::open(folder)?, placement.clone());
-    let head_labels = (task != Task::Embedding).then_some(labels.len());
-    let encoder = family.load(&mut weights, head_labels)?;
-    let sentence = SentenceTransformer::read(folder, encoder.hidden, &placement)?;
-    let tokens_max = tokens_max(folder, options, &encoder, &sentence)?;
-    let bytes = folder.bytes(TOKENIZER, TOKENIZER_BYTES_MAX)?;
-    let tokenizer = Tokenizer::from_bytes(&bytes, encoder.vocabulary, tokens_max)
-        .map_err(|reason| EngineError::invalid_file(TOKENIZER, reason))?;
-    drop(bytes);
-    let (width, labels) = match task {
-        Task::Embedding => (sentence.head.width(encoder.hidden), Vec::new()),
-        _ => (labels.len(), labels),
+    let weights = Weights::open(folder)?;
+    check_heads(&weights, &plan)?;
+    let mut weights = WeightLoader::new(weights, placement.clone());
+    let labels = (plan.task != Task::Embedding).then_some(plan.labels.len());
+    let encoder = plan.family.load(&mut weights, labels)?;
+    let head = match &plan.head {
+        Some(head) => EmbeddingHead::load(folder, head, &placement)?,
+        None => EmbeddingHead::none(),
     };
-    let (inputs, outputs) = Card::text_tensors(task, width);
+    let tokenizer = read_tokenizer(folder, &plan)?;
+    let side = plan.truncation_side(&tokenizer, options);
+    let (width, hidden, labels) = match &plan.head {
+        Some(head) => (head.width, head.token_width, Vec::new()),
+        None => (plan.labels.len(), plan.family.config().hidden, plan.labels),
+    };
+    let (inputs, outputs) = Card::text_tensors(plan.task, width);
+    let overrides = &options.overrides;
     let card = Card {
         family: encoder.family,
-        task,
+        task: plan.task,
         dtype,
         device: placement.device_name(),
         kernels: placement.kernels_name(),
         width,
-        hidden: encoder.hidden,
+        hidden,
         labels,
-        multi_label: task_config.is_multi_label(),
-        tokens_max,
-        weight_bytes: weights.bytes + sentence.weight_bytes,
-        prompts: sentence.prompts,
-        default_prompt: sentence.default_prompt,
+        activation: plan.activation,
+        normalize: overrides.normalize.unwrap_or(true),
+        truncation: if overrides.truncate == Some(true) {
+            side.into()
+        } else {
+            Truncation::Refuse
+        },
+        truncation_side: side,
+        tokens_max: plan.tokenizer.rules.tokens_max,
+        weight_bytes: weights.bytes + head.weight_bytes,
+        prompts: plan.sentence.prompts,
+        default_prompt: plan.sentence.default_prompt,
         inputs,
         outputs,
         feature_range: None,
     };
-    let model = EncoderModel::new(card, tokenizer, placement, encoder, sentence.head);
+    let model = EncoderModel::new(card, tokenizer, placement, encoder, head);
     Ok(Model::Encoder(Box::new(model)))
 }
 
-/// The task: the caller's, or the one that the folder was saved for.
-fn task(
-    folder: &Folder,
-    options: &LoadOptions,
-    config: &TextTaskConfig,
-    labels: usize,
-) -> Result<Task, EngineError> {
-    match options.task {
-        Some(Task::Tabular) => Err(bad_config("a text model does not support the task tabular")),
-        Some(Task::Rerank) if labels != 1 => Err(bad_config(format!(
-            "the task rerank requires a model with one label, but this one has {labels}"
-        ))),
-        Some(task) => Ok(task),
-        None if !config.is_classifier() || SentenceTransformer::is_in(folder) => {
-            Ok(Task::Embedding)
-        }
-        None if labels == 1 => Ok(Task::Rerank),
-        None => Ok(Task::Classification),
+/// Refuses to drop a head of which no file says what it is for.
+fn check_heads(weights: &Weights, plan: &EncoderPlan) -> Result<(), EngineError> {
+    if !plan.is_guess {
+        return Ok(());
+    }
+    match weights.find_prefix(&HEADS) {
+        None => Ok(()),
+        Some((head, file)) => Err(EngineError::invalid_file(
+            file,
+            format!(
+                "has tensors of a head, {head}…, but architectures of config.json does not say \
+                 for what: add it there, or set task in andon.toml"
+            ),
+        )),
     }
 }
 
-/// `tokenizer_config.json`.
-#[derive(Deserialize, Default)]
-#[serde(expecting = "an object")]
-struct TokenizerConfig {
-    /// A float in some files, where 1e30 means no limit.
-    model_max_length: Option<f64>,
-}
-
-/// The maximum number of tokens of one row: the least that positions, files and caller allow.
-fn tokens_max(
-    folder: &Folder,
-    options: &LoadOptions,
-    encoder: &LoadedEncoder,
-    sentence: &SentenceTransformer,
-) -> Result<usize, EngineError> {
-    let tokenizer: TokenizerConfig = folder
-        .optional_json("tokenizer_config.json")?
-        .unwrap_or_default();
-    let model_max = tokenizer
-        .model_max_length
-        .filter(|length| *length >= 1.0)
-        .map(|length| length as usize);
-    let limits = [model_max, sentence.tokens_max, options.tokens_max];
-    let least = limits
-        .into_iter()
-        .flatten()
-        .fold(encoder.tokens_max, usize::min);
-    if least < TOKENS_MIN {
-        return Err(bad_config(format!(
-            "the limit of tokens of one row is {least}, but must be at least {TOKENS_MIN}: see \
-             max_position_embeddings, max_seq_length of sentence_bert_config.json and \
-             model_max_length of tokenizer_config.json"
+/// Reads `tokenizer.json`.
+fn read_tokenizer(folder: &Folder, plan: &EncoderPlan) -> Result<Tokenizer, EngineError> {
+    let invalid = |reason: String| EngineError::invalid_file(TOKENIZER, reason);
+    if !folder.has(TOKENIZER) {
+        let found = VOCABULARIES.into_iter().find(|name| folder.has(name));
+        let found = found.map_or_else(String::new, |name| {
+            format!(" (the folder has {name}, of which none is made)")
+        });
+        return Err(invalid(format!(
+            "is missing{found}: load the tokenizer with AutoTokenizer.from_pretrained of \
+             transformers and save it with save_pretrained, which writes this file"
         )));
     }
-    Ok(least)
+    let bytes = folder.bytes(TOKENIZER, TOKENIZER_BYTES_MAX)?;
+    let vocabulary = plan.family.config().vocabulary;
+    Tokenizer::from_bytes(&bytes, vocabulary, plan.tokenizer.rules).map_err(invalid)
 }

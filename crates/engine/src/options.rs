@@ -7,6 +7,8 @@ use candle_core::Device;
 
 use crate::error::EngineError;
 use crate::kernels::InstructionSet;
+use crate::post::ScoreActivation;
+use crate::tokenizer::Side;
 
 /// The task that a model does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -216,6 +218,84 @@ impl FromStr for Kernels {
     }
 }
 
+/// How the vectors of a text's tokens become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PoolingMode {
+    /// The first token's, which is the classification token.
+    Cls,
+    /// The largest value of each dimension.
+    Max,
+    /// The mean over the tokens.
+    Mean,
+    /// The sum over the tokens by the square root of their number.
+    MeanSqrtLen,
+    /// The mean over the tokens, each weighted by its position from 1.
+    WeightedMean,
+    /// The last token's.
+    LastToken,
+}
+
+impl PoolingMode {
+    /// All of them, in the order in which several are concatenated.
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Cls,
+        Self::Max,
+        Self::Mean,
+        Self::MeanSqrtLen,
+        Self::WeightedMean,
+        Self::LastToken,
+    ];
+
+    /// The name in configuration files, as sentence-transformers writes it from version 5.4 on.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cls => "cls",
+            Self::Max => "max",
+            Self::Mean => "mean",
+            Self::MeanSqrtLen => "mean_sqrt_len_tokens",
+            Self::WeightedMean => "weightedmean",
+            Self::LastToken => "lasttoken",
+        }
+    }
+}
+
+impl fmt::Display for PoolingMode {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.as_str())
+    }
+}
+
+impl FromStr for PoolingMode {
+    type Err = EngineError;
+
+    fn from_str(name: &str) -> Result<Self, EngineError> {
+        let mode = Self::ALL.into_iter().find(|mode| mode.as_str() == name);
+        mode.ok_or_else(|| {
+            EngineError::Unsupported(format!(
+                "pooling '{name}' is not supported: use {}",
+                Self::ALL.map(Self::as_str).join(", ")
+            ))
+        })
+    }
+}
+
+/// What a person says of a model in place of its files, because these are silent or wrong.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// The pooling of an embedding model.
+    pub pooling: Option<PoolingMode>,
+    /// The prompt for callers who choose none: its text, or an empty one for no prompt.
+    pub prompt: Option<String>,
+    /// Whether embeddings are normalized for callers who do not say.
+    pub normalize: Option<bool>,
+    /// Whether texts that are too long are truncated for callers who do not say.
+    pub truncate: Option<bool>,
+    /// The side that is truncated.
+    pub truncation_side: Option<Side>,
+    /// What turns the logits of a classifier or reranker into its scores.
+    pub activation: Option<ScoreActivation>,
+}
+
 /// The choices of a caller of [`load`](crate::load()) that the model folder does not make.
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
@@ -230,4 +310,6 @@ pub struct LoadOptions {
     /// The maximum number of tokens of one row, special tokens included, where it is to be lower
     /// than the model's own.
     pub tokens_max: Option<usize>,
+    /// What is not to be read from the files of the folder.
+    pub overrides: Overrides,
 }

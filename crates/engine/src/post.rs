@@ -1,5 +1,63 @@
 //! Post-processing of embeddings and logits after the forward pass, on the caller's thread.
 
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::EngineError;
+
+/// What turns the logits of a row into scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ScoreActivation {
+    /// Probabilities that sum to 1.
+    Softmax,
+    /// A probability for each label, independent of the others.
+    Sigmoid,
+    /// The logits are the scores, for example of a regression.
+    Identity,
+}
+
+impl ScoreActivation {
+    const ALL: [Self; 3] = [Self::Softmax, Self::Sigmoid, Self::Identity];
+
+    /// The name in configuration files and in metadata.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Softmax => "softmax",
+            Self::Sigmoid => "sigmoid",
+            Self::Identity => "identity",
+        }
+    }
+
+    /// Turns the logits of one row into its scores.
+    pub fn apply(self, scores: &mut [f32]) {
+        match self {
+            Self::Softmax => softmax(scores),
+            Self::Sigmoid => sigmoid(scores),
+            Self::Identity => {}
+        }
+    }
+}
+
+impl fmt::Display for ScoreActivation {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.as_str())
+    }
+}
+
+impl FromStr for ScoreActivation {
+    type Err = EngineError;
+
+    fn from_str(name: &str) -> Result<Self, EngineError> {
+        let activation = Self::ALL.into_iter().find(|one| one.as_str() == name);
+        activation.ok_or_else(|| {
+            EngineError::Unsupported(format!(
+                "activation '{name}' is not supported: use {}",
+                Self::ALL.map(Self::as_str).join(", ")
+            ))
+        })
+    }
+}
+
 /// Normalizes a vector to Euclidean length 1 (L2). A vector of zeros stays as it is.
 pub fn normalize(vector: &mut [f32]) {
     let length = vector.iter().map(|value| value * value).sum::<f32>().sqrt();
@@ -61,6 +119,21 @@ mod tests {
         let mut scores = [1000.0, 1000.0, -1000.0];
         softmax(&mut scores);
         assert_eq!(scores, [0.5, 0.5, 0.0]);
+    }
+
+    #[test]
+    fn each_activation_is_known_by_its_name_and_does_what_it_says() {
+        let scores = |activation: &str| {
+            let mut scores = [0.0, 2.0];
+            let activation: ScoreActivation = activation.parse().unwrap();
+            activation.apply(&mut scores);
+            scores
+        };
+        assert_eq!(scores("identity"), [0.0, 2.0]);
+        assert_eq!(scores("sigmoid")[0], 0.5);
+        assert!((scores("softmax").iter().sum::<f32>() - 1.0).abs() < 1e-6);
+        let error = "tanh".parse::<ScoreActivation>().unwrap_err().to_string();
+        assert!(error.contains("softmax, sigmoid, identity"), "{error}");
     }
 
     #[test]

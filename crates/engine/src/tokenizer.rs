@@ -1,5 +1,6 @@
 //! Tokenization: from texts to token ids and back.
 
+mod rules;
 mod segments;
 mod template;
 #[cfg(test)]
@@ -13,6 +14,7 @@ use tokenizers::utils::truncation::TruncationDirection;
 use tokenizers::{PostProcessor, Tokenizer as Inner};
 
 use crate::error::EngineError;
+pub(crate) use rules::TokenizerRules;
 use segments::{PART_BYTES, Segment, Segments};
 use template::{Template, around, post_processed, truncated, truncated_lengths};
 use wordpiece::WordPiece;
@@ -37,6 +39,12 @@ pub struct Tokenizer {
     vocabulary: usize,
     /// Whether the tokenizer has an id.
     known: Vec<bool>,
+    /// The side that the file truncates, if it truncates at all.
+    file_side: Option<Side>,
+    /// Whether rows have token types; else all are 0.
+    token_types: bool,
+    /// Whether the tokens of a prompt are pooled.
+    include_prompt: bool,
     tokens_max: usize,
 }
 
@@ -47,6 +55,9 @@ pub struct TokenRow {
     pub ids: Vec<u32>,
     /// Token types: 0 for the first text and, where the model distinguishes them, 1 for the second.
     pub type_ids: Vec<u32>,
+    /// How many of the first tokens pooling leaves out: those of a prompt, for a model that was
+    /// trained so.
+    pub skipped: usize,
 }
 
 /// The input of one row.
@@ -70,6 +81,35 @@ pub enum Truncation {
     Left,
 }
 
+/// A side of a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Side {
+    /// The beginning.
+    Left,
+    /// The end.
+    #[default]
+    Right,
+}
+
+impl Side {
+    /// The name in configuration files.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Left => "left",
+            Self::Right => "right",
+        }
+    }
+}
+
+impl From<Side> for Truncation {
+    fn from(side: Side) -> Self {
+        match side {
+            Side::Left => Self::Left,
+            Side::Right => Self::Right,
+        }
+    }
+}
+
 /// One token and its offsets in the text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Token {
@@ -87,14 +127,22 @@ pub struct Token {
 
 impl Tokenizer {
     /// Parses a `tokenizer.json`. Its padding and truncation settings are not the model's and are
-    /// dropped. The error is the reason, for a message about the file.
+    /// dropped, but for the side that is truncated. The error is the reason, for a message about
+    /// the file.
     pub(crate) fn from_bytes(
         bytes: &[u8],
         vocabulary: usize,
-        tokens_max: usize,
+        rules: TokenizerRules,
     ) -> Result<Self, String> {
         let mut inner =
             catch_panic(|| Inner::from_bytes(bytes).map_err(|error| error.to_string()))?;
+        catch_panic(|| rules.apply(&mut inner))?;
+        let file_side = inner
+            .get_truncation()
+            .map(|truncation| match truncation.direction {
+                TruncationDirection::Left => Side::Left,
+                TruncationDirection::Right => Side::Right,
+            });
         inner.with_padding(None);
         inner
             .with_truncation(None)
@@ -119,7 +167,10 @@ impl Tokenizer {
             trims: false,
             vocabulary,
             known,
-            tokens_max,
+            file_side,
+            token_types: rules.token_types,
+            include_prompt: rules.include_prompt,
+            tokens_max: rules.tokens_max,
         };
         for probe in PROBES {
             for text in [Text::Single(probe), Text::Pair(probe, probe)] {
@@ -246,6 +297,24 @@ impl Tokenizer {
         Ok(())
     }
 
+    /// The side that `tokenizer.json` truncates; none where it does not say.
+    pub(crate) fn file_side(&self) -> Option<Side> {
+        self.file_side
+    }
+
+    /// How many tokens of a row pooling leaves out whose text begins with this prompt: its own and
+    /// the special tokens before it, for a model that was trained so ([`TokenRow::skipped`]).
+    ///
+    /// # Errors
+    /// [`EngineError::InvalidInput`] for a prompt that the tokenizer fails on.
+    pub fn skipped(&self, prompt: &str) -> Result<usize, EngineError> {
+        if self.include_prompt || prompt.is_empty() {
+            return Ok(0);
+        }
+        let (before, _) = &self.around;
+        Ok(before.len() + self.ids(prompt, &|| true)?.len())
+    }
+
     /// The row of a text or a pair by the ids of each, truncated where they are too many.
     fn row(
         &self,
@@ -268,11 +337,14 @@ impl Tokenizer {
             first = truncated(first, length, direction);
             second = second.map(|second| truncated(second, others, direction));
         }
-        let row = match &self.template {
+        let mut row = match &self.template {
             Some(template) => template.row(first, second),
             None => catch_panic(|| post_processed(&self.inner, first, second))
                 .map_err(EngineError::InvalidInput)?,
         };
+        if !self.token_types {
+            row.type_ids.fill(0);
+        }
         let is_unknown = |id: &&u32| **id as usize >= self.vocabulary;
         match row.ids.iter().find(is_unknown) {
             Some(id) => Err(EngineError::UnknownTokenId { id: *id }),

@@ -408,7 +408,11 @@ fn input_that_the_model_does_not_support_is_the_callers_error() {
     let mut model = load_encoder("tests/golden/bert-embedding", &options());
     let mut refused = |ids: Vec<u32>, output| {
         let type_ids = vec![0; ids.len()];
-        let tokens = TokenRow { ids, type_ids };
+        let tokens = TokenRow {
+            ids,
+            type_ids,
+            skipped: 0,
+        };
         let row = TextRow {
             tokens: &tokens,
             output,

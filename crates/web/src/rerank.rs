@@ -242,7 +242,7 @@ pub struct RankedIndex {
     /// The index of the document in the request.
     #[schema(minimum = 0)]
     index: u32,
-    /// The relevance score, from 0 to 1.
+    /// The relevance score, from 0 to 1 unless the model's settings say otherwise.
     relevance_score: f32,
     /// The document, with `return_documents`.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -151,17 +151,19 @@ pub async fn infer(
 fn options(model: &ServedModel, request: &InferRequest) -> Result<Options, Error> {
     let width = model.card.width;
     let mut options = Options {
-        normalize: true,
-        truncation: Truncation::Refuse,
+        normalize: model.card.normalize,
+        truncation: model.card.truncation,
         dimensions: width,
     };
     let task = model.task();
     for (name, value) in &request.parameters {
         match name.as_str() {
             "truncate" if task != Task::Tabular => {
-                if value.boolean(name)? {
-                    options.truncation = Truncation::Right;
-                }
+                options.truncation = if value.boolean(name)? {
+                    model.card.truncation_side.into()
+                } else {
+                    Truncation::Refuse
+                };
             }
             "normalize" if task == Task::Embedding => options.normalize = value.boolean(name)?,
             "dimensions" if task == Task::Embedding => {
@@ -282,13 +284,10 @@ pub fn finish_embedding(vector: &mut Vec<f32>, dimensions: usize, normalize: boo
     }
 }
 
-/// Turns raw scores into probabilities.
+/// Turns logits into the scores that the model was trained for: probabilities, or the values of a
+/// regression.
 pub fn finish_scores(model: &ServedModel, scores: &mut [f32]) {
-    if scores.len() == 1 || model.card.multi_label {
-        engine::sigmoid(scores);
-    } else {
-        engine::softmax(scores);
-    }
+    model.card.activation.apply(scores);
 }
 
 fn make_outputs(

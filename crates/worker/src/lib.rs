@@ -15,6 +15,7 @@ mod work;
 
 use std::sync::Arc;
 
+pub use engine::{Description, Setting};
 use platform::health::Health;
 use platform::server::{
     Grpc, Listener, Server, ServerSettings, WORKER_HEADER_BYTES_MAX, WORKER_MESSAGE_BYTES_MORE,
@@ -25,7 +26,7 @@ use protocol::Error;
 use protocol::{DESCRIPTORS, SERVICES};
 
 use metrics::WorkerMetrics;
-pub use repository::{BareModel, RepositorySettings};
+pub use repository::{BareModel, RepositorySettings, check_folder};
 use repository::{Repository, State};
 use service::Service;
 

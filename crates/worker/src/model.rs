@@ -432,9 +432,13 @@ fn tokenize(
     request: &Texts,
     cancelled: &Cancelled,
 ) -> Result<(Vec<(TokenRow, TextOutput)>, usize), TextError> {
+    let prompt = request.prompt.as_deref();
+    let skipped = tokenizer.skipped(prompt.unwrap_or_default());
+    let skipped = skipped.map_err(|error| TextError { index: 0, error })?;
     let mut tokenizing = Tokenizing {
         tokenizer,
-        prompt: request.prompt.as_deref(),
+        prompt,
+        skipped,
         truncation: request.truncation,
         cancelled,
         shared: None,
@@ -453,6 +457,8 @@ fn tokenize(
 struct Tokenizing<'r> {
     tokenizer: &'r Tokenizer,
     prompt: Option<&'r str>,
+    /// Tokens of the prompt that pooling leaves out.
+    skipped: usize,
     truncation: Truncation,
     cancelled: &'r Cancelled,
     /// The first text of the last pair.
@@ -479,7 +485,11 @@ impl<'r> Tokenizing<'r> {
             OwnedText::One(text) => {
                 self.characters += text.chars().count();
                 let text = prompted(self.prompt, text);
-                tokenizer.encode_while(Text::Single(&text), truncation, &should_continue)
+                let row = tokenizer.encode_while(Text::Single(&text), truncation, &should_continue);
+                row.map(|row| TokenRow {
+                    skipped: self.skipped,
+                    ..row
+                })
             }
             OwnedText::Ids(ids) => tokenizer.encode_ids(ids, truncation),
             OwnedText::Pair(first, second) => {

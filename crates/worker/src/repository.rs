@@ -5,11 +5,12 @@ mod files;
 mod settings;
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use engine::ModelFolder;
+use engine::{Description, ModelFolder};
 use protocol::{Error, Kind, ModelName, ModelVersion, Task};
 use tokio::sync::{Mutex, oneshot, watch};
 use tokio::task::JoinSet;
@@ -18,6 +19,16 @@ use crate::metrics::WorkerMetrics;
 use crate::model::{ModelId, ServedModel};
 use files::{Defaults, Plan};
 pub use settings::{BareModel, RepositorySettings};
+
+/// What a model folder would be served as, with which settings from which file, and
+/// what is missing; nothing is served. Settings are those of `andon.toml` in the
+/// folder, or of its model if the folder is a version in a repository.
+///
+/// # Errors
+/// The settings cannot be read, or are not valid.
+pub fn check_folder(folder: &Path) -> Result<Description, String> {
+    files::described(folder)
+}
 
 /// The state of a model version.
 #[derive(Debug, Clone)]

@@ -6,6 +6,7 @@ mod cache;
 mod conformance;
 mod deadline;
 mod failure;
+mod folders;
 mod hostile;
 mod http;
 mod identity;

@@ -1,6 +1,9 @@
 //! `andon models`
 
+mod check;
 mod show;
+
+use std::path::PathBuf;
 
 use protocol::Method;
 use protocol::inference::{
@@ -22,7 +25,8 @@ use super::print;
                   andon models list\n  \
                   andon models list --output json --address gateway:8001\n  \
                   andon models show minilm\n  \
-                  andon models unload digits"
+                  andon models unload digits\n  \
+                  andon models check ./all-MiniLM-L6-v2"
 )]
 pub struct Models {
     #[command(subcommand)]
@@ -36,6 +40,19 @@ pub struct Models {
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
+    #[command(flatten)]
+    OfServer(ServerAction),
+    /// Check what a model folder would be served as, without a server: its settings, the file that each is from, and what is missing
+    ///
+    /// Exits with 1 for a folder that would be refused.
+    #[command(after_help = "Examples:\n  andon models check ./all-MiniLM-L6-v2\n  \
+                            andon models check models/minilm/1 --output json")]
+    Check(Folder),
+}
+
+/// What a server does.
+#[derive(Debug, clap::Subcommand)]
+enum ServerAction {
     /// List models: every version with its state
     #[command(after_help = "Example:\n  andon models list --output json")]
     List,
@@ -68,15 +85,28 @@ struct Model {
     name: String,
 }
 
+#[derive(Debug, clap::Args)]
+struct Folder {
+    /// Folder of a model, as Hugging Face publishes it or as a version of a model repository
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+}
+
 /// Runs `andon models`.
 pub async fn models(arguments: Models) -> anyhow::Result<()> {
-    let mut client = Client::connect(&arguments.connection).await?;
     let format = arguments.output;
-    match arguments.action {
-        Action::List => list(&mut client, format).await,
-        Action::Show(model) => show::show(&mut client, &model.name, &model.version, format).await,
-        Action::Load(model) => load(&mut client, model.name, format).await,
-        Action::Unload(model) => unload(&mut client, model.name, format).await,
+    let action = match arguments.action {
+        Action::Check(folder) => return check::check(&folder.folder, format),
+        Action::OfServer(action) => action,
+    };
+    let mut client = Client::connect(&arguments.connection).await?;
+    match action {
+        ServerAction::List => list(&mut client, format).await,
+        ServerAction::Show(model) => {
+            show::show(&mut client, &model.name, &model.version, format).await
+        }
+        ServerAction::Load(model) => load(&mut client, model.name, format).await,
+        ServerAction::Unload(model) => unload(&mut client, model.name, format).await,
     }
 }
 

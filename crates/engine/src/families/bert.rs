@@ -79,6 +79,10 @@ impl Bert {
 }
 
 impl EncoderFamily for Bert {
+    fn config(&self) -> &EncoderConfig {
+        &self.config
+    }
+
     fn load(
         &self,
         weights: &mut WeightLoader,

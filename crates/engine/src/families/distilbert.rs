@@ -75,6 +75,10 @@ impl DistilBert {
 }
 
 impl EncoderFamily for DistilBert {
+    fn config(&self) -> &EncoderConfig {
+        &self.config
+    }
+
     fn load(
         &self,
         weights: &mut WeightLoader,

@@ -3,6 +3,7 @@
 
 pub(crate) mod bert;
 pub(crate) mod distilbert;
+pub(crate) mod embedding_head;
 pub(crate) mod modernbert;
 pub(crate) mod roberta;
 pub(crate) mod sentence_transformers;
@@ -13,6 +14,14 @@ use crate::layers::{ClassificationHead, Encoder, EncoderConfig, WeightLoader};
 
 /// A family of encoders, with the checked configuration of one model.
 pub(crate) trait EncoderFamily {
+    /// The sizes of the encoder.
+    fn config(&self) -> &EncoderConfig;
+
+    /// Tokens of one row that the positions allow.
+    fn tokens_max(&self) -> usize {
+        self.config().positions
+    }
+
     /// Loads the encoder's weights, and those of a classification head with this many labels
     /// where one is requested.
     fn load(
@@ -29,10 +38,6 @@ pub(crate) struct LoadedEncoder {
     pub(crate) encoder: Box<dyn Encoder>,
     /// There when labels were requested.
     pub(crate) head: Option<ClassificationHead>,
-    /// Tokens of one row that the positions allow.
-    pub(crate) tokens_max: usize,
-    /// Width of a hidden state.
-    pub(crate) hidden: usize,
     /// Token ids are below this.
     pub(crate) vocabulary: usize,
     /// Token types are below this; a model without token types ignores them.
@@ -40,7 +45,7 @@ pub(crate) struct LoadedEncoder {
 }
 
 impl LoadedEncoder {
-    /// An encoder whose positions all can hold a token.
+    /// An encoder of these sizes.
     fn new(
         family: &'static str,
         config: &EncoderConfig,
@@ -51,8 +56,6 @@ impl LoadedEncoder {
             family,
             encoder: Box::new(encoder),
             head,
-            tokens_max: config.positions,
-            hidden: config.hidden,
             vocabulary: config.vocabulary,
             token_types: config.token_types,
         }

@@ -181,6 +181,10 @@ impl ModernBert {
 }
 
 impl EncoderFamily for ModernBert {
+    fn config(&self) -> &EncoderConfig {
+        &self.config
+    }
+
     fn load(
         &self,
         weights: &mut WeightLoader,

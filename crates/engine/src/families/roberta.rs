@@ -79,6 +79,14 @@ impl Roberta {
 }
 
 impl EncoderFamily for Roberta {
+    fn config(&self) -> &EncoderConfig {
+        &self.config
+    }
+
+    fn tokens_max(&self) -> usize {
+        self.tokens_max
+    }
+
     fn load(
         &self,
         weights: &mut WeightLoader,
@@ -100,9 +108,11 @@ impl EncoderFamily for Roberta {
             };
             ClassificationHead::load(weights, config, &head)
         });
-        Ok(LoadedEncoder {
-            tokens_max: self.tokens_max,
-            ..LoadedEncoder::new("roberta", config, encoder, head.transpose()?)
-        })
+        Ok(LoadedEncoder::new(
+            "roberta",
+            config,
+            encoder,
+            head.transpose()?,
+        ))
     }
 }

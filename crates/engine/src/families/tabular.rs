@@ -15,6 +15,8 @@ use crate::files::{ConfigFile, bad_config};
 use crate::kernels::Matrix;
 use crate::layers::{Activation, HiddenStates, Linear, Placement, WeightLoader};
 use crate::options::{Dtype, Task};
+use crate::post::ScoreActivation;
+use crate::tokenizer::{Side, Truncation};
 
 const LAYERS_MAX: usize = 64;
 const WIDTH_MAX: usize = 65_536;
@@ -104,6 +106,11 @@ impl Tabular {
         }
         let placement = weights.placement().clone();
         let (inputs, outputs) = self.config.tensors();
+        let scores = if self.config.labels.len() == 1 {
+            ScoreActivation::Sigmoid
+        } else {
+            ScoreActivation::Softmax
+        };
         let card = Card {
             family: "tabular",
             task: Task::Tabular,
@@ -114,7 +121,10 @@ impl Tabular {
             hidden: 0,
             feature_range: self.config.input.range,
             labels: self.config.labels,
-            multi_label: false,
+            activation: scores,
+            normalize: false,
+            truncation: Truncation::Refuse,
+            truncation_side: Side::default(),
             tokens_max: 0,
             weight_bytes: weights.bytes,
             prompts: Default::default(),

@@ -8,9 +8,11 @@ use std::fmt;
 
 use serde::de::{DeserializeOwned, Error, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
 use super::folder::{Folder, JSON_BYTES_MAX, parse_json};
 use crate::error::EngineError;
+use crate::post::ScoreActivation;
 
 const CONFIG: &str = "config.json";
 
@@ -110,14 +112,51 @@ impl<'de> Deserialize<'de> for Epsilon {
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "an object")]
 pub(crate) struct TextTaskConfig {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "names")]
     architectures: Vec<String>,
     id2label: Option<BTreeMap<String, String>>,
     num_labels: Option<Labels>,
     problem_type: Option<String>,
     #[serde(default)]
     is_decoder: bool,
+    auto_map: Option<Value>,
+    sentence_transformers: Option<CrossEncoderConfig>,
+    /// The key for the same of sentence-transformers before version 4.
+    sbert_ce_default_activation_function: Option<String>,
 }
+
+/// What sentence-transformers from 4.0 to 5.3 writes into the `config.json` of a CrossEncoder.
+#[derive(Debug, Deserialize)]
+#[serde(expecting = "an object")]
+struct CrossEncoderConfig {
+    activation_fn: Option<String>,
+}
+
+/// What the classes do that a checkpoint was saved by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SavedFor {
+    /// Hidden states, without a head; or the file does not say.
+    Encoder,
+    /// Logits of labels.
+    Classification,
+    /// Another task, which is not served.
+    Other(&'static str),
+}
+
+/// The ends of the names of classes whose heads are not served, and what these do.
+const OTHER_HEADS: [(&str, &str); 8] = [
+    (
+        "ForMaskedLM",
+        "masked language modelling, of which sparse embeddings (SPLADE) are made",
+    ),
+    ("ForPreTraining", "pre-training"),
+    ("ForTokenClassification", "token classification"),
+    ("ForQuestionAnswering", "question answering"),
+    ("ForMultipleChoice", "multiple choice"),
+    ("ForNextSentencePrediction", "next sentence prediction"),
+    ("ForCausalLM", "text generation"),
+    ("LMHeadModel", "text generation"),
+];
 
 impl TextTaskConfig {
     /// Parses and checks the keys.
@@ -131,16 +170,75 @@ impl TextTaskConfig {
         Ok(config)
     }
 
-    /// Whether the checkpoint was saved with a classification head.
-    pub(crate) fn is_classifier(&self) -> bool {
-        self.architectures
-            .iter()
-            .any(|name| name.ends_with("ForSequenceClassification"))
+    /// What the checkpoint was saved for.
+    pub(crate) fn saved_for(&self) -> SavedFor {
+        let ends = |end: &str| self.architectures.iter().any(|name| name.ends_with(end));
+        if ends("ForSequenceClassification") {
+            return SavedFor::Classification;
+        }
+        let other = OTHER_HEADS.iter().find(|(end, _)| ends(end));
+        if let Some(&(_, what)) = other {
+            return SavedFor::Other(what);
+        }
+        // A class of another head, whatever it is for.
+        let has_head = |name: &String| name.contains("For");
+        if self.architectures.iter().any(has_head) {
+            SavedFor::Other("another task")
+        } else {
+            SavedFor::Encoder
+        }
     }
 
-    /// Whether each label is predicted independently of the others.
-    pub(crate) fn is_multi_label(&self) -> bool {
-        self.problem_type.as_deref() == Some("multi_label_classification")
+    /// Refuses folders whose files are those of a supported family, but whose numbers come from
+    /// what is not in them.
+    pub(crate) fn refuse_others(&self, folder: &Folder) -> Result<(), EngineError> {
+        let is_empty = |map: &Value| map.as_object().is_some_and(|map| map.is_empty());
+        if let Some(map) = &self.auto_map
+            && !map.is_null()
+            && !is_empty(map)
+        {
+            return Err(bad_config(
+                "auto_map says that the folder brings its own model code, which is never run and \
+                 may compute other numbers: use a model that transformers knows, or remove \
+                 auto_map if its code computes what model_type does",
+            ));
+        }
+        let is_colbert = self.architectures.iter().any(|name| name == "HF_ColBERT");
+        if is_colbert || folder.has("artifact.metadata") {
+            return Err(bad_config(
+                "the model is one of late interaction (ColBERT), with a vector for each token, \
+                 which is not supported yet: use an embedding model with one vector for each text",
+            ));
+        }
+        Ok(())
+    }
+
+    /// What turns the logits of so many labels into scores, as the file says.
+    pub(crate) fn activation(&self, labels: usize) -> Result<ScoreActivation, EngineError> {
+        match self.problem_type.as_deref() {
+            Some("regression") => Ok(ScoreActivation::Identity),
+            Some("multi_label_classification") => Ok(ScoreActivation::Sigmoid),
+            None | Some("single_label_classification") if labels == 1 => {
+                Ok(ScoreActivation::Sigmoid)
+            }
+            None | Some("single_label_classification") => Ok(ScoreActivation::Softmax),
+            Some(_) => Err(bad_config(
+                "problem_type is not supported: it must be regression, \
+                 single_label_classification or multi_label_classification",
+            )),
+        }
+    }
+
+    /// Whether the file says what turns logits into scores.
+    pub(crate) fn has_problem_type(&self) -> bool {
+        self.problem_type.is_some()
+    }
+
+    /// The class that makes scores of the logits of a CrossEncoder, if the file names one.
+    pub(crate) fn activation_class(&self) -> Option<&str> {
+        let new = self.sentence_transformers.as_ref();
+        let new = new.and_then(|config| config.activation_fn.as_deref());
+        new.or(self.sbert_ce_default_activation_function.as_deref())
     }
 
     /// The names of the labels in the order of the scores: two labels where the file has none, as
@@ -167,6 +265,12 @@ impl TextTaskConfig {
         };
         (0..names.len()).map(name).collect()
     }
+}
+
+/// A list of names, or null for none.
+fn names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let names: Option<Vec<String>> = Option::deserialize(deserializer)?;
+    Ok(names.unwrap_or_default())
 }
 
 /// Refuses a hidden size that does not divide evenly among the attention heads. `keys` are the

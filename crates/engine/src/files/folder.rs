@@ -151,7 +151,7 @@ impl Folder {
             .read_to_end(&mut bytes)
             .map_err(|error| cannot_be_read(name, &error))?;
         self.observe(name, 0, &bytes);
-        refuse_pickle(name, &bytes)?;
+        check_head(name, &bytes)?;
         Ok(bytes)
     }
 
@@ -198,11 +198,20 @@ pub(super) fn parse_json<T: DeserializeOwned>(name: &str, bytes: &[u8]) -> Resul
     Ok(value)
 }
 
-/// Refuses bytes that begin like a pickle, or like the zip archive that torch wraps one in.
-/// Unpickling runs code, so the file is refused whatever its name.
-pub(super) fn refuse_pickle(name: &str, head: &[u8]) -> Result<(), EngineError> {
+/// How a file begins that Git LFS left in the place of the real one.
+const LFS_POINTER: &[u8] = b"version https:/";
+
+/// Refuses bytes that begin like a pickle, or like the zip archive that torch wraps one in:
+/// unpickling runs code, so the file is refused whatever its name. Refuses pointers of Git LFS too.
+pub(super) fn check_head(name: &str, head: &[u8]) -> Result<(), EngineError> {
     let is_archive = head.starts_with(b"PK\x03\x04");
     let is_pickle = head.first() == Some(&0x80) && head.get(1).is_some_and(|byte| *byte <= 5);
+    if head.starts_with(LFS_POINTER) {
+        return Err(EngineError::invalid_file(
+            name,
+            "is a pointer of Git LFS in the place of the file: fetch the file with `git lfs pull`",
+        ));
+    }
     // Torch files from before the archive begin with a pickled magic number of protocol 2. In a
     // safetensors file the same two bytes may begin the length of the header, whose JSON follows.
     let is_safetensors = head.get(8) == Some(&b'{');

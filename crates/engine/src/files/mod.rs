@@ -10,8 +10,8 @@ mod shard_index;
 mod weights;
 
 pub(crate) use config::{
-    ConfigFile, Epsilon, Layers, Positions, TextTaskConfig, TokenTypes, Vocabulary, Width,
-    bad_config, check_heads,
+    ConfigFile, Epsilon, Layers, Positions, SavedFor, TextTaskConfig, TokenTypes, Vocabulary,
+    Width, bad_config, check_heads,
 };
 pub(crate) use folder::Folder;
 pub use folder::{ModelFolder, Observe};

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use serde::Deserialize;
 
-use super::folder::{Folder, Observe, refuse_pickle};
+use super::folder::{Folder, Observe, check_head};
 use crate::error::EngineError;
 
 const FILE_BYTES_MAX: u64 = 64 << 30;
@@ -62,7 +62,7 @@ impl SafetensorsFile {
         let mut head = [0; 16];
         let head_bytes = usize::try_from(size.min(16)).unwrap_or(16);
         read_at(&file, name, &mut head[..head_bytes], 0)?;
-        refuse_pickle(name, &head[..head_bytes])?;
+        check_head(name, &head[..head_bytes])?;
         let mut length = [0; 8];
         length.copy_from_slice(&head[..8]);
         let length = u64::from_le_bytes(length);

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use super::folder::{Folder, refuse_pickle};
+use super::folder::{Folder, check_head};
 use super::safetensors::SafetensorsFile;
 use super::shard_index::{INDEX, shard_names};
 use crate::error::EngineError;
@@ -36,6 +36,18 @@ impl Weights {
     pub(crate) fn open_file(folder: &Folder, name: &str) -> Result<Self, EngineError> {
         let file = SafetensorsFile::open(folder, name)?;
         Ok(Self { files: vec![file] })
+    }
+
+    /// The beginning of a tensor's name, of several, that the checkpoint has, and the name of its
+    /// file.
+    pub(crate) fn find_prefix<'p>(&self, prefixes: &[&'p str]) -> Option<(&'p str, &str)> {
+        self.files.iter().find_map(|file| {
+            let found = prefixes.iter().find(|prefix| {
+                let mut names = file.tensors.keys();
+                names.any(|name| name.starts_with(**prefix))
+            });
+            found.map(|prefix| (*prefix, file.name.as_str()))
+        })
     }
 
     /// Whether the checkpoint has a tensor of this name.
@@ -81,7 +93,7 @@ fn no_weights(folder: &Folder) -> EngineError {
         };
         let mut head = [0; 16];
         let read = file.read_at(&mut head, 0).unwrap_or(0);
-        if let Err(pickle) = refuse_pickle(&name, &head[..read]) {
+        if let Err(pickle) = check_head(&name, &head[..read]) {
             return pickle;
         }
     }

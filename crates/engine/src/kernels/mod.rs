@@ -32,7 +32,8 @@ pub use matrix::{Matrix, MatrixDtype};
 pub use packing::{PackedWeights, WeightDtype};
 pub use peak::peak;
 pub(crate) use rows::{
-    EmbeddingLookup, Pooling, RotaryAngles, add, embed, multiply_elementwise, pool, rotate,
+    EmbeddingLookup, PooledSpan, Pooling, RotaryAngles, add, embed, multiply_elementwise,
+    normalize_rows, pool, rotate,
 };
 pub use rows::{LayerNormParameters, layer_norm};
 pub use simd::InstructionSet;

@@ -211,6 +211,10 @@ pub(crate) fn rotate(mut qkv: Matrix, angles: &RotaryAngles<'_>, positions: &[u3
 pub(crate) enum Pooling {
     /// The mean over all tokens, special tokens included.
     Mean,
+    /// The sum over all tokens by the square root of their number.
+    MeanSqrt,
+    /// The mean over all tokens, each weighted by its position in the row from 1.
+    WeightedMean,
     /// The first token's, which is the classification token.
     Cls,
     /// The last token's.
@@ -219,31 +223,127 @@ pub(crate) enum Pooling {
     Max,
 }
 
-/// One vector for each span of tokens, given by its first token and length: `[spans, width]`.
-pub(crate) fn pool(pooling: Pooling, input: &Matrix, spans: &[(usize, usize)]) -> Matrix {
+/// The tokens of a row that are pooled.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PooledSpan {
+    /// The first of them.
+    pub(crate) start: usize,
+    /// How many there are, one at least.
+    pub(crate) count: usize,
+    /// How many tokens of the row are before the first one, for example of a prompt.
+    pub(crate) skipped: usize,
+}
+
+/// One vector for each span of tokens: `[spans, poolings · width]`, with the poolings side by side.
+pub(crate) fn pool(poolings: &[Pooling], input: &Matrix, spans: &[PooledSpan]) -> Matrix {
     let width = input.width();
-    let mut output = Matrix::from_arena(spans.len(), width, MatrixDtype::F32);
+    let whole = width * poolings.len();
+    let mut output = Matrix::from_arena(spans.len(), whole, MatrixDtype::F32);
     let values = input.floats();
-    let rows = output.floats_mut().chunks_exact_mut(width.max(1));
-    for (pooled, (start, count)) in rows.zip(spans) {
-        let (first, end) = match pooling {
-            Pooling::Cls => (*start, start + 1),
-            Pooling::Last => (start + count - 1, start + count),
-            Pooling::Mean | Pooling::Max => (*start, start + count),
-        };
-        pooled.copy_from_slice(&values[first * width..(first + 1) * width]);
-        for row in values[(first + 1) * width..end * width].chunks_exact(width) {
-            for (sum, value) in pooled.iter_mut().zip(row) {
-                *sum = match pooling {
-                    Pooling::Max => sum.max(*value),
-                    _ => *sum + value,
-                };
-            }
-        }
-        if pooling == Pooling::Mean {
-            let share = 1.0 / (end - first) as f32;
-            pooled.iter_mut().for_each(|value| *value *= share);
+    let rows = output.floats_mut().chunks_exact_mut(whole.max(1));
+    for (pooled, span) in rows.zip(spans) {
+        let parts = pooled.chunks_exact_mut(width.max(1));
+        for (part, pooling) in parts.zip(poolings) {
+            pool_one(*pooling, part, values, *span);
         }
     }
     output
+}
+
+/// Pools the tokens of one span of `values` into one vector.
+fn pool_one(pooling: Pooling, pooled: &mut [f32], values: &[f32], span: PooledSpan) {
+    let width = pooled.len();
+    let (start, count) = (span.start, span.count);
+    let (first, end) = match pooling {
+        Pooling::Cls => (start, start + 1),
+        Pooling::Last => (start + count - 1, start + count),
+        _ => (start, start + count),
+    };
+    // Positions count from the beginning of the row, so that leaving out a prompt changes no
+    // token's weight.
+    let weight = |index: usize| match pooling {
+        Pooling::WeightedMean => (span.skipped + index + 1) as f32,
+        _ => 1.0,
+    };
+    pooled.copy_from_slice(&values[first * width..(first + 1) * width]);
+    if pooling == Pooling::WeightedMean {
+        pooled.iter_mut().for_each(|value| *value *= weight(0));
+    }
+    let others = values[(first + 1) * width..end * width].chunks_exact(width);
+    for (index, row) in others.enumerate() {
+        for (sum, value) in pooled.iter_mut().zip(row) {
+            *sum = match pooling {
+                Pooling::Max => sum.max(*value),
+                Pooling::WeightedMean => *sum + value * weight(index + 1),
+                _ => *sum + value,
+            };
+        }
+    }
+    let share = match pooling {
+        Pooling::Mean => 1.0 / count as f32,
+        Pooling::MeanSqrt => 1.0 / (count as f32).sqrt(),
+        Pooling::WeightedMean => 1.0 / (0..count).map(weight).sum::<f32>(),
+        Pooling::Cls | Pooling::Last | Pooling::Max => return,
+    };
+    pooled.iter_mut().for_each(|value| *value *= share);
+}
+
+/// Scales each row to Euclidean length 1.
+pub(crate) fn normalize_rows(input: &mut Matrix) {
+    let width = input.width().max(1);
+    for row in input.floats_mut().chunks_exact_mut(width) {
+        crate::post::normalize(row);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pooled(pooling: Pooling, skipped: usize) -> Vec<f32> {
+        // Another row is before and behind the one of three tokens.
+        let values = [9.0, 9.0, 1.0, 8.0, 2.0, 5.0, 6.0, 2.0, 9.0, 9.0];
+        let span = PooledSpan {
+            start: 1 + skipped,
+            count: 3 - skipped,
+            skipped,
+        };
+        let input = Matrix::from_floats(&values, 2);
+        pool(&[pooling], &input, &[span]).floats().to_vec()
+    }
+
+    #[test]
+    fn each_pooling_is_that_of_its_definition() {
+        assert_eq!(pooled(Pooling::Cls, 0), [1.0, 8.0]);
+        assert_eq!(pooled(Pooling::Last, 0), [6.0, 2.0]);
+        assert_eq!(pooled(Pooling::Max, 0), [6.0, 8.0]);
+        let near = |pooling, skipped, expected: [f32; 2]| {
+            for (value, expected) in pooled(pooling, skipped).iter().zip(expected) {
+                assert!((value - expected).abs() < 1e-5, "{pooling:?}: {value}");
+            }
+        };
+        near(Pooling::Mean, 0, [3.0, 5.0]);
+        near(
+            Pooling::MeanSqrt,
+            0,
+            [9.0 / 3f32.sqrt(), 15.0 / 3f32.sqrt()],
+        );
+        near(Pooling::WeightedMean, 0, [23.0 / 6.0, 24.0 / 6.0]);
+        // The first token is a prompt's: it is in no pooling, and the others keep their weights.
+        near(Pooling::Mean, 1, [4.0, 3.5]);
+        near(Pooling::WeightedMean, 1, [22.0 / 5.0, 16.0 / 5.0]);
+        assert_eq!(pooled(Pooling::Cls, 1), [2.0, 5.0]);
+    }
+
+    #[test]
+    fn several_poolings_lie_side_by_side() {
+        let input = Matrix::from_floats(&[1.0, 8.0, 2.0, 5.0], 2);
+        let span = PooledSpan {
+            start: 0,
+            count: 2,
+            skipped: 0,
+        };
+        let pooled = pool(&[Pooling::Cls, Pooling::Max], &input, &[span]);
+        assert_eq!(pooled.floats(), [1.0, 8.0, 2.0, 8.0]);
+    }
 }

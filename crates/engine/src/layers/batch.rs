@@ -3,6 +3,7 @@
 use candle_core::{Device, Tensor};
 
 use crate::error::EngineError;
+use crate::kernels::PooledSpan;
 
 /// A batch of rows without padding: every token of every row, and where each row begins.
 ///
@@ -17,6 +18,8 @@ pub(crate) struct Batch {
     pub(crate) positions: Vec<u32>,
     /// First token and length of each packed row.
     pub(crate) spans: Vec<(usize, usize)>,
+    /// For each packed row, how many of its first tokens pooling leaves out: fewer than it has.
+    skipped: Vec<usize>,
     /// For each packed row, its index among the caller's rows.
     pub(crate) order: Vec<usize>,
     /// The device of the model.
@@ -33,6 +36,17 @@ pub(crate) enum PositionScheme {
     PastPadding(u32),
 }
 
+/// A row to pack.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PackedRow<'a> {
+    /// Its token ids.
+    pub(crate) ids: &'a [u32],
+    /// The type of each token.
+    pub(crate) type_ids: &'a [u32],
+    /// How many of its first tokens pooling leaves out.
+    pub(crate) skipped: usize,
+}
+
 /// Packed rows of equal length, one behind the other.
 pub(crate) struct RowGroup {
     /// The first token of the first row.
@@ -46,32 +60,47 @@ pub(crate) struct RowGroup {
 impl Batch {
     /// Packs rows of token ids and token types.
     pub(crate) fn pack(
-        rows: &[(&[u32], &[u32])],
+        rows: &[PackedRow<'_>],
         position_scheme: PositionScheme,
         device: &Device,
     ) -> Self {
         let mut order: Vec<usize> = (0..rows.len()).collect();
-        order.sort_by_key(|row| rows[*row].0.len());
-        let tokens = rows.iter().map(|(ids, _)| ids.len()).sum();
+        order.sort_by_key(|row| rows[*row].ids.len());
+        let tokens = rows.iter().map(|row| row.ids.len()).sum();
         let mut ids = Vec::with_capacity(tokens);
         let mut type_ids = Vec::with_capacity(tokens);
         let mut positions = Vec::with_capacity(tokens);
         let mut spans = Vec::with_capacity(rows.len());
+        let mut skipped = Vec::with_capacity(rows.len());
         for row in &order {
-            let (row_ids, row_types) = rows[*row];
-            spans.push((ids.len(), row_ids.len()));
-            ids.extend_from_slice(row_ids);
-            type_ids.extend_from_slice(row_types);
-            push_positions(row_ids, position_scheme, &mut positions);
+            let row = rows[*row];
+            spans.push((ids.len(), row.ids.len()));
+            // A row that is nothing but its prompt keeps its last token.
+            skipped.push(row.skipped.min(row.ids.len().saturating_sub(1)));
+            ids.extend_from_slice(row.ids);
+            type_ids.extend_from_slice(row.type_ids);
+            push_positions(row.ids, position_scheme, &mut positions);
         }
         Self {
             ids,
             type_ids,
             positions,
             spans,
+            skipped,
             order,
             device: device.clone(),
         }
+    }
+
+    /// The tokens of each packed row that are pooled.
+    pub(crate) fn pooled_spans(&self) -> Vec<PooledSpan> {
+        let rows = self.spans.iter().zip(&self.skipped);
+        rows.map(|((start, length), skipped)| PooledSpan {
+            start: start + skipped,
+            count: length - skipped,
+            skipped: *skipped,
+        })
+        .collect()
     }
 
     /// Ids or positions of the tokens on the model's device, `[tokens]`.

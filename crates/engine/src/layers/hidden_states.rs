@@ -33,6 +33,25 @@ impl HiddenStates {
         }
     }
 
+    /// The same vectors, each scaled to Euclidean length 1.
+    pub(crate) fn normalized(&self) -> Result<Self, EngineError> {
+        match self {
+            Self::Cpu(matrix) => {
+                let mut scaled = Matrix::from_floats(matrix.floats(), matrix.width());
+                kernels::normalize_rows(&mut scaled);
+                Ok(Self::Cpu(scaled))
+            }
+            Self::Device(tensor) => {
+                // The least length that is divided by would be zero in 16 bits.
+                let floats = tensor.to_dtype(DType::F32)?;
+                let length = floats.sqr()?.sum_keepdim(1)?.sqrt()?;
+                let length = length.clamp(1e-12f32, f32::MAX)?;
+                let scaled = floats.broadcast_div(&length)?;
+                Ok(Self::Device(scaled.to_dtype(tensor.dtype())?))
+            }
+        }
+    }
+
     /// The element-wise sum of two of the same shape.
     pub(crate) fn add(self, other: &Self) -> Result<Self, EngineError> {
         match (self, other) {

@@ -21,7 +21,7 @@ mod weight_loader;
 
 pub(crate) use activation::Activation;
 pub(crate) use attention::SelfAttention;
-pub(crate) use batch::{Batch, PositionScheme};
+pub(crate) use batch::{Batch, PackedRow, PositionScheme};
 pub(crate) use classification_head::{ClassificationHead, HeadConfig};
 pub(crate) use embedding::{EmbeddingNames, TokenEmbedding};
 pub(crate) use encoder::{Encoder, EncoderConfig, ForwardPass};

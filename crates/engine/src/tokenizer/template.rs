@@ -78,6 +78,7 @@ impl Template {
         let mut row = TokenRow {
             ids: Vec::with_capacity(length),
             type_ids: Vec::with_capacity(length),
+            skipped: 0,
         };
         for part in parts {
             let type_id = match *part {
@@ -156,6 +157,7 @@ pub(super) fn post_processed(
     Ok(TokenRow {
         ids: row.get_ids().to_vec(),
         type_ids: row.get_type_ids().to_vec(),
+        skipped: 0,
     })
 }
 

@@ -62,7 +62,12 @@ fn roberta() -> Tokenizer {
 }
 
 fn tokenizer(json: Value) -> Tokenizer {
-    Tokenizer::from_bytes(&serde_json::to_vec(&json).unwrap(), 64, 1 << 30).unwrap()
+    Tokenizer::from_bytes(
+        &serde_json::to_vec(&json).unwrap(),
+        64,
+        TokenizerRules::of_file(1 << 30),
+    )
+    .unwrap()
 }
 
 /// A text of random pieces, longer than a part; xorshift.

@@ -55,8 +55,14 @@ impl Reads {
         }
         let mut context = Context::new(&SHA256);
         let computed = format!(
-            "{:?} {:?} {} {} {} {}",
-            options.task, options.tokens_max, card.dtype, card.kernels, card.device, card.family
+            "{:?} {:?} {:?} {} {} {} {}",
+            options.task,
+            options.tokens_max,
+            options.overrides,
+            card.dtype,
+            card.kernels,
+            card.device,
+            card.family
         );
         context.update(computed.as_bytes());
         // What is put before texts, which settings may say as well as files.
@@ -188,7 +194,15 @@ mod tests {
             tokens_max: Some(7),
             ..LoadOptions::default()
         };
+        let raw = LoadOptions {
+            overrides: engine::Overrides {
+                activation: Some(engine::ScoreActivation::Identity),
+                ..Default::default()
+            },
+            ..LoadOptions::default()
+        };
         let one = digest(&reads(b"one", "a"), &options);
+        assert_ne!(one, digest(&reads(b"one", "a"), &raw));
         assert_eq!(one, digest(&reads(b"one", "a"), &options));
         assert_ne!(one, digest(&reads(b"two", "a"), &options));
         assert_ne!(one, digest(&reads(b"one", "b"), &options));

@@ -272,6 +272,7 @@ mod tests {
             let row = TokenRow {
                 ids: vec![1; tokens],
                 type_ids: vec![0; tokens],
+                skipped: 0,
             };
             let part = Part {
                 rows: Rows::Text(vec![(row, TextOutput::Embedding)]),

@@ -19,6 +19,7 @@ fn part(tokens: &[usize], timeout: Duration) -> (Part, Reply) {
         let tokens = TokenRow {
             ids: vec![1; *length],
             type_ids: vec![0; *length],
+            skipped: 0,
         };
         (tokens, TextOutput::Embedding)
     };

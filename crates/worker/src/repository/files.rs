@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use engine::{DeviceChoice, Dtype, Kernels, LoadOptions, Task};
+use engine::{
+    Description, DeviceChoice, Dtype, Kernels, LoadOptions, ModelFolder, Overrides, PoolingMode,
+    ScoreActivation, Side, Task,
+};
 use platform::files::from_toml;
 use protocol::{ModelName, ModelVersion};
 use serde::Deserialize;
@@ -34,6 +37,27 @@ struct Settings {
     queue_delay: Option<Duration>,
     #[serde(default)]
     deterministic: bool,
+    pooling: Option<String>,
+    prompt: Option<String>,
+    normalize: Option<bool>,
+    truncate: Option<Truncate>,
+    activation: Option<String>,
+}
+
+/// Whether texts that are too long are truncated for callers who do not say, and at which side.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(untagged, expecting = "true, false, \"left\" or \"right\"")]
+enum Truncate {
+    /// At the side that the model's files name, or not at all.
+    Switch(bool),
+    Side(TruncateSide),
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum TruncateSide {
+    Left,
+    Right,
 }
 
 /// The versions to serve.
@@ -42,6 +66,30 @@ struct Settings {
 enum Versions {
     Named(String),
     Listed(Vec<u64>),
+}
+
+impl Settings {
+    /// What the model's own files do not say.
+    fn overrides(&self) -> Result<Overrides, String> {
+        let wrong = |error: engine::EngineError| format!("{SETTINGS}: {error}");
+        let (truncate, truncation_side) = match self.truncate {
+            None => (None, None),
+            Some(Truncate::Switch(truncate)) => (Some(truncate), None),
+            Some(Truncate::Side(TruncateSide::Left)) => (Some(true), Some(Side::Left)),
+            Some(Truncate::Side(TruncateSide::Right)) => (Some(true), Some(Side::Right)),
+        };
+        let pooling = self.pooling.as_deref().map(str::parse::<PoolingMode>);
+        let activation = self.activation.as_deref();
+        let activation = activation.map(str::parse::<ScoreActivation>);
+        Ok(Overrides {
+            pooling: pooling.transpose().map_err(wrong)?,
+            prompt: self.prompt.clone(),
+            normalize: self.normalize,
+            truncate,
+            truncation_side,
+            activation: activation.transpose().map_err(wrong)?,
+        })
+    }
 }
 
 /// The versions of a model to serve, and how.
@@ -150,6 +198,33 @@ pub fn bare_plan(folder: &Path, defaults: Defaults) -> Result<Plan, String> {
     checked_plan(versions, &settings(folder, folder)?, defaults)
 }
 
+/// What a folder would be served as, with its own settings or, of a version in a
+/// repository, those of its model.
+pub fn described(folder: &Path) -> Result<Description, String> {
+    let folder = folder.canonicalize();
+    let folder =
+        folder.map_err(|error| format!("the folder cannot be opened: {}", error.kind()))?;
+    let folder = folder.as_path();
+    let model = folder.parent().filter(|model| {
+        let name = folder.file_name().and_then(|name| name.to_str());
+        let is_version = name.is_some_and(|name| ModelVersion::checked(name, "folder").is_ok());
+        is_version && !folder.join(SETTINGS).exists() && model.join(SETTINGS).exists()
+    });
+    let home = model.unwrap_or(folder);
+    let defaults = Defaults {
+        device: DeviceChoice::Cpu,
+        dtype: Dtype::Auto,
+        kernels: Kernels::Auto,
+        text_bytes_max: 0,
+    };
+    let plan = checked_plan(BTreeMap::new(), &settings(home, home)?, defaults)?;
+    let source = ModelFolder {
+        boundary: model.and_then(Path::parent).map(Path::to_path_buf),
+        ..ModelFolder::bare(folder)
+    };
+    Ok(engine::describe(&source, &plan.options))
+}
+
 /// The real path of a folder or file, if it is in the root: a link may not
 /// lead out.
 fn within(root: &Path, folder: &Path) -> Result<PathBuf, String> {
@@ -200,6 +275,7 @@ fn checked_plan(
         kernels: defaults.kernels,
         task: task.map_err(wrong)?,
         tokens_max: settings.tokens_max,
+        overrides: settings.overrides()?,
     };
     let request_rows_max = settings.request_rows_max.unwrap_or(4096);
     let queue = QueueLimits {
@@ -235,4 +311,78 @@ fn checked_plan(
             deterministic: settings.deterministic,
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn overrides(text: &str) -> Result<Overrides, String> {
+        let settings: Settings = from_toml(text).map_err(|error| error.to_string())?;
+        settings.overrides()
+    }
+
+    #[test]
+    fn settings_say_what_the_files_of_a_model_do_not() {
+        assert_eq!(overrides("").unwrap(), Overrides::default());
+        let own = overrides(
+            "pooling = \"cls\"\nprompt = \"query: \"\nnormalize = false\n\
+             truncate = \"left\"\nactivation = \"identity\"\n",
+        );
+        let expected = Overrides {
+            pooling: Some(PoolingMode::Cls),
+            prompt: Some("query: ".to_owned()),
+            normalize: Some(false),
+            truncate: Some(true),
+            truncation_side: Some(Side::Left),
+            activation: Some(ScoreActivation::Identity),
+        };
+        assert_eq!(own.unwrap(), expected);
+        assert_eq!(overrides("truncate = true").unwrap().truncate, Some(true));
+        assert_eq!(overrides("truncate = false").unwrap().truncate, Some(false));
+    }
+
+    #[test]
+    fn a_folder_is_described_with_the_settings_beside_it_or_of_its_model() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
+        let root = std::env::temp_dir().join(format!("andon-described-{}", std::process::id()));
+        let folder = root.join("lantern").join("1");
+        std::fs::create_dir_all(&folder).unwrap();
+        for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+            std::fs::copy(golden.join("bert-embedding").join(name), folder.join(name)).unwrap();
+        }
+        let pooling = || {
+            let description = described(&folder).unwrap();
+            assert!(description.is_served(), "{:?}", description.problems);
+            let mut settings = description.settings.into_iter();
+            settings.find(|one| one.name == "pooling").unwrap()
+        };
+        let own = pooling();
+        assert_eq!(
+            (own.value.as_str(), own.source.as_str()),
+            ("mean", "default")
+        );
+        std::fs::write(root.join("lantern/andon.toml"), "pooling = \"cls\"\n").unwrap();
+        let of_model = pooling();
+        let found = (of_model.value.as_str(), of_model.source.as_str());
+        assert_eq!(found, ("cls", "andon.toml"));
+        std::fs::write(folder.join("andon.toml"), "pooling = \"max\"\n").unwrap();
+        assert_eq!(pooling().value, "max");
+        std::fs::write(folder.join("andon.toml"), "nonsense = 1\n").unwrap();
+        assert!(described(&folder).unwrap_err().contains("nonsense"));
+        std::fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn settings_that_are_not_known_are_named() {
+        for (text, named) in [
+            ("pooling = \"first\"", "pooling 'first'"),
+            ("activation = \"tanh\"", "activation 'tanh'"),
+            ("truncate = \"middle\"", "truncate"),
+            ("poolings = \"cls\"", "poolings"),
+        ] {
+            let error = overrides(text).unwrap_err();
+            assert!(error.contains(named), "{error}");
+        }
+    }
 }

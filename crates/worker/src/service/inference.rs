@@ -20,7 +20,7 @@ use protocol::inference::{
 };
 use protocol::{
     DIGEST_KEY, Error, InferRequest, Kind, LogSettings, Method, ModelName, ModelVersion,
-    TOKENS_KEY, TraceSettings, to_response, with_final_response_flag,
+    TOKENS_KEY, Task, TraceSettings, to_response, with_final_response_flag,
 };
 use tonic::{Code, Status};
 
@@ -284,6 +284,15 @@ fn config(model: &ServedModel) -> ModelConfig {
         ("batch_tokens_max", queue.batch_tokens_max.to_string()),
         ("queue_rows_max", queue.rows_max.to_string()),
     ];
+    match model.task() {
+        Task::Embedding => parameters.push(("normalize", card.normalize.to_string())),
+        Task::Tabular => {}
+        _ => parameters.push(("activation", card.activation.to_string())),
+    }
+    if model.task() != Task::Tabular {
+        let side = card.truncation_side.as_str().to_owned();
+        parameters.push(("truncation_side", side));
+    }
     // In the order of the scores, as a list of JSON: a label may hold anything.
     if let Ok(labels) = serde_json::to_string(&card.labels)
         && !card.labels.is_empty()

@@ -319,12 +319,14 @@ fn library_row(
     Ok(TokenRow {
         ids: row.get_ids().to_vec(),
         type_ids: row.get_type_ids().to_vec(),
+        skipped: 0,
     })
 }
 
 /// Rows of texts and pairs, truncated and not, against the library's.
 fn rows_agree(bytes: &[u8], texts: &[&str]) {
-    let mut tokenizer = tokenizer::Tokenizer::from_bytes(bytes, 40_000, 512).unwrap();
+    let rules = tokenizer::TokenizerRules::of_file(512);
+    let mut tokenizer = tokenizer::Tokenizer::from_bytes(bytes, 40_000, rules).unwrap();
     assert!(tokenizer.words.is_some() && tokenizer.template.is_some());
     for tokens_max in [0, 2, 3, 4, 5, 8, 13, 512] {
         tokenizer.tokens_max = tokens_max;

@@ -308,6 +308,16 @@ async fn every_page_of_rest_v2_answers() -> Result<()> {
         let response = get(address, path).await?;
         ensure!(response.status == 200, "{path}: {response:?}");
     }
+    let ready = json!({"name": "digits", "ready": true});
+    for (path, expected) in [
+        ("/v2/health/live", json!({"live": true})),
+        ("/v2/health/ready", json!({"ready": true})),
+        ("/v2/models/digits/ready", ready.clone()),
+        ("/v2/models/digits/versions/1/ready", ready),
+    ] {
+        let json = get(address, path).await?.json()?;
+        ensure!(json == expected, "{path}: {json}");
+    }
     let json = get(address, "/v2/models/digits").await?.json()?;
     ensure!(json["inputs"][0]["shape"] == json!([-1, 64]), "{json}");
     let json = get(address, "/v2/models/digits/config").await?.json()?;

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use tensor::{Datatype, Tensor};
+use tensor::{Datatype, Tensor, TensorError, bytes_elements};
 
 use crate::inference::{InferParameter, infer_parameter::ParameterChoice};
 use crate::{Error, FieldPath};
@@ -127,17 +127,26 @@ impl InputHints {
         }
     }
 
+    /// The elements as their base64 says, in one buffer however many they are:
+    /// nothing has counted them yet.
     fn decoded(&self, tensor: &Tensor) -> Result<Tensor, Error> {
-        let contents = || FieldPath::input(self.index).field("contents");
-        let failed = |error: tensor::TensorError| Error::invalid(contents(), error.to_string());
-        let elements = tensor.to_elements().map_err(failed)?.into_iter();
-        let decoded = elements.enumerate().map(|(element, text)| {
-            STANDARD
-                .decode(text)
-                .map_err(|_| Error::invalid(contents().index(element), "is not valid base64"))
-        });
-        let decoded = decoded.collect::<Result<Vec<_>, Error>>()?;
-        Tensor::from_elements(tensor.shape().clone(), &decoded).map_err(failed)
+        let contents = FieldPath::input(self.index).field("contents");
+        let failed = |error: TensorError| Error::invalid(&contents, error.to_string());
+        // Bytes are fewer than the characters of their base64.
+        let mut raw = Vec::with_capacity(tensor.raw().len());
+        for (element, text) in bytes_elements(tensor.raw()).enumerate() {
+            let begins = raw.len() + 4;
+            raw.extend_from_slice(&[0; 4]);
+            let decoded = STANDARD.decode_vec(text.map_err(failed)?, &mut raw);
+            decoded.map_err(|_| {
+                let field = contents.clone().index(element);
+                Error::invalid(field, "is not valid base64")
+            })?;
+            let length = u32::try_from(raw.len() - begins);
+            let length = length.map_err(|_| failed(TensorError::ShapeOverflow))?;
+            raw[begins - 4..begins].copy_from_slice(&length.to_le_bytes());
+        }
+        Tensor::from_raw(Datatype::Bytes, tensor.shape().clone(), raw.into()).map_err(failed)
     }
 }
 

@@ -87,7 +87,7 @@ const SETTINGS_BYTES_MAX: usize = 64 << 10;
 const STATISTICS_BYTES: usize = 2 << 10;
 const INDEXED_BYTES: usize = 256;
 
-/// The JSON of an optional body.
+/// The JSON of an optional body; null is none.
 async fn optional_json<T: DeserializeOwned + Default + Send + 'static>(
     context: &RequestContext,
     request: Request,
@@ -99,8 +99,8 @@ async fn optional_json<T: DeserializeOwned + Default + Send + 'static>(
         return Ok(T::default());
     }
     content_type?;
-    let read = body::Json::parse(context, received, body::owned).await?;
-    Ok(read.value)
+    let read = body::Json::parse(context, received, body::owned::<Option<T>>).await?;
+    Ok(read.value.unwrap_or_default())
 }
 
 /// Server liveness

@@ -33,18 +33,18 @@ impl<'de> Visitor<'de> for ParametersUpTo {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Parameters, A::Error> {
-        let mut parameters = Parameters::new();
+        let (mut parameters, mut entries) = (Parameters::new(), 0);
         while let Some((name, value)) = map.next_entry::<String, Option<Parameter>>()? {
-            // A parameter that is null is absent.
-            let Some(value) = value else {
-                parameters.remove(&name);
-                continue;
-            };
-            if parameters.len() == self.0 {
+            if entries == self.0 {
                 let reason = format!("a request has at most {PARTS_MAX} parameters");
                 return Err(de::Error::custom(reason));
             }
-            parameters.insert(name, value);
+            entries += 1;
+            // A parameter that is null is absent.
+            match value {
+                Some(value) => parameters.insert(name, value),
+                None => parameters.remove(&name),
+            };
         }
         Ok(parameters)
     }

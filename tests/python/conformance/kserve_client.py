@@ -22,14 +22,14 @@ from checks import CALL_SECONDS_MAX, Checks, arguments, expect
 OPTIONS = arguments(__doc__.splitlines()[0], ("http", "grpc")).parse_args()
 del sys.argv[1:]
 
-from kserve import (  # noqa: E402
+from kserve import (
     InferenceGRPCClient,
     InferenceRESTClient,
     InferInput,
     InferRequest,
     RESTConfig,
 )
-from kserve.protocol.infer_type import RequestedOutput  # noqa: E402
+from kserve.protocol.infer_type import RequestedOutput
 
 TEXTS = ["The lantern is lit.", "提灯が静かに揺れている。", "naïve café"]
 PIXELS = np.random.default_rng(7).integers(0, 17, (5, 64)).astype(np.float32)
@@ -90,14 +90,14 @@ async def refused(call, *needles):
         response = await call
     except httpx.HTTPStatusError as error:
         expect(error.response.status_code == 400, f"status {error.response.status_code}")
-        said = error.response.text
+        found = error.response.text
     except grpc.RpcError as error:
         expect(error.code() == grpc.StatusCode.INVALID_ARGUMENT, f"status {error.code()}")
-        said = error.details()
+        found = error.details()
     else:
         raise AssertionError(f"the call succeeded: {response}")
     for needle in needles:
-        expect(needle in said, f"the error does not name {needle}: {said}")
+        expect(needle in found, f"the error does not name {needle}: {found}")
 
 
 async def check_rest(checks, client, base, expected):

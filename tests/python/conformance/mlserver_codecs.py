@@ -19,26 +19,26 @@ import tritonclient.http as over_http
 # MLServer uses names that newer releases of its libraries call old.
 warnings.simplefilter("ignore")
 
-from mlserver.codecs import (  # noqa: E402
+from mlserver.codecs import (
     Base64Codec,
     DatetimeCodec,
     NumpyCodec,
     PandasCodec,
     StringCodec,
 )
-from mlserver.grpc.converters import (  # noqa: E402
+from mlserver.grpc.converters import (
     ModelInferRequestConverter,
     ModelInferResponseConverter,
 )
-from mlserver.grpc.dataplane_pb2_grpc import GRPCInferenceServiceStub  # noqa: E402
-from mlserver.types import (  # noqa: E402
+from mlserver.grpc.dataplane_pb2_grpc import GRPCInferenceServiceStub
+from mlserver.types import (
     InferenceRequest,
     InferenceResponse,
     Parameters,
     RequestOutput,
 )
 
-from checks import CALL_SECONDS_MAX, Checks, arguments, expect, open_channel  # noqa: E402
+from checks import CALL_SECONDS_MAX, Checks, arguments, expect, open_channel
 
 TEXTS = ["The lantern is lit.", "提灯が静かに揺れている。", "naïve café"]
 PIXELS = np.random.default_rng(7).integers(0, 17, (5, 64)).astype(np.float32)

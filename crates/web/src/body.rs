@@ -24,7 +24,6 @@ use serde_json::error::Category;
 
 use super::context::{RequestContext, hold};
 use super::error::{ApiError, request_aborted, unsupported_encoding};
-use super::json_words::must_be;
 use super::texts::TEXTS_MAX;
 use super::waiting::{self, while_waiting};
 use gateway::stack::Stack;
@@ -386,7 +385,7 @@ fn json_error(path: &str, error: &serde_json::Error) -> Error {
         let known = known.unwrap_or("another");
         return Error::invalid(field, format!("must be {known} (at {position})"));
     }
-    let description = match must_be(text) {
+    let description = match super::json_words::must_be(text) {
         Some(reason) => format!("{reason} (at {position})"),
         None => format!("is invalid (at {position}): {text}"),
     };

@@ -479,3 +479,23 @@ async fn shared_memory(request: Request) -> ApiError {
     platform::body::discard(request.into_body()).await;
     Error::new(Kind::Unsupported, protocol::SHARED_MEMORY_UNSUPPORTED).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn null_parameters_are_absent() {
+        for (text, count) in [
+            ("{}", 0),
+            (r#"{"parameters": null}"#, 0),
+            (r#"{"parameters": {"a": null, "b": 1}}"#, 1),
+        ] {
+            let request: LoadRequest = body::owned(text.as_bytes()).unwrap();
+            assert_eq!(request.parameters().unwrap().len(), count, "{text}");
+        }
+        let list: LoadRequest = body::owned(br#"{"parameters": {"a": []}}"#).unwrap();
+        let error = list.parameters().unwrap_err();
+        assert_eq!(error.field().unwrap(), "parameters[a]");
+    }
+}

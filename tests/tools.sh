@@ -45,13 +45,17 @@ python_environment() { # the virtual environment of the tests
     need python3 "install Python 3 with venv and pip"
     local stamp=target/venv/.stamp
     local expected
-    expected=$(cat tests/python/requirements.txt tests/manifests/requirements.txt | sha256sum)
+    expected=$(cat tests/python/requirements.txt tests/python/sdks.txt \
+        tests/manifests/requirements.txt | sha256sum)
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$expected" ] && return
     echo "installing the Python packages of the tests, once" >&2
     python3 -m venv target/venv
     # Modules are compiled when they are imported: most never are.
     target/venv/bin/pip install --quiet --disable-pip-version-check --no-compile \
         -r tests/python/requirements.txt -r tests/manifests/requirements.txt
+    # Without their dependencies, their bound on Python means nothing either.
+    target/venv/bin/pip install --quiet --disable-pip-version-check --no-compile \
+        --no-deps --ignore-requires-python -r tests/python/sdks.txt
     echo "$expected" >"$stamp"
 }
 

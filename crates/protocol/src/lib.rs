@@ -3,6 +3,7 @@
 
 mod error;
 mod field;
+mod hints;
 mod ids;
 #[cfg(test)]
 mod linear;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tensor::{Datatype, Shape, Tensor, TensorError, TypedContents, encode_typed};
 
+use crate::hints::{self, InputHints};
 use crate::inference::{
     InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse,
     ModelStreamInferResponse, infer_parameter::ParameterChoice,
@@ -91,11 +92,13 @@ pub struct InferRequest {
     pub inputs: Vec<Input>,
     /// The requested outputs by name; none means all.
     pub outputs: Vec<String>,
+    /// Those of the requested outputs that are requested as texts.
+    pub text_outputs: Vec<String>,
 }
 
 impl InferRequest {
     /// Checks a message as it came.
-    pub fn checked(message: ModelInferRequest) -> Result<Self, Error> {
+    pub fn checked(mut message: ModelInferRequest) -> Result<Self, Error> {
         let model = ModelName::checked(&message.model_name, "model_name")?;
         let version = ModelVersion::optional(&message.model_version, "model_version")?;
         let mut request = Self {
@@ -107,21 +110,23 @@ impl InferRequest {
             parameters: Parameters::new(),
             inputs: Vec::with_capacity(message.inputs.len()),
             outputs: Vec::with_capacity(message.outputs.len()),
+            text_outputs: Vec::new(),
         };
+        let texts = hints::take_texts(&mut message.parameters)?;
         for (key, value) in message.parameters {
             request.take_parameter(key, value)?;
         }
         request.take_inputs(message.inputs, message.raw_input_contents)?;
+        if texts {
+            hints::check_texts(request.inputs.iter().map(|input| &input.tensor))?;
+        }
         if let Some(index) = repeated(message.outputs.iter().map(|output| &output.name)) {
             let field = FieldPath::output(index).field("name");
             return Err(Error::invalid(field, "is requested twice"));
         }
         for (index, output) in message.outputs.into_iter().enumerate() {
-            for key in output.parameters.keys() {
-                if key != "binary_data" {
-                    let field = FieldPath::output(index).field("parameters").key(key);
-                    return Err(Error::invalid(field, "is not a known parameter"));
-                }
+            if hints::output_is_text(index, output.parameters)? {
+                request.text_outputs.push(output.name.clone());
             }
             request.outputs.push(output.name);
         }
@@ -190,7 +195,12 @@ impl InferRequest {
         raw_contents: Vec<Bytes>,
     ) -> Result<(), Error> {
         let raw = !raw_contents.is_empty();
-        let typed = inputs.iter().position(|input| input.contents.is_some());
+        // MLServer's client sends contents beside raw ones, and empties them.
+        let has_contents = |input: &InferInputTensor| {
+            let contents = input.contents.as_ref();
+            contents.is_some_and(|contents| *contents != InferTensorContents::default())
+        };
+        let typed = inputs.iter().position(has_contents);
         if let (true, Some(index)) = (raw, typed) {
             return Err(Error::invalid(
                 FieldPath::input(index).field("contents"),
@@ -253,14 +263,7 @@ fn checked_input(
     raw: Option<Bytes>,
 ) -> Result<(String, Tensor), Error> {
     let at = |part: &str| FieldPath::input(index).field(part);
-    if let Some(key) = input.parameters.keys().next() {
-        let reason = if key.starts_with("shared_memory") {
-            "is not supported: there is no shared memory, send the contents"
-        } else {
-            "is not a known parameter"
-        };
-        return Err(Error::invalid(at("parameters").key(key), reason));
-    }
+    let hints = InputHints::read(index, input.parameters)?;
     let datatype: Datatype = input
         .datatype
         .parse()
@@ -286,7 +289,7 @@ fn checked_input(
         }
         _ => Error::invalid(contents, error.to_string()),
     })?;
-    Ok((input.name, tensor))
+    Ok((input.name, hints.apply(tensor)?))
 }
 
 fn to_typed(contents: InferTensorContents) -> TypedContents {

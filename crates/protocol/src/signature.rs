@@ -6,6 +6,7 @@ use std::sync::LazyLock;
 
 use tensor::{Datatype, Shape, TensorError, TensorSpec};
 
+use crate::hints;
 use crate::inference::{
     DataType, ModelConfig, ModelInferRequest, ModelInput, ModelMetadataResponse, ModelOutput,
     ModelParameter, ModelVersionPolicy,
@@ -102,11 +103,14 @@ impl Signature<'_> {
     /// all inputs share and which is at least 1.
     pub fn check(&self, request: &InferRequest) -> Result<usize, Error> {
         for (index, name) in request.outputs.iter().enumerate() {
-            if !self.outputs.iter().any(|spec| spec.name == *name) {
+            let Some(spec) = self.outputs.iter().find(|spec| spec.name == *name) else {
                 return Err(Error::invalid(
                     FieldPath::output(index).field("name"),
                     format!("must be one of: {}", names(self.outputs)),
                 ));
+            };
+            if request.text_outputs.contains(name) {
+                hints::check_text_output(index, spec.datatype)?;
             }
         }
         let inputs = self.expected(request);
@@ -352,12 +356,10 @@ fn names(specs: &[TensorSpec]) -> String {
     names.join(", ")
 }
 
-/// A shape as Triton's configuration has it: without the batch dimension.
+/// A shape as Triton's configuration has it: without the batch dimension, which
+/// stands before it in the metadata.
 fn dims(spec: &TensorSpec) -> Vec<i64> {
-    match spec.shape.get(1..) {
-        Some([]) | None => vec![1],
-        Some(dims) => dims.to_vec(),
-    }
+    spec.shape.get(1..).unwrap_or_default().to_vec()
 }
 
 /// A datatype in Triton's configuration.
@@ -420,6 +422,14 @@ mod tests {
         };
         let good = request(&[("pixels", "FP32", &[3, 2], vec![0; 24])]);
         assert_eq!(signature.check(&good), Ok(3));
+        let mut texts = good.clone();
+        texts.outputs = vec!["scores".into()];
+        texts.text_outputs = vec!["scores".into()];
+        let error = signature.check(&texts).unwrap_err();
+        assert_eq!(
+            error.field().unwrap(),
+            "outputs[0].parameters[content_type]"
+        );
         for (inputs, field, message) in [
             (
                 ("pixels", "FP32", &[6][..], vec![0; 24]),
@@ -573,6 +583,8 @@ mod tests {
             error.to_string(),
             "inputs: must have an input 'input_lengths'"
         );
+        let column = request(&[("text", "BYTES", &[2, 1], texts(&["a", "b"]))]);
+        assert_eq!(signature.check(&column), Ok(2));
         let texts = request(&[("text", "BYTES", &[1], texts(&["a"]))]);
         assert_eq!(
             (signature.check(&texts), texts.id_lists(2)),
@@ -659,13 +671,12 @@ mod tests {
         assert_eq!(metadata.outputs[0].shape, [-1, 384]);
         let config = signature.to_config("m", 1, "andon_bert".into(), [("task", "x".into())]);
         assert_eq!(config.max_batch_size, 32);
-        assert_eq!(
-            (
-                config.input[0].dims.as_slice(),
-                config.output[0].dims.as_slice()
-            ),
-            (&[1][..], &[384][..])
-        );
+        for (tensor, dims) in [
+            (&metadata.inputs[0], config.input[0].dims.as_slice()),
+            (&metadata.outputs[0], config.output[0].dims.as_slice()),
+        ] {
+            assert_eq!(tensor.shape, [&[-1][..], dims].concat());
+        }
         assert_eq!(config.parameters["task"].string_value, "x");
     }
 }

@@ -257,6 +257,23 @@ pub fn list<'de, const MAX: usize, D: Deserializer<'de>, T: Deserialize<'de>>(
     deserializer.deserialize_seq(Bounded::new("entries", MAX))
 }
 
+/// The same for a list that may be absent: null is absent too.
+pub fn optional_list<'de, const MAX: usize, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<T>>, D::Error> {
+    let list = Option::<List<T, MAX>>::deserialize(deserializer)?;
+    Ok(list.map(|list| list.0))
+}
+
+/// A list of at most `MAX` entries.
+struct List<T, const MAX: usize>(Vec<T>);
+
+impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for List<T, MAX> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        list::<MAX, _, _>(deserializer).map(Self)
+    }
+}
+
 /// Reads a list of so many entries at most.
 pub struct Bounded<T> {
     what: &'static str,
@@ -363,15 +380,8 @@ fn json_error(path: &str, error: &serde_json::Error) -> Error {
         let known = known.unwrap_or("another");
         return Error::invalid(field, format!("must be {known} (at {position})"));
     }
-    let description = match text
-        .strip_prefix("invalid ")
-        .and_then(|text| text.split_once(": "))
-        .and_then(|(_, text)| text.rsplit_once(", expected "))
-    {
-        Some((found, expected)) => {
-            let found = found.split(['"', '`']).next().unwrap_or_default().trim();
-            format!("must be {expected}, not {found} (at {position})")
-        }
+    let description = match super::json_words::must_be(text) {
+        Some(reason) => format!("{reason} (at {position})"),
         None => format!("is invalid (at {position}): {text}"),
     };
     Error::invalid(field, description)
@@ -508,7 +518,7 @@ mod tests {
         let (field, message) = refused(r#"{"inputs": [{"name": "a", "shape": [1, "secret"]}]}"#);
         assert_eq!(field, "inputs[0].shape[1]");
         assert!(
-            message.contains("must be i64, not string (at line 1"),
+            message.contains("must be an integer, not a string (at line 1"),
             "{message}"
         );
         assert!(!message.contains("secret"), "{message}");

@@ -12,6 +12,7 @@ mod endpoint;
 mod error;
 mod generate;
 mod infer;
+mod json_words;
 #[cfg(test)]
 mod linear;
 mod model_cache;

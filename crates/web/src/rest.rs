@@ -37,7 +37,8 @@ use super::infer::infer;
 use super::model_path::{ModelPath, PathModel};
 use super::reply;
 use super::schemas::{
-    IndexedModel, ModelConfiguration, ModelMetadata, ParameterSchema, ServerMetadata, Statistics,
+    IndexedModel, ModelConfiguration, ModelMetadata, ModelReady, ParameterSchema, ServerLive,
+    ServerMetadata, ServerReady, Statistics,
 };
 use super::strict::strict;
 use gateway::stack::Stack;
@@ -86,7 +87,7 @@ const SETTINGS_BYTES_MAX: usize = 64 << 10;
 const STATISTICS_BYTES: usize = 2 << 10;
 const INDEXED_BYTES: usize = 256;
 
-/// The JSON of an optional body.
+/// The JSON of an optional body; null is none.
 async fn optional_json<T: DeserializeOwned + Default + Send + 'static>(
     context: &RequestContext,
     request: Request,
@@ -98,8 +99,8 @@ async fn optional_json<T: DeserializeOwned + Default + Send + 'static>(
         return Ok(T::default());
     }
     content_type?;
-    let read = body::Json::parse(context, received, body::owned).await?;
-    Ok(read.value)
+    let read = body::Json::parse(context, received, body::owned::<Option<T>>).await?;
+    Ok(read.value.unwrap_or_default())
 }
 
 /// Server liveness
@@ -107,20 +108,22 @@ async fn optional_json<T: DeserializeOwned + Default + Send + 'static>(
 /// Succeeds as long as the server responds.
 #[utoipa::path(
     get, path = "/v2/health/live", tag = "Health", operation_id = "server_live",
-    responses((status = 200, description = "The server is live"))
+    responses((status = 200, description = "The server is live", body = ServerLive))
 )]
-pub async fn live() {}
+pub async fn live() -> Json<Value> {
+    Json(json!({ "live": true }))
+}
 
 /// Server readiness
 ///
 /// The server is ready when a model is ready and the server is not draining.
 #[utoipa::path(
     get, path = "/v2/health/ready", tag = "Health", operation_id = "server_ready",
-    responses((status = 200, description = "The server is ready"))
+    responses((status = 200, description = "The server is ready", body = ServerReady))
 )]
-pub async fn ready(context: RequestContext) -> Result<(), ApiError> {
+pub async fn ready(context: RequestContext) -> Result<Json<Value>, ApiError> {
     if context.stack.ready() {
-        Ok(())
+        Ok(Json(json!({ "ready": true })))
     } else {
         Err(Error::new(Kind::NotReady, "no model is ready").into())
     }
@@ -164,11 +167,15 @@ pub async fn metadata(context: RequestContext, model: PathModel) -> Result<Respo
 #[utoipa::path(
     get, path = "/v2/models/{model}/ready", tag = "Health", operation_id = "model_ready",
     params(ModelPath),
-    responses((status = 200, description = "The model is ready"))
+    responses((status = 200, description = "The model is ready", body = ModelReady))
 )]
-pub async fn model_ready(context: RequestContext, model: PathModel) -> Result<(), ApiError> {
+pub async fn model_ready(
+    context: RequestContext,
+    model: PathModel,
+) -> Result<Json<Value>, ApiError> {
     let (name, version) = (&model.name, &model.version);
-    Ok(context.stack.check_ready(name, version, &context.caller)?)
+    context.stack.check_ready(name, version, &context.caller)?;
+    Ok(Json(json!({ "name": name, "ready": true })))
 }
 
 /// Model configuration
@@ -218,9 +225,9 @@ pub async fn statistics(context: RequestContext, model: PathModel) -> Result<Res
 pub struct IndexRequest {
     /// Always empty: there is one repository.
     #[schema(max_length = 0)]
-    repository_name: String,
+    repository_name: Option<String>,
     /// Whether only ready models are listed.
-    ready: bool,
+    ready: Option<bool>,
 }
 
 /// List model versions
@@ -238,8 +245,8 @@ pub async fn index(
 ) -> Result<Response, ApiError> {
     let request: IndexRequest = optional_json(&context, request).await?;
     let request = RepositoryIndexRequest {
-        repository_name: request.repository_name,
-        ready: request.ready,
+        repository_name: request.repository_name.unwrap_or_default(),
+        ready: request.ready.unwrap_or_default(),
     };
     let response = stack
         .index(&request, context.deadline, &context.caller)
@@ -255,8 +262,8 @@ pub async fn index(
 #[schema(as = RepositoryModelRequest, example = json!({}))]
 pub struct LoadRequest {
     /// The parameters of Triton's repository extension.
-    #[schema(value_type = BTreeMap<String, ParameterSchema>)]
-    parameters: Map<String, Value>,
+    #[schema(value_type = Option<BTreeMap<String, Option<ParameterSchema>>>)]
+    parameters: Option<Map<String, Value>>,
 }
 
 strict!(object IndexRequest, LoadRequest);
@@ -278,7 +285,10 @@ impl LoadRequest {
             let parameter_choice = Some(choice);
             Ok((name, ModelRepositoryParameter { parameter_choice }))
         };
-        self.parameters.into_iter().map(parameter).collect()
+        let given = self.parameters.into_iter().flatten();
+        // A parameter that is null is absent.
+        let given = given.filter(|(_, value)| !value.is_null());
+        given.map(parameter).collect()
     }
 }
 
@@ -468,4 +478,24 @@ fn trace_settings(
 async fn shared_memory(request: Request) -> ApiError {
     platform::body::discard(request.into_body()).await;
     Error::new(Kind::Unsupported, protocol::SHARED_MEMORY_UNSUPPORTED).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn null_parameters_are_absent() {
+        for (text, count) in [
+            ("{}", 0),
+            (r#"{"parameters": null}"#, 0),
+            (r#"{"parameters": {"a": null, "b": 1}}"#, 1),
+        ] {
+            let request: LoadRequest = body::owned(text.as_bytes()).unwrap();
+            assert_eq!(request.parameters().unwrap().len(), count, "{text}");
+        }
+        let list: LoadRequest = body::owned(br#"{"parameters": {"a": []}}"#).unwrap();
+        let error = list.parameters().unwrap_err();
+        assert_eq!(error.field().unwrap(), "parameters[a]");
+    }
 }

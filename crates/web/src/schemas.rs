@@ -11,6 +11,29 @@ use utoipa::ToSchema;
 use utoipa::openapi::schema::{ObjectBuilder, Type};
 use utoipa::openapi::{RefOr, Schema};
 
+/// Server liveness.
+#[derive(ToSchema)]
+pub struct ServerLive {
+    /// Always true.
+    live: bool,
+}
+
+/// Server readiness.
+#[derive(ToSchema)]
+pub struct ServerReady {
+    /// Always true: an error says why the server is not ready.
+    ready: bool,
+}
+
+/// Model readiness.
+#[derive(ToSchema)]
+pub struct ModelReady {
+    /// The model.
+    name: String,
+    /// Always true: an error says why the model is not ready.
+    ready: bool,
+}
+
 /// Server metadata.
 #[derive(ToSchema)]
 pub struct ServerMetadata {

@@ -92,6 +92,8 @@ def check_server(checks, web, rpc):
             expect(found["max_batch_size"] == expected.max_batch_size, f"it is {found}")
             dims = [[int(size) for size in tensor["dims"]] for tensor in found["input"]]
             expect(dims == [list(tensor.dims) for tensor in expected.input], f"dims are {dims}")
+            shapes = [tensor["shape"] for tensor in web.get_model_metadata(model)["inputs"]]
+            expect([[-1, *sizes] for sizes in dims] == shapes, f"dims are {dims}, of {shapes}")
             types = [tensor["data_type"] for tensor in found["input"]]
             expect(all(name.startswith("TYPE_") for name in types), f"types are {types}")
     with checks.check("repository_index"):

@@ -308,15 +308,26 @@ async fn every_page_of_rest_v2_answers() -> Result<()> {
         let response = get(address, path).await?;
         ensure!(response.status == 200, "{path}: {response:?}");
     }
+    let ready = json!({"name": "digits", "ready": true});
+    for (path, expected) in [
+        ("/v2/health/live", json!({"live": true})),
+        ("/v2/health/ready", json!({"ready": true})),
+        ("/v2/models/digits/ready", ready.clone()),
+        ("/v2/models/digits/versions/1/ready", ready),
+    ] {
+        let json = get(address, path).await?.json()?;
+        ensure!(json == expected, "{path}: {json}");
+    }
     let json = get(address, "/v2/models/digits").await?.json()?;
     ensure!(json["inputs"][0]["shape"] == json!([-1, 64]), "{json}");
     let json = get(address, "/v2/models/digits/config").await?.json()?;
     ensure!(json["input"][0]["data_type"] == "TYPE_FP32", "{json}");
-    let json = post(address, "/v2/repository/index", "").await?.json()?;
-    ensure!(
-        json[0]["name"] == "digits" && json[0]["state"] == "READY",
-        "{json}"
-    );
+    for body in ["", "null", "{\"ready\": null, \"repository_name\": null}"] {
+        let json = post(address, "/v2/repository/index", body).await?.json()?;
+        let first = &json[0];
+        ensure!(first["name"] == "digits", "{body}: {json}");
+        ensure!(first["state"] == "READY", "{body}: {json}");
+    }
     let json = get(address, "/v2/models/stats").await?.json()?;
     ensure!(json["model_stats"][0]["inference_count"].is_u64(), "{json}");
     let json = post(address, "/v2/logging", "{\"log_info\": false}")

@@ -1,5 +1,6 @@
 //! The doors from outside, with clients that other people wrote: NVIDIA's,
-//! OpenAI's, Cohere's, gRPC's for Node, a browser, and schemathesis.
+//! KServe's, MLServer's, OpenAI's, Cohere's, gRPC's for Node, a browser, and
+//! schemathesis.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -110,6 +111,25 @@ async fn triton_http(andon: &Andon) -> Result<()> {
 async fn tritons_client_over_http_gets_the_bits_of_grpc() -> Result<()> {
     triton_http(&serve().await?).await?;
     triton_http(&fleet().await?.gateway).await
+}
+
+/// What they send is taken as it is, over REST and over gRPC.
+async fn sdks(andon: &Andon) -> Result<()> {
+    let doors = doors(andon);
+    let flags: Vec<&str> = doors.iter().map(String::as_str).collect();
+    python("kserve_client.py", &flags).await?;
+    python("mlserver_codecs.py", &flags).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_sdks_of_kserve_and_mlserver_work_unchanged_against_serve() -> Result<()> {
+    sdks(&serve().await?).await
+}
+
+#[tokio::test]
+async fn the_sdks_of_kserve_and_mlserver_work_unchanged_against_a_fleet() -> Result<()> {
+    sdks(&fleet().await?.gateway).await
 }
 
 #[tokio::test]

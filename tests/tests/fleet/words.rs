@@ -106,7 +106,7 @@ fn bodies(long: &str) -> Vec<(&'static str, Value)> {
         ),
         (
             infer,
-            json!({"inputs": [input], "parameters": {long: null}}),
+            json!({"inputs": [input], "parameters": {long: []}}),
         ),
         (infer, json!({"inputs": [input], long: 1})),
         (infer, changed("name", json!(long))),
@@ -121,7 +121,7 @@ fn bodies(long: &str) -> Vec<(&'static str, Value)> {
         ("/v2/repository/index", json!({"repository_name": long})),
         (
             "/v2/repository/models/digits/load",
-            json!({"parameters": {long: null}}),
+            json!({"parameters": {long: []}}),
         ),
         ("/v2/logging", json!({long: true})),
         ("/v2/trace/setting", json!({long: "1"})),

@@ -33,19 +33,24 @@ impl<'de> Visitor<'de> for ParametersUpTo {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Parameters, A::Error> {
-        let mut parameters = Parameters::new();
-        while let Some((name, value)) = map.next_entry()? {
-            if parameters.len() == self.0 {
+        let (mut parameters, mut entries) = (Parameters::new(), 0);
+        while let Some((name, value)) = map.next_entry::<String, Option<Parameter>>()? {
+            if entries == self.0 {
                 let reason = format!("a request has at most {PARTS_MAX} parameters");
                 return Err(de::Error::custom(reason));
             }
-            parameters.insert(name, value);
+            entries += 1;
+            // A parameter that is null is absent.
+            match value {
+                Some(value) => parameters.insert(name, value),
+                None => parameters.remove(&name),
+            };
         }
         Ok(parameters)
     }
 }
 
-/// The value of a parameter; none if it is null, a list or an object.
+/// The value of a parameter; none if it is a list or an object.
 pub struct Parameter(pub Option<ParameterChoice>);
 
 impl<'de> Deserialize<'de> for Parameter {
@@ -88,10 +93,6 @@ impl<'de> Visitor<'de> for AnyParameter {
         Ok(Parameter(Some(choice)))
     }
 
-    fn visit_unit<E>(self) -> Result<Parameter, E> {
-        Ok(Parameter(None))
-    }
-
     fn visit_seq<A: SeqAccess<'de>>(self, mut rest: A) -> Result<Parameter, A::Error> {
         while rest.next_element::<IgnoredAny>()?.is_some() {}
         Ok(Parameter(None))
@@ -101,13 +102,6 @@ impl<'de> Visitor<'de> for AnyParameter {
         while rest.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
         Ok(Parameter(None))
     }
-}
-
-/// The text of parameters that are given: null is no object.
-pub fn given<'de: 't, 't, D: serde::Deserializer<'de>>(
-    reader: D,
-) -> Result<Option<&'t RawValue>, D::Error> {
-    <&RawValue>::deserialize(reader).map(Some)
 }
 
 /// The parameters of a request so far.

@@ -219,7 +219,7 @@ fn invalid_field(traits: Traits<'_>) -> Error {
         "/rerank" | "/v1/rerank" | "/v2/rerank" => ("documents", "must not be empty"),
         "/v2/repository/index" => (
             "ready",
-            "must be a boolean, not integer (at line 1, column 10)",
+            "must be a boolean, not an integer (at line 1, column 10)",
         ),
         "/v2/logging" if traits.body => ("settings[log_info]", "must be true or false"),
         path if path.ends_with("/infer") => ("inputs[0].shape", "must be [-1, 64]"),

@@ -136,6 +136,18 @@ fn what_changes_no_response_changes_no_key() {
                 ..Default::default()
             });
         }),
+        // The hints of MLServer's client, and the base64 of the same texts.
+        changed(|r| {
+            let text = |name: &str| parameter(ParameterChoice::StringParam(name.to_owned()));
+            let base64 = encode_bytes_elements(&["b25l", "dHdv"]).unwrap();
+            r.raw_input_contents[0] = base64.into();
+            r.parameters.insert("content_type".to_owned(), text("pd"));
+            for (input, codec) in r.inputs.iter_mut().zip(["base64", "np"]) {
+                let hint = ("content_type".to_owned(), text(codec));
+                input.parameters = [hint].into();
+                input.contents = Some(InferTensorContents::default());
+            }
+        }),
     ];
     for other in &others {
         assert_eq!(read(other).unwrap().keys, keys, "{other:?}");

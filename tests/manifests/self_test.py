@@ -47,12 +47,35 @@ def _setting(find, name, value):
     return change
 
 
+def _new_setting(find, name, value):
+    return lambda objects: main_container(find(objects))["env"].append({"name": name, "value": value})
+
+
+def _drop_setting(find, name):
+    def change(objects):
+        container = main_container(find(objects))
+        container["env"] = [entry for entry in container["env"] if entry["name"] != name]
+    return change
+
+
+def _core_source(find, resource):
+    def change(objects):
+        entry = next(e for e in main_container(find(objects))["env"] if e["name"] == "ANDON_CORES")
+        entry["valueFrom"]["resourceFieldRef"]["resource"] = resource
+    return change
+
+
 def _append(find, key, value):
     return lambda objects: pod_spec(find(objects)).setdefault(key, []).append(value)
 
 
 GATEWAY, WORKER = "Deployment/andon-gateway", "Deployment/andon-worker-minilm"
 POD, FIRST = "spec/template/spec", "spec/template/spec/containers/0"
+TERM = f"{POD}/affinity/podAntiAffinity/preferredDuringSchedulingIgnoredDuringExecution/0/podAffinityTerm"
+ZONES = {
+    "topologyKey": "topology.kubernetes.io/zone", "maxSkew": 1, "whenUnsatisfiable": "ScheduleAnyway",
+    "labelSelector": {"matchLabels": {"app.kubernetes.io/component": "worker"}},
+}
 SCALER, BUDGET = "HorizontalPodAutoscaler/andon-worker-minilm", "PodDisruptionBudget/andon-worker-minilm"
 
 # What is broken, in which overlay, and words that the message must contain.
@@ -70,7 +93,11 @@ OBJECT_FAULTS = [
     ("a foreign spread", "cpu", _set(WORKER, f"{POD}/topologySpreadConstraints/0/labelSelector/matchLabels", {"a": "b"}), "does not take its own Pods"),
     ("a careless rollout", "cpu", _set(WORKER, "spec/strategy/rollingUpdate/maxUnavailable", 1), "maxUnavailable must be 0"),
     ("no surge", "cpu", _set(GATEWAY, "spec/strategy/rollingUpdate/maxSurge", 0), "maxSurge"),
-    ("a short grace period", "cpu", _set(WORKER, f"{POD}/terminationGracePeriodSeconds", 75), "grace period"),
+    ("a short grace period", "cpu", _set(GATEWAY, f"{POD}/terminationGracePeriodSeconds", 75), "grace period"),
+    ("a grace period without preStop", "cpu", _set(WORKER, f"{POD}/terminationGracePeriodSeconds", 90), "to spare, 120 s"),
+    ("nothing to spare", "cpu", _set(WORKER, f"{POD}/terminationGracePeriodSeconds", 115), "to spare"),
+    ("a worker that leaves before DNS says so", "cpu", _set(WORKER, f"{FIRST}/lifecycle/preStop/sleep/seconds", 34), "cached DNS"),
+    ("a gateway that looks seldom", "cpu", _new_setting(_gateway, "ANDON_DNS_INTERVAL", "15s"), "cached DNS"),
     ("a longer call", "cpu", _setting(_worker, "ANDON_DEADLINE_MAX", "2m"), "shorter than the longest call"),
     ("messages that fill the memory", "cpu", _setting(_worker, "ANDON_BYTES_IN_FLIGHT_MAX", "2GiB"), "more than half"),
     ("less memory than messages", "cpu", _set(WORKER, f"{FIRST}/resources/limits/memory", "128Mi"), "more than half"),
@@ -116,7 +143,16 @@ OBJECT_FAULTS = [
     ("a nervous autoscaler", "cpu", _set(SCALER, "spec/behavior/scaleDown/stabilizationWindowSeconds", 0), "stabilized"),
     ("a single Pod", "production", _set(SCALER, "spec/minReplicas", 1), "minReplicas"),
     ("two owners of replicas", "cpu", _set(WORKER, "spec/replicas", 2), "belongs to the autoscaler"),
+    ("threads of the node", "cpu", _drop_setting(_gateway, "ANDON_CORES"), "must be the resource requests.cpu"),
+    ("threads of a limit", "gpu", _core_source(_worker, "limits.cpu"), "must be the resource requests.cpu"),
+    ("a Pod of two cores", "cpu", _set(WORKER, f"{FIRST}/resources/requests/cpu", "2"), "do not fit on a node of two"),
+    ("a Pod of many millicores", "local", _set(GATEWAY, f"{FIRST}/resources/requests/cpu", "1501m"), "do not fit on a node of two"),
     ("no spread", "cpu", _set(WORKER, f"{POD}/topologySpreadConstraints", None), "must spread over"),
+    ("no preference", "cpu", _set(WORKER, f"{POD}/affinity", None), "must prefer other zones"),
+    ("a foreign preference", "cpu", _set(GATEWAY, f"{TERM}/labelSelector/matchLabels", {"a": "b"}), "does not take its own Pods"),
+    ("a soft spread over zones", "cpu", _append(_worker, "topologySpreadConstraints", ZONES), "lose every soft spread"),
+    ("drained nodes counted", "production", _set(WORKER, f"{POD}/topologySpreadConstraints/0/nodeTaintsPolicy", None), "must be Honor"),
+    ("drained nodes counted by name", "production", _set(GATEWAY, f"{POD}/topologySpreadConstraints/0/nodeTaintsPolicy", "Ignore"), "must be Honor"),
     ("a lax spread", "production", _set(WORKER, f"{POD}/topologySpreadConstraints/0/whenUnsatisfiable", "ScheduleAnyway"), "strictly"),
     ("no device", "gpu", _set(WORKER, f"{FIRST}/resources/limits", {"memory": "1Gi"}), "go together"),
     ("a device unused", "gpu", _setting(_worker, "ANDON_DEVICE", "cpu"), "go together"),
@@ -131,6 +167,9 @@ OBJECT_FAULTS = [
     ("a port that nothing serves", "cpu", _set(GATEWAY, f"{FIRST}/ports/0/containerPort", 8080), "but it serves"),
     ("a served port that is not named", "cpu", _setting(_worker, "ANDON_ADMIN_ADDR", "0.0.0.0:9000"), "but it serves"),
     ("a gateway that cannot start", "cpu", _setting(_gateway, "ANDON_INSECURE", "false"), "either ANDON_INSECURE"),
+    ("administrators by accident", "cpu", _new_setting(_gateway, "ANDON_INSECURE_ADMIN", "true"), "nobody an administrator"),
+    ("administrators by a flag", "gpu", _set(GATEWAY, f"{FIRST}/args", ["gateway", "--insecure-admin"]), "nobody an administrator"),
+    ("administrators by accident, locally", "local", _new_setting(_gateway, "ANDON_INSECURE_ADMIN", "true"), "nobody an administrator"),
     ("keys over clear text in production", "production", _setting(_gateway, "ANDON_REQUIRE_TLS", "false"), "ANDON_REQUIRE_TLS"),
     ("nobody authenticated in production", "production", _setting(_gateway, "ANDON_INSECURE", "true"), "must be false"),
     ("no keys in production", "production", _setting(_gateway, "ANDON_KEYS", ""), "ANDON_KEYS must be given"),

@@ -106,9 +106,11 @@ def leaving(objects, _overlay):
 
 
 def memory(objects, _overlay):
-    """Messages in flight cannot fill the memory that the container has."""
+    """Messages in flight cannot fill the memory that the container has: by default they have half of it."""
     for deployment in of_kind(objects, "Deployment"):
-        flying = environment(deployment).get("ANDON_BYTES_IN_FLIGHT_MAX", "1GiB")
+        flying = environment(deployment).get("ANDON_BYTES_IN_FLIGHT_MAX")
+        if flying is None:
+            continue
         limit = main_container(deployment).get("resources", {}).get("limits", {}).get("memory", "0")
         if 2 * quantity(flying.removesuffix("B")) > quantity(limit):
             yield f"{name_of(deployment)}: {flying} in flight are more than half of the memory limit {limit}"

@@ -3,11 +3,21 @@
 A check that cannot fail proves nothing.
 """
 
+import ast
 import copy
+import functools
 import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
 
 import check
+import network
 import telemetry
+import workloads
 from objects import main_container, pod_spec
 
 
@@ -212,8 +222,75 @@ def _board(*panels):
     return json.dumps({"panels": panels})
 
 
+RULES, TESTS = telemetry.alert_texts()
+ALERTS = re.findall(r"(?m)^      - alert: (\w+)$", RULES)
+# Where nobody authenticates, and a drain of 70 s.
+CONTAINER = """
+services:
+  a:
+    image: andon:1
+    read_only: true
+    cap_drop: [ALL]
+    stop_grace_period: %s
+    environment: {ANDON_INSECURE: "true", ANDON_INSECURE_ADMIN: "%s", ANDON_DRAIN_DELAY: 5s, ANDON_DRAIN_DEADLINE: 65s}
+    ports: ["%s:8001"]
+"""
+HERE = "127.0.0.1:8001"
+# `echo` for a binary repeats the arguments, as its help.
+SETTING = {
+    "kind": "Deployment", "metadata": {"name": "a"},
+    "spec": {"template": {"spec": {"containers": [{"args": ["gateway"], "env": [{"name": "ANDON_X"}]}]}}},
+}
+DOCKERFILE = "ARG A=1.0.0\nFROM scratch:${A} AS %s\n%s\n"
+
+
+@functools.cache
+def _mute():
+    """What promtool says when no alert fires."""
+    rules = yaml.safe_load(RULES)
+    for group in rules["groups"]:
+        for rule in group["rules"]:
+            rule["expr"] = "vector(1) > 1"
+    return list(telemetry.alert_outcomes(yaml.safe_dump(rules), TESTS))
+
+
+def _changed(old, new):
+    """What promtool says of the alerts with one change."""
+    if RULES.count(old) != 1:
+        return [f"{old!r} is not once in the rules"]
+    return list(telemetry.alert_outcomes(RULES.replace(old, new), TESTS))
+
+
+def _unread(text, checked):
+    """What a check says of a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "file.yaml")
+        path.write_text(text)
+        return list(checked(path))
+
+
 # What is broken, the faults found, and words that one of them must contain.
 TEXT_FAULTS = [
+    *((f"{alert} is mute", _mute, alert) for alert in ALERTS),
+    ("an outage that is not seen", lambda: _changed("> 0.02", "> 0.03"), "AndonOutage"),
+    ("an outage of a few calls", lambda: _changed("> 10\n", "> 1\n"), "AndonOutage"),
+    ("an outage that is waited for", lambda: _changed("[5m])) > 10\n          )\n", "[5m])) > 10\n          )\n        for: 5m\n"), "AndonOutage"),
+    ("gateways that are not missed", lambda: _changed("absent(andon_gateway_in_flight)", "andon_gateway_in_flight < 0"), "AndonNoGateway"),
+    ("gateways that are missed for ever", lambda: _changed("absent(andon_gateway_in_flight)", "absent(andon_gateway_in_flight > 3)"), "AndonNoGateway"),
+    ("an alert without a test", lambda: telemetry.alert_tests(ALERT % ("a_total", "page", RUNBOOK), TESTS), "no test of alerts_test.yaml"),
+    ("a configuration that Prometheus refuses", lambda: _unread("scrape_config: []", telemetry.scraping), "promtool check config"),
+    ("a file that is no YAML", lambda: _unread("a: [", lambda path: telemetry.malformed([path])), "file.yaml"),
+    ("a query of nothing", lambda: telemetry.query_faults("q", "vector(1)", KNOWN), "reads no metric"),
+    ("a package without a version", lambda: check.requirement_faults("pyyaml\n"), "exact version"),
+    ("a package of many versions", lambda: check.requirement_faults("pyyaml>=6\n"), "exact version"),
+    ("a Dockerfile that the linter refuses", lambda: check.dockerfile_faults("FROM debian\nRUN cd /tmp\n"), "hadolint"),
+    ("no target", lambda: check.dockerfile_faults(DOCKERFILE % ("cpu", "USER 65532:65532")), "has no target cuda"),
+    ("a target that runs as root", lambda: check.dockerfile_faults(DOCKERFILE % ("cpu", "USER 0:0")), "cpu must run as user"),
+    ("a setting that the binary does not know", lambda: check.setting_faults([SETTING], "echo"), "does not name ANDON_X"),
+    ("compose without administrators", lambda: telemetry.compose(CONTAINER % ("90s", "false", HERE)), "ANDON_INSECURE_ADMIN"),
+    ("compose open to the network", lambda: telemetry.compose(CONTAINER % ("90s", "true", "8001")), "belong to 127.0.0.1"),
+    ("compose open to all addresses", lambda: telemetry.compose(CONTAINER % ("90s", "true", "0.0.0.0:8001")), "belong to 127.0.0.1"),
+    ("a short stop", lambda: telemetry.compose(CONTAINER % ("75s", "true", HERE)), "stop_grace_period"),
     ("an unknown metric", lambda: telemetry.query_faults("q", "rate(c_total[5m])", KNOWN), "no metric is named c_total"),
     ("an unknown histogram", lambda: telemetry.query_faults("q", "rate(a_seconds_bucket[5m])", KNOWN), "a_seconds_bucket"),
     ("a broken query", lambda: telemetry.query_faults("q", "sum(rate(a_total[5m])", KNOWN), "q: "),
@@ -231,6 +308,8 @@ TEXT_FAULTS = [
     ("a container with rights", lambda: telemetry.compose("services: {a: {image: 'andon:1'}}"), "read-only"),
 ]
 SOUND = [
+    ("compose on one machine", lambda: telemetry.compose(CONTAINER % ("90s", "true", HERE))),
+    ("packages", lambda: check.requirement_faults("a-b==1.2\nc==3\n")),
     ("a histogram", lambda: telemetry.query_faults("q", "rate(b_seconds_bucket[$__rate_interval])", KNOWN)),
     ("a base by its version", lambda: check.base_faults("ARG A=1.95.0-slim\nFROM rust:${A} AS a\nFROM a AS b\nFROM scratch AS c\n")),
     ("an alert", lambda: telemetry.alerts(ALERT % ("a_total > 1", "page", RUNBOOK), KNOWN)),
@@ -240,13 +319,11 @@ SOUND = [
 
 def run_all(rendered):
     """Prints what was not found; exit status 1 if anything was not."""
-    missed = [f"{what}: {text}" for what, check_sound in SOUND for text in check_sound()]
-    for what, overlay, break_it, words in OBJECT_FAULTS:
-        objects = copy.deepcopy(rendered[overlay])
-        break_it(objects)
-        missed += _missed(what, list(check.overlay_faults(objects, overlay)), words)
-    for what, find, words in TEXT_FAULTS:
-        missed += _missed(what, list(find()), words)
+    reached = Reached(check, network, telemetry, workloads)
+    sys.settrace(reached.trace)
+    missed = _missed_faults(rendered)
+    sys.settrace(None)
+    missed += [f"no fault reaches {rule}" for rule in reached.others()]
     count = len(OBJECT_FAULTS) + len(TEXT_FAULTS)
     print(f"self-test: {count - len(missed)} of {count} faults found")
     for text in missed:
@@ -254,7 +331,44 @@ def run_all(rendered):
     return 1 if missed else 0
 
 
+def _missed_faults(rendered):
+    missed = [f"{what}: {text}" for what, check_sound in SOUND for text in check_sound()]
+    for what, overlay, break_it, words in OBJECT_FAULTS:
+        objects = copy.deepcopy(rendered[overlay])
+        break_it(objects)
+        missed += _missed(what, list(check.overlay_faults(objects, overlay)), words)
+    for what, find, words in TEXT_FAULTS:
+        missed += _missed(what, list(find()), words)
+    return missed
+
+
 def _missed(what, found, words):
     if any(words in fault for fault in found):
         return []
     return [f"{what}: expected {words!r}, found {found}"]
+
+
+class Reached:
+    """Which lines of the checks were run, to find the rules that no fault reaches."""
+
+    def __init__(self, *modules):
+        self.lines = {module.__file__: set() for module in modules}
+
+    def trace(self, frame, _event, _argument):
+        """For sys.settrace: follows the functions of the checks alone."""
+        lines = self.lines.get(frame.f_code.co_filename)
+        if lines is None:
+            return None
+
+        def follow(frame, event, _argument):
+            if event == "line":
+                lines.add(frame.f_lineno)
+            return follow
+        return follow
+
+    def others(self):
+        """The file and line of each `yield` of a fault that was never run."""
+        for path, lines in self.lines.items():
+            for node in ast.walk(ast.parse(Path(path).read_text())):
+                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Yield) and node.lineno not in lines:
+                    yield f"{Path(path).name}:{node.lineno}"

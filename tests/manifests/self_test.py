@@ -273,8 +273,9 @@ def _unread(text, checked):
 TEXT_FAULTS = [
     *((f"{alert} is mute", _mute, alert) for alert in ALERTS),
     ("an outage that is not seen", lambda: _changed("> 0.02", "> 0.03"), "AndonOutage"),
-    ("an outage of a few calls", lambda: _changed("> 10\n", "> 1\n"), "AndonOutage"),
-    ("an outage that is waited for", lambda: _changed("[5m])) > 10\n          )\n", "[5m])) > 10\n          )\n        for: 5m\n"), "AndonOutage"),
+    ("an outage of a few calls", lambda: _changed("> 5\n", "> 1\n"), "AndonOutage"),
+    ("an outage of calls that are seldom", lambda: _changed("> 5\n", "> 10\n"), "AndonOutage"),
+    ("an outage that is waited for", lambda: _changed("[5m])) > 5\n          )\n", "[5m])) > 5\n          )\n        for: 5m\n"), "AndonOutage"),
     ("gateways that are not missed", lambda: _changed("absent(andon_gateway_in_flight)", "andon_gateway_in_flight < 0"), "AndonNoGateway"),
     ("gateways that are missed for ever", lambda: _changed("absent(andon_gateway_in_flight)", "absent(andon_gateway_in_flight > 3)"), "AndonNoGateway"),
     ("an alert without a test", lambda: telemetry.alert_tests(ALERT % ("a_total", "page", RUNBOOK), TESTS), "no test of alerts_test.yaml"),

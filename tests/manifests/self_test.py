@@ -278,6 +278,7 @@ TEXT_FAULTS = [
     ("an outage that is waited for", lambda: _changed("[5m])) > 5\n          )\n", "[5m])) > 5\n          )\n        for: 5m\n"), "AndonOutage"),
     ("gateways that are not missed", lambda: _changed("absent(andon_gateway_in_flight)", "andon_gateway_in_flight < 0"), "AndonNoGateway"),
     ("gateways that are missed for ever", lambda: _changed("absent(andon_gateway_in_flight)", "absent(andon_gateway_in_flight > 3)"), "AndonNoGateway"),
+    ("a worker that is away for a moment", lambda: _changed("andon_discovery_errors_total[5m])) > 0\n        for: 10m", "andon_discovery_errors_total[5m])) > 0\n        for: 1m"), "AndonDiscoveryFails"),
     ("an alert without a test", lambda: telemetry.alert_tests(ALERT % ("a_total", "page", RUNBOOK), TESTS), "no test of alerts_test.yaml"),
     ("a configuration that Prometheus refuses", lambda: _unread("scrape_config: []", telemetry.scraping), "promtool check config"),
     ("a file that is no YAML", lambda: _unread("a: [", lambda path: telemetry.malformed([path])), "file.yaml"),

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 need cargo "install stable Rust"
 # The network and the compiler at the same time.
 environment=target/checks.log
-(set -e; once python_environment; once buf_tool; once cargo_tool cargo-deny) >"$environment" 2>&1 &
+(set -e; once python_environment; once buf_tool; once cargo_tool cargo-deny; once debian promtool prometheus) >"$environment" 2>&1 &
 installing=$!
 
 timed format cargo fmt --all --check

@@ -66,20 +66,19 @@ def overlay_faults(objects, overlay):
     yield from telemetry.scaler_metrics(objects, telemetry.defined_metrics(), telemetry.adapter())
 
 
-def dockerfile_faults():
+def dockerfile_faults(text):
     """The linter's findings, and the rules it does not know."""
-    path = ROOT / "deploy/Dockerfile"
-    status, output = run([hadolint(), path])
+    status, output = run([hadolint(), "-"], input=text)
     if status != 0:
         yield f"hadolint: {output}"
-    stages = re.split(r"(?m)^FROM ", path.read_text())[1:]
+    stages = re.split(r"(?m)^FROM ", text)[1:]
     for target in ("cpu", "cuda", "models"):
         stage = next((s for s in stages if re.match(rf"\S+ AS {target}\n", s)), None)
         if stage is None:
             yield f"deploy/Dockerfile: has no target {target}"
         elif "\nUSER 65532:65532\n" not in stage:
             yield f"deploy/Dockerfile: the target {target} must run as user 65532"
-    yield from base_faults(path.read_text())
+    yield from base_faults(text)
 
 
 def base_faults(text):
@@ -102,6 +101,13 @@ def setting_faults(objects, binary):
         for entry in container.get("env", []):
             if not re.search(rf"\b{entry['name']}\b", known):
                 yield f"{name_of(deployment)}: `andon {container['args'][0]} --help` does not name {entry['name']}"
+
+
+def requirement_faults(text):
+    """The packages of these checks have exact versions: what is a fault does not change by itself."""
+    for line in text.split("\n"):
+        if line and not re.fullmatch(r"[a-z-]+==[0-9.]+", line):
+            yield f"tests/manifests/requirements.txt: {line} must have an exact version"
 
 
 def report(name, size, faults):
@@ -130,7 +136,10 @@ def main():
             faults += setting_faults(objects, arguments.binary)
         count += report(f"k8s/overlays/{overlay}", f"{len(objects)} objects", faults)
     metric_names = telemetry.defined_metrics()
-    count += report("deploy", f"{len(metric_names)} metrics", [*dockerfile_faults(), *telemetry.faults(metric_names)])
+    faults = [*dockerfile_faults((ROOT / "deploy/Dockerfile").read_text()), *telemetry.faults(metric_names)]
+    count += report("deploy", f"{len(metric_names)} metrics", faults)
+    requirements = (ROOT / "tests/manifests/requirements.txt").read_text()
+    count += report("tests/manifests", f"{len(requirements.split())} packages", list(requirement_faults(requirements)))
     return 1 if count else 0
 
 

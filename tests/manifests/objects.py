@@ -69,3 +69,11 @@ def quantity(text):
     if not found:
         raise ValueError(f"{text!r} is no number of bytes")
     return int(found[1]) * 1024 ** ["", "Ki", "Mi", "Gi", "Ti"].index(found[2])
+
+
+def cores(text):
+    """A number of cores such as 250m."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(text))
+    if not found:
+        raise ValueError(f"{text!r} is no number of cores")
+    return float(found[1]) / (1000 if found[2] else 1)

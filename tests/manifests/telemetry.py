@@ -5,16 +5,23 @@ against the same list.
 """
 
 import json
+import re
+import tempfile
+from pathlib import Path
 
 import promql_parser
 import yaml
 
-from objects import name_of, of_kind
+from objects import name_of, of_kind, seconds
 from tools import ROOT, promtool, run
 
 DEPLOY = ROOT / "deploy"
 # What a histogram's name becomes in a query.
 _SUFFIXES = ("_bucket", "_sum", "_count")
+# The rules as alerts_test.yaml names them.
+RULES = "../../deploy/prometheus/alerts.yaml"
+# What a container that waits for CPU may be late with its drain, and its exit.
+_STOP_SPARE_S = 10
 
 
 def defined_metrics():
@@ -73,6 +80,28 @@ def alerts(text, metric_names):
                     yield f"{where}: needs a {key}"
 
 
+def alert_tests(rules, tests):
+    """For each alert there is a test in which it fires: promtool takes no more and no less."""
+    samples = [sample for test in yaml.safe_load(tests)["tests"] for query in test.get("promql_expr_test", [])
+               for sample in query["exp_samples"]]
+    expected = {name for sample in samples for name in re.findall(r'alertname="(\w+)"', sample["labels"])}
+    for group in yaml.safe_load(rules)["groups"]:
+        for rule in group["rules"]:
+            if rule["alert"] not in expected:
+                yield f"alert {rule['alert']}: no test of alerts_test.yaml sees it fire"
+
+
+def alert_outcomes(rules, tests):
+    """What promtool finds when it runs the tests over the rules."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "alerts.yaml").write_text(rules)
+        path = Path(folder, "alerts_test.yaml")
+        path.write_text(tests.replace(RULES, "alerts.yaml"))
+        status, output = run([promtool(), "test", "rules", path])
+        if status != 0:
+            yield f"promtool test rules tests/manifests/alerts_test.yaml: {output}"
+
+
 def scaler_metrics(objects, metric_names, adapter):
     """What an autoscaler reads exists, and prometheus-adapter is told to serve it."""
     served = {rule["name"]["as"] for rule in adapter["rules"]["custom"]}
@@ -101,33 +130,60 @@ def compose(text):
                 yield f"compose: {name}: depends on {other}, which does not exist"
         if service["image"].startswith("andon:") and not (service.get("read_only") and service.get("cap_drop") == ["ALL"]):
             yield f"compose: {name}: must be read-only and drop ALL capabilities"
+        yield from (f"compose: {name}: {fault}" for fault in _service(service))
 
 
-def prometheus_faults():
-    """Prometheus's own opinion: the rules hold, and each alert fires when it should."""
-    program = promtool()
-    for command, path in (
-        (["check", "config"], DEPLOY / "prometheus/prometheus.yaml"),
-        (["test", "rules"], ROOT / "tests/manifests/alerts_test.yaml"),
-    ):
-        status, output = run([program, *command, path])
-        if status != 0:
-            yield f"promtool {' '.join(command)} {path.relative_to(ROOT)}: {output}"
+def _service(service):
+    """The settings of a container of andon against what stands around it."""
+    settings = service.get("environment", {})
+    if settings.get("ANDON_INSECURE") == "true":
+        # Through a published port nobody is on the container's loopback.
+        if settings.get("ANDON_INSECURE_ADMIN") != "true":
+            yield "nobody could load a model: ANDON_INSECURE_ADMIN must be true"
+        if not all(str(port).startswith("127.0.0.1:") for port in service.get("ports", [])):
+            yield "nobody authenticates, so its ports belong to 127.0.0.1"
+    if "ANDON_DRAIN_DEADLINE" in settings:
+        needed = seconds(settings.get("ANDON_DRAIN_DELAY", "5s")) + seconds(settings["ANDON_DRAIN_DEADLINE"])
+        if seconds(service.get("stop_grace_period", "10s")) < needed + _STOP_SPARE_S:
+            yield f"stop_grace_period must be that of the drain with {_STOP_SPARE_S} s to spare, {needed + _STOP_SPARE_S} s"
+
+
+def scraping(path):
+    """Prometheus's own opinion of its configuration."""
+    status, output = run([promtool(), "check", "config", path])
+    if status != 0:
+        yield f"promtool check config {path.name}: {output}"
+
+
+def malformed(paths):
+    """Files that are no YAML."""
+    for path in paths:
+        try:
+            yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            yield f"{path.name}: {error}"
 
 
 def faults(metric_names):
     """Every fault of deploy/."""
-    for path in sorted(DEPLOY.rglob("*.yaml")):
-        try:
-            yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            yield f"{path.relative_to(ROOT)}: {error}"
-            return
+    unread = list(malformed(sorted(DEPLOY.rglob("*.yaml"))))
+    if unread:
+        yield from unread
+        return
+    rules, tests = alert_texts()
     yield from dashboard((DEPLOY / "grafana/andon.json").read_text(), metric_names)
-    yield from alerts((DEPLOY / "prometheus/alerts.yaml").read_text(), metric_names)
+    yield from alerts(rules, metric_names)
+    yield from alert_tests(rules, tests)
+    yield from alert_outcomes(rules, tests)
     yield from adapter_rules(adapter(), metric_names)
     yield from compose((DEPLOY / "compose.yaml").read_text())
-    yield from prometheus_faults()
+    yield from scraping(DEPLOY / "prometheus/prometheus.yaml")
+
+
+def alert_texts():
+    """The alerts, and their tests."""
+    tests = ROOT / "tests/manifests/alerts_test.yaml"
+    return (DEPLOY / "prometheus/alerts.yaml").read_text(), tests.read_text()
 
 
 def adapter():

@@ -1,10 +1,20 @@
 """What must hold for every Deployment and what stands around it."""
 
 from objects import (
-    environment, is_worker, main_container, matches, name_of, of_kind, pod_labels, pod_spec, quantity, seconds,
-    speaks_tls,
+    cores, environment, is_worker, main_container, matches, name_of, of_kind, pod_labels, pod_spec, quantity,
+    seconds, speaks_tls,
 )
 
+# How long the stock CoreDNS, and a cache on the node, give the address of a Pod
+# that has left a headless Service, and do not know its successor's.
+DNS_CACHED_S = 30
+# How often a gateway resolves names, unless it is told otherwise.
+DNS_INTERVAL = "5s"
+# What a process that waits for CPU may be late with its drain, and its exit.
+DRAIN_SPARE_S = 10
+# What the smallest node has for Pods: two cores, of which the kubelet and the
+# Pods of every node take their part.
+NODE_CORES = 1.5
 VOLUMES_ALLOWED = {
     "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret",
 }
@@ -43,9 +53,9 @@ def selectors(objects, _overlay):
                  if matches(deployment["spec"]["selector"], pod_labels(other))]
         if taken != [name_of(deployment)]:
             yield f"{name_of(deployment)}: its selector takes the Pods of {taken}"
-        for spread in pod_spec(deployment).get("topologySpreadConstraints", []):
-            if not matches(spread.get("labelSelector"), pod_labels(deployment)):
-                yield f"{name_of(deployment)}: the spread over {spread['topologyKey']} does not take its own Pods"
+        for term in pod_spec(deployment).get("topologySpreadConstraints", []) + _preferences(deployment):
+            if not matches(term.get("labelSelector"), pod_labels(deployment)):
+                yield f"{name_of(deployment)}: the spread over {term['topologyKey']} does not take its own Pods"
     for item in of_kind(objects, "Service"):
         if not any(matches({"matchLabels": item["spec"].get("selector")}, pod_labels(d)) for d in deployments):
             yield f"{name_of(item)}: its selector takes no Pods"
@@ -79,15 +89,28 @@ def drain(objects, _overlay):
         # The delay runs before the deadline does.
         if deadline < longest:
             yield f"{name}: the drain deadline {deadline} s is shorter than the longest call, {longest} s"
-        needed = pre_stop["sleep"]["seconds"] + delay + deadline
-        if spec.get("terminationGracePeriodSeconds", 30) <= needed:
-            yield f"{name}: the grace period must be longer than preStop and the drain, {needed} s"
+        needed = pre_stop["sleep"]["seconds"] + delay + deadline + DRAIN_SPARE_S
+        if spec.get("terminationGracePeriodSeconds", 30) < needed:
+            yield f"{name}: the grace period must be that of preStop and the drain with {DRAIN_SPARE_S} s to spare, {needed} s"
+
+
+def leaving(objects, _overlay):
+    """A worker serves until no gateway has its address, though DNS is cached."""
+    gateways = [d for d in of_kind(objects, "Deployment") if not is_worker(d)]
+    intervals = [environment(gateway).get("ANDON_DNS_INTERVAL", DNS_INTERVAL) for gateway in gateways]
+    needed = DNS_CACHED_S + max(map(seconds, intervals), default=0)
+    for deployment in filter(is_worker, of_kind(objects, "Deployment")):
+        sleep = main_container(deployment).get("lifecycle", {}).get("preStop", {}).get("sleep", {})
+        if sleep.get("seconds", 0) < needed:
+            yield f"{name_of(deployment)}: preStop must outlast cached DNS and the gateway's interval, {needed} s"
 
 
 def memory(objects, _overlay):
-    """Messages in flight cannot fill the memory that the container has."""
+    """Messages in flight cannot fill the memory that the container has: by default they have half of it."""
     for deployment in of_kind(objects, "Deployment"):
-        flying = environment(deployment).get("ANDON_BYTES_IN_FLIGHT_MAX", "1GiB")
+        flying = environment(deployment).get("ANDON_BYTES_IN_FLIGHT_MAX")
+        if flying is None:
+            continue
         limit = main_container(deployment).get("resources", {}).get("limits", {}).get("memory", "0")
         if 2 * quantity(flying.removesuffix("B")) > quantity(limit):
             yield f"{name_of(deployment)}: {flying} in flight are more than half of the memory limit {limit}"
@@ -115,6 +138,8 @@ def identity(objects, overlay):
         insecure, has_policy = settings.get("ANDON_INSECURE") == "true", bool(settings.get("ANDON_POLICY"))
         if insecure == has_policy:
             yield f"{name}: either ANDON_INSECURE is true or there is an ANDON_POLICY"
+        if "ANDON_INSECURE_ADMIN" in settings or "--insecure-admin" in main_container(deployment).get("args", []):
+            yield f"{name}: a network that lets calls pass makes nobody an administrator: no insecure-admin"
         if overlay == "production" and insecure:
             yield f"{name}: in production callers authenticate: ANDON_INSECURE must be false"
         if overlay == "production" and settings.get("ANDON_REQUIRE_TLS") != "true":
@@ -306,16 +331,52 @@ def autoscaling(objects, overlay):
         yield f"Deployment/{name}: no HorizontalPodAutoscaler scales it"
 
 
-def spread(objects, overlay):
-    """Pods spread over nodes and zones, strictly over nodes in production."""
+def threads(objects, _overlay):
+    """A process has as many threads as its Pod reserves cores, whatever its node has."""
     for deployment in of_kind(objects, "Deployment"):
+        container, name = main_container(deployment), name_of(deployment)
+        sources = [e.get("valueFrom", {}).get("resourceFieldRef", {}) for e in container.get("env", [])
+                   if e["name"] == "ANDON_CORES"]
+        if [source.get("resource") for source in sources] != ["requests.cpu"]:
+            yield f"{name}: ANDON_CORES must be the resource requests.cpu: without a limit, all cores of the node are seen"
+
+
+def fit(objects, overlay):
+    """Each Pod of the overlays for any cluster fits on a node of two cores."""
+    for deployment in of_kind(objects, "Deployment") if overlay in ("local", "cpu") else []:
+        spec = pod_spec(deployment)
+        asked = sum(cores(c["resources"]["requests"]["cpu"]) for c in spec["containers"]
+                    if "cpu" in c.get("resources", {}).get("requests", {}))
+        if asked > NODE_CORES:
+            yield f"{name_of(deployment)}: {asked:g} cores do not fit on a node of two: at most {NODE_CORES:g}"
+
+
+def _preferences(deployment):
+    """The terms by which a Deployment's Pods prefer other places than each other's."""
+    affinity = pod_spec(deployment).get("affinity", {}).get("podAntiAffinity", {})
+    return [term["podAffinityTerm"] for term in affinity.get("preferredDuringSchedulingIgnoredDuringExecution", [])]
+
+
+def spread(objects, overlay):
+    """Pods spread over nodes, strictly in production, and over zones where nodes have them."""
+    for deployment in of_kind(objects, "Deployment"):
+        name = name_of(deployment)
         constraints = {c["topologyKey"]: c for c in pod_spec(deployment).get("topologySpreadConstraints", [])}
-        for key in ("kubernetes.io/hostname", "topology.kubernetes.io/zone"):
-            if key not in constraints:
-                yield f"{name_of(deployment)}: its Pods must spread over {key}"
+        if "kubernetes.io/hostname" not in constraints:
+            yield f"{name}: its Pods must spread over kubernetes.io/hostname"
+        if "topology.kubernetes.io/zone" not in [term["topologyKey"] for term in _preferences(deployment)]:
+            yield f"{name}: its Pods must prefer other zones, as podAntiAffinity"
+        for key, constraint in constraints.items():
+            soft = constraint["whenUnsatisfiable"] == "ScheduleAnyway"
+            # A node that lacks one key gets no score from any of the constraints.
+            if soft and key != "kubernetes.io/hostname":
+                yield f"{name}: nodes without {key} lose every soft spread by that constraint: prefer it as podAntiAffinity"
+            # A drained node counts as an empty one, which no Pod can join.
+            if not soft and constraint.get("nodeTaintsPolicy") != "Honor":
+                yield f"{name}: a strict spread must not count nodes that are drained: nodeTaintsPolicy must be Honor"
         strict = constraints.get("kubernetes.io/hostname", {}).get("whenUnsatisfiable") == "DoNotSchedule"
         if overlay == "production" and not strict:
-            yield f"{name_of(deployment)}: in production its Pods must spread strictly over nodes"
+            yield f"{name}: in production its Pods must spread strictly over nodes"
 
 
 def devices(objects, overlay):
@@ -341,6 +402,6 @@ def devices(objects, overlay):
 
 
 CHECKS = [
-    unique, namespace, expected, selectors, rollout, drain, memory, ports, identity, probes, containers, pod_security, tokens,
-    weights, disruption, autoscaling, spread, devices,
+    unique, namespace, expected, selectors, rollout, drain, leaving, memory, ports, identity, probes, containers, pod_security,
+    tokens, weights, disruption, autoscaling, threads, fit, spread, devices,
 ]

@@ -109,9 +109,7 @@ impl Service {
             max_batch_tokens: count(limits.queue.batch_tokens_max),
             max_batch_requests: Some(count(limits.queue.batch_rows_max)),
             max_client_batch_size: count(limits.request_rows_max),
-            tokenization_workers: count(
-                std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-            ),
+            tokenization_workers: count(self.0.process.cores),
             ..Default::default()
         };
         Ok(TextResponse::free(message, &model))

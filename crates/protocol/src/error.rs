@@ -231,6 +231,15 @@ impl Error {
         }
     }
 
+    /// What is known cannot be called now; `retry_after` is when it is worth to try
+    /// again.
+    pub fn not_ready(message: impl Into<String>, retry_after: Duration) -> Self {
+        Self {
+            retry_after: Some(retry_after),
+            ..Self::new(Kind::NotReady, message)
+        }
+    }
+
     /// A quota of the caller's is spent; the message says which, and
     /// `retry_after` when there is something of it again.
     pub fn quota_spent(message: impl Into<String>, retry_after: Duration) -> Self {

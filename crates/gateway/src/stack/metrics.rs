@@ -5,10 +5,26 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
+use protocol::Error;
 use tokio::time::Instant;
+
+use super::Stack;
+use crate::policy::Caller;
+use crate::request::ModelSelector;
+use crate::route::Plan;
 
 /// The code of a call whose caller left before there was a response.
 const CANCELLED: &str = "CANCELLED";
+/// The codes that alerts count: their series are there from the first call of a
+/// method with any code, so that the first failures are an increase.
+const COUNTED_CODES: [&str; 6] = [
+    "OK",
+    "UNKNOWN",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "DEADLINE_EXCEEDED",
+];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
@@ -51,6 +67,21 @@ impl CallMetrics {
         new
     }
 
+    fn count(&self, labels: &RequestLabels) {
+        if let Some(counter) = self.requests.get(labels) {
+            counter.inc();
+            return;
+        }
+        for code in COUNTED_CODES {
+            let labels = RequestLabels {
+                code,
+                ..labels.clone()
+            };
+            drop(self.requests.get_or_create(&labels));
+        }
+        self.requests.get_or_create(labels).inc();
+    }
+
     /// Begins the record of a call.
     pub fn begin(&self, method: &'static str, arrived: Instant) -> CallRecord {
         CallRecord {
@@ -76,6 +107,23 @@ pub struct CallRecord {
 }
 
 impl CallRecord {
+    /// route: decides which model responds to the call, and counts it for that,
+    /// or for the one that it names and that cannot respond now.
+    pub fn route(
+        &mut self,
+        stack: &Stack,
+        selector: &ModelSelector,
+        caller: &Caller,
+    ) -> Result<Plan, Error> {
+        let plan = stack.route(selector, caller);
+        let name = match &plan {
+            Ok(plan) => Some(plan.name()),
+            Err(_) => stack.label(selector),
+        };
+        name.unwrap_or_default().clone_into(&mut self.model);
+        plan
+    }
+
     /// Ends the call with the name of a status code.
     pub fn end(mut self, code: &'static str) {
         self.code = Some(code);
@@ -90,7 +138,7 @@ impl Drop for CallRecord {
             method,
             code: self.code.unwrap_or(CANCELLED),
         };
-        self.metrics.requests.get_or_create(&labels).inc();
+        self.metrics.count(&labels);
         if self.code.is_some() {
             let elapsed = self.arrived.elapsed().as_secs_f64();
             let durations = &self.metrics.durations;
@@ -117,6 +165,7 @@ mod tests {
         for line in [
             r#"andon_gateway_requests_total{model="",method="ModelInfer",code="OK"} 1"#,
             r#"andon_gateway_requests_total{model="minilm",method="ModelInfer",code="CANCELLED"} 1"#,
+            r#"andon_gateway_requests_total{model="minilm",method="ModelInfer",code="UNAVAILABLE"} 0"#,
             r#"andon_gateway_request_duration_seconds_count{method="ModelInfer"} 1"#,
         ] {
             assert!(text.contains(line), "{line}\n{text}");

@@ -38,7 +38,7 @@ use providers::{Catalogue, ProviderSettings};
 use auth::{Auth, AuthSettings};
 use balance::{Balance, BalanceMetrics};
 use cache::{Cache, CacheError, CacheSettings};
-use discover::DiscoverSettings;
+use discover::{DiscoverMetrics, DiscoverSettings};
 use grpc::GrpcDoor;
 use limit::{Limit, LimitMetrics, LimitSettings};
 use readings::Readings;
@@ -229,6 +229,7 @@ impl Gateway {
                 connections: settings.worker_connections as usize,
                 shards: process.shards.clone(),
                 starvation: process.starvation.clone(),
+                metrics: DiscoverMetrics::register(&process.metrics),
             },
             server: Server {
                 name: "gateway",

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use fleet_tests::calls::{client, infer, infer_by_server_deadline, pixels, texts};
 use fleet_tests::load::Load;
-use fleet_tests::process::Andon;
+use fleet_tests::process::{Andon, free_port};
 use fleet_tests::{Fleet, until};
 use protocol::inference::ModelInferRequest;
 use tonic::Code;
@@ -278,5 +278,39 @@ async fn sigterm_under_load_drains_without_an_error() -> Result<()> {
     }
     let status = fleet.gateway.ended(Duration::from_secs(20)).await?;
     ensure!(status.success(), "it ended with {status}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_discovery_cannot_find_is_said_when_it_begins_and_ends() -> Result<()> {
+    let address = free_port()?;
+    let flags = ["--worker", &address.to_string()].map(ToString::to_string);
+    let name = [
+        "--worker-dns",
+        "no-workers.invalid:1",
+        "--dns-interval",
+        "100ms",
+    ];
+    let flags = [&flags[..], &name.map(ToString::to_string)[..]].concat();
+    let gateway = Andon::start("gateway", &flags, None)?;
+    let failed = async |reason: &str| {
+        let name = format!("andon_discovery_errors_total{{reason=\"{reason}\"}}");
+        gateway.metric(&name).await
+    };
+    let begins = "the worker cannot be reached";
+    until(Duration::from_secs(60), "errors are counted", || async {
+        Ok(failed("connect").await? >= Some(3.0) && failed("resolve").await? >= Some(1.0))
+    })
+    .await?;
+    let logged = gateway.logged();
+    ensure!(logged.matches(begins).count() == 1, "{logged}");
+    ensure!(logged.contains("does not resolve"), "{logged}");
+    ensure!(!logged.contains("reached again"), "{logged}");
+    let worker = Andon::worker(&[], Some(address))?;
+    worker.ready().await?;
+    gateway.ready().await?;
+    let logged = gateway.logged();
+    ensure!(logged.contains("reached again"), "{logged}");
+    ensure!(logged.matches(begins).count() == 1, "{logged}");
     Ok(())
 }

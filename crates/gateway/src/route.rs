@@ -24,8 +24,6 @@ const STARTUP_GRACE: Duration = Duration::from_secs(10);
 /// For how long a model whose workers are gone is known: its callers try again,
 /// where NOT_FOUND would end their work.
 const KNOWN: Duration = Duration::from_secs(3600);
-/// When a call of a model without workers is worth to be tried again.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The routing table: the models of all workers.
 #[derive(Debug, Default)]
@@ -445,13 +443,12 @@ impl Table {
 
 /// The error when no worker is reachable.
 pub fn no_worker_reachable() -> Error {
-    Error::not_ready("no worker is reachable", RETRY_AFTER)
+    Error::not_ready("no worker is reachable")
 }
 
 /// The error when no worker that has the model is reachable.
 fn model_unreachable(name: &str) -> Error {
-    let message = format!("no worker with model '{name}' is reachable");
-    Error::not_ready(message, RETRY_AFTER)
+    Error::not_ready(format!("no worker with model '{name}' is reachable"))
 }
 
 impl VersionRoute {
@@ -578,7 +575,7 @@ mod tests {
         // However long it has been ready.
         tokio::time::advance(2 * KNOWN).await;
         routes.rebuild(vec![digits.clone()]);
-        let unavailable = (Kind::NotReady, Some(RETRY_AFTER));
+        let unavailable = (Kind::NotReady, Some(Duration::from_secs(1)));
         assert_eq!(refusal(&routes, "minilm"), unavailable);
         assert!(routes.is_known("minilm"), "its label stays");
         assert_eq!(refusal(&routes, "other"), (Kind::NotFound, None));

@@ -126,6 +126,7 @@ impl Worker {
                 let _ = repository.load(&name).await;
             }
             repository.loaded();
+            repository.retry().await;
         })
     }
 

@@ -320,6 +320,7 @@ impl Gateway {
     /// Keeps the health service in step with the workers and the drain.
     fn follow_health(&self) -> OwnedTask {
         let (routes, health) = (self.stack.0.routes.clone(), self.health.clone());
+        let metrics = self.stack.0.metrics.clone();
         let mut drain = self.process.drain.clone();
         spawn_owned(async move {
             let mut changes = routes.changes();
@@ -331,6 +332,9 @@ impl Gateway {
                     .into_iter()
                     .map(|(name, ready)| (name, ready && !draining))
                     .collect();
+                for (name, _) in &models {
+                    metrics.known(name);
+                }
                 let ready = routes.ready_to_serve() && !draining;
                 health.replace(ready, &SERVICES, models);
                 if draining {

@@ -5,7 +5,7 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
-use protocol::Error;
+use protocol::{Error, Method};
 use tokio::time::Instant;
 
 use super::Stack;
@@ -15,8 +15,8 @@ use crate::route::Plan;
 
 /// The code of a call whose caller left before there was a response.
 const CANCELLED: &str = "CANCELLED";
-/// The codes that alerts count: their series are there from the first call of a
-/// method with any code, so that the first failures are an increase.
+/// The codes that alerts count: their series are there when a model is known, and
+/// from the first call of any other method, so that failures are an increase.
 const COUNTED_CODES: [&str; 6] = [
     "OK",
     "UNKNOWN",
@@ -72,14 +72,24 @@ impl CallMetrics {
             counter.inc();
             return;
         }
+        self.begin_at_zero(&labels.model, labels.method);
+        self.requests.get_or_create(labels).inc();
+    }
+
+    /// A model is known: it may be called.
+    pub fn known(&self, model: &str) {
+        self.begin_at_zero(model, Method::ModelInfer.name());
+    }
+
+    fn begin_at_zero(&self, model: &str, method: &'static str) {
         for code in COUNTED_CODES {
             let labels = RequestLabels {
+                model: model.to_owned(),
+                method,
                 code,
-                ..labels.clone()
             };
             drop(self.requests.get_or_create(&labels));
         }
-        self.requests.get_or_create(labels).inc();
     }
 
     /// Begins the record of a call.
@@ -157,6 +167,7 @@ mod tests {
     fn a_call_whose_caller_left_is_counted_as_cancelled() {
         let registry = Metrics::default();
         let metrics = CallMetrics::register(&registry);
+        metrics.known("digits");
         metrics.begin("ModelInfer", Instant::now()).end("OK");
         let mut left = metrics.begin("ModelInfer", Instant::now());
         left.model.push_str("minilm");
@@ -166,6 +177,7 @@ mod tests {
             r#"andon_gateway_requests_total{model="",method="ModelInfer",code="OK"} 1"#,
             r#"andon_gateway_requests_total{model="minilm",method="ModelInfer",code="CANCELLED"} 1"#,
             r#"andon_gateway_requests_total{model="minilm",method="ModelInfer",code="UNAVAILABLE"} 0"#,
+            r#"andon_gateway_requests_total{model="digits",method="ModelInfer",code="UNAVAILABLE"} 0"#,
             r#"andon_gateway_request_duration_seconds_count{method="ModelInfer"} 1"#,
         ] {
             assert!(text.contains(line), "{line}\n{text}");

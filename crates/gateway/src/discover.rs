@@ -294,7 +294,7 @@ impl Discovery {
                     if std::mem::take(&mut fails) {
                         tracing::info!(name, "the name resolves again");
                     }
-                    let found = found.map(|address| address.to_string()).collect();
+                    let found: BTreeSet<String> = found.map(|a| a.to_string()).collect();
                     self.update(&name, &found, &mut leaving);
                 }
                 // A failing name server must not empty the fleet.

@@ -9,6 +9,7 @@ use fleet_tests::process::{Andon, free_port};
 use fleet_tests::{Fleet, until};
 use protocol::inference::ModelInferRequest;
 use tonic::Code;
+use tonic_types::StatusExt;
 
 fn digits() -> ModelInferRequest {
     pixels(&[[3.0; 64]; 4])
@@ -312,5 +313,25 @@ async fn what_discovery_cannot_find_is_said_when_it_begins_and_ends() -> Result<
     let logged = gateway.logged();
     ensure!(logged.contains("reached again"), "{logged}");
     ensure!(logged.matches(begins).count() == 1, "{logged}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_model_without_workers_is_unavailable_and_counts_for_itself() -> Result<()> {
+    let mut fleet = Fleet::start(1).await?;
+    let client = client(fleet.gateway.grpc).await?;
+    let refusals =
+        "andon_gateway_requests_total{model=\"digits\",method=\"ModelInfer\",code=\"UNAVAILABLE\"}";
+    let begun = fleet.gateway.metric(refusals).await?;
+    ensure!(begun == Some(0.0), "it does not begin at zero: {begun:?}");
+    fleet.workers[0] = None;
+    fleet.all_connected(0).await?;
+    let refused = infer(&client, digits(), Duration::from_secs(5)).await.err();
+    let refused = refused.context("it was served")?;
+    ensure!(refused.code() == Code::Unavailable, "{refused:?}");
+    let retry = refused.get_error_details();
+    ensure!(retry.retry_info().is_some(), "{refused:?}");
+    let counted = fleet.gateway.metric(refusals).await?;
+    ensure!(counted == Some(1.0), "{counted:?}");
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! The commands and their flags. The long names are stable: scripts use them.
 
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -68,6 +69,19 @@ pub enum Command {
     /// Generate shell completions
     #[command(after_help = "Example:\n  andon completions bash > /etc/bash_completion.d/andon")]
     Completions(Completions),
+}
+
+impl Command {
+    /// The threads that the runtime beside the shards may have.
+    pub fn cores(&self) -> usize {
+        let common = match self {
+            Self::Serve(serve) => &serve.common,
+            Self::Gateway(gateway) => &gateway.common,
+            Self::Worker(worker) => &worker.common,
+            _ => return std::thread::available_parallelism().map_or(1, NonZero::get),
+        };
+        common.server.cores()
+    }
 }
 
 /// The flags of every role.

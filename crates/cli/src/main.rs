@@ -43,6 +43,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(command.cores())
         .enable_all()
         .build()?;
     let outcome = runtime.block_on(async {

@@ -1,7 +1,6 @@
 //! The roles: ports are opened once all settings and files have been checked.
 
 use std::net::SocketAddr;
-use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,7 +58,7 @@ impl Role {
         let server = server.within_descriptors(descriptors::raise(), ports);
         let (trigger, drain) = drain::channel();
         let metrics = Arc::new(Metrics::default());
-        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let cores = server.cores();
         let shards = Arc::new(Shards::start(cores)?);
         let watchdog = Watchdog::start(&shards, &metrics);
         let work_threads = server.work_threads.map_or(cores, usize::from);
@@ -70,6 +69,7 @@ impl Role {
             pool: WorkPool::start(work_threads, work_items_max, &metrics)?,
             streams: server.streams(&metrics),
             starvation: watchdog.starvation(),
+            cores,
             shards,
             drain,
             metrics,

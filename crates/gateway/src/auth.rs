@@ -36,9 +36,14 @@ pub struct AuthSettings {
     /// File with the API keys of `andon keys`. Reloaded when it changes
     #[arg(long, value_name = "FILE", requires = "policy")]
     pub keys: Option<PathBuf>,
-    /// Serve a public address without authentication
+    /// Serve a public address without authentication: callers infer and read, and
+    /// those on loopback are administrators
     #[arg(long)]
     pub insecure: bool,
+    /// Without a policy, every caller may load, unload and change settings, not
+    /// those on loopback alone
+    #[arg(long)]
+    pub insecure_admin: bool,
     /// Accept no key and no token over clear text, unless the ports are on
     /// loopback addresses
     #[arg(long)]
@@ -93,7 +98,10 @@ const TOKENS_DISABLED: Rejection = Rejection::new(
 #[derive(Debug)]
 pub struct Auth {
     settings: AuthSettings,
+    /// Where nobody authenticates, an administrator.
     anyone: Caller,
+    /// The same, but no administrator: it calls from another machine.
+    stranger: Caller,
     files: Option<Files>,
     state: ArcSwap<State>,
     /// The policy of the state, for the layers that need nothing else of it.
@@ -125,7 +133,7 @@ struct State {
 
 impl Auth {
     /// Reads the files; without a policy all callers are one tenant, which may
-    /// do everything.
+    /// do everything, but for administration from other machines.
     pub fn new(settings: &AuthSettings) -> Result<Self, FileError> {
         let (mut files, mut state) = (None, State::default());
         if let Some(path) = &settings.policy {
@@ -147,6 +155,7 @@ impl Auth {
         Ok(Self {
             settings: settings.clone(),
             anyone: Caller::gateway(),
+            stranger: Caller::new(Arc::new(Tenant::stranger()), ""),
             files,
             policy: Arc::new(ArcSwap::new(state.policy.clone())),
             state: ArcSwap::from_pointee(state),
@@ -267,11 +276,20 @@ impl Auth {
         })
     }
 
-    /// The caller of a call that needs no authentication.
+    /// The caller of a call that needs no authentication. Nobody is an
+    /// administrator because a network lets its calls pass: without an identity
+    /// only callers on loopback are, and the gateway's own process.
     pub fn anyone(&self, peer: &Peer) -> Caller {
+        let address = peer.address.map(|address| address.ip());
+        let is_near = address.is_none_or(|address| address.to_canonical().is_loopback());
+        let caller = if is_near || self.settings.insecure_admin {
+            &self.anyone
+        } else {
+            &self.stranger
+        };
         Caller {
-            address: peer.address.map(|address| address.ip()),
-            ..self.anyone.clone()
+            address,
+            ..caller.clone()
         }
     }
 }

@@ -2,6 +2,10 @@
 //! named one by one, or by a DNS name that is resolved periodically. The gateway
 //! stays connected to each worker and follows its reports, or polls it.
 
+mod metrics;
+
+pub use metrics::DiscoverMetrics;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -34,6 +38,8 @@ const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 const SILENCE: Duration = Duration::from_secs(2);
 /// How long the workers are kept when most of them fall silent at once.
 const KEPT_MAX: Duration = Duration::from_secs(60);
+/// How long a worker that its name no longer lists is kept for its successor.
+const LEAVING_MAX: Duration = Duration::from_secs(60);
 /// How often closed connections are replaced.
 const REPLACE_INTERVAL: Duration = Duration::from_millis(20);
 /// How often a worker that sends no reports is polled.
@@ -54,6 +60,17 @@ pub struct DiscoverSettings {
     pub shards: Arc<Shards>,
     /// How late this process itself was lately.
     pub starvation: Starvation,
+    /// Counts what fails.
+    pub metrics: DiscoverMetrics,
+}
+
+/// How workers are connected to.
+#[derive(Debug, Clone)]
+struct Connecting {
+    /// The connections to each worker from each shard.
+    connections: usize,
+    shards: Arc<Shards>,
+    metrics: DiscoverMetrics,
 }
 
 /// The workers of the fleet now.
@@ -61,8 +78,7 @@ pub struct DiscoverSettings {
 pub struct Discovery {
     routes: Arc<Routes>,
     metrics: UpstreamMetrics,
-    connections: usize,
-    shards: Arc<Shards>,
+    connecting: Connecting,
     starvation: Starvation,
     workers: Mutex<BTreeMap<String, DiscoveredWorker>>,
 }
@@ -88,8 +104,11 @@ pub fn start(
     let discovery = Arc::new(Discovery {
         routes,
         metrics,
-        connections: settings.connections,
-        shards: settings.shards,
+        connecting: Connecting {
+            connections: settings.connections,
+            shards: settings.shards,
+            metrics: settings.metrics,
+        },
         starvation: settings.starvation,
         workers: Mutex::default(),
     });
@@ -116,16 +135,17 @@ fn keep(discovery: Arc<Discovery>) -> OwnedTask {
 }
 
 impl Discovery {
-    fn add(self: &Arc<Self>, target: Target, source: &str) {
+    /// Adds a worker of a source; true when it was not known.
+    fn add(self: &Arc<Self>, target: Target, source: &str) -> bool {
         let key = target.to_string();
         if let Some(worker) = self.lock().get_mut(&key) {
             worker.sources.insert(source.to_owned());
-            return;
+            return false;
         }
         let (metrics, starvation) = (self.metrics.of(key.clone()), self.starvation.clone());
         let upstream = Arc::new(Upstream::new(target, metrics, starvation));
         let (discovery, worker) = (Arc::downgrade(self), upstream.clone());
-        let (connections, shards) = (self.connections, self.shards.clone());
+        let connecting = self.connecting.clone();
         let task = spawn_owned(async move {
             let changed = || {
                 if let Some(discovery) = discovery.upgrade() {
@@ -136,7 +156,7 @@ impl Discovery {
                 let discovery = discovery.upgrade();
                 discovery.is_some_and(|discovery| discovery.excuses(&worker))
             };
-            keep_connected(&worker, connections, &shards, &changed, &excused).await;
+            keep_connected(&worker, &connecting, &changed, &excused).await;
         });
         let worker = DiscoveredWorker {
             upstream,
@@ -145,6 +165,7 @@ impl Discovery {
         };
         self.lock().insert(key, worker);
         self.rebuild();
+        true
     }
 
     /// Removes a worker from a source. Its calls in flight hold its connection.
@@ -199,28 +220,90 @@ impl Discovery {
         kept
     }
 
+    /// Whether a worker that its name no longer lists may go: it is unreachable,
+    /// or each of its models is ready on a worker that stays. Else its successor
+    /// has not reported yet, and its models would have no worker meanwhile.
+    fn may_leave(&self, address: &str, leaving: &BTreeMap<String, Instant>) -> bool {
+        let workers = self.lock();
+        let Some(worker) = workers.get(address) else {
+            return true;
+        };
+        let staying = workers
+            .iter()
+            .filter(|(key, other)| !leaving.contains_key(*key) && other.upstream.reachable());
+        let reports: Vec<_> = staying.map(|(_, other)| other.upstream.report()).collect();
+        let is_elsewhere = |name: &str| {
+            let mut staying = reports.iter().filter(|report| !report.draining);
+            staying.any(|report| report.models.iter().any(|m| m.ready && m.name == name))
+        };
+        let report = worker.upstream.report();
+        let mut served = report.models.iter().filter(|model| model.ready);
+        !worker.upstream.reachable() || served.all(|model| is_elsewhere(&model.name))
+    }
+
+    /// Takes the addresses that a name has now. `leaving` are those that it had,
+    /// and since when they are no longer listed.
+    fn update(
+        self: &Arc<Self>,
+        name: &str,
+        found: &BTreeSet<String>,
+        leaving: &mut BTreeMap<String, Instant>,
+    ) {
+        let now = Instant::now();
+        leaving.retain(|address, _| !found.contains(address));
+        for address in found {
+            if self.add(Target::Tcp(address.clone()), name) {
+                tracing::info!(worker = address, name, "found");
+            }
+        }
+        for address in self.listed_by(name) {
+            if !found.contains(&address) {
+                leaving.entry(address).or_insert(now);
+            }
+        }
+        let waiting = leaving.clone();
+        leaving.retain(|address, since| {
+            let late = now.duration_since(*since) >= LEAVING_MAX;
+            let leaves = late || self.may_leave(address, &waiting);
+            if leaves {
+                tracing::info!(worker = address, name, "gone");
+                self.remove(address, name);
+            }
+            !leaves
+        });
+        if leaving.len() < waiting.len() {
+            self.rebuild();
+        }
+    }
+
+    /// The addresses of the workers that a name lists, or has listed.
+    fn listed_by(&self, name: &str) -> Vec<String> {
+        let workers = self.lock();
+        let listed = workers
+            .iter()
+            .filter(|(_, worker)| worker.sources.contains(name));
+        listed.map(|(address, _)| address.clone()).collect()
+    }
+
     /// Follows the addresses of a DNS name.
     async fn resolve(self: Arc<Self>, name: String, interval: Duration) {
-        let mut addresses = BTreeSet::new();
+        let (mut leaving, mut fails) = (BTreeMap::new(), false);
         loop {
             match tokio::net::lookup_host(&name).await {
                 Ok(found) => {
+                    if std::mem::take(&mut fails) {
+                        tracing::info!(name, "the name resolves again");
+                    }
                     let found: BTreeSet<String> = found.map(|a| a.to_string()).collect();
-                    for address in found.difference(&addresses) {
-                        tracing::info!(worker = address, name, "found");
-                        self.add(Target::Tcp(address.clone()), &name);
-                    }
-                    for address in addresses.difference(&found) {
-                        tracing::info!(worker = address, name, "gone");
-                        self.remove(address, &name);
-                    }
-                    if found != addresses {
-                        self.rebuild();
-                    }
-                    addresses = found;
+                    self.update(&name, &found, &mut leaving);
                 }
                 // A failing name server must not empty the fleet.
-                Err(error) => tracing::debug!(name, %error, "cannot resolve the name"),
+                Err(error) => {
+                    self.connecting.metrics.resolve.inc();
+                    if !std::mem::replace(&mut fails, true) {
+                        tracing::warn!(name, %error, "the name of workers does not resolve: known workers stay");
+                    }
+                }
             }
             tokio::time::sleep(interval).await;
         }
@@ -230,26 +313,32 @@ impl Discovery {
 /// Keeps a worker connected and follows its reports.
 async fn keep_connected(
     upstream: &Upstream,
-    connections: usize,
-    shards: &Shards,
+    connecting: &Connecting,
     changed: &impl Fn(),
     excused: &impl Fn() -> bool,
 ) {
-    let mut backoff = BACKOFF;
+    let (mut backoff, mut fails) = (BACKOFF, false);
     loop {
-        match connect(upstream, connections, shards).await {
+        match connect(upstream, connecting).await {
             Ok(()) => {
+                if std::mem::take(&mut fails) {
+                    tracing::info!(worker = %upstream.target, "reached again");
+                }
                 backoff = BACKOFF;
                 upstream.reset_circuit();
                 upstream.heard();
                 let reason = tokio::select! {
                     reason = follow(upstream, changed, excused) => reason,
-                    reason = replace_closed(upstream, shards) => reason,
+                    reason = replace_closed(upstream, &connecting.shards) => reason,
                 };
                 tracing::info!(worker = %upstream.target, reason = reason.message(), "lost");
             }
             Err(error) => {
-                tracing::debug!(worker = %upstream.target, %error, "cannot be reached");
+                connecting.metrics.connect.inc();
+                // Once, when it begins: a worker may be away for hours.
+                if !std::mem::replace(&mut fails, true) {
+                    tracing::warn!(worker = %upstream.target, %error, "the worker cannot be reached");
+                }
             }
         }
         upstream.set_channels(Vec::new());
@@ -260,11 +349,12 @@ async fn keep_connected(
 }
 
 /// Connects from each shard.
-async fn connect(upstream: &Upstream, connections: usize, shards: &Shards) -> std::io::Result<()> {
+async fn connect(upstream: &Upstream, connecting: &Connecting) -> std::io::Result<()> {
+    let shards = &connecting.shards;
     let mut all = Vec::new();
     for shard in 0..shards.count() {
         let mut own = Vec::new();
-        for _ in 0..connections {
+        for _ in 0..connecting.connections {
             own.push(connect_from(shard, upstream, shards).await?);
         }
         all.push(own);
@@ -424,131 +514,4 @@ async fn poll_index(
 }
 
 #[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-
-    use platform::memory::{Acceptor, pair};
-    use platform::metrics::Metrics;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-
-    use super::*;
-
-    /// Workers that are connected and have just reported.
-    fn discovery(addresses: &[&str]) -> Discovery {
-        let metrics = UpstreamMetrics::register(&Metrics::default());
-        let worker = |address: &&str| {
-            let target = Target::Tcp((*address).to_owned());
-            let own = metrics.of((*address).to_owned());
-            let upstream = Arc::new(Upstream::new(target, own, Starvation::none()));
-            upstream.set_channels(vec![Vec::new()]);
-            upstream.heard();
-            let worker = DiscoveredWorker {
-                upstream,
-                sources: BTreeSet::new(),
-                _task: spawn_owned(async {}),
-            };
-            ((*address).to_owned(), worker)
-        };
-        Discovery {
-            routes: Arc::default(),
-            metrics: metrics.clone(),
-            connections: 1,
-            shards: Arc::new(Shards::start(1).unwrap()),
-            starvation: Starvation::none(),
-            workers: Mutex::new(addresses.iter().map(worker).collect()),
-        }
-    }
-
-    fn upstream(discovery: &Discovery, address: &str) -> Arc<Upstream> {
-        discovery.lock()[address].upstream.clone()
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_silent_worker_is_lost_and_most_at_once_are_kept() {
-        let discovery = discovery(&["a", "b", "c"]);
-        let silent = upstream(&discovery, "a");
-        tokio::time::advance(REPORT_TIMEOUT / 2).await;
-        assert!(
-            discovery.excuses(&silent),
-            "it is not silent for long enough"
-        );
-        tokio::time::advance(REPORT_TIMEOUT / 2).await;
-        assert!(discovery.excuses(&silent), "all are silent");
-        upstream(&discovery, "b").heard();
-        assert!(discovery.excuses(&silent), "two of three are silent");
-        upstream(&discovery, "c").heard();
-        assert!(!discovery.excuses(&silent), "it alone is silent");
-        tokio::time::advance(KEPT_MAX).await;
-        assert!(!discovery.excuses(&silent), "they are not kept for ever");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn the_only_worker_is_lost_when_it_is_silent() {
-        let discovery = discovery(&["a"]);
-        tokio::time::advance(REPORT_TIMEOUT).await;
-        assert!(!discovery.excuses(&upstream(&discovery, "a")));
-    }
-
-    /// Takes a request and sends one report without a field, in the frames of HTTP/2.
-    async fn report(io: &mut DuplexStream) -> std::io::Result<()> {
-        const HEADERS: u8 = 1;
-        let mut preface = [0; 24];
-        io.read_exact(&mut preface).await?;
-        let mut kind = 0;
-        while kind != HEADERS {
-            let mut head = [0; 9];
-            io.read_exact(&mut head).await?;
-            kind = head[3];
-            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-            io.read_exact(&mut vec![0; length as usize]).await?;
-        }
-        // The settings, the status 200 of the first stream, and its message.
-        io.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await?;
-        io.write_all(&[0, 0, 1, 1, 4, 0, 0, 0, 1, 0x88]).await?;
-        io.write_all(&[0, 0, 5, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0])
-            .await
-    }
-
-    /// A server that is silent after its first report, and keeps its connections.
-    fn silent_server(mut acceptor: Acceptor) -> OwnedTask {
-        spawn_owned(async move {
-            let mut open = Vec::new();
-            while let Some(mut io) = acceptor.accept().await {
-                report(&mut io).await.unwrap();
-                open.push(io);
-            }
-        })
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_worker_of_this_process_is_never_declared_silent() {
-        let (connector, acceptor) = pair();
-        let _server = silent_server(acceptor);
-        let metrics = UpstreamMetrics::register(&Metrics::default());
-        let worker = |target| Upstream::new(target, metrics.of("a".to_owned()), Starvation::none());
-        let opened = Cell::new(0);
-        let changed = || opened.set(opened.get() + 1);
-        // Another worker that behaves so is declared silent at the timeout.
-        let memory = Target::Memory(connector);
-        let channel = Channel::connect(&memory, CONNECT_TIMEOUT).await.unwrap();
-        let other = worker(Target::Tcp("a".to_owned()));
-        let begun = Instant::now();
-        let silent = watch_reports(&other, &channel, &changed).await.unwrap_err();
-        assert_eq!(silent.code(), Code::DeadlineExceeded);
-        assert_eq!(begun.elapsed().as_secs(), REPORT_TIMEOUT.as_secs());
-        assert_eq!(opened.get(), 1, "the first report came");
-
-        let day = Duration::from_secs(24 * 3600);
-        let own = worker(memory);
-        let asked = Cell::new(false);
-        let excused = || {
-            asked.set(true);
-            false
-        };
-        let followed = tokio::time::timeout(day, follow(&own, &changed, &excused)).await;
-        assert!(followed.is_err(), "it is lost: {followed:?}");
-        assert!(!asked.get(), "nobody asks for an excuse");
-        assert_eq!(opened.get(), 2, "its first report came");
-        assert!(own.silence() >= day - REPORT_TIMEOUT);
-    }
-}
+mod tests;

@@ -260,6 +260,7 @@ impl Stack {
         let name = name.as_str();
         let settled = |table: &Table| table.named(name, "", "model_name").is_err();
         self.0.routes.settle(settled).await;
+        self.0.routes.forget(name);
         Ok(response)
     }
 

@@ -228,8 +228,7 @@ impl GrpcDoor {
         record: &mut CallRecord,
     ) -> Result<Reply, Status> {
         let selector = request.selector(source)?;
-        let plan = self.stack.route(&selector, &request.caller)?;
-        plan.name().clone_into(&mut record.model);
+        let plan = record.route(&self.stack, &selector, &request.caller)?;
         Ok(self.stack.run(&plan, &request).await?.into_reply())
     }
 

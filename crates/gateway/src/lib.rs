@@ -38,7 +38,7 @@ use providers::{Catalogue, ProviderSettings};
 use auth::{Auth, AuthSettings};
 use balance::{Balance, BalanceMetrics};
 use cache::{Cache, CacheError, CacheSettings};
-use discover::DiscoverSettings;
+use discover::{DiscoverMetrics, DiscoverSettings};
 use grpc::GrpcDoor;
 use limit::{Limit, LimitMetrics, LimitSettings};
 use readings::Readings;
@@ -229,6 +229,7 @@ impl Gateway {
                 connections: settings.worker_connections as usize,
                 shards: process.shards.clone(),
                 starvation: process.starvation.clone(),
+                metrics: DiscoverMetrics::register(&process.metrics),
             },
             server: Server {
                 name: "gateway",
@@ -319,6 +320,7 @@ impl Gateway {
     /// Keeps the health service in step with the workers and the drain.
     fn follow_health(&self) -> OwnedTask {
         let (routes, health) = (self.stack.0.routes.clone(), self.health.clone());
+        let metrics = self.stack.0.metrics.clone();
         let mut drain = self.process.drain.clone();
         spawn_owned(async move {
             let mut changes = routes.changes();
@@ -330,6 +332,9 @@ impl Gateway {
                     .into_iter()
                     .map(|(name, ready)| (name, ready && !draining))
                     .collect();
+                for (name, _) in &models {
+                    metrics.known(name);
+                }
                 let ready = routes.ready_to_serve() && !draining;
                 health.replace(ready, &SERVICES, models);
                 if draining {

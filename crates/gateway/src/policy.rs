@@ -241,6 +241,14 @@ impl Tenant {
         }
     }
 
+    /// The same for a caller on another machine, who may not administrate.
+    pub fn stranger() -> Self {
+        Self {
+            administrator: false,
+            ..Self::anyone()
+        }
+    }
+
     /// Whether it may call a model or alias.
     pub fn may_call(&self, model: &str) -> bool {
         self.models.iter().any(|pattern| pattern.matches(model))
@@ -295,9 +303,15 @@ impl Caller {
         if self.tenant.administrator {
             return Ok(());
         }
+        // An address stands where nobody authenticates.
         Err(Error::new(
             Kind::Forbidden,
-            "only an administrator may do this",
+            if self.address.is_some() {
+                "without a policy, only callers on loopback may load, unload and change settings: \
+                 start the gateway with --policy FILE or --insecure-admin"
+            } else {
+                "only an administrator may do this"
+            },
         ))
     }
 

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use http::HeaderValue;
@@ -20,6 +20,10 @@ use crate::upstream::Upstream;
 /// How long a gateway with workers and providers waits for its first worker before
 /// it is ready.
 const STARTUP_GRACE: Duration = Duration::from_secs(10);
+
+/// For how long a model whose workers are gone is known: its callers try again,
+/// where NOT_FOUND would end their work.
+const KNOWN: Duration = Duration::from_secs(3600);
 
 /// The routing table: the models of all workers.
 #[derive(Debug, Default)]
@@ -164,6 +168,9 @@ impl Route {
 #[derive(Debug, Default)]
 pub struct Routes {
     table: RwLock<Arc<Table>>,
+    /// When each model was last ready on a worker, as far as it was within
+    /// [`KNOWN`].
+    known: Mutex<HashMap<String, Instant>>,
     changed: watch::Sender<u64>,
     /// Whether workers are configured, not only providers.
     workers: bool,
@@ -200,8 +207,41 @@ impl Routes {
         if table.readiness().any(|(_, ready)| ready) {
             self.seen_ready.store(true, Ordering::Release);
         }
+        self.remember(&self.table(), &table);
         *self.table.write().unwrap_or_else(PoisonError::into_inner) = table;
         self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Notes which models are ready, or were until now.
+    fn remember(&self, before: &Table, after: &Table) {
+        let now = Instant::now();
+        let mut known = self.known();
+        known.retain(|_, seen| now.duration_since(*seen) < KNOWN);
+        for (name, ready) in before.readiness().chain(after.readiness()) {
+            if ready {
+                known.insert(name, now);
+            }
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets a model that was unloaded: it is not expected to come back.
+    pub fn forget(&self, name: &str) {
+        self.known().remove(name);
+    }
+
+    /// Whether the name is that of a model or chain that is served, or was until
+    /// lately. What a caller sends is no label of a metric otherwise.
+    pub fn is_known(&self, name: &str) -> bool {
+        self.catalogue.has(name) || self.table().models.contains_key(name) || self.was_ready(name)
+    }
+
+    fn was_ready(&self, name: &str) -> bool {
+        let seen = self.known().get(name).copied();
+        seen.is_some_and(|seen| seen.elapsed() < KNOWN)
     }
 
     /// A receiver that is notified when the table changes.
@@ -313,7 +353,12 @@ impl Routes {
             let name = ModelName::checked(name, field)?;
             return Err(Error::unknown_model(&name, None));
         }
-        self.table().named(name, version, field)
+        let table = self.table();
+        let route = table.named(name, version, field);
+        if route.is_err() && !table.models.contains_key(name) && self.was_ready(name) {
+            return Err(model_unreachable(name));
+        }
+        route
     }
 
     /// The only model for one of these tasks that the caller may call.
@@ -398,7 +443,12 @@ impl Table {
 
 /// The error when no worker is reachable.
 pub fn no_worker_reachable() -> Error {
-    Error::new(Kind::NotReady, "no worker is reachable")
+    Error::not_ready("no worker is reachable")
+}
+
+/// The error when no worker that has the model is reachable.
+fn model_unreachable(name: &str) -> Error {
+    Error::not_ready(format!("no worker with model '{name}' is reachable"))
 }
 
 impl VersionRoute {
@@ -422,10 +472,7 @@ impl ModelRoute {
     fn not_ready(&self) -> Error {
         let name = &self.name;
         if self.versions.values().any(|route| route.unreachable) {
-            return Error::new(
-                Kind::NotReady,
-                format!("no worker with model '{name}' is reachable"),
-            );
+            return model_unreachable(name.as_str());
         }
         Error::new(
             Kind::NotFound,
@@ -482,5 +529,76 @@ fn build(upstreams: Vec<Arc<Upstream>>) -> Table {
             .map(|(name, model)| (name, Arc::new(model)))
             .collect(),
         upstreams,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use platform::channel::Target;
+    use platform::metrics::Metrics;
+    use platform::watchdog::Starvation;
+    use protocol::andon::v1::{ModelReport, WatchReportResponse};
+
+    use super::*;
+    use crate::upstream::UpstreamMetrics;
+
+    /// A worker that is connected and reports these models, ready or not.
+    fn worker(models: &[(&str, bool)]) -> Arc<Upstream> {
+        let metrics = UpstreamMetrics::register(&Metrics::default());
+        let target = Target::Tcp("a".to_owned());
+        let upstream = Upstream::new(target, metrics.of("a".to_owned()), Starvation::none());
+        upstream.set_channels(vec![Vec::new()]);
+        let report = |(name, ready): &(&str, bool)| ModelReport {
+            name: (*name).to_owned(),
+            version: "1".to_owned(),
+            ready: *ready,
+            ..Default::default()
+        };
+        upstream.set_report(WatchReportResponse {
+            draining: false,
+            models: models.iter().map(report).collect(),
+        });
+        Arc::new(upstream)
+    }
+
+    fn refusal(routes: &Routes, name: &str) -> (Kind, Option<Duration>) {
+        let error = routes.member(name).unwrap_err();
+        (error.kind(), error.retry_after())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_model_whose_workers_are_gone_is_unavailable_for_an_hour() {
+        let routes = Routes::new(Arc::default(), true);
+        let (minilm, digits) = (worker(&[("minilm", true)]), worker(&[("digits", true)]));
+        routes.rebuild(vec![minilm, digits.clone()]);
+        assert!(routes.member("minilm").is_ok());
+        // However long it has been ready.
+        tokio::time::advance(2 * KNOWN).await;
+        routes.rebuild(vec![digits.clone()]);
+        let unavailable = (Kind::NotReady, Some(Duration::from_secs(1)));
+        assert_eq!(refusal(&routes, "minilm"), unavailable);
+        assert!(routes.is_known("minilm"), "its label stays");
+        assert_eq!(refusal(&routes, "other"), (Kind::NotFound, None));
+        assert!(!routes.is_known("other"), "a caller makes no label");
+        tokio::time::advance(KNOWN - Duration::from_secs(1)).await;
+        assert_eq!(refusal(&routes, "minilm"), unavailable);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(refusal(&routes, "minilm"), (Kind::NotFound, None));
+        assert!(routes.member("digits").is_ok());
+        // Without any worker as well.
+        routes.rebuild(Vec::new());
+        assert_eq!(refusal(&routes, "digits"), unavailable);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_model_that_was_unloaded_is_not_found() {
+        let routes = Routes::new(Arc::default(), true);
+        let other = worker(&[("digits", true)]);
+        routes.rebuild(vec![worker(&[("minilm", true)]), other.clone()]);
+        routes.rebuild(vec![worker(&[("minilm", false)]), other.clone()]);
+        assert_eq!(refusal(&routes, "minilm").0, Kind::NotFound);
+        routes.forget("minilm");
+        routes.rebuild(vec![other]);
+        assert_eq!(refusal(&routes, "minilm").0, Kind::NotFound);
     }
 }

@@ -254,6 +254,15 @@ impl Stack {
         self.0.routes.choose(selector, caller)
     }
 
+    /// The model that a call counts for in metrics when it has no route: the one
+    /// that it names, if there is such a model, or was one until lately.
+    pub fn label<'s>(&self, selector: &'s ModelSelector) -> Option<&'s str> {
+        match selector {
+            ModelSelector::Named { name, .. } if self.0.routes.is_known(name) => Some(name),
+            _ => None,
+        }
+    }
+
     /// limit → cache → balance → upstream: runs an exchange with the model of a
     /// plan, or with the models of its fallback chain in turn.
     pub async fn run<E: Exchange>(&self, plan: &Plan, exchange: &E) -> Result<E::Output, Status> {

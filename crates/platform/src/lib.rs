@@ -6,6 +6,7 @@
 pub mod admin;
 mod answer;
 pub mod body;
+mod cgroup;
 pub mod channel;
 pub mod circuit_breaker;
 mod coalesce;

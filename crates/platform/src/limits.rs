@@ -47,6 +47,11 @@ impl ByteBudget {
         }
     }
 
+    /// The most bytes in flight.
+    pub fn capacity(&self) -> usize {
+        self.pot.capacity()
+    }
+
     /// Bytes in flight now.
     pub fn used(&self) -> usize {
         self.shared.pot.used()

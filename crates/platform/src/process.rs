@@ -20,6 +20,8 @@ pub struct Process {
     pub connections: ConnectionMetrics,
     /// The log and trace settings.
     pub telemetry: TelemetryControl,
+    /// The cores that the process counts on.
+    pub cores: usize,
     /// The threads that connections and their calls run on.
     pub shards: Arc<Shards>,
     /// The threads for work that may take longer than a millisecond.

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -237,6 +238,14 @@ impl Seat {
         Busy(self.state.clone())
     }
 
+    /// For how long the seat has been idle; none while something keeps it busy.
+    pub fn idle_for(&self) -> Option<Duration> {
+        let state = &self.state;
+        let used = Duration::from_millis(state.used.load(Ordering::Relaxed));
+        let is_idle = state.busy.load(Ordering::Relaxed) == 0;
+        is_idle.then(|| state.started.elapsed().saturating_sub(used))
+    }
+
     /// Cancelled when the seat must be left.
     pub fn end(&self) -> &CancellationToken {
         &self.state.occupant.end
@@ -265,8 +274,6 @@ impl Drop for Busy {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn holder(name: &str) -> Holder {

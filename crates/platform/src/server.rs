@@ -16,6 +16,7 @@ pub use http::Http;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -69,19 +70,30 @@ pub struct ServerSettings {
     /// Timeout of a new connection's TLS handshake, and of its first bytes
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = crate::config::positive_duration)]
     pub preface_timeout: Duration,
-    /// Maximum age of a connection, with 10% jitter, before it is closed
-    /// gracefully, so that callers spread over new servers
-    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = crate::config::positive_duration)]
+    /// Maximum age of a gRPC connection, with 20% jitter, before it is told to
+    /// end, so that callers spread over new servers; its open calls and streams
+    /// go on
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = crate::config::positive_duration)]
     pub connection_age: Duration,
+    /// The same of an HTTP connection: proxies keep theirs, and spread requests
+    /// by themselves
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = crate::config::positive_duration)]
+    pub http_connection_age: Duration,
+    /// How long an HTTP connection may be idle: longer than in the proxies in
+    /// front, which would else send a request on a connection that closes
+    #[arg(long, value_name = "DURATION", default_value = "75s", value_parser = crate::config::positive_duration)]
+    pub http_idle_timeout: Duration,
     /// Interval of keepalive pings on an HTTP/2 connection
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = crate::config::positive_duration)]
     pub keepalive_interval: Duration,
     /// Maximum size of one message, for example 64MiB; a worker takes 64 KiB more,
-    /// for what a gateway adds to its callers' messages
-    #[arg(long, value_name = "BYTES", default_value = "64MiB", value_parser = crate::config::bytes)]
+    /// for what a gateway adds to its callers' messages. By default an eighth of
+    /// the container's memory limit, at most 64MiB
+    #[arg(long, value_name = "BYTES", default_value = default_share(MESSAGE_SHARE), value_parser = crate::config::bytes)]
     pub message_bytes_max: usize,
-    /// Maximum size of all messages in flight together
-    #[arg(long, value_name = "BYTES", default_value = "1GiB", value_parser = crate::config::bytes)]
+    /// Maximum size of all messages in flight together, with what a worker makes
+    /// of them. By default half of the container's memory limit, at most 1GiB
+    #[arg(long, value_name = "BYTES", default_value = default_share(IN_FLIGHT_SHARE), value_parser = crate::config::bytes)]
     pub bytes_in_flight_max: usize,
     /// How long a message may take to arrive, or an answer to be read, before
     /// --transfer-rate-min holds
@@ -110,8 +122,13 @@ pub struct ServerSettings {
     /// Maximum deadline of a call, and the deadline of calls that set none
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = crate::config::positive_duration)]
     pub deadline_max: Duration,
+    /// The cores that the process counts on: as many threads serve connections,
+    /// compute and do other work. By default, and with 0, all that it may use;
+    /// without a CPU limit a container sees those of its whole machine
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(0..=1024))]
+    pub cores: Option<u16>,
     /// Threads for work that may take longer than a millisecond, such as
-    /// tokenization and large JSON; as many as cores by default
+    /// tokenization and large JSON; as many as --cores by default
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub work_threads: Option<u16>,
     /// Maximum number of items, such as texts, that wait for these threads or
@@ -127,7 +144,46 @@ pub struct ServerSettings {
     pub drain_deadline: Duration,
 }
 
+/// A default that is a part of the container's memory limit.
+#[derive(Debug, Clone, Copy)]
+struct Share {
+    part: u64,
+    mebibytes_max: u64,
+}
+
+const MESSAGE_SHARE: Share = Share {
+    part: 8,
+    mebibytes_max: 64,
+};
+/// The other half is for models, connections and what is computed.
+const IN_FLIGHT_SHARE: Share = Share {
+    part: 2,
+    mebibytes_max: 1024,
+};
+
+impl Share {
+    /// The share of a limit in whole MiB, at least one.
+    fn mebibytes_of(self, limit: Option<u64>) -> u64 {
+        let share = limit.map_or(self.mebibytes_max, |limit| (limit / self.part) >> 20);
+        share.clamp(1, self.mebibytes_max)
+    }
+}
+
+/// As people would write it, since the help shows it.
+fn default_share(share: Share) -> clap::builder::OsStr {
+    let mebibytes = share.mebibytes_of(crate::cgroup::memory_limit());
+    clap::builder::OsStr::from(format!("{mebibytes}MiB"))
+}
+
 impl ServerSettings {
+    /// The cores that the process counts on, at least one.
+    pub fn cores(&self) -> usize {
+        let all = || std::thread::available_parallelism().map_or(1, NonZero::get);
+        // The downward API says 0 for a container that requests nothing.
+        let set = self.cores.filter(|count| *count > 0);
+        set.map_or_else(all, usize::from)
+    }
+
     /// Checks the settings that depend on each other.
     pub fn checked(self) -> Result<Self, String> {
         if self.message_bytes_max > self.bytes_in_flight_max {

@@ -176,6 +176,10 @@ pub struct Error {
     retry_after: Option<Duration>,
 }
 
+/// When to retry what is not ready yet: loads take seconds, and a caller who asks
+/// more often learns nothing sooner.
+const NOT_READY_RETRY_AFTER: Duration = Duration::from_secs(1);
+
 /// `google.rpc.ErrorInfo` carries the name of the input that is invalid: the
 /// reason and domain by which it is known, and its key.
 const INPUT_REASON: &str = "INVALID_INPUT";
@@ -221,6 +225,15 @@ impl Error {
             error.message = violation.sentence();
         }
         error
+    }
+
+    /// A model or server is known and cannot be called now; a retry is worth it a
+    /// little later.
+    pub fn not_ready(message: impl Into<String>) -> Self {
+        Self {
+            retry_after: Some(NOT_READY_RETRY_AFTER),
+            ..Self::new(Kind::NotReady, message)
+        }
     }
 
     /// A queue is full; `retry_after` is when it probably has room.

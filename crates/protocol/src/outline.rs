@@ -20,6 +20,13 @@ pub const PARTS_MAX: usize = 4096;
 pub const FIELDS_MAX: u64 = 1 << 22;
 /// The messages of the protos nest less deep.
 const DEPTH_MAX: usize = 8;
+/// The slots of a message's repeated fields: those of high numbers share one.
+const SLOTS: usize = 16;
+/// What an entry of a list takes when it is decoded, besides its own contents: a
+/// slice of the message, a string, and a message of the protos.
+const SLICE_BYTES: u64 = 32;
+const STRING_BYTES: u64 = 24;
+const MESSAGE_BYTES: u64 = 320;
 
 /// What an encoded request has.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +37,10 @@ pub struct Outline {
     /// The fields, those within fields included: each becomes a value of its own
     /// when the message is decoded.
     pub fields: u64,
+    /// The bytes that decoding and checking it makes, besides the message: lists
+    /// with the room that they grow to, and one copy of the contents, which is
+    /// what numbers become when a tensor is made of them.
+    pub decoded_bytes: u64,
 }
 
 impl Method {
@@ -49,6 +60,7 @@ impl Method {
         Ok(Outline {
             rows: self.rows(&counts, message.len() as u64)?,
             fields: counts.fields,
+            decoded_bytes: counts.decoded_bytes,
         })
     }
 
@@ -67,6 +79,7 @@ impl Method {
 #[derive(Debug, Default)]
 struct Counts {
     fields: u64,
+    decoded_bytes: u64,
     inputs: usize,
     outputs: usize,
     parameters: usize,
@@ -139,6 +152,7 @@ struct Reader<'l> {
 impl Reader<'_> {
     fn read(&mut self, layout: usize, message: &[u8], depth: usize) -> Result<(), Error> {
         let mut rest = message;
+        let mut lists = [0; SLOTS];
         while !rest.is_empty() {
             self.counts.fields += 1;
             if self.counts.fields > FIELDS_MAX {
@@ -154,6 +168,9 @@ impl Reader<'_> {
                 return Err(malformed(format_args!("field {tag} has another type")));
             }
             self.counts.count(field.role)?;
+            let (listed, copied) = field.decoded_bytes(&content);
+            lists[field.slot()] += listed;
+            self.counts.decoded_bytes += copied;
             match (field.role, content) {
                 (Role::Shape, Content::Varint(size)) => self.counts.dimension(size)?,
                 (Role::Shape, Content::Bytes(mut packed)) => {
@@ -173,6 +190,10 @@ impl Reader<'_> {
                 (_, Content::Varint(_) | Content::Fixed) => {}
             }
         }
+        // A list grows by doubling.
+        let grown = lists.iter().filter(|bytes| **bytes > 0);
+        let grown: u64 = grown.map(|bytes| bytes.next_power_of_two()).sum();
+        self.counts.decoded_bytes += grown;
         Ok(())
     }
 }
@@ -185,6 +206,21 @@ enum Content<'m> {
 }
 
 impl<'m> Content<'m> {
+    /// How many entries it has in a list of numbers of this wire type: several
+    /// when they come packed.
+    fn entries(&self, wire_type: WireType) -> u64 {
+        let Self::Bytes(packed) = self else {
+            return 1;
+        };
+        let count = match wire_type {
+            WireType::SixtyFourBit => packed.len() / 8,
+            WireType::ThirtyTwoBit => packed.len() / 4,
+            // The last byte of each has no further one behind it.
+            _ => packed.iter().filter(|byte| **byte < 0x80).count(),
+        };
+        count as u64
+    }
+
     fn take(rest: &mut &'m [u8], wire_type: WireType) -> Result<Self, Error> {
         let length = match wire_type {
             WireType::Varint => {
@@ -245,6 +281,8 @@ struct Field {
     encoding: Encoding,
     repeated: bool,
     role: Role,
+    /// What an entry takes when it is decoded.
+    entry_bytes: u64,
 }
 
 impl Field {
@@ -256,6 +294,28 @@ impl Field {
                 wire_type == own || (self.repeated && wire_type == WireType::LengthDelimited)
             }
             Encoding::Bytes | Encoding::Message(_) => wire_type == WireType::LengthDelimited,
+        }
+    }
+
+    fn slot(&self) -> usize {
+        usize::try_from(self.tag).map_or(SLOTS - 1, |tag| tag.min(SLOTS - 1))
+    }
+
+    /// What the field becomes: the bytes of its entries in a list, and those of
+    /// a copy of its contents. A scalar of its own is a part of its message.
+    fn decoded_bytes(&self, content: &Content<'_>) -> (u64, u64) {
+        match (self.encoding, content) {
+            (Encoding::Scalar(wire_type), content) if self.repeated => {
+                let listed = content.entries(wire_type) * self.entry_bytes;
+                (listed, listed)
+            }
+            (Encoding::Bytes, Content::Bytes(bytes)) => {
+                let listed = if self.repeated { self.entry_bytes } else { 0 };
+                // Elements of a tensor of BYTES have their length before them.
+                (listed, bytes.len() as u64 + 4)
+            }
+            (Encoding::Message(_), _) if self.repeated => (self.entry_bytes, 0),
+            _ => (0, 0),
         }
     }
 }
@@ -341,6 +401,7 @@ impl Layouts {
                 encoding,
                 repeated: field.label() == Label::Repeated,
                 role: role(name, field, is_map),
+                entry_bytes: entry_bytes(field.r#type()),
             });
         }
         self.messages[layout] = fields;
@@ -378,6 +439,29 @@ fn scalar(kind: Type) -> Option<WireType> {
         | Type::Bool
         | Type::Enum => Some(WireType::Varint),
         Type::String | Type::Bytes | Type::Message | Type::Group => None,
+    }
+}
+
+/// What an entry of a list takes when it is decoded.
+fn entry_bytes(kind: Type) -> u64 {
+    match kind {
+        Type::Bool => 1,
+        Type::Float
+        | Type::Fixed32
+        | Type::Sfixed32
+        | Type::Int32
+        | Type::Uint32
+        | Type::Sint32
+        | Type::Enum => 4,
+        Type::Double
+        | Type::Fixed64
+        | Type::Sfixed64
+        | Type::Int64
+        | Type::Uint64
+        | Type::Sint64 => 8,
+        Type::Bytes => SLICE_BYTES,
+        Type::String => STRING_BYTES,
+        Type::Message | Type::Group => MESSAGE_BYTES,
     }
 }
 

@@ -93,9 +93,16 @@ impl RequestContext {
 
     /// Decides which model responds: once for a request.
     pub fn route(&self, selector: &ModelSelector) -> Result<Plan, Error> {
-        let plan = self.stack.route(selector, &self.caller)?;
-        self.record_model(plan.name());
-        Ok(plan)
+        let plan = self.stack.route(selector, &self.caller);
+        let name = match &plan {
+            Ok(plan) => Some(plan.name()),
+            // A model that cannot respond now counts for its own.
+            Err(_) => self.stack.label(selector),
+        };
+        if let Some(name) = name {
+            self.record_model(name);
+        }
+        plan
     }
 
     /// Sends a message to the model of a plan and decodes the response.

@@ -13,6 +13,7 @@ mod repository;
 mod service;
 mod work;
 
+use std::num::NonZero;
 use std::sync::Arc;
 
 pub use engine::{Description, Setting};
@@ -65,9 +66,8 @@ impl Worker {
         if settings.repository.is_none() && settings.model.is_empty() {
             return Err(WorkerError::NoModels);
         }
-        if let Some(threads) = settings.threads {
-            engine::kernels::set_threads(threads.get());
-        }
+        let threads = settings.threads.map_or(process.cores, NonZero::get);
+        engine::kernels::set_threads(threads);
         let metrics = WorkerMetrics::register(&process.metrics);
         let repository = Arc::new(Repository::new(settings, metrics));
         repository.to_load()?;
@@ -127,6 +127,7 @@ impl Worker {
                 let _ = repository.load(&name).await;
             }
             repository.loaded();
+            repository.retry().await;
         })
     }
 

@@ -2,6 +2,7 @@
 //! serve.
 
 mod files;
+mod retries;
 mod settings;
 
 use std::collections::{BTreeMap, HashMap};
@@ -18,6 +19,7 @@ use tokio::task::JoinSet;
 use crate::metrics::WorkerMetrics;
 use crate::model::{ModelId, ServedModel};
 use files::{Defaults, Plan};
+use retries::Retries;
 pub use settings::{BareModel, RepositorySettings};
 
 /// What a model folder would be served as, with which settings from which file, and
@@ -64,6 +66,17 @@ pub struct Repository {
     jobs: std::sync::Mutex<JoinSet<()>>,
     /// Whether the models of the start have been loaded or have failed.
     started: AtomicBool,
+    /// The models that have a version which cannot be loaded.
+    retries: Retries,
+}
+
+/// Why a model is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    /// Somebody wants it: all of it is loaded, again if it is there already.
+    Wanted,
+    /// A version of it could not be loaded: those that serve are left alone.
+    Retry,
 }
 
 impl Repository {
@@ -77,6 +90,7 @@ impl Repository {
             changed: watch::Sender::new(0),
             jobs: std::sync::Mutex::default(),
             started: AtomicBool::new(false),
+            retries: Retries::default(),
         }
     }
 
@@ -237,14 +251,43 @@ impl Repository {
     /// Loads or reloads a model: the old version serves until the new one is
     /// ready. Returns when it is.
     pub async fn load(self: &Arc<Self>, name: &ModelName) -> Result<(), Error> {
-        let name = name.clone();
-        self.finish(|own| async move { own.load_now(&name).await })
-            .await
+        self.load_for(name, Cause::Wanted).await
     }
 
-    async fn load_now(self: &Arc<Self>, name: &ModelName) -> Result<(), Error> {
-        let turn = self.turn(name);
-        let _turn = turn.lock().await;
+    async fn load_for(self: &Arc<Self>, name: &ModelName, cause: Cause) -> Result<(), Error> {
+        let name = name.clone();
+        let job = |own: Arc<Self>| async move {
+            let turn = own.turn(&name);
+            let _turn = turn.lock().await;
+            // It may have been unloaded, or loaded, since the retry was due.
+            if cause == Cause::Retry && !own.retries.has(&name) {
+                return Ok(());
+            }
+            let loaded = own.load_now(&name, cause).await;
+            match &loaded {
+                Err(error) if error.kind() != Kind::NotFound => own.retries.failed(&name),
+                _ => own.retries.forget(&name),
+            }
+            loaded
+        };
+        self.finish(job).await
+    }
+
+    /// Loads models again that have a version which could not be loaded, such as
+    /// one whose files were still being copied, until this is dropped.
+    pub async fn retry(self: &Arc<Self>) {
+        loop {
+            let name = self.retries.due().await;
+            // An error is logged when it is a new one, and is in the index.
+            let loaded = self.load_for(&name, Cause::Retry).await;
+            // Too many loads were in flight, and this one was not begun.
+            if loaded.is_err_and(|error| error.kind() == Kind::Overloaded) {
+                self.retries.failed(&name);
+            }
+        }
+    }
+
+    async fn load_now(self: &Arc<Self>, name: &ModelName, cause: Cause) -> Result<(), Error> {
         let (own, of) = (self.clone(), name.clone());
         // Reads folders and files.
         let planned = tokio::task::spawn_blocking(move || {
@@ -259,7 +302,9 @@ impl Repository {
         let plan = match plan {
             Ok(plan) => plan,
             Err(reason) => {
-                tracing::error!(model = %name, reason, "the model cannot be loaded");
+                if self.retries.is_new(name, &reason) {
+                    tracing::error!(model = %name, reason, "the model cannot be loaded");
+                }
                 self.fail_all(name, &reason);
                 return Err(unloadable(name, &reason));
             }
@@ -267,7 +312,13 @@ impl Repository {
         let served: Vec<ModelVersion> = plan.versions.keys().copied().collect();
         let mut failed = None;
         for (version, folder) in plan.versions {
-            self.set_unless_ready(name, version, State::Loading);
+            let serves = self.find(name, Some(version)).is_ok();
+            match cause {
+                Cause::Retry if serves => continue,
+                // Its state says why it could not be loaded until it is.
+                Cause::Retry => {}
+                Cause::Wanted => self.set_unless_ready(name, version, State::Loading),
+            }
             let repository = self.clone();
             let (options, limits) = (plan.options.clone(), plan.limits.clone());
             let folder = ModelFolder {
@@ -293,10 +344,13 @@ impl Repository {
                     stop(old).await;
                 }
                 Err(error) => {
-                    tracing::error!(model = %name, %version, %error, "the model cannot be loaded");
-                    let state = State::Unavailable(error.to_string());
+                    let reason = error.to_string();
+                    if self.retries.is_new(name, &reason) {
+                        tracing::error!(model = %name, %version, reason, "the model cannot be loaded");
+                    }
+                    let state = State::Unavailable(reason.clone());
                     self.set_unless_ready(name, version, state);
-                    failed = Some(error.to_string());
+                    failed = Some(reason);
                 }
             }
         }
@@ -345,6 +399,7 @@ impl Repository {
     async fn unload_now(&self, name: &ModelName) -> Result<(), Error> {
         let turn = self.turn(name);
         let _turn = turn.lock().await;
+        self.retries.forget(name);
         let versions = self.versions_of(name);
         if versions.is_empty() {
             return Err(Error::unknown_model(name, None));

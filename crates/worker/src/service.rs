@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use platform::grpc::{
-    Call, Message, MessageLimits, Messages, Reply, StreamSettings, decode, reject, stream, unary,
+    BytesHeld, Call, Message, MessageLimits, Messages, Reply, StreamSettings, decode, reject,
+    stream, unary,
 };
 use platform::pot::Holder;
 use platform::server::Handler;
@@ -32,6 +33,9 @@ const STREAM_CONCURRENCY: usize = 32;
 const INLINE_MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// The most bytes of a message that carries no inputs.
 const CONTROL_BYTES_MAX: usize = 64 << 10;
+
+/// A decoded message, and what it takes.
+type Decoded<Q> = (Q, Option<BytesHeld>);
 
 /// A worker's services. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -186,8 +190,9 @@ impl Service {
     }
 
     /// Decodes a message, a long one on a thread for work: what it has is counted
-    /// first.
-    async fn decode<Q>(&self, message: &Message, target: &Target) -> Result<Q, Status>
+    /// first. What it becomes counts as in flight as long as what is returned
+    /// with it.
+    async fn decode<Q>(&self, message: &Message, target: &Target) -> Result<Decoded<Q>, Status>
     where
         Q: prost::Message + Default + 'static,
     {
@@ -196,16 +201,19 @@ impl Service {
             items: 1,
             bytes: bytes.len(),
         };
-        let read = move || {
-            if let Some(method) = method {
-                method.outline(&bytes)?;
-            }
-            decode(bytes)
+        let work = self.work(&target.lane);
+        let memory = work.clone();
+        let read = move || -> Result<Decoded<Q>, Status> {
+            let held = match method {
+                Some(method) => memory.hold_decoded(size.bytes, method.outline(&bytes)?)?,
+                None => None,
+            };
+            Ok((decode(bytes)?, held))
         };
         if size.bytes <= INLINE_MESSAGE_BYTES_MAX {
             return read();
         }
-        self.work(&target.lane).run(size, move |_| read()).await?
+        work.run(size, move |_| read()).await?
     }
 
     /// The messages of a call. Their bytes are held for its lane.

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use fleet_tests::calls::{client, infer, infer_by_server_deadline, pixels, texts};
 use fleet_tests::load::Load;
-use fleet_tests::process::Andon;
+use fleet_tests::process::{Andon, free_port};
 use fleet_tests::{Fleet, until};
 use protocol::inference::ModelInferRequest;
 use tonic::Code;
+use tonic_types::StatusExt;
 
 fn digits() -> ModelInferRequest {
     pixels(&[[3.0; 64]; 4])
@@ -278,5 +279,59 @@ async fn sigterm_under_load_drains_without_an_error() -> Result<()> {
     }
     let status = fleet.gateway.ended(Duration::from_secs(20)).await?;
     ensure!(status.success(), "it ended with {status}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_discovery_cannot_find_is_said_when_it_begins_and_ends() -> Result<()> {
+    let address = free_port()?;
+    let flags = ["--worker", &address.to_string()].map(ToString::to_string);
+    let name = [
+        "--worker-dns",
+        "no-workers.invalid:1",
+        "--dns-interval",
+        "100ms",
+    ];
+    let flags = [&flags[..], &name.map(ToString::to_string)[..]].concat();
+    let gateway = Andon::start("gateway", &flags, None)?;
+    let failed = async |reason: &str| {
+        let name = format!("andon_discovery_errors_total{{reason=\"{reason}\"}}");
+        gateway.metric(&name).await
+    };
+    let begins = "the worker cannot be reached";
+    until(Duration::from_secs(60), "errors are counted", || async {
+        Ok(failed("connect").await? >= Some(3.0) && failed("resolve").await? >= Some(1.0))
+    })
+    .await?;
+    let logged = gateway.logged();
+    ensure!(logged.matches(begins).count() == 1, "{logged}");
+    ensure!(logged.contains("does not resolve"), "{logged}");
+    ensure!(!logged.contains("reached again"), "{logged}");
+    let worker = Andon::worker(&[], Some(address))?;
+    worker.ready().await?;
+    gateway.ready().await?;
+    let logged = gateway.logged();
+    ensure!(logged.contains("reached again"), "{logged}");
+    ensure!(logged.matches(begins).count() == 1, "{logged}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_model_without_workers_is_unavailable_and_counts_for_itself() -> Result<()> {
+    let mut fleet = Fleet::start(1).await?;
+    let client = client(fleet.gateway.grpc).await?;
+    let refusals =
+        "andon_gateway_requests_total{model=\"digits\",method=\"ModelInfer\",code=\"UNAVAILABLE\"}";
+    let begun = fleet.gateway.metric(refusals).await?;
+    ensure!(begun == Some(0.0), "it does not begin at zero: {begun:?}");
+    fleet.workers[0] = None;
+    fleet.all_connected(0).await?;
+    let refused = infer(&client, digits(), Duration::from_secs(5)).await.err();
+    let refused = refused.context("it was served")?;
+    ensure!(refused.code() == Code::Unavailable, "{refused:?}");
+    let retry = refused.get_error_details();
+    ensure!(retry.retry_info().is_some(), "{refused:?}");
+    let counted = fleet.gateway.metric(refusals).await?;
+    ensure!(counted == Some(1.0), "{counted:?}");
     Ok(())
 }

@@ -261,6 +261,53 @@ async fn a_broken_new_version_leaves_the_old_one_serving() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn a_broken_newest_version_serves_once_its_files_are_whole() -> Result<()> {
+    let repository = scratch("repository")?;
+    let whole = models()?.join("digits/1");
+    let weights = repository.join("digits/1/model.safetensors");
+    copy_folder(&whole, &repository.join("digits/1"))?;
+    std::fs::write(&weights, b"half")?;
+    let flags = ["--repository".to_owned(), repository.display().to_string()];
+    let worker = Andon::start("worker", &flags, None)?;
+    let refused = "the model cannot be loaded";
+    until(Duration::from_secs(30), "it is refused", || async {
+        Ok(worker.logged().contains(refused))
+    })
+    .await?;
+    // Nobody asks for it again.
+    std::fs::copy(whole.join("model.safetensors"), &weights)?;
+    worker.ready().await?;
+    let client = client(worker.grpc).await?;
+    infer(&client, pixels(&[[0.0; 64]]), Duration::from_secs(5)).await?;
+    std::fs::remove_dir_all(&repository)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn threads_and_connections_follow_the_cores_that_are_set() -> Result<()> {
+    let shards = |andon: &Andon| -> Result<usize> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", andon.id()))?;
+        let names = tasks.flatten().map(|task| task.path().join("comm"));
+        let names = names.filter_map(|path| std::fs::read_to_string(path).ok());
+        Ok(names.filter(|name| name.starts_with("shard-")).count())
+    };
+    for cores in [1, 3] {
+        let count = cores.to_string();
+        let flags = ["--cores", count.as_str()];
+        let fleet = Fleet::with(1, &flags, &flags).await?;
+        let worker = fleet.workers[0].as_ref().context("a worker")?;
+        let found = (shards(&fleet.gateway)?, shards(worker)?);
+        ensure!(found == (cores, cores), "{found:?}");
+        // One from each thread of the gateway, and one for reports.
+        let open = worker
+            .metric("andon_connections{listener=\"worker\"}")
+            .await?;
+        ensure!(open == Some(cores as f64 + 1.0), "{open:?}");
+    }
+    Ok(())
+}
+
 fn copy_folder(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
     std::fs::create_dir_all(to)?;
     for entry in std::fs::read_dir(from)? {

@@ -4,13 +4,13 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use fleet_tests::calls::{client, infer, rows, texts};
+use fleet_tests::calls::{client, infer, pixels, rows, texts};
 use fleet_tests::costs::{ShardTimes, peak_bytes};
 use fleet_tests::process::Andon;
 use fleet_tests::{raw, root, until};
 use prost::Message as _;
-use protocol::inference::ModelInferRequest;
 use protocol::inference::model_infer_request::InferInputTensor;
+use protocol::inference::{InferTensorContents, ModelInferRequest};
 use protocol::tei::v1::{
     DecodeRequest, EmbedRequest, EncodeRequest, EncodeResponse, RerankRequest,
 };
@@ -293,5 +293,49 @@ async fn the_query_of_many_texts_is_there_once() -> Result<()> {
     }
     let peak = peak_bytes(&worker)?;
     ensure!(peak < 600 << 20, "{peak} bytes");
+    Ok(())
+}
+
+/// What a container of 512 MiB has by default: each of the four becomes three
+/// times as much as was sent.
+#[tokio::test]
+async fn large_typed_rows_are_counted_by_what_they_become() -> Result<()> {
+    let flags = ["--models", "digits", "--message-bytes-max", "64MiB"];
+    let flags = [&flags[..], &["--bytes-in-flight-max", "256MiB"]].concat();
+    let flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
+    let worker = Andon::worker(&flags, None)?;
+    worker.ready().await?;
+    let rows = 250_000;
+    let mut request = pixels(&[]);
+    request.raw_input_contents.clear();
+    request.inputs[0].shape = vec![rows, 64];
+    request.inputs[0].contents = Some(InferTensorContents {
+        fp32_contents: vec![1.0; 64 * rows as usize],
+        ..Default::default()
+    });
+    let framed = platform::grpc::frame(&request);
+    drop(request);
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let (address, framed) = (worker.grpc, framed.clone());
+        calls.spawn(async move {
+            let channel = raw::connect(address).await?;
+            raw::call(&channel, INFER, &[], framed).await
+        });
+    }
+    while let Some(reply) = calls.join_next().await {
+        let status = reply??.status;
+        // More rows than a request may have, or no memory for them now.
+        let expected = [Code::InvalidArgument, Code::Unavailable];
+        ensure!(expected.contains(&status.code()), "{status:?}");
+    }
+    let peak = peak_bytes(&worker)?;
+    ensure!(peak < 512 << 20, "{} MiB", peak >> 20);
+    infer(
+        &client(worker.grpc).await?,
+        pixels(&[[0.0; 64]]),
+        10 * SECOND,
+    )
+    .await?;
     Ok(())
 }

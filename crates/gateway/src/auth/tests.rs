@@ -476,6 +476,39 @@ async fn without_a_policy_everybody_may_do_everything() {
     assert!(!auth.is_required() && auth.reflection_is_open());
 }
 
+#[tokio::test]
+async fn without_a_policy_nobody_on_another_machine_is_an_administrator() {
+    let peer = |address: &str| Peer {
+        address: Some(address.parse().unwrap()),
+        ..Peer::default()
+    };
+    for (address, insecure_admin, administrates) in [
+        ("127.0.0.1:5", false, true),
+        ("[::1]:5", false, true),
+        ("[::ffff:127.0.0.1]:5", false, true),
+        ("10.0.0.7:5", false, false),
+        ("[::ffff:10.0.0.7]:5", false, false),
+        ("[2001:db8::7]:5", false, false),
+        ("10.0.0.7:5", true, true),
+    ] {
+        let settings = AuthSettings {
+            insecure: true,
+            insecure_admin,
+            ..AuthSettings::default()
+        };
+        let auth = Auth::new(&settings).unwrap();
+        let caller = auth.caller(&HeaderMap::new(), &peer(address)).await;
+        let caller = caller.unwrap();
+        assert!(caller.must_be_allowed("any").is_ok(), "{address}");
+        let administrator = caller.must_administrate();
+        assert_eq!(administrator.is_ok(), administrates, "{address}");
+        if let Err(error) = administrator {
+            assert_eq!(error.kind(), Kind::Forbidden);
+            assert!(error.to_string().contains("--insecure-admin"), "{error}");
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn no_bytes_of_a_caller_break_anything(

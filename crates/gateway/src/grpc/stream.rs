@@ -223,7 +223,6 @@ pub async fn gather(
     let message = Message::encode(&gathering.into_request());
     let request = Request::new(Method::Rerank, headers, message, deadline, caller)?;
     let selector = request.selector(SelectorSource::Metadata(&[Task::Rerank]))?;
-    let plan = stack.route(&selector, &request.caller)?;
-    plan.name().clone_into(&mut record.model);
+    let plan = record.route(stack, &selector, &request.caller)?;
     Ok(stack.run(&plan, &request).await?.into_reply())
 }

@@ -8,6 +8,23 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 
+/// The limits that refuse calls: their series are there from the start, so that
+/// the first refusals are an increase.
+const LIMITS: [&str; 12] = [
+    "cost_per_day",
+    "cost_per_month",
+    "fair_deadline",
+    "fair_queue",
+    "in_flight",
+    "items_per_day",
+    "items_per_minute",
+    "redis_busy",
+    "redis_lost",
+    "requests_per_second",
+    "tokens_per_day",
+    "tokens_per_minute",
+];
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct LimitLabel {
     limit: &'static str,
@@ -57,6 +74,9 @@ impl LimitMetrics {
 
     /// Registers the metrics.
     pub fn register(&self, metrics: &Metrics) {
+        for limit in LIMITS {
+            drop(self.limited.get_or_create(&LimitLabel { limit }));
+        }
         metrics.register(|registry| {
             let name = |name: &str| format!("andon_gateway_{name}");
             let help = "Calls refused by a limit";

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use hyper_util::server::graceful::GracefulConnection;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 use super::{Place, Server};
 use crate::answer::PART_BYTES_MAX;
@@ -30,29 +30,48 @@ pub(super) const FRAME_BYTES_MAX: u32 = PART_BYTES_MAX as u32;
 /// How long a peer may take to acknowledge a ping.
 pub(super) const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Serves until the peer closes, the connection reaches its maximum age, others
-/// need its place or the server drains.
-pub(super) async fn run<C>(connection: C, server: &Server, place: &Place, mut drain: Drain)
-where
+/// How long a connection lives.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Lifetime {
+    /// When it is told to end, if nothing ends it before.
+    pub age: Duration,
+    /// How long it may be idle; without it, for its whole life.
+    pub idle: Option<Duration>,
+}
+
+/// Serves until the peer closes, the connection reaches the end of its lifetime,
+/// others need its place or the server drains.
+pub(super) async fn run<C>(
+    connection: C,
+    server: &Server,
+    place: &Place,
+    lifetime: Lifetime,
+    mut drain: Drain,
+) where
     C: GracefulConnection,
     C::Error: std::fmt::Display,
 {
-    let settings = &server.settings;
     let mut connection = pin!(connection);
     let outcome = tokio::select! {
         outcome = connection.as_mut() => Some(outcome),
-        () = sleep(jittered(settings.connection_age)) => None,
-        () = place.seat.end().cancelled() => None,
-        () = drain.reached(Phase::Closing) => None,
+        () = sleep(jittered(lifetime.age)) => None,
+        () = idled(place, lifetime.idle) => None,
+        () = must_close(place, &mut drain) => None,
     };
     let outcome = match outcome {
         Some(outcome) => outcome,
         None => {
-            // GOAWAY; calls in flight finish, within a deadline.
+            // GOAWAY; calls in flight finish. Age cuts off no stream: it ends by
+            // itself, while its caller's next call is on a new connection.
             connection.as_mut().graceful_shutdown();
-            timeout(settings.drain_deadline, connection)
-                .await
-                .unwrap_or(Ok(()))
+            let cut_off = async {
+                must_close(place, &mut drain).await;
+                sleep(server.settings.drain_deadline).await;
+            };
+            tokio::select! {
+                outcome = connection => outcome,
+                () = cut_off => Ok(()),
+            }
         }
     };
     if let Err(error) = outcome {
@@ -60,10 +79,32 @@ where
     }
 }
 
-/// The age with jitter of a tenth, so that connections that were opened together
+/// Returns when others need the place, or the server closes.
+async fn must_close(place: &Place, drain: &mut Drain) {
+    tokio::select! {
+        () = place.seat.end().cancelled() => {}
+        () = drain.reached(Phase::Closing) => {}
+    }
+}
+
+/// Returns when the connection has been idle for so long.
+async fn idled(place: &Place, timeout: Option<Duration>) {
+    let Some(timeout) = timeout else {
+        return std::future::pending().await;
+    };
+    loop {
+        let idle = place.seat.idle_for().unwrap_or_default();
+        if idle >= timeout {
+            return;
+        }
+        sleep(timeout - idle).await;
+    }
+}
+
+/// The age with jitter of a fifth, so that connections that were opened together
 /// do not end together.
 fn jittered(age: Duration) -> Duration {
-    age.mul_f64(rand::random_range(0.9..1.1))
+    age.mul_f64(rand::random_range(0.8..1.2))
 }
 
 /// Reads the connection preface of HTTP/2; other bytes are an error.
@@ -154,6 +195,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Rewound<T> {
 #[cfg(test)]
 mod tests {
     use tokio::io::AsyncWriteExt;
+    use tokio::time::timeout;
 
     use super::*;
 

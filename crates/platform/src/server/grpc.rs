@@ -10,7 +10,9 @@ use hyper::server::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::runtime::Handle;
 
-use super::connection::{FRAME_BYTES_MAX, PING_TIMEOUT, PREFACE, Rewound, read_preface, run};
+use super::connection::{
+    FRAME_BYTES_MAX, Lifetime, PING_TIMEOUT, PREFACE, Rewound, read_preface, run,
+};
 use super::readers::{Read, Readers};
 use super::{Begun, Handler, Io, Place, Protocol, Server, TOO_MANY_STREAMS};
 use crate::answer::{Answer, Parts};
@@ -85,6 +87,11 @@ impl<H: Handler> Protocol for Grpc<H> {
                 ))),
                 service,
             );
-        run(connection, server, place, drain).await;
+        let lifetime = Lifetime {
+            age: settings.connection_age,
+            // Clients keep theirs for the next call.
+            idle: None,
+        };
+        run(connection, server, place, lifetime, drain).await;
     }
 }

@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -14,7 +13,7 @@ use hyper_util::server::conn::auto;
 use tokio::runtime::Handle;
 use tower_service::Service;
 
-use super::connection::{FRAME_BYTES_MAX, PING_TIMEOUT, Rewound, read_first, run};
+use super::connection::{FRAME_BYTES_MAX, Lifetime, PING_TIMEOUT, Rewound, read_first, run};
 use super::readers::{Read, Readers};
 use super::{Begun, Io, Place, Protocol, Server, TOO_MANY_STREAMS};
 use crate::answer::{Answer, AnswerFor, Parts};
@@ -23,9 +22,6 @@ use crate::coalesce::Coalesced;
 use crate::drain::Drain;
 use crate::tasks::TaskScope;
 
-/// How long the head of a request may take to arrive, and how long an HTTP/1.1
-/// connection may idle between requests.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Header fields of one request.
 const HEADERS_MAX: usize = 100;
 
@@ -87,7 +83,8 @@ impl Protocol for Http {
         builder
             .http1()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIMEOUT)
+            // From the end of the last response: hyper knows no other beginning.
+            .header_read_timeout(settings.http_idle_timeout)
             .max_buf_size(server.header_bytes_max as usize)
             .max_headers(HEADERS_MAX);
         builder
@@ -103,7 +100,11 @@ impl Protocol for Http {
             .keep_alive_timeout(PING_TIMEOUT);
         let io = TokioIo::new(Coalesced::new(Rewound::new(io, first)));
         let connection = builder.serve_connection(io, service);
-        run(connection, server, place, drain).await;
+        let lifetime = Lifetime {
+            age: settings.http_connection_age,
+            idle: Some(settings.http_idle_timeout),
+        };
+        run(connection, server, place, lifetime, drain).await;
     }
 }
 

@@ -83,9 +83,13 @@ impl Handler for Calls {
     }
 }
 
-/// A port with these flags; gRPC, or HTTP with one path.
+/// A port with these flags; gRPC, or HTTP with one path. Unless a flag says so,
+/// no connection ends of its age.
 fn open(flags: &[&str], http: Option<Router>) -> Port {
-    let arguments = ["test"].iter().chain(flags);
+    let age = ["--connection-age", "2h", "--http-connection-age", "2h"];
+    let has_age = flags.contains(&"--connection-age");
+    let age = if has_age { &[][..] } else { &age[..] };
+    let arguments = ["test"].iter().chain(age).chain(flags);
     let settings = Flags::try_parse_from(arguments).unwrap().server;
     let metrics = Arc::new(Metrics::default());
     let pool = WorkPool::start(1, 100, &metrics).unwrap();
@@ -310,6 +314,88 @@ async fn a_message_that_has_begun_arrives_or_ends_and_a_silent_stream_stays() {
     // The first stream is open still.
     idle.sending.send_data(frame_bytes(b"later"), true).unwrap();
     assert!(idle.body.data().await.unwrap().is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn age_cuts_off_no_stream_and_the_connection_ends_with_it() {
+    let port = open(&["--connection-age", "10s"], None);
+    let client = port.connect(1 << 20).await;
+    let mut stream = client.call("/echo", &[], false).await;
+    // Longer than the age and the drain deadline together.
+    assert!(timeout(LONG, stream.body.data()).await.is_err());
+    stream
+        .sending
+        .send_data(frame_bytes(b"late"), true)
+        .unwrap();
+    let echoed = stream.body.data().await.unwrap().unwrap();
+    assert_eq!(echoed, frame_bytes(b"late"));
+    drop(stream);
+    let _sender = client.sender;
+    let closed = timeout(Duration::from_secs(60), client.closed).await;
+    assert!(closed.is_ok(), "the connection was not told to end");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_http_connection_ends_later_than_those_of_proxies() {
+    let router = Router::new().route("/", get(|| async { "answer" }));
+    let port = open(&[], Some(router));
+    let mut io = port.connector.connect().await.unwrap();
+    let begun = Instant::now();
+    for _ in 0..3 {
+        let request = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+        io.write_all(request).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"answer") {
+            assert!(io.read_buf(&mut answer).await.unwrap() > 0, "it ended");
+        }
+        sleep(Duration::from_secs(70)).await;
+    }
+    assert_eq!(io.read(&mut [0; 9]).await.unwrap(), 0);
+    let took = begun.elapsed().as_secs();
+    assert!((213..=218).contains(&took), "{took} s");
+    // HTTP/2, where pings keep no connection from being idle.
+    let client = port.connect(1 << 20).await;
+    let begun = Instant::now();
+    let _sender = client.sender;
+    let closed = timeout(LONG, client.closed).await;
+    let took = begun.elapsed().as_secs();
+    assert!(closed.is_ok() && (73..=78).contains(&took), "{took} s");
+}
+
+#[test]
+fn limits_of_bytes_are_shares_of_the_memory() {
+    let mebibytes = |limit: Option<u64>| {
+        let limit = limit.map(|limit| limit << 20);
+        [MESSAGE_SHARE, IN_FLIGHT_SHARE].map(|share| share.mebibytes_of(limit))
+    };
+    for (limit, message, in_flight) in [
+        (None, 64, 1024),
+        (Some(64 << 10), 64, 1024),
+        (Some(1024), 64, 512),
+        (Some(512), 64, 256),
+        (Some(256), 32, 128),
+        (Some(1), 1, 1),
+    ] {
+        assert_eq!(mebibytes(limit), [message, in_flight], "{limit:?}");
+    }
+    let settings = Flags::try_parse_from(["test"]).unwrap().server;
+    let checked = settings.checked().unwrap();
+    assert!(checked.message_bytes_max <= checked.bytes_in_flight_max);
+    let written = ["test", "--bytes-in-flight-max", "1MiB"];
+    let error = Flags::try_parse_from(written).unwrap().server.checked();
+    assert!(error.unwrap_err().contains("--message-bytes-max"));
+}
+
+#[test]
+fn cores_are_those_of_the_machine_unless_they_are_set() {
+    let cores = |flags: &[&str]| {
+        let arguments = ["test"].iter().chain(flags);
+        Flags::try_parse_from(arguments).unwrap().server.cores()
+    };
+    let all = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(cores(&[]), all);
+    assert_eq!(cores(&["--cores", "0"]), all);
+    assert_eq!(cores(&["--cores", "3"]), 3);
 }
 
 #[tokio::test(start_paused = true)]

@@ -194,6 +194,113 @@ fn fields_are_bounded_in_all() {
     assert_eq!(refused(Method::Embed, &unknown), "message");
 }
 
+#[test]
+fn what_a_message_becomes_is_known_before_it_is_decoded() {
+    use crate::inference::InferTensorContents as Contents;
+
+    const COUNT: usize = 10_000;
+    let typed = |contents: Contents| {
+        let mut one = input(&[COUNT as i64]);
+        one.contents = Some(contents);
+        let mut request = infer(vec![one]);
+        request.raw_input_contents.clear();
+        request
+    };
+    // The vector that a decoder grows, and the tensor that is made of it.
+    let lists = |c: &Contents| {
+        c.bool_contents.capacity()
+            + 4 * (c.int_contents.capacity() + c.uint_contents.capacity())
+            + 8 * (c.int64_contents.capacity() + c.uint64_contents.capacity())
+            + 4 * c.fp32_contents.capacity()
+            + 8 * c.fp64_contents.capacity()
+            + size_of::<bytes::Bytes>() * c.bytes_contents.capacity()
+    };
+    for (bytes, contents) in [
+        (
+            1,
+            Contents {
+                bool_contents: vec![true; COUNT],
+                ..Default::default()
+            },
+        ),
+        (
+            4,
+            Contents {
+                int_contents: vec![-1; COUNT],
+                ..Default::default()
+            },
+        ),
+        (
+            4,
+            Contents {
+                uint_contents: vec![300; COUNT],
+                ..Default::default()
+            },
+        ),
+        (
+            8,
+            Contents {
+                int64_contents: vec![7; COUNT],
+                ..Default::default()
+            },
+        ),
+        (
+            8,
+            Contents {
+                uint64_contents: vec![u64::MAX; COUNT],
+                ..Default::default()
+            },
+        ),
+        (
+            4,
+            Contents {
+                fp32_contents: vec![1.0; COUNT],
+                ..Default::default()
+            },
+        ),
+        (
+            8,
+            Contents {
+                fp64_contents: vec![1.0; COUNT],
+                ..Default::default()
+            },
+        ),
+        (
+            4,
+            Contents {
+                bytes_contents: vec![bytes::Bytes::new(); COUNT],
+                ..Default::default()
+            },
+        ),
+    ] {
+        let encoded = typed(contents).encode_to_vec();
+        let counted = INFER.outline(&encoded).unwrap().decoded_bytes;
+        let decoded = ModelInferRequest::decode(&encoded[..]).unwrap();
+        let lists = lists(decoded.inputs[0].contents.as_ref().unwrap());
+        let made = (lists + bytes * COUNT) as u64;
+        // A decoder may have known how many there are.
+        assert!(counted >= made, "{counted} for {made}");
+        assert!(counted <= 2 * made + 2000, "{counted} for {made}");
+    }
+    // Numbers that do not come packed, and raw contents, which are copied once.
+    let one = [(6 << 3) | 5, 0, 0, 0, 0].repeat(COUNT);
+    let length = one.len() as u64;
+    let unpacked = INFER.outline(&nested(&[5, 5], &one)).unwrap();
+    assert_eq!(unpacked.decoded_bytes, 65_536 + 40_000 + 512, "{length}");
+    let raw = INFER.outline(&nested(&[7], &one)).unwrap();
+    assert_eq!(raw.decoded_bytes, 32 + length + 4);
+}
+
+/// A message within fields of these numbers.
+fn nested(tags: &[u8], content: &[u8]) -> Vec<u8> {
+    tags.iter().rev().fold(content.to_vec(), |inner, tag| {
+        let mut outer = vec![(tag << 3) | 2];
+        prost::encoding::encode_varint(inner.len() as u64, &mut outer);
+        outer.extend(inner);
+        outer
+    })
+}
+
 /// The least time of several runs: others take the processor now and then.
 fn time_of(method: Method, bytes: &[u8]) -> std::time::Duration {
     let runs = (0..15).map(|_| {

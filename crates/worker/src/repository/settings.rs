@@ -54,7 +54,7 @@ pub struct RepositorySettings {
     /// The CPU kernels: auto, which is the widest instruction set of the CPU; one of amx, avx512bf16, avx512vnni, avx512, avx2 and portable; or candle
     #[arg(long, value_name = "KERNELS", default_value = "auto")]
     pub kernels: Kernels,
-    /// Threads that compute a batch on the CPU; default: all cores that the process may use
+    /// Threads that compute a batch on the CPU; default: as many as --cores
     #[arg(long, value_name = "COUNT")]
     pub threads: Option<NonZeroUsize>,
     /// The most bytes of one text, for example 1MiB

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use platform::grpc::{
-    Call, Message, Metadata, Reply, bidirectional, decode, frame, frame_bytes, reply,
+    BytesHeld, Call, Message, Metadata, Reply, bidirectional, decode, frame, frame_bytes, reply,
 };
 use prost::Message as _;
 use protocol::inference::{
@@ -29,7 +29,7 @@ use crate::infer::{Checked, check, infer};
 use crate::model::{ServedModel, Urgency};
 use crate::queue::Lane;
 use crate::repository::{Repository, State};
-use crate::work::Size;
+use crate::work::{Size, Work};
 
 impl Service {
     pub(super) async fn model_infer(&self, call: Call) -> Result<Reply, Status> {
@@ -76,8 +76,9 @@ impl Service {
         let work = self.work(&lane);
         let (repository, bytes) = (self.0.repository.clone(), message.bytes());
         let size = bytes.len();
-        let read = move || read_request(&repository, bytes);
-        let (model, mut checked) = if size <= INLINE_MESSAGE_BYTES_MAX {
+        let memory = work.clone();
+        let read = move || read_request(&repository, bytes, &memory);
+        let (model, mut checked, _decoded) = if size <= INLINE_MESSAGE_BYTES_MAX {
             read()?
         } else {
             let size = Size {
@@ -241,14 +242,16 @@ impl Service {
     }
 }
 
-/// Decodes a request and checks it against its model: how much there is of it
-/// first.
+/// Decodes a request and checks it against its model: how much there is of it,
+/// and whether there is memory for what it becomes, first.
 fn read_request(
     repository: &Repository,
     message: Bytes,
-) -> Result<(Arc<ServedModel>, Checked), Status> {
+    work: &Work,
+) -> Result<(Arc<ServedModel>, Checked, Option<BytesHeld>), Status> {
     let started = Instant::now();
-    Method::ModelInfer.outline(&message)?;
+    let outline = Method::ModelInfer.outline(&message)?;
+    let held = work.hold_decoded(message.len(), outline)?;
     let message: ModelInferRequest = decode(message)?;
     let name = ModelName::checked(&message.model_name, "model_name")?;
     let version = ModelVersion::optional(&message.model_version, "model_version")?;
@@ -259,7 +262,7 @@ fn read_request(
         .and_then(|()| InferRequest::checked(message))
         .and_then(|request| check(&model, request));
     match checked {
-        Ok(checked) => Ok((model, checked)),
+        Ok(checked) => Ok((model, checked, held)),
         Err(error) => {
             let mut record = CallRecord::new(&model, Method::ModelInfer, started);
             record.code = error.kind().code();

@@ -45,7 +45,7 @@ impl Service {
         let target = Target::of(&call)?;
         let message = self.messages(call, &target.lane).only().await?;
         let work = self.work(&target.lane);
-        let request = self.decode(&message, &target).await?;
+        let (request, _decoded) = self.decode(&message, &target).await?;
         let response = respond(self.clone(), request, target).await?;
         let metadata = response.to_metadata();
         Ok(reply(framed(response, &work).await?, metadata))
@@ -73,7 +73,7 @@ impl Service {
             let target = target.clone().until(deadline);
             async move {
                 let work = own.work(&target.lane);
-                let request = own.decode(&message, &target).await?;
+                let (request, _decoded) = own.decode(&message, &target).await?;
                 let response = respond(own, request, target).await?;
                 Ok::<Bytes, Status>(framed(response, &work).await?)
             }
@@ -110,9 +110,7 @@ impl Service {
             max_batch_tokens: count(limits.queue.batch_tokens_max),
             max_batch_requests: Some(count(limits.queue.batch_rows_max)),
             max_client_batch_size: count(limits.request_rows_max),
-            tokenization_workers: count(
-                std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-            ),
+            tokenization_workers: count(self.0.process.cores),
             ..Default::default()
         };
         Ok(TextResponse::free(message, &model))
@@ -297,7 +295,9 @@ impl Service {
         while let Some(message) = messages.next().await? {
             gathering.reserve(message.bytes().len(), bytes_max)?;
             held.push(work.hold(message.bytes().len())?);
-            gathering.push(self.decode(&message, &target).await?, texts_max)?;
+            let (part, decoded) = self.decode(&message, &target).await?;
+            held.push(decoded);
+            gathering.push(part, texts_max)?;
         }
         let request = gathering.into_request();
         let response = self.clone().rerank(request, target).await?;

@@ -138,7 +138,7 @@ async fn method_not_allowed() -> ApiError {
 
 /// Refuses a body in an encoding that is not supported, whoever would read it.
 async fn known_encoding(request: Request, next: Next) -> Result<Response, ApiError> {
-    if let Err(error) = body::compression(request.headers()) {
+    if let Err(error) = compression::of_body(request.headers()) {
         return Err(ApiError {
             status: Some(StatusCode::UNSUPPORTED_MEDIA_TYPE),
             ..error.into()

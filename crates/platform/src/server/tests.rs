@@ -164,10 +164,13 @@ struct Open {
 
 impl Client {
     async fn call(&self, path: &str, sent: &[u8], end: bool) -> Open {
-        let request = ::http::Request::post(format!("http://test{path}"))
-            .header("content-type", "application/grpc")
-            .body(())
-            .unwrap();
+        let head = ::http::Request::post(format!("http://test{path}"));
+        let head = head.header("content-type", "application/grpc");
+        self.send(head, sent, end).await
+    }
+
+    async fn send(&self, head: ::http::request::Builder, sent: &[u8], end: bool) -> Open {
+        let request = head.body(()).unwrap();
         let mut sender = self.sender.clone().ready().await.unwrap();
         let (response, mut sending) = sender.send_request(request, false).unwrap();
         sending
@@ -435,6 +438,71 @@ async fn a_long_word_of_a_caller_makes_no_long_status() {
     let status = head_status(&refused.head.headers).unwrap();
     assert_eq!(status.code(), Code::Unimplemented);
     assert!(status.message().len() < 128, "{}", status.message());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_no_call_is_an_unsupported_media_type() {
+    let port = open(&[], None);
+    let client = port.connect(1 << 20).await;
+    let post = || ::http::Request::post("http://test/one");
+    for head in [
+        post(),
+        post().header("content-type", "application/json"),
+        post().header("content-type", "application/grpc-web"),
+        ::http::Request::get("http://test/one"),
+    ] {
+        let mut refused = client.send(head, b"{}", true).await;
+        assert_eq!(refused.head.status, 415);
+        assert!(!refused.head.headers.contains_key("grpc-status"));
+        let text = refused.body.data().await.unwrap().unwrap();
+        assert!(text.starts_with(b"this is a gRPC port"), "{text:?}");
+    }
+    // The connection serves on.
+    let answer = client.call("/one", &frame_bytes(b"a"), true).await;
+    assert_eq!(head_code(&answer.head.headers), Code::Ok);
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut encoder, bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_in_gzip_has_members_and_nothing_behind_them() {
+    let port = open(&[], None);
+    let client = port.connect(1 << 20).await;
+    let two = [gzip(b"one "), gzip(b"two")].concat();
+    let rubbish = [&gzip(b"one")[..], b"rubbish"].concat();
+    for (encoding, packed, code) in [
+        ("gzip", &two, Code::Ok),
+        ("GZIP", &two, Code::Ok),
+        ("x-gzip", &two, Code::Ok),
+        ("identity", &two, Code::Unimplemented),
+        ("br", &two, Code::Unimplemented),
+        ("gzip", &rubbish, Code::InvalidArgument),
+    ] {
+        let mut message = claim(packed.len() as u32);
+        message[0] = 1;
+        message.put_slice(packed);
+        let head = ::http::Request::post("http://test/one")
+            .header("content-type", "application/grpc")
+            .header("grpc-encoding", encoding);
+        let mut answer = client.send(head, &message, true).await;
+        assert_eq!(head_code(&answer.head.headers), code, "{encoding}");
+        if code == Code::Ok {
+            let whole = answer.body.data().await.unwrap().unwrap();
+            assert_eq!(whole, frame_bytes(b"one two"), "{encoding}");
+        }
+    }
+    // What says of itself that it is not compressed is read in any case.
+    for encoding in ["Identity", "identity"] {
+        let head = ::http::Request::post("http://test/one")
+            .header("content-type", "application/grpc")
+            .header("grpc-encoding", encoding);
+        let answer = client.send(head, &frame_bytes(b"a"), true).await;
+        assert_eq!(head_code(&answer.head.headers), Code::Ok, "{encoding}");
+    }
 }
 
 #[test]

@@ -406,6 +406,7 @@ async fn poll_index(
                     model.version
                 },
                 ready: model.state == "READY",
+                loading: model.state == "LOADING",
                 ..Default::default()
             })
             .collect();
@@ -487,6 +488,38 @@ mod tests {
         let discovery = discovery(&["a"]);
         tokio::time::advance(REPORT_TIMEOUT).await;
         assert!(!discovery.excuses(&upstream(&discovery, "a")));
+    }
+
+    #[tokio::test]
+    async fn a_model_that_loads_is_not_ready_and_one_that_was_unloaded_is_unknown() {
+        let discovery = discovery(&["a"]);
+        let reported = |change: fn(&mut ModelReport)| {
+            let mut model = ModelReport {
+                name: "slow".to_owned(),
+                version: "1".to_owned(),
+                ..Default::default()
+            };
+            change(&mut model);
+            let report = WatchReportResponse {
+                draining: false,
+                models: vec![model],
+            };
+            assert!(upstream(&discovery, "a").set_report(report), "no change");
+            discovery.rebuild();
+            let table = discovery.routes.table();
+            ["", "1"].map(|version| table.named("slow", version, "model_name").err())
+        };
+        let [newest, named] = reported(|model| model.loading = true);
+        for error in [newest.unwrap(), named.unwrap()] {
+            assert_eq!(error.kind(), protocol::Kind::NotReady, "{error}");
+            assert!(error.retry_after().is_some(), "{error}");
+            assert!(error.to_string().ends_with("is LOADING"), "{error}");
+        }
+        let [newest, _] = reported(|model| model.failed = true);
+        assert_eq!(newest.unwrap().kind(), protocol::Kind::NotReady);
+        let [newest, _] = reported(|_| {});
+        assert_eq!(newest.unwrap().kind(), protocol::Kind::NotFound);
+        assert_eq!(reported(|model| model.ready = true), [None, None]);
     }
 
     /// Takes a request and sends one report without a field, in the frames of HTTP/2.

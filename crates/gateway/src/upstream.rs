@@ -164,7 +164,7 @@ impl Upstream {
                 (
                     m.name.clone(),
                     m.version.clone(),
-                    m.ready,
+                    (m.ready, m.loading, m.failed),
                     m.task.clone(),
                     cacheable,
                 )

@@ -27,8 +27,8 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
 /// Serves `/metrics`, `/livez` and `/readyz` for as long as it is polled. The
-/// process is ready when all of `health` are.
-pub async fn run(listener: TcpListener, metrics: Arc<Metrics>, health: Vec<Health>) {
+/// process is ready when the empty name of `health` is.
+pub async fn run(listener: TcpListener, metrics: Arc<Metrics>, health: Health) {
     let seats = Seats::new(CONNECTIONS_MAX);
     let mut connections = JoinSet::new();
     loop {
@@ -49,7 +49,7 @@ pub async fn run(listener: TcpListener, metrics: Arc<Metrics>, health: Vec<Healt
 }
 
 /// Serves one connection until it closes, or others need its place.
-async fn serve(stream: TcpStream, seat: Seat, metrics: Arc<Metrics>, health: Vec<Health>) {
+async fn serve(stream: TcpStream, seat: Seat, metrics: Arc<Metrics>, health: Health) {
     let service = hyper::service::service_fn(|request: Request<Incoming>| {
         seat.touch();
         let response = respond(&request, &metrics, &health);
@@ -69,11 +69,11 @@ async fn serve(stream: TcpStream, seat: Seat, metrics: Arc<Metrics>, health: Vec
     }
 }
 
-fn respond<B>(request: &Request<B>, metrics: &Metrics, health: &[Health]) -> Response<Full<Bytes>> {
+fn respond<B>(request: &Request<B>, metrics: &Metrics, health: &Health) -> Response<Full<Bytes>> {
     let (status, content_type, text) = match request.uri().path() {
         "/metrics" => page(request.headers(), metrics),
         "/livez" => plain(StatusCode::OK, "live\n"),
-        "/readyz" if health.iter().all(Health::ready) => plain(StatusCode::OK, "ready\n"),
+        "/readyz" if health.ready() => plain(StatusCode::OK, "ready\n"),
         "/readyz" => plain(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
         _ => plain(
             StatusCode::NOT_FOUND,
@@ -160,7 +160,7 @@ mod tests {
             if let Some(accept) = accept {
                 request = request.header(ACCEPT, accept);
             }
-            let response = respond(&request.body(()).unwrap(), &metrics, &[]);
+            let response = respond(&request.body(()).unwrap(), &metrics, &Health::default());
             let kind = response.headers()["content-type"].to_str().unwrap();
             let expected = if open {
                 "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -176,7 +176,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let metrics = Arc::new(Metrics::default());
-        let _admin = crate::tasks::spawn_owned(run(listener, metrics, Vec::new()));
+        let _admin = crate::tasks::spawn_owned(run(listener, metrics, Health::default()));
         let mut probe = TcpStream::connect(address).await.unwrap();
         let request = b"GET /livez HTTP/1.1\r\nhost: a\r\n\r\n";
         probe.write_all(request).await.unwrap();
@@ -191,7 +191,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let metrics = Arc::new(Metrics::default());
-        let _admin = crate::tasks::spawn_owned(run(listener, metrics, Vec::new()));
+        let _admin = crate::tasks::spawn_owned(run(listener, metrics, Health::default()));
         let mut silent = Vec::new();
         for number in 0..CONNECTIONS_MAX * 2 {
             let mut stream = TcpStream::connect(address).await.unwrap();

@@ -122,7 +122,7 @@ pub async fn ready(context: RequestContext) -> Result<(), ApiError> {
     if context.stack.ready() {
         Ok(())
     } else {
-        Err(Error::new(Kind::NotReady, "no model is ready").into())
+        Err(Error::not_ready("no model is ready").into())
     }
 }
 

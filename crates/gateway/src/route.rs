@@ -384,6 +384,11 @@ impl Table {
             if !self.reachable() {
                 return Err(no_worker_reachable());
             }
+            let mut upstreams = self.upstreams.iter();
+            if upstreams.any(|upstream| upstream.reachable() && !upstream.has_reported()) {
+                // It is connected, and tells what it has in a moment.
+                return Err(Error::not_ready("a worker has not reported its models yet"));
+            }
             return Err(Error::unknown_model(&name, None));
         };
         let version = match version {

@@ -15,6 +15,7 @@ mod operations;
 mod outside;
 mod providers;
 mod quota;
+mod readiness;
 mod transport;
 mod words;
 mod work;

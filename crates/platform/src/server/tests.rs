@@ -3,6 +3,7 @@
 
 mod unread;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -438,6 +439,59 @@ async fn a_long_word_of_a_caller_makes_no_long_status() {
     let status = head_status(&refused.head.headers).unwrap();
     assert_eq!(status.code(), Code::Unimplemented);
     assert!(status.message().len() < 128, "{}", status.message());
+}
+
+/// Counts as running while it lives.
+struct Running(Arc<AtomicUsize>);
+
+impl Running {
+    fn begin(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_half_closed_request_is_answered_and_one_whose_caller_left_ends() {
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = count.clone();
+    let slow = move || {
+        let running = Running::begin(&counted);
+        async move {
+            sleep(Duration::from_secs(10)).await;
+            drop(running);
+            "whole"
+        }
+    };
+    let port = open(&[], Some(Router::new().route("/", get(slow))));
+    let ask = async |version: &str| {
+        let mut caller = port.connector.connect().await.unwrap();
+        let request = format!("GET / {version}\r\nhost: a\r\n\r\n");
+        caller.write_all(request.as_bytes()).await.unwrap();
+        caller
+    };
+    let mut caller = ask("HTTP/1.1").await;
+    caller.shutdown().await.unwrap();
+    let mut answer = String::new();
+    caller.read_to_string(&mut answer).await.unwrap();
+    let whole = answer.rsplit("100 Continue\r\n\r\n").next().unwrap();
+    assert!(whole.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    assert!(whole.ends_with("whole"), "{answer}");
+
+    for version in ["HTTP/1.1", "HTTP/1.0"] {
+        let caller = ask(version).await;
+        sleep(Duration::from_secs(1)).await;
+        assert_eq!(count.load(Ordering::Relaxed), 1, "{version}");
+        drop(caller);
+        sleep(Duration::from_secs(2)).await;
+        assert_eq!(count.load(Ordering::Relaxed), 0, "{version}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -32,6 +32,7 @@ use platform::server::{CALLER_HEADER_BYTES_MAX, Grpc, Http, Listener, Server, Se
 use platform::tasks::{OwnedTask, spawn_owned};
 use platform::tls::{Tls, TlsSettings};
 use platform::{CommonServices, Process};
+use prometheus_client::registry::Registry;
 use protocol::{DESCRIPTORS, SERVICES};
 use providers::{Catalogue, ProviderSettings};
 use tokio::sync::watch;
@@ -186,9 +187,8 @@ impl Gateway {
         process: Process,
         in_process: Option<InProcess>,
     ) -> Result<Self, GatewayError> {
-        let (inside, starting) = in_process.map(|own| (own.target, own.started)).unzip();
-        let remote = fleet.worker.into_iter().map(Target::Tcp);
-        let targets: Vec<Target> = inside.into_iter().chain(remote).collect();
+        let (own, starting) = in_process.map(|own| (own.target, own.started)).unzip();
+        let targets = all_targets(own, fleet.worker);
         let limits = server.message_limits(&process.metrics, &process.pool);
         let catalogue = Arc::new(Catalogue::new(&settings.providers, &limits)?);
         let workers = !targets.is_empty() || !fleet.worker_dns.is_empty();
@@ -213,9 +213,8 @@ impl Gateway {
             shed: shed.clone(),
             limits: limits.clone(),
         };
-        process
-            .metrics
-            .register(|registry| registry.register_collector(Box::new(readings)));
+        let register = |registry: &mut Registry| registry.register_collector(Box::new(readings));
+        process.metrics.register(register);
         let balance = BalanceMetrics::register(&process.metrics);
         let stack = Stack(Arc::new(Layers {
             shed,
@@ -361,6 +360,12 @@ impl Gateway {
             }
         })
     }
+}
+
+/// The worker of this process, if there is one, and the others.
+fn all_targets(own: Option<Target>, others: Vec<String>) -> Vec<Target> {
+    let others = others.into_iter().map(Target::Tcp);
+    own.into_iter().chain(others).collect()
 }
 
 /// Returns when the worker of this process has started, once.

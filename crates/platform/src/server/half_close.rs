@@ -19,15 +19,21 @@ const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 const PAUSE: Duration = Duration::from_millis(250);
 const PAUSE_MAX: Duration = Duration::from_secs(8);
 
-/// A connection whose reader sees its end when no request waits for an answer.
+/// A connection whose reader sees its end when every answer has been sent. hyper
+/// ends a connection at once, with what it has not sent, when it reads the end
+/// before.
 pub(super) struct HalfClosed<T> {
     io: T,
     requests: Requests,
     /// From when its end was read.
     ended: Option<Ended>,
-    /// Whether a part of an answer was sent since the last bytes were read: nothing
-    /// may come between.
+    /// Whether the end is held back until an answer is sent.
+    is_held: bool,
+    /// Whether a part of an answer was written since the last bytes were read:
+    /// nothing may come between.
     is_answering: bool,
+    /// Whether what was written is not flushed yet.
+    is_unflushed: bool,
     /// The rest of an interim response.
     unsent: &'static [u8],
 }
@@ -44,9 +50,16 @@ impl<T> HalfClosed<T> {
             io,
             requests,
             ended: None,
+            is_held: false,
             is_answering: false,
+            is_unflushed: false,
             unsent: &[],
         }
+    }
+
+    /// Whether an answer has not been sent yet.
+    fn waits(&self) -> bool {
+        self.is_unflushed || self.requests.in_flight()
     }
 }
 
@@ -54,19 +67,22 @@ impl<T: AsyncWrite + Unpin> HalfClosed<T> {
     /// Ready when the reader may see the end, or with the error of a caller who has
     /// left.
     fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while self.requests.in_flight() {
+        self.is_held |= self.waits();
+        while self.is_held {
             let Some(ended) = &mut self.ended else { break };
             ready!(ended.timer.as_mut().poll(context));
-            if !self.requests.take_interim() {
-                // A caller who cannot be asked has left.
-                break;
-            }
-            if !self.is_answering {
+            // A caller who has left is noticed by a part of the answer, too.
+            if self.requests.in_flight() && !self.is_answering {
+                if !self.requests.take_interim() {
+                    // One who cannot be asked has left.
+                    break;
+                }
                 if self.unsent.is_empty() {
                     self.unsent = INTERIM;
                 }
                 ready!(self.poll_unsent(context))?;
-                // What cannot be flushed now is flushed with the answer.
+                // What cannot be flushed now is flushed by hyper, which tries it
+                // whenever it is polled.
                 if let Poll::Ready(Err(error)) = Pin::new(&mut self.io).poll_flush(context) {
                     return Poll::Ready(Err(error));
                 }
@@ -106,6 +122,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for HalfClosed<T> {
                 own.is_answering = false;
                 return Poll::Ready(Ok(()));
             }
+            if !own.waits() {
+                return Poll::Ready(Ok(()));
+            }
             own.ended = Some(Ended {
                 pause: PAUSE,
                 timer: Box::pin(sleep(PAUSE)),
@@ -122,7 +141,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for HalfClosed<T> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         ready!(self.poll_unsent(context))?;
-        self.is_answering = true;
+        (self.is_answering, self.is_unflushed) = (true, true);
         Pin::new(&mut self.io).poll_write(context, bytes)
     }
 
@@ -132,7 +151,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for HalfClosed<T> {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         ready!(self.poll_unsent(context))?;
-        self.is_answering = true;
+        (self.is_answering, self.is_unflushed) = (true, true);
         Pin::new(&mut self.io).poll_write_vectored(context, slices)
     }
 
@@ -141,11 +160,14 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for HalfClosed<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.ended.is_some() && !self.requests.in_flight() {
+        ready!(Pin::new(&mut self.io).poll_flush(context))?;
+        self.is_unflushed = false;
+        if self.is_held && !self.requests.in_flight() {
             // Its reader waits for a timer, and may see the end now.
+            self.is_held = false;
             context.waker().wake_by_ref();
         }
-        Pin::new(&mut self.io).poll_flush(context)
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -179,6 +201,11 @@ mod tests {
         assert!(timeout(LONG, io.read(&mut read)).await.is_err());
         io.write_all(b"\r\n\r\n").await.unwrap();
         drop(request);
+        assert!(
+            timeout(LONG, io.read(&mut read)).await.is_err(),
+            "unflushed"
+        );
+        io.flush().await.unwrap();
         assert_eq!(io.read(&mut read).await.unwrap(), 0);
         drop(io);
         let mut answer = String::new();

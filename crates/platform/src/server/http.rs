@@ -59,7 +59,8 @@ impl Protocol for Http {
         let requests = Requests::default();
         // hyper's own way to serve half-closed connections reads no more of them: it
         // would not notice that a caller has left.
-        let io = HalfClosed::new(Rewound::new(io, first), requests.clone());
+        let io = Coalesced::new(Rewound::new(io, first));
+        let io = HalfClosed::new(io, requests.clone());
         let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
             let mut open = place.open();
@@ -109,8 +110,7 @@ impl Protocol for Http {
             .max_header_list_size(server.header_bytes_max)
             .keep_alive_interval(settings.keepalive_interval)
             .keep_alive_timeout(PING_TIMEOUT);
-        let io = TokioIo::new(Coalesced::new(io));
-        let connection = builder.serve_connection(io, service);
+        let connection = builder.serve_connection(TokioIo::new(io), service);
         run(connection, server, place, drain).await;
     }
 }

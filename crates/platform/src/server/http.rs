@@ -56,10 +56,10 @@ impl Protocol for Http {
         let only = Arc::<Answer>::default();
         only.held_for(peer.holder());
         let io = Read::new(io, only.clone(), server.limits.clone());
-        let requests = Requests::default();
+        let io = Coalesced::new(Rewound::new(io, first));
         // hyper's own way to serve half-closed connections reads no more of them: it
         // would not notice that a caller has left.
-        let io = Coalesced::new(Rewound::new(io, first));
+        let requests = Requests::default();
         let io = HalfClosed::new(io, requests.clone());
         let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use gateway::{FleetSettings, GatewaySettings};
+use gateway::{FleetSettings, GatewaySettings, InProcess};
 use platform::channel::Target;
 use platform::drain::{self, Trigger};
 use platform::health::Health;
@@ -110,7 +110,7 @@ impl Role {
         Ok((listener, Http(routes)))
     }
 
-    fn admin(&self, listener: TcpListener, health: Vec<Health>) -> OwnedTask {
+    fn admin(&self, listener: TcpListener, health: Health) -> OwnedTask {
         spawn_owned(admin::run(listener, self.process.metrics.clone(), health))
     }
 
@@ -148,14 +148,17 @@ pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
         worker_dns: Vec::new(),
         dns_interval: Duration::from_secs(5),
     };
-    let inside = vec![Target::Memory(connector)];
+    let inside = InProcess {
+        target: Target::Memory(connector),
+        started: worker.started(),
+    };
     let server = role.server.clone();
     let gateway = gateway::Gateway::new(
         fleet,
         &arguments.gateway,
         server,
         role.process.clone(),
-        inside,
+        Some(inside),
     )?;
     let (http, routes) = role.bind_http(&gateway, &arguments.gateway, &arguments.http)?;
     let (admin, grpc) = role.bind()?;
@@ -164,9 +167,9 @@ pub async fn serve(arguments: arguments::Serve) -> anyhow::Result<()> {
         http: http.local_addr()?,
         admin: admin.local_addr()?,
     };
-    // The worker is ready when all models are; the gateway until the drain.
-    let _admin = role.admin(admin, vec![worker.health.clone(), gateway.health.clone()]);
-    let _examples = spawn_owned(print_examples(addresses, worker.health.clone()));
+    // The gateway's health waits for the worker's models: every door says the same.
+    let _admin = role.admin(admin, gateway.health.clone());
+    let _examples = spawn_owned(print_examples(addresses, gateway.health.clone()));
     let serving = async {
         let gateway = async {
             let (grpc, http) = (Listener::Tcp(grpc), Listener::Tcp(http));
@@ -188,12 +191,12 @@ pub async fn gateway(arguments: arguments::Gateway) -> anyhow::Result<()> {
         &arguments.gateway,
         server,
         role.process.clone(),
-        Vec::new(),
+        None,
     )?;
     let (http, routes) = role.bind_http(&gateway, &arguments.gateway, &arguments.http)?;
     let (admin, grpc) = role.bind()?;
     tracing::info!(grpc = %grpc.local_addr()?, http = %http.local_addr()?, admin = %admin.local_addr()?, "gateway");
-    let _admin = role.admin(admin, vec![gateway.health.clone()]);
+    let _admin = role.admin(admin, gateway.health.clone());
     let serving = gateway.run(Listener::Tcp(grpc), Listener::Tcp(http), routes);
     role.run(serving).await
 }
@@ -205,7 +208,7 @@ pub async fn worker(arguments: arguments::Worker) -> anyhow::Result<()> {
         .context("the worker cannot start")?;
     let (admin, grpc) = role.bind()?;
     tracing::info!(grpc = %grpc.local_addr()?, admin = %admin.local_addr()?, "worker");
-    let _admin = role.admin(admin, vec![worker.health.clone()]);
+    let _admin = role.admin(admin, worker.health.clone());
     role.run(worker.run(Listener::Tcp(grpc))).await
 }
 

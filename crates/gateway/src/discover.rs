@@ -496,6 +496,7 @@ async fn poll_index(
                     model.version
                 },
                 ready: model.state == "READY",
+                loading: model.state == "LOADING",
                 ..Default::default()
             })
             .collect();

@@ -25,9 +25,10 @@ use crate::stack::Stack;
 use crate::upstream::Upstream;
 
 impl Stack {
-    /// Readiness: some model can respond, and the gateway is not draining.
+    /// Readiness: some model can respond, and the gateway is not draining. It is
+    /// what health says, so that probes of all kinds agree.
     pub fn ready(&self) -> bool {
-        !self.0.drain.draining() && self.0.routes.ready_to_serve()
+        self.0.health.ready()
     }
 
     /// The name and version of the server, and the extensions of the protocol

@@ -32,8 +32,10 @@ use platform::server::{CALLER_HEADER_BYTES_MAX, Grpc, Http, Listener, Server, Se
 use platform::tasks::{OwnedTask, spawn_owned};
 use platform::tls::{Tls, TlsSettings};
 use platform::{CommonServices, Process};
+use prometheus_client::registry::Registry;
 use protocol::{DESCRIPTORS, SERVICES};
 use providers::{Catalogue, ProviderSettings};
+use tokio::sync::watch;
 
 use auth::{Auth, AuthSettings};
 use balance::{Balance, BalanceMetrics};
@@ -111,6 +113,16 @@ fn host_and_port(text: &str) -> Result<String, String> {
     Err("write HOST:PORT, for example 127.0.0.1:9001".to_owned())
 }
 
+/// A worker of the same process.
+#[derive(Debug)]
+pub struct InProcess {
+    /// Where it serves.
+    pub target: Target,
+    /// Becomes true when the models of its start have been loaded, or have failed.
+    /// The process is not ready before.
+    pub started: watch::Receiver<bool>,
+}
+
 /// Why a gateway cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
@@ -149,6 +161,8 @@ pub struct Gateway {
     discover: DiscoverSettings,
     redis: Option<Arc<Redis>>,
     process: Process,
+    /// The start of the worker of this process.
+    starting: Option<watch::Receiver<bool>>,
     /// Follows the workers and the drain.
     pub health: Health,
 }
@@ -166,16 +180,15 @@ impl GatewaySettings {
 
 impl Gateway {
     /// Checks the settings; no port is open and no worker is connected yet.
-    /// `in_process` are workers of the same process.
     pub fn new(
         fleet: FleetSettings,
         settings: &GatewaySettings,
         server: ServerSettings,
         process: Process,
-        in_process: Vec<Target>,
+        in_process: Option<InProcess>,
     ) -> Result<Self, GatewayError> {
-        let mut targets = in_process;
-        targets.extend(fleet.worker.into_iter().map(Target::Tcp));
+        let (own, starting) = in_process.map(|own| (own.target, own.started)).unzip();
+        let targets = all_targets(own, fleet.worker);
         let limits = server.message_limits(&process.metrics, &process.pool);
         let catalogue = Arc::new(Catalogue::new(&settings.providers, &limits)?);
         let workers = !targets.is_empty() || !fleet.worker_dns.is_empty();
@@ -200,9 +213,8 @@ impl Gateway {
             shed: shed.clone(),
             limits: limits.clone(),
         };
-        process
-            .metrics
-            .register(|registry| registry.register_collector(Box::new(readings)));
+        let register = |registry: &mut Registry| registry.register_collector(Box::new(readings));
+        process.metrics.register(register);
         let balance = BalanceMetrics::register(&process.metrics);
         let stack = Stack(Arc::new(Layers {
             shed,
@@ -216,6 +228,7 @@ impl Gateway {
             telemetry: process.telemetry.clone(),
             streams: process.streams.clone(),
             drain: process.drain.clone(),
+            health: health.clone(),
             deadline_max: server.deadline_max,
         }));
         Ok(Self {
@@ -242,6 +255,7 @@ impl Gateway {
             },
             redis,
             process,
+            starting,
             health,
         })
     }
@@ -321,6 +335,7 @@ impl Gateway {
     fn follow_health(&self) -> OwnedTask {
         let (routes, health) = (self.stack.0.routes.clone(), self.health.clone());
         let metrics = self.stack.0.metrics.clone();
+        let mut starting = self.starting.clone();
         let mut drain = self.process.drain.clone();
         spawn_owned(async move {
             let mut changes = routes.changes();
@@ -335,7 +350,7 @@ impl Gateway {
                 for (name, _) in &models {
                     metrics.known(name);
                 }
-                let ready = routes.ready_to_serve() && !draining;
+                let ready = routes.ready_to_serve() && starting.is_none() && !draining;
                 health.replace(ready, &SERVICES, models);
                 if draining {
                     drain.reached(Phase::Closing).await;
@@ -345,8 +360,27 @@ impl Gateway {
                     changed = changes.changed() => if changed.is_err() { return },
                     () = drain.reached(Phase::Draining) => {}
                     () = routes.startup_ended() => {}
+                    () = has_started(&mut starting) => {}
                 }
             }
         })
+    }
+}
+
+/// The worker of this process, if there is one, and the others.
+fn all_targets(own: Option<Target>, others: Vec<String>) -> Vec<Target> {
+    let others = others.into_iter().map(Target::Tcp);
+    own.into_iter().chain(others).collect()
+}
+
+/// Returns when the worker of this process has started, once.
+async fn has_started(starting: &mut Option<watch::Receiver<bool>>) {
+    match starting {
+        Some(started) => {
+            // A worker that has gone starts nothing more.
+            let _ = started.wait_for(|started| *started).await;
+            *starting = None;
+        }
+        None => std::future::pending().await,
     }
 }

@@ -50,6 +50,10 @@ struct VersionRoute {
     draining: Vec<Arc<Upstream>>,
     /// Whether a worker on which it was ready is unreachable.
     unreachable: bool,
+    /// Whether a worker reads its files.
+    loading: bool,
+    /// Whether a worker could not load it.
+    failed: bool,
     /// The digest that all its workers report, when it is deterministic.
     digest: Option<Arc<str>>,
     /// Whether a worker has reported a digest.
@@ -386,6 +390,8 @@ impl Routes {
                 ..route.clone()
             }),
             [] if self.workers && !table.reachable() => Err(no_worker_reachable()),
+            // What a model is for is known when it is loaded.
+            [] if table.loading() => Err(Error::no_model_yet(task)),
             [] => Err(Error::no_model(task)),
             several => {
                 let names: Vec<&str> = several.iter().map(Route::name).collect();
@@ -398,6 +404,14 @@ impl Routes {
 impl Table {
     fn reachable(&self) -> bool {
         self.upstreams.iter().any(|upstream| upstream.reachable())
+    }
+
+    /// Whether a model that is not ready is being loaded.
+    fn loading(&self) -> bool {
+        let mut models = self.models.values();
+        models.any(|model| {
+            model.newest().is_none() && model.versions.values().any(|route| route.loading)
+        })
     }
 
     /// The models by name, and whether each is ready.
@@ -415,6 +429,11 @@ impl Table {
             if !self.reachable() {
                 return Err(no_worker_reachable());
             }
+            let mut upstreams = self.upstreams.iter();
+            if upstreams.any(|upstream| upstream.reachable() && !upstream.has_reported()) {
+                // It is connected, and tells what it has in a moment.
+                return Err(Error::not_ready("a worker has not reported its models yet"));
+            }
             return Err(Error::unknown_model(&name, None));
         };
         let version = match version {
@@ -422,10 +441,14 @@ impl Table {
             Some(version) => match model.versions.get(&version) {
                 None => return Err(Error::unknown_model(&model.name, Some(version))),
                 Some(route) if route.ready().is_empty() => {
-                    return Err(Error::new(
-                        Kind::NotReady,
-                        format!("version {version} of model '{name}' is not ready"),
-                    ));
+                    let state = if route.loading {
+                        "LOADING"
+                    } else {
+                        "not ready"
+                    };
+                    return Err(Error::not_ready(format!(
+                        "version {version} of model '{name}' is {state}"
+                    )));
                 }
                 Some(_) => version,
             },
@@ -471,8 +494,15 @@ impl ModelRoute {
     /// The error when no version is ready.
     fn not_ready(&self) -> Error {
         let name = &self.name;
-        if self.versions.values().any(|route| route.unreachable) {
+        let any = |is: fn(&VersionRoute) -> bool| self.versions.values().any(is);
+        if any(|route| route.loading) {
+            return Error::not_ready(format!("model '{name}' is LOADING"));
+        }
+        if any(|route| route.unreachable) {
             return model_unreachable(name.as_str());
+        }
+        if any(|route| route.failed) {
+            return Error::not_ready(format!("model '{name}' is UNAVAILABLE"));
         }
         Error::new(
             Kind::NotFound,
@@ -515,6 +545,8 @@ fn build(upstreams: Vec<Arc<Upstream>>) -> Table {
                 };
                 route.has_report = true;
             }
+            route.loading |= reported.loading;
+            route.failed |= reported.failed;
             match (reported.ready, reachable, report.draining) {
                 (true, true, false) => route.upstreams.push(upstream.clone()),
                 (true, true, true) => route.draining.push(upstream.clone()),

@@ -21,6 +21,7 @@ use std::time::Duration;
 use http::HeaderMap;
 use platform::drain::Drain;
 use platform::grpc::MessageLimits;
+use platform::health::Health;
 use platform::streams::Streams;
 use platform::telemetry::TelemetryControl;
 use platform::tls::Peer;
@@ -58,6 +59,7 @@ pub struct Layers {
     pub(crate) telemetry: TelemetryControl,
     pub(crate) streams: Streams,
     pub(crate) drain: Drain,
+    pub(crate) health: Health,
     /// The longest deadline of a request at the HTTP door.
     pub(crate) deadline_max: Duration,
 }

@@ -9,7 +9,7 @@ pub use metrics::{UpstreamMetrics, WorkerMetrics};
 pub use response::{Response, SendError};
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -39,6 +39,7 @@ pub struct Upstream {
     channels: RwLock<Vec<Vec<Arc<Channel>>>>,
     next_channel: AtomicUsize,
     report: RwLock<Arc<WatchReportResponse>>,
+    has_reported: AtomicBool,
     created: Instant,
     /// When the last report came, in milliseconds after the creation.
     reported_ms: AtomicU64,
@@ -104,6 +105,7 @@ impl Upstream {
             channels: RwLock::default(),
             next_channel: AtomicUsize::new(0),
             report: RwLock::default(),
+            has_reported: AtomicBool::new(false),
             created: Instant::now(),
             reported_ms: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
@@ -149,6 +151,12 @@ impl Upstream {
         self.reported_ms.store(self.age_ms(), Ordering::Relaxed);
     }
 
+    /// Whether it has reported since it was found. One that has not may have any
+    /// model.
+    pub fn has_reported(&self) -> bool {
+        self.has_reported.load(Ordering::Acquire)
+    }
+
     /// Milliseconds since the creation.
     fn age_ms(&self) -> u64 {
         u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX)
@@ -164,7 +172,7 @@ impl Upstream {
                 (
                     m.name.clone(),
                     m.version.clone(),
-                    m.ready,
+                    (m.ready, m.loading, m.failed),
                     m.task.clone(),
                     cacheable,
                 )
@@ -174,6 +182,7 @@ impl Upstream {
         let mut current = self.report.write().unwrap_or_else(PoisonError::into_inner);
         let changed = serves(&current) != serves(&report);
         *current = Arc::new(report);
+        self.has_reported.store(true, Ordering::Release);
         changed
     }
 

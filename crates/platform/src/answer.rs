@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
+use http::Version;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
@@ -154,6 +155,60 @@ pub struct Open {
     /// It is one of the open streams of all connections; none for a request
     /// that is refused since too many are open.
     pub stream: Option<Held>,
+    /// It is a request over HTTP/1.1, whose connection waits for its answer.
+    pub _request: Option<InFlight>,
+}
+
+impl Open {
+    /// The same of a request over HTTP/1.1.
+    pub fn of(self, request: InFlight) -> Self {
+        Self {
+            _request: Some(request),
+            ..self
+        }
+    }
+}
+
+/// The requests of a connection that has one at a time. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Requests(Arc<RequestsState>);
+
+#[derive(Debug, Default)]
+struct RequestsState {
+    in_flight: AtomicUsize,
+    /// Whether the caller of the last one takes interim responses.
+    take_interim: AtomicBool,
+}
+
+/// A request until its answer has been sent.
+#[derive(Debug)]
+#[must_use = "it ends when it is dropped"]
+pub struct InFlight(Requests);
+
+impl Requests {
+    /// A request of this version of HTTP has come.
+    pub fn begin(&self, version: Version) -> InFlight {
+        let takes = version == Version::HTTP_11;
+        self.0.take_interim.store(takes, Ordering::Relaxed);
+        self.0.in_flight.fetch_add(1, Ordering::Relaxed);
+        InFlight(self.clone())
+    }
+
+    /// Whether one waits for its answer, or for the rest of it.
+    pub fn in_flight(&self) -> bool {
+        self.0.in_flight.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether its caller takes interim responses, which HTTP/1.0 does not know.
+    pub fn take_interim(&self) -> bool {
+        self.0.take_interim.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// The body of an answer, in parts.

@@ -75,6 +75,11 @@ impl CommonServices {
         })
     }
 
+    /// Whether the empty name of health is serving.
+    pub fn ready(&self) -> bool {
+        self.health.ready()
+    }
+
     /// Serves a call of health or reflection; any other is UNIMPLEMENTED.
     pub async fn serve(&self, call: Call) -> Reply {
         let service = call.path().split('/').nth(1).unwrap_or_default();

@@ -8,6 +8,7 @@ mod status;
 
 pub use crate::limits::{ByteBudget, BytesHeld, MessageLimits};
 pub use body::Body;
+pub(crate) use call::is_grpc;
 pub use call::{Call, grpc_timeout};
 pub use message::{Message, Messages, frame, frame_bytes};
 
@@ -46,6 +47,19 @@ pub fn reject(status: &Status) -> Reply {
         let code = HeaderValue::from(status.code() as i32);
         response.headers_mut().insert("grpc-status", code);
     }
+    response
+}
+
+/// The answer to a request that is no call: nobody who sends one reads the status
+/// of gRPC.
+pub(crate) fn not_grpc() -> Reply {
+    let text = "this is a gRPC port: use POST with content-type application/grpc\n";
+    let mut response = http::Response::new(Body::whole(Some(text.into()), Vec::new(), None));
+    *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
+    response.headers_mut().insert(
+        http::header::CONTENT_TYPE,
+        HeaderValue::from_static("text/plain; charset=utf-8"),
+    );
     response
 }
 

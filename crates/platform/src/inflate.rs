@@ -26,6 +26,13 @@ pub enum Compression {
     Zlib,
 }
 
+impl Compression {
+    /// Whether a coding is gzip by one of its names, in any case (RFC 9110, 8.4.1).
+    pub fn is_gzip(coding: &[u8]) -> bool {
+        coding.eq_ignore_ascii_case(b"gzip") || coding.eq_ignore_ascii_case(b"x-gzip")
+    }
+}
+
 /// Why bytes cannot be decompressed.
 #[derive(Debug, thiserror::Error)]
 pub enum InflateError {
@@ -108,7 +115,10 @@ impl Inflating {
             bytes,
             held: held.map_err(InflateError::Refused)?,
         };
-        let chunks = Chunks(compressed.chunks.into()).reader();
+        let mut chunks = compressed.chunks;
+        // An empty one would look like the end.
+        chunks.retain(|chunk| !chunk.is_empty());
+        let chunks = Chunks(chunks.into()).reader();
         Ok(Self {
             decoder: decoder(chunks, compressed.compression),
             inflated,
@@ -149,7 +159,23 @@ impl Inflating {
 fn decoder(chunks: Reader<Chunks>, compression: Compression) -> Box<dyn Read + Send> {
     match compression {
         Compression::Gzip => Box::new(MultiGzDecoder::new(chunks)),
-        Compression::Zlib => Box::new(ZlibDecoder::new(chunks)),
+        Compression::Zlib => Box::new(OnlyZlib(ZlibDecoder::new(chunks))),
+    }
+}
+
+/// One stream of zlib, and nothing behind it. A gzip may go on with a further
+/// member, so its decoder reads on by itself.
+struct OnlyZlib(ZlibDecoder<Reader<Chunks>>);
+
+impl Read for OnlyZlib {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let read = self.0.read(into)?;
+        let ended = read == 0 && !into.is_empty();
+        if ended && self.0.get_ref().get_ref().has_remaining() {
+            let reason = "bytes follow the end of the stream";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+        }
+        Ok(read)
     }
 }
 
@@ -242,24 +268,49 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn members_follow_each_other_and_what_is_no_gzip_is_refused() {
+    async fn members_follow_each_other_and_what_is_not_compressed_is_refused() {
         let limits = MessageLimits::new(1 << 20, 4 << 20);
-        let of = |chunks: Vec<Vec<u8>>| Compressed {
-            chunks: chunks.into_iter().map(Bytes::from).collect(),
-            held: None,
-            compression: Compression::Gzip,
-            prefix_bytes: 0,
-        };
-        let member = packed(3, Compression::Gzip);
-        let two = inflate(of(vec![member.clone(), member.clone()]), &limits).await;
-        assert_eq!(two.unwrap().bytes, [7; 6]);
-        for wrong in [
-            vec![],
-            b"no gzip".to_vec(),
-            member[..member.len() - 1].to_vec(),
-        ] {
-            let error = inflate(of(vec![wrong]), &limits).await;
-            assert!(matches!(error, Err(InflateError::Invalid(_))), "{error:?}");
+        for compression in [Compression::Gzip, Compression::Zlib] {
+            let of = |chunks: Vec<Vec<u8>>| Compressed {
+                chunks: chunks.into_iter().map(Bytes::from).collect(),
+                held: None,
+                compression,
+                prefix_bytes: 0,
+            };
+            let member = packed(3, compression);
+            let two = inflate(of(vec![member.clone(), vec![], member.clone()]), &limits).await;
+            match compression {
+                Compression::Gzip => assert_eq!(two.unwrap().bytes, [7; 6]),
+                Compression::Zlib => assert!(matches!(two, Err(InflateError::Invalid(_)))),
+            }
+            let followed = |rest: &[u8]| [&member[..], rest].concat();
+            for wrong in [
+                vec![],
+                b"not compressed".to_vec(),
+                member[..member.len() - 1].to_vec(),
+                followed(b"\0"),
+                followed(b"rubbish"),
+                followed(&[0x1f, 0x8b]),
+                followed(&[0; 512]),
+            ] {
+                // In one chunk, and what follows in a chunk of its own.
+                let (first, rest) = wrong.split_at(wrong.len().min(member.len()));
+                for chunks in [vec![wrong.clone()], vec![first.to_vec(), rest.to_vec()]] {
+                    let error = inflate(of(chunks), &limits).await;
+                    assert!(matches!(error, Err(InflateError::Invalid(_))), "{error:?}");
+                }
+            }
+        }
+        assert_eq!(limits.budget.used(), 0);
+    }
+
+    #[test]
+    fn gzip_is_known_by_its_names_in_any_case() {
+        for name in ["gzip", "GZIP", "x-gzip", "X-GZip"] {
+            assert!(Compression::is_gzip(name.as_bytes()), "{name}");
+        }
+        for other in ["", "gzip2", "zip", "identity", "x-zip"] {
+            assert!(!Compression::is_gzip(other.as_bytes()), "{other}");
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The metrics of the process.
 
+mod text;
+
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -127,8 +129,14 @@ impl Metrics {
         self.register(|registry| registry.register_collector(reading));
     }
 
-    /// Every metric in the OpenMetrics text format.
+    /// Every metric in Prometheus's text format, 0.0.4. A collector that declares
+    /// its metric `unknown` gets a counter of its own name here.
     pub fn to_text(&self) -> Result<String, fmt::Error> {
+        Ok(text::from_open_metrics(&self.to_open_metrics()?))
+    }
+
+    /// Every metric in the text format of OpenMetrics 1.0.0.
+    pub fn to_open_metrics(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         encode(
             &mut text,
@@ -187,5 +195,15 @@ mod tests {
         let text = metrics.to_text().unwrap();
         let line = "andon_limits_reached_total{flag=\"--things-max\"} 2";
         assert!(text.contains(line), "{text}");
+        let open = metrics.to_open_metrics().unwrap();
+        for (page, line) in [
+            (&text, "# TYPE andon_limits_reached_total counter"),
+            (&text, "# TYPE andon_build_info gauge"),
+            (&open, "# TYPE andon_limits_reached counter"),
+            (&open, "# TYPE andon_build info"),
+        ] {
+            assert!(page.lines().any(|one| one == line), "{line}: {page}");
+        }
+        assert!(open.ends_with("# EOF\n") && !text.contains("EOF"));
     }
 }

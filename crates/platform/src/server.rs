@@ -4,6 +4,7 @@
 
 mod connection;
 mod grpc;
+mod half_close;
 mod http;
 mod readers;
 #[cfg(test)]
@@ -402,6 +403,7 @@ impl Place {
         Open {
             _busy: self.seat.busy(),
             stream,
+            _request: None,
         }
     }
 

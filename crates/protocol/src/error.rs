@@ -14,9 +14,9 @@ use crate::words::{DESCRIPTION_BYTES_MAX, MESSAGE_BYTES_MAX, cut, cut_bytes};
 /// The kind of an error. [`Kind::code`] and its siblings read one table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// The model or version is unknown, or no version of it is ready.
+    /// The model or version is unknown, or was unloaded.
     NotFound,
-    /// The version is known but not ready, the server drains, or no worker is
+    /// The model is known but not ready, the server drains, or no worker is
     /// reachable.
     NotReady,
     /// A queue is full: safe to retry elsewhere.
@@ -308,6 +308,13 @@ impl Error {
     pub fn no_model(task: &str) -> Self {
         let message = format!("no model for the task '{task}' is ready");
         Self::new(Kind::NotFound, message)
+    }
+
+    /// No model for the task is ready, but one of those that load may be for it.
+    pub fn no_model_yet(task: &str) -> Self {
+        Self::not_ready(format!(
+            "no model for the task '{task}' is ready yet: models are LOADING"
+        ))
     }
 
     /// Several models are for the task, and the call names none of them.

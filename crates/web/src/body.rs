@@ -9,11 +9,11 @@ use axum::body::Body;
 use axum::extract::{FromRequest, Request};
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http_body_util::BodyExt;
 use platform::body::discard;
 use platform::grpc::{ByteBudget, BytesHeld, MessageLimits};
-use platform::inflate::{Compressed, Compression, InflateError, inflate};
+use platform::inflate::{Compressed, InflateError, inflate};
 use platform::pool::Cancelled;
 use protocol::words::cut;
 use protocol::{Error, Kind};
@@ -21,8 +21,9 @@ use serde::de::{self, DeserializeOwned, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::error::Category;
 
+use super::compression::of_body;
 use super::context::{RequestContext, hold};
-use super::error::{ApiError, request_aborted, unsupported_encoding};
+use super::error::{ApiError, request_aborted};
 use super::texts::TEXTS_MAX;
 use super::waiting::{self, while_waiting};
 use gateway::stack::Stack;
@@ -116,7 +117,7 @@ async fn read_parts(
     body: &mut Body,
     limits: &MessageLimits,
 ) -> Result<Received, Error> {
-    let compression = compression(headers)?;
+    let compression = of_body(headers)?;
     let received = gather(headers, body, limits).await?;
     let Some(compression) = compression else {
         return Ok(received);
@@ -138,19 +139,6 @@ async fn read_parts(
         chunks: vec![inflated.bytes.into()],
         held: Some(inflated.held),
     })
-}
-
-/// How a body is compressed; an error for a format that is not supported.
-pub fn compression(headers: &HeaderMap) -> Result<Option<Compression>, Error> {
-    let Some(encoding) = headers.get(CONTENT_ENCODING) else {
-        return Ok(None);
-    };
-    match encoding.as_bytes().trim_ascii() {
-        b"gzip" | b"x-gzip" => Ok(Some(Compression::Gzip)),
-        b"deflate" => Ok(Some(Compression::Zlib)),
-        b"identity" | b"" => Ok(None),
-        _ => Err(unsupported_encoding()),
-    }
 }
 
 async fn gather(
@@ -459,6 +447,7 @@ mod tests {
     use std::time::Duration;
 
     use http::HeaderValue;
+    use http::header::CONTENT_ENCODING;
     use proptest::prelude::*;
 
     use super::*;

@@ -1,5 +1,5 @@
-//! Compresses large responses on the threads for work; short ones are compressed
-//! where they are sent, by tower-http.
+//! How bodies are compressed. Large responses are compressed on the threads for
+//! work; short ones where they are sent, by tower-http.
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -11,10 +11,13 @@ use http::{HeaderMap, HeaderValue};
 use http_body::Body as _;
 use http_body_util::BodyExt;
 use platform::deflate::gzip;
+use platform::inflate::Compression;
 use platform::server::AnswerFor;
+use protocol::Error;
 use tower_http::compression::Predicate;
 
 use super::context::hold_until_sent;
+use super::error::unsupported_encoding;
 use gateway::stack::Stack;
 
 /// Longer responses are compressed on a thread for work.
@@ -92,9 +95,13 @@ fn accepts_gzip(headers: &HeaderMap) -> bool {
     for coding in texts.flat_map(|text| text.split(',')) {
         let mut parts = coding.split(';').map(str::trim);
         let name = parts.next().unwrap_or_default();
-        let weight = parts.find_map(|part| part.strip_prefix("q=")?.parse::<f32>().ok());
+        let weight = parts.find_map(|part| {
+            let (name, value) = part.split_once('=')?;
+            let is_weight = name.trim().eq_ignore_ascii_case("q");
+            is_weight.then_some(value)?.trim().parse::<f32>().ok()
+        });
         let taken = weight.unwrap_or(1.0) > 0.0;
-        if name.eq_ignore_ascii_case("gzip") {
+        if Compression::is_gzip(name.as_bytes()) {
             return taken;
         }
         if name == "*" {
@@ -104,15 +111,68 @@ fn accepts_gzip(headers: &HeaderMap) -> bool {
     any.unwrap_or(false)
 }
 
+/// How a body is compressed, by codings in any case (RFC 9110, 8.4); an error for
+/// a format that is not supported, and for a body that is compressed twice.
+pub fn of_body(headers: &HeaderMap) -> Result<Option<Compression>, Error> {
+    let values = headers.get_all(CONTENT_ENCODING).into_iter();
+    let codings = values.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let mut found = None;
+    for coding in codings.map(<[u8]>::trim_ascii) {
+        if coding.is_empty() || coding.eq_ignore_ascii_case(b"identity") {
+            continue;
+        }
+        let compression = if Compression::is_gzip(coding) {
+            Compression::Gzip
+        } else if coding.eq_ignore_ascii_case(b"deflate") {
+            Compression::Zlib
+        } else {
+            return Err(unsupported_encoding());
+        };
+        if found.replace(compression).is_some() {
+            return Err(unsupported_encoding());
+        }
+    }
+    Ok(found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn codings_are_read_in_any_case() {
+        // Each value is a header field of its own.
+        let read = |values: &'static str| {
+            let mut headers = HeaderMap::new();
+            for value in values.split('|') {
+                headers.append(CONTENT_ENCODING, HeaderValue::from_static(value));
+            }
+            of_body(&headers)
+        };
+        for (values, expected) in [
+            ("", None),
+            ("Identity", None),
+            ("identity, GZIP", Some(Compression::Gzip)),
+            ("identity|gzip", Some(Compression::Gzip)),
+            ("X-Gzip", Some(Compression::Gzip)),
+            ("Deflate", Some(Compression::Zlib)),
+        ] {
+            assert_eq!(read(values), Ok(expected), "{values}");
+        }
+        assert_eq!(of_body(&HeaderMap::new()), Ok(None));
+        for wrong in ["br", "gzip, gzip", "gzip|br", "x-deflate"] {
+            let error = read(wrong).unwrap_err();
+            assert_eq!(error.field().unwrap().as_str(), "content-encoding");
+        }
+    }
 
     #[test]
     fn gzip_is_taken_by_its_weight() {
         for (text, taken) in [
             ("gzip", true),
             ("br, GZIP;q=0.1", true),
+            ("X-Gzip", true),
+            ("x-gzip;Q=0", false),
             ("gzip;q=0, *", false),
             ("*", true),
             ("*;q=0", false),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
-use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, VARY, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use platform::grpc::code_name;
 use protocol::{Error, Fault, FieldPath, Kind};
@@ -248,8 +248,14 @@ pub fn render(mut response: Response, format: ErrorFormat, id: &RequestId) -> Re
         headers.insert(CONTENT_TYPE, kind);
     }
     add_advice(&error.error, headers);
-    for value in response.headers().get_all(ALLOW) {
-        headers.append(ALLOW, value.clone());
+    // What the layers around the error have added: a page may read an error too.
+    let added = |name: &HeaderName| {
+        *name == ALLOW || *name == VARY || name.as_str().starts_with("access-control-")
+    };
+    for (name, value) in response.headers() {
+        if added(name) {
+            headers.append(name, value.clone());
+        }
     }
     rendered
 }
@@ -302,6 +308,32 @@ mod tests {
         let (_, _, body) = rendered(error, ErrorFormat::OpenAi).await;
         assert_eq!(body["error"]["param"], "inputs[0].shape");
         assert_eq!(body["error"]["type"], "invalid_request_error");
+    }
+
+    #[test]
+    fn a_page_of_another_origin_may_read_an_error() {
+        let mut response = ApiError::from(Error::new(Kind::NotFound, "gone")).into_response();
+        let headers = response.headers_mut();
+        headers.insert("access-control-allow-origin", HeaderValue::from_static("*"));
+        headers.insert(VARY, HeaderValue::from_static("origin"));
+        headers.insert(ALLOW, HeaderValue::from_static("GET"));
+        headers.insert("content-length", HeaderValue::from_static("0"));
+        let id = RequestId(HeaderValue::from_static("request-1"));
+        let rendered = render(response, ErrorFormat::Problem, &id);
+        let headers = rendered.headers();
+        assert_eq!(headers["access-control-allow-origin"], "*");
+        assert_eq!(
+            (&headers["vary"], &headers["allow"]),
+            (
+                &HeaderValue::from_static("origin"),
+                &HeaderValue::from_static("GET")
+            )
+        );
+        assert_eq!(headers["content-type"], "application/problem+json");
+        assert_ne!(
+            headers.get("content-length"),
+            Some(&HeaderValue::from_static("0"))
+        );
     }
 
     #[tokio::test]

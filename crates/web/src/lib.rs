@@ -38,7 +38,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{Next, from_fn, from_fn_with_state};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use http::{HeaderName, HeaderValue, StatusCode};
 use protocol::{Error, Kind};
 use tower_http::CompressionLevel;
@@ -54,8 +54,9 @@ use request_id::RequestId;
 /// Settings of the HTTP port.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct HttpSettings {
-    /// Web pages of this origin may call; repeat for several, or * for all
-    #[arg(long, value_name = "ORIGIN")]
+    /// Web pages of this origin may call; repeat for several, or * for all. It is
+    /// written as browsers do: SCHEME://HOST[:PORT], in lower case, without a path
+    #[arg(long, value_name = "ORIGIN", value_parser = origin::listed_origin)]
     pub cors_origin: Vec<String>,
     /// A name, without a port, that requests may use for this server; repeat for
     /// several. On a loopback address without a policy requests must use an IP
@@ -139,7 +140,7 @@ async fn method_not_allowed() -> ApiError {
 
 /// Refuses a body in an encoding that is not supported, whoever would read it.
 async fn known_encoding(request: Request, next: Next) -> Result<Response, ApiError> {
-    if let Err(error) = body::compression(request.headers()) {
+    if let Err(error) = compression::of_body(request.headers()) {
         return Err(ApiError {
             status: Some(StatusCode::UNSUPPORTED_MEDIA_TYPE),
             ..error.into()
@@ -156,7 +157,7 @@ async fn outermost(mut request: Request, next: Next) -> Response {
     request.extensions_mut().insert(id.clone());
     let mut response = next.run(request).await;
     if let Some(error) = error::from_middleware(&response) {
-        response = error.into_response();
+        response.extensions_mut().insert(error);
     }
     let mut response = error::render(response, format, &id);
     response.headers_mut().insert(request_id::REQUEST_ID, id.0);

@@ -3,7 +3,7 @@
 //! gateway's name to call it: its own name may resolve to the gateway's address
 //! (DNS rebinding).
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
@@ -18,6 +18,68 @@ use protocol::{Error, Kind};
 
 use super::HttpSettings;
 use super::error::ApiError;
+
+/// Reads a value of `--cors-origin`. A browser writes an origin in one way
+/// (RFC 6454, 6.2): a value that is written in another would never match.
+pub fn listed_origin(text: &str) -> Result<String, String> {
+    if matches!(text, "*" | "null") {
+        return Ok(text.to_owned());
+    }
+    let refused = |reason: &str| {
+        Err(format!(
+            "{reason}: write SCHEME://HOST[:PORT] as browsers do, for example https://pages.example, or *"
+        ))
+    };
+    let Some((scheme, authority)) = text.split_once("://") else {
+        return refused("it has no scheme");
+    };
+    let in_scheme = |byte: u8| {
+        byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'+' | b'-' | b'.')
+    };
+    if scheme.is_empty() || !scheme.bytes().all(in_scheme) {
+        return refused("its scheme is not one in lower case");
+    }
+    if authority.contains(['/', '?', '#']) {
+        return refused("it has a path, if only a slash at its end");
+    }
+    if authority.contains('@') {
+        return refused("it has a user");
+    }
+    let (host, port) = match authority.rsplit_once(':') {
+        // The colons of an IPv6 address stand in brackets.
+        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+        _ => (authority, None),
+    };
+    if !is_browsers_host(host) {
+        return refused("its host is not a name or an address in lower case and ASCII");
+    }
+    match (port, scheme) {
+        (None, _) => {}
+        (Some("80"), "http") | (Some("443"), "https") => {
+            return refused("its port is the scheme's own, which browsers leave out");
+        }
+        (Some(port), _) => {
+            let number = port.parse::<u16>().ok();
+            if number.is_none_or(|number| number == 0 || number.to_string() != port) {
+                return refused("its port is no number from 1 to 65535");
+            }
+        }
+    }
+    Ok(text.to_owned())
+}
+
+/// Whether a host is written as in the origins of browsers.
+fn is_browsers_host(host: &str) -> bool {
+    if host.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        return false;
+    }
+    if let Some(address) = host.strip_prefix('[') {
+        let address = address.strip_suffix(']').unwrap_or_default();
+        return address.parse::<Ipv6Addr>().is_ok();
+    }
+    let in_name = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
+    !host.is_empty() && host.bytes().all(in_name)
+}
 
 /// How the HTTP port can be reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,6 +239,54 @@ mod tests {
     fn writes(guard: &Guard, headers: &[(&str, &str)]) -> bool {
         let host = [("host", "andon.example:8000")];
         passes(guard, Method::POST, &[&host[..], headers].concat())
+    }
+
+    #[test]
+    fn an_origin_that_no_browser_writes_is_refused() {
+        for origin in [
+            "*",
+            "null",
+            "https://pages.example",
+            "http://pages.example:8080",
+            "https://pages.example:80",
+            "http://localhost:3000",
+            "http://127.0.0.1",
+            "http://[::1]:3000",
+            "http://[::1]",
+            "https://xn--bcher-kva.example",
+            "chrome-extension://abcdefgh",
+        ] {
+            assert_eq!(listed_origin(origin).as_deref(), Ok(origin));
+        }
+        for (origin, reason) in [
+            ("", "scheme"),
+            ("pages.example", "scheme"),
+            ("pages.example:443", "scheme"),
+            ("//pages.example", "scheme"),
+            ("://pages.example", "scheme"),
+            ("HTTPS://pages.example", "scheme"),
+            ("https://pages.example/", "path"),
+            ("https://pages.example/app", "path"),
+            ("https://pages.example?a", "path"),
+            ("https://user@pages.example", "user"),
+            ("https://Pages.example", "host"),
+            ("https://b\u{fc}cher.example", "host"),
+            ("https://*.example", "host"),
+            ("https://", "host"),
+            ("https:// pages.example", "host"),
+            ("https://[::1", "host"),
+            ("https://::1", "host"),
+            ("https://pages.example:443", "port"),
+            ("http://pages.example:80", "port"),
+            ("https://pages.example:", "port"),
+            ("https://pages.example:0", "port"),
+            ("https://pages.example:08080", "port"),
+            ("https://pages.example:65536", "port"),
+        ] {
+            let error = listed_origin(origin).unwrap_err();
+            let (said, _) = error.split_once(": write ").unwrap();
+            assert!(said.contains(reason), "{origin}: {error}");
+        }
     }
 
     #[test]

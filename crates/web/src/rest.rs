@@ -125,7 +125,7 @@ pub async fn ready(context: RequestContext) -> Result<Json<Value>, ApiError> {
     if context.stack.ready() {
         Ok(Json(json!({ "ready": true })))
     } else {
-        Err(Error::new(Kind::NotReady, "no model is ready").into())
+        Err(Error::not_ready("no model is ready").into())
     }
 }
 

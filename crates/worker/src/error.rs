@@ -41,7 +41,7 @@ impl From<ModelError> for Error {
             // later or other attempt has no more time.
             ModelError::TooLate => Self::new(Kind::DeadlinePassed, message),
             ModelError::DeadlinePassed => Self::deadline_passed(),
-            ModelError::Unloading => Self::new(Kind::NotReady, message),
+            ModelError::Unloading => Self::not_ready(message),
             ModelError::Engine(_) => {
                 tracing::error!(%message, "a batch failed");
                 Self::new(Kind::Internal, message)

@@ -25,6 +25,7 @@ use platform::tasks::{OwnedTask, spawn_owned};
 use platform::{CommonServices, Process};
 use protocol::Error;
 use protocol::{DESCRIPTORS, SERVICES};
+use tokio::sync::watch;
 
 use metrics::WorkerMetrics;
 pub use repository::{BareModel, RepositorySettings, check_folder};
@@ -70,7 +71,7 @@ impl Worker {
         engine::kernels::set_threads(threads);
         let metrics = WorkerMetrics::register(&process.metrics);
         let repository = Arc::new(Repository::new(settings, metrics));
-        repository.to_load()?;
+        repository.announce(&repository.to_load()?);
         let health = Health::default();
         let common = CommonServices::new(&health, DESCRIPTORS, &process.streams)
             .map_err(|error| WorkerError::Descriptors(error.to_string()))?;
@@ -94,6 +95,11 @@ impl Worker {
             process,
             health,
         })
+    }
+
+    /// Becomes true when the models of the start have been loaded, or have failed.
+    pub fn started(&self) -> watch::Receiver<bool> {
+        self.repository.start()
     }
 
     /// Loads the models and serves calls until the process has drained.
@@ -123,8 +129,10 @@ impl Worker {
                 );
             }
             for name in names {
-                // An error is logged, and is in the repository index.
-                let _ = repository.load(&name).await;
+                // It is logged already.
+                if let Err(error) = repository.load(&name).await {
+                    repository.give_up(&name, &error);
+                }
             }
             repository.loaded();
             repository.retry().await;

@@ -406,8 +406,10 @@ impl Counters {
 /// Name, help and value of a number that is read on a scrape.
 type Reading = (&'static str, &'static str, fn(&Counters) -> u64);
 
-/// Triton's names, which people's dashboards have, and the queue's depth.
-const READINGS: [Reading; 12] = [
+/// Counters under Triton's names, which people's dashboards have. They have no
+/// `_total`, without which OpenMetrics has no counter: they are of no known type
+/// there, and counters in Prometheus's own format.
+const COUNTED: [Reading; 9] = [
     (
         "nv_inference_request_success",
         "Requests that succeeded",
@@ -424,11 +426,6 @@ const READINGS: [Reading; 12] = [
     ("nv_inference_exec_count", "Batches computed", |s| {
         s.batches.load(Relaxed)
     }),
-    (
-        "nv_inference_pending_request_count",
-        "Rows waiting in the queue",
-        |s| s.waiting.load().0 as u64,
-    ),
     (
         "nv_inference_request_duration_us",
         "Total duration of requests",
@@ -454,6 +451,16 @@ const READINGS: [Reading; 12] = [
         "Total duration of writing outputs",
         |s| s.output.us(),
     ),
+];
+
+/// Numbers that rise and fall: the queue's depth, under Triton's name and
+/// Andon's, and what is ready.
+const GAUGES: [Reading; 3] = [
+    (
+        "nv_inference_pending_request_count",
+        "Rows waiting in the queue",
+        |s| s.waiting.load().0 as u64,
+    ),
     (
         "andon_worker_queue_rows",
         "Rows waiting in the queue",
@@ -467,9 +474,10 @@ impl Collector for Models {
         let mut models = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // An unloaded model has no numbers any more.
         models.retain(|_, counters| counters.strong_count() > 0);
-        for (name, help, read) in READINGS {
-            // Triton's counters have no `_total`, which a counter would get.
-            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        let counted = COUNTED.map(|reading| (reading, MetricType::Unknown));
+        let gauges = GAUGES.map(|reading| (reading, MetricType::Gauge));
+        for ((name, help, read), kind) in counted.into_iter().chain(gauges) {
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
             for (labels, counters) in models.iter() {
                 if let Some(counters) = counters.upgrade() {
                     let value = i64::try_from(read(&counters)).unwrap_or(i64::MAX);

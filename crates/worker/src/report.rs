@@ -67,6 +67,8 @@ fn make(repository: &Repository, drain: &Drain) -> WatchReportResponse {
                     name: name.to_string(),
                     version: version.to_string(),
                     ready: model.is_some(),
+                    loading: matches!(state, State::Loading),
+                    failed: matches!(state, State::Unavailable(_)),
                     task: model.map_or_else(String::new, |m| m.task().to_string()),
                     digest: model.map_or_else(String::new, |m| m.digest.clone()),
                     generation: model.map_or(0, |m| m.generation),

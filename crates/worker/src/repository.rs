@@ -7,7 +7,6 @@ mod settings;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -35,14 +34,16 @@ pub fn check_folder(folder: &Path) -> Result<Description, String> {
 /// The state of a model version.
 #[derive(Debug, Clone)]
 pub enum State {
-    /// Its files are being read.
+    /// Its files are being read, or will be when its turn comes.
     Loading,
     /// It is ready.
     Ready(Arc<ServedModel>),
     /// It finishes its last rows.
     Unloading,
-    /// It is not loaded, and why.
+    /// It could not be loaded, and why.
     Unavailable(String),
+    /// It was unloaded, or was never loaded: `unloaded`, or another word for it.
+    Absent(&'static str),
 }
 
 /// Loads and unloads that may be in flight.
@@ -65,7 +66,7 @@ pub struct Repository {
     /// Loads and unloads that run, whether their callers wait or not.
     jobs: std::sync::Mutex<JoinSet<()>>,
     /// Whether the models of the start have been loaded or have failed.
-    started: AtomicBool,
+    started: watch::Sender<bool>,
     /// The models that have a version which cannot be loaded.
     retries: Retries,
 }
@@ -89,7 +90,7 @@ impl Repository {
             turns: std::sync::Mutex::default(),
             changed: watch::Sender::new(0),
             jobs: std::sync::Mutex::default(),
-            started: AtomicBool::new(false),
+            started: watch::Sender::new(false),
             retries: Retries::default(),
         }
     }
@@ -106,12 +107,46 @@ impl Repository {
 
     /// Whether the models of the start have been loaded, or have failed.
     pub fn started(&self) -> bool {
-        self.started.load(Ordering::Acquire)
+        *self.started.borrow()
+    }
+
+    /// Becomes true when the models of the start have been loaded, or have failed.
+    pub fn start(&self) -> watch::Receiver<bool> {
+        self.started.subscribe()
+    }
+
+    /// Makes the models of the start known before their turn comes: whoever calls
+    /// one meanwhile reads that it loads, and not that there is none.
+    pub fn announce(&self, names: &[ModelName]) {
+        for name in names {
+            // Why there is no plan is said when the model is loaded.
+            let plan = self.plan(name).ok();
+            for version in plan.into_iter().flat_map(|plan| plan.versions.into_keys()) {
+                self.set_unless_ready(name, version, State::Loading);
+            }
+        }
+    }
+
+    /// Ends the announcement of a model that could not be loaded.
+    pub fn give_up(&self, name: &ModelName, error: &Error) {
+        for (of, version, state) in self.states() {
+            if of == *name && matches!(state, State::Loading) {
+                let state = State::Unavailable(error.to_string());
+                self.set_unless_ready(name, version, state);
+            }
+        }
+    }
+
+    /// Whether a model is being loaded.
+    pub fn is_loading(&self) -> bool {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        let mut states = models.values().flat_map(BTreeMap::values);
+        states.any(|state| matches!(state, State::Loading))
     }
 
     /// Notes that the models of the start have been loaded, or have failed.
     pub fn loaded(&self) {
-        self.started.store(true, Ordering::Release);
+        self.started.send_replace(true);
         self.changed.send_modify(|count| *count += 1);
     }
 
@@ -172,18 +207,13 @@ impl Repository {
                     State::Ready(model) => Some(model.clone()),
                     _ => None,
                 })
-                .ok_or_else(|| {
-                    Error::new(
-                        Kind::NotFound,
-                        format!("model '{name}' has no version that is ready"),
-                    )
-                }),
+                .ok_or_else(|| none_ready(name, versions)),
             Some(number) => match versions.get(&number) {
                 Some(State::Ready(model)) => Ok(model.clone()),
-                Some(state) => Err(Error::new(
-                    Kind::NotReady,
-                    format!("version {number} of model '{name}' is {}", state.name()),
-                )),
+                Some(state) => Err(Error::not_ready(format!(
+                    "version {number} of model '{name}' is {}",
+                    state.name()
+                ))),
                 None => Err(Error::unknown_model(name, version)),
             },
         }
@@ -221,7 +251,7 @@ impl Repository {
         if let Some(root) = &self.settings.repository {
             for name in self.names()? {
                 for version in files::versions(root, &name).into_keys() {
-                    let state = State::Unavailable("not loaded".to_owned());
+                    let state = State::Absent("not loaded");
                     all.insert((name.clone(), version), state);
                 }
             }
@@ -405,7 +435,7 @@ impl Repository {
             return Err(Error::unknown_model(name, None));
         }
         for version in versions {
-            let state = State::Unavailable("unloaded".to_owned());
+            let state = State::Absent("unloaded");
             self.drop_version(name, version, Some(state)).await;
         }
         tracing::info!(model = %name, "unloaded");
@@ -484,7 +514,7 @@ impl State {
             Self::Loading => "LOADING",
             Self::Ready(_) => "READY",
             Self::Unloading => "UNLOADING",
-            Self::Unavailable(_) => "UNAVAILABLE",
+            Self::Unavailable(_) | Self::Absent(_) => "UNAVAILABLE",
         }
     }
 
@@ -492,8 +522,23 @@ impl State {
     pub fn reason(&self) -> &str {
         match self {
             Self::Unavailable(reason) => reason,
+            Self::Absent(reason) => reason,
             _ => "",
         }
+    }
+}
+
+/// The error when no version of a known model is ready. It is worth a retry where
+/// one loads or will be loaded again, and not where it was unloaded.
+fn none_ready(name: &ModelName, versions: &Versions) -> Error {
+    let any = |is: fn(&State) -> bool| versions.values().rev().find(|state| is(state));
+    let loading = any(|state| matches!(state, State::Loading));
+    match loading.or_else(|| any(|state| matches!(state, State::Unavailable(_)))) {
+        Some(state) => Error::not_ready(format!("model '{name}' is {}", state.name())),
+        None => Error::new(
+            Kind::NotFound,
+            format!("model '{name}' has no version that is ready"),
+        ),
     }
 }
 
@@ -516,5 +561,84 @@ async fn stop(state: Option<State>) {
         if let Err(error) = stopped {
             tracing::error!(%error, "a model could not be stopped");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use platform::metrics::Metrics;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Flags {
+        #[command(flatten)]
+        settings: RepositorySettings,
+    }
+
+    fn name(text: &str) -> ModelName {
+        ModelName::checked(text, "name").unwrap()
+    }
+
+    /// A repository with the model `slow`, whose folder has no files yet.
+    fn repository(of: &str) -> (std::path::PathBuf, Arc<Repository>) {
+        let root = format!("andon-repository-{}-{of}", std::process::id());
+        let root = std::env::temp_dir().join(root);
+        std::fs::create_dir_all(root.join("slow/1")).unwrap();
+        std::fs::create_dir_all(root.join("slow/2")).unwrap();
+        let flags = ["test", "--repository", root.to_str().unwrap()];
+        let settings = Flags::try_parse_from(flags).unwrap().settings;
+        let metrics = WorkerMetrics::register(&Metrics::default());
+        (root, Arc::new(Repository::new(settings, metrics)))
+    }
+
+    #[tokio::test]
+    async fn a_model_that_waits_for_its_turn_is_loading_and_not_unknown() {
+        let (root, repository) = repository("announced");
+        let names = repository.to_load().unwrap();
+        let slow = name("slow");
+        assert_eq!(names, std::slice::from_ref(&slow));
+        let found = |version| repository.find(&slow, version).err().unwrap();
+        assert_eq!(found(None).kind(), Kind::NotFound);
+        repository.announce(&names);
+        assert!(repository.is_loading());
+        let newest = ModelVersion::checked("2", "version").ok();
+        for version in [None, newest] {
+            let error = found(version);
+            assert_eq!(error.kind(), Kind::NotReady, "{error}");
+            assert!(error.retry_after().is_some(), "{error}");
+            assert!(error.to_string().ends_with("is LOADING"), "{error}");
+        }
+        // The newest version alone is served.
+        let oldest = ModelVersion::checked("1", "version").ok();
+        assert_eq!(found(oldest).kind(), Kind::NotFound);
+
+        // It has no files: it is known, and cannot be called.
+        let error = repository.load(&slow).await.err().unwrap();
+        repository.give_up(&slow, &error);
+        assert!(!repository.is_loading());
+        let error = found(None);
+        assert_eq!(error.kind(), Kind::NotReady, "{error}");
+        assert!(error.to_string().ends_with("is UNAVAILABLE"), "{error}");
+        // What an administrator has unloaded is gone.
+        repository.unload(&slow).await.unwrap();
+        assert_eq!(found(None).kind(), Kind::NotFound);
+        std::fs::remove_dir_all(root).unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_announcement_of_a_model_ends_when_it_is_not_loaded() {
+        let (root, repository) = repository("gone");
+        let slow = name("slow");
+        repository.announce(std::slice::from_ref(&slow));
+        std::fs::remove_dir_all(&root).unwrap();
+        let error = repository.load(&slow).await.err().unwrap();
+        repository.give_up(&slow, &error);
+        assert!(!repository.is_loading());
+        let mut start = repository.start();
+        assert!(!*start.borrow_and_update() && !repository.started());
+        repository.loaded();
+        assert!(*start.borrow_and_update() && repository.started());
     }
 }

@@ -189,11 +189,7 @@ async fn main() -> anyhow::Result<()> {
         is_late: arguments.is_late,
     })));
     let listener = Listener::Tcp(bind(arguments.grpc_addr)?);
-    let _admin = spawn_owned(admin::run(
-        bind(arguments.admin_addr)?,
-        metrics,
-        vec![health],
-    ));
+    let _admin = spawn_owned(admin::run(bind(arguments.admin_addr)?, metrics, health));
     let mut closing = drain.clone();
     let serving = server.run(listener, handler, drain);
     let ending = async {

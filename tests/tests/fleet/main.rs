@@ -17,6 +17,7 @@ mod outside;
 mod prompts;
 mod providers;
 mod quota;
+mod readiness;
 mod transport;
 mod words;
 mod work;

@@ -159,12 +159,23 @@ async fn every_metric_that_dashboards_name_is_there() -> Result<()> {
                 registered.contains(&format!("name(\"{short}\")"))
                     || registered.contains(&format!("\"{family}\""))
             }
-            _ => page.contains(&format!("# TYPE {family} ")),
+            // A counter is described by the name of its samples.
+            _ => [name, family]
+                .iter()
+                .any(|described| page.contains(&format!("# TYPE {described} "))),
         };
         ensure!(known, "{name} is not on the metrics pages");
     }
     let exact = "nv_inference_request_success{model=\"minilm\",version=\"1\"}";
     ensure!(worker.metric(exact).await? == Some(1.0), "{page}");
+    for line in [
+        "# TYPE nv_inference_request_success counter",
+        "# TYPE nv_inference_queue_duration_us counter",
+        "# TYPE nv_inference_pending_request_count gauge",
+        "# TYPE andon_worker_requests_total counter",
+    ] {
+        ensure!(page.lines().any(|one| one == line), "{line}: {page}");
+    }
     std::fs::remove_file(&secret)?;
     Ok(())
 }

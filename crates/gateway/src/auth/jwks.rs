@@ -1,7 +1,7 @@
 //! The keys that verify tokens (JSON Web Key Set, RFC 7517): from a file or a URL,
 //! never from a token.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -78,8 +78,10 @@ struct JwkSet {
 }
 
 impl KeySet {
-    /// Parses a set (RFC 7517). Keys of other types and for other uses are skipped; a
-    /// set without a usable key is an error.
+    /// Parses a set (RFC 7517). Keys of other types, for other uses and with values
+    /// that are wrong are skipped, and so are different keys with one id, since a
+    /// token does not say which of them it means. A set without a usable key is an
+    /// error.
     pub fn parse(text: String) -> Result<Self, ContentError> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let wrong = |reason: &str| ContentError::new(reason);
@@ -94,6 +96,7 @@ impl KeySet {
             named: HashMap::new(),
             unnamed: Vec::new(),
         };
+        let mut doubled = HashSet::new();
         let read = document.keys.into_iter();
         for jwk in read.filter_map(|key| serde_json::from_value::<Jwk>(key).ok()) {
             let Some(signer) = signer(&jwk).map(Arc::new) else {
@@ -105,13 +108,24 @@ impl KeySet {
             };
             match set.named.get(&name) {
                 Some(other) if other.material != signer.material => {
-                    return Err(wrong("two keys have the same kid"));
+                    doubled.insert(name);
                 }
-                _ => set.named.insert(name, signer),
-            };
+                _ => {
+                    set.named.insert(name, signer);
+                }
+            }
+        }
+        if !doubled.is_empty() {
+            set.named.retain(|name, _| !doubled.contains(name));
+            tracing::warn!(
+                ids = doubled.len(),
+                "several of {WHAT} have one kid: none of these is used"
+            );
         }
         if set.named.is_empty() && set.unnamed.is_empty() {
-            return Err(wrong("there is no key for RS256, ES256 or EdDSA"));
+            return Err(wrong(
+                "there is no key for RS256, ES256 or EdDSA with a kid of its own",
+            ));
         }
         Ok(set)
     }

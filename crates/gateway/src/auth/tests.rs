@@ -13,6 +13,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::policy::JwksSource;
 
 /// A folder that ends with its test.
 struct Folder(PathBuf);
@@ -319,6 +320,30 @@ fn only_keys_for_signatures_are_taken() {
     assert!(jwks::KeySet::parse(two.to_string()).is_err());
     let same = json!({"keys": [key.jwk(), key.jwk(), {"kty": "new"}, 7]});
     assert!(jwks::KeySet::parse(same.to_string()).is_ok());
+}
+
+#[tokio::test]
+async fn a_bad_or_doubled_key_keeps_the_others_of_its_set() {
+    let (own, doubled) = (Signing::ed25519("own"), Signing::p256("doubled"));
+    let mut bad = Signing::p256("bad").jwk();
+    bad["x"] = json!("no base64 !");
+    let other = Signing::p256("doubled").jwk();
+    for further in [
+        vec![bad.clone()],
+        vec![json!({"kty": "RSA", "kid": "bare"}), json!(null)],
+        vec![doubled.jwk(), other.clone()],
+        vec![doubled.jwk(), other, doubled.jwk(), bad],
+    ] {
+        let keys: Vec<Value> = further.into_iter().chain([own.jwk()]).collect();
+        let text = json!({ "keys": keys }).to_string();
+        let folder = Folder::new("set");
+        let path = folder.write("jwks.json", &text);
+        let signers = jwks::Signers::new(&JwksSource::File(path)).unwrap();
+        assert!(signers.choose(Some("own")).await.is_ok(), "{text}");
+        for refused in ["doubled", "bad", "bare"] {
+            assert!(signers.choose(Some(refused)).await.is_err(), "{refused}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -196,3 +196,35 @@ async fn a_worker_of_this_process_is_never_declared_silent() {
     assert_eq!(opened.get(), 2, "its first report came");
     assert!(own.silence() >= day - REPORT_TIMEOUT);
 }
+
+#[tokio::test]
+async fn a_model_that_loads_is_not_ready_and_one_that_was_unloaded_is_unknown() {
+    let discovery = discovery(&["a"]);
+    let reported = |change: fn(&mut ModelReport)| {
+        let mut model = ModelReport {
+            name: "slow".to_owned(),
+            version: "1".to_owned(),
+            ..Default::default()
+        };
+        change(&mut model);
+        let report = WatchReportResponse {
+            draining: false,
+            models: vec![model],
+        };
+        assert!(upstream(&discovery, "a").set_report(report), "no change");
+        discovery.rebuild();
+        let table = discovery.routes.table();
+        ["", "1"].map(|version| table.named("slow", version, "model_name").err())
+    };
+    let [newest, named] = reported(|model| model.loading = true);
+    for error in [newest.unwrap(), named.unwrap()] {
+        assert_eq!(error.kind(), protocol::Kind::NotReady, "{error}");
+        assert!(error.retry_after().is_some(), "{error}");
+        assert!(error.to_string().ends_with("is LOADING"), "{error}");
+    }
+    let [newest, _] = reported(|model| model.failed = true);
+    assert_eq!(newest.unwrap().kind(), protocol::Kind::NotReady);
+    let [newest, _] = reported(|_| {});
+    assert_eq!(newest.unwrap().kind(), protocol::Kind::NotFound);
+    assert_eq!(reported(|model| model.ready = true), [None, None]);
+}

@@ -1,8 +1,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::header::CONTENT_TYPE;
 use http::request::Parts;
-use http::{HeaderMap, Method, Request};
+use http::{HeaderMap, HeaderValue, Method, Request};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -28,6 +29,16 @@ pub struct Call {
     pub stream_deadline: Option<Instant>,
 }
 
+/// Whether a request is a call of gRPC: other protocols, such as gRPC-Web, have a
+/// content type that begins alike.
+pub(crate) fn is_grpc<B>(request: &Request<B>) -> bool {
+    let kind = request.headers().get(CONTENT_TYPE);
+    let kind = kind.map(HeaderValue::as_bytes).unwrap_or_default();
+    let mut parts = kind.split(|byte| matches!(*byte, b'+' | b';'));
+    let named = parts.next().unwrap_or_default().trim_ascii();
+    request.method() == Method::POST && named.eq_ignore_ascii_case(b"application/grpc")
+}
+
 impl Call {
     /// Checks the head of a request. The deadline is the caller's, at most
     /// `deadline_max` from now.
@@ -37,15 +48,6 @@ impl Call {
         deadline_max: Duration,
     ) -> Result<Self, Status> {
         let (parts, body) = request.into_parts();
-        let grpc = parts
-            .headers
-            .get(http::header::CONTENT_TYPE)
-            .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
-        if parts.method != Method::POST || !grpc {
-            return Err(Status::unimplemented(
-                "this is a gRPC port: use POST with content-type application/grpc",
-            ));
-        }
         let arrived = Instant::now();
         let timeout = grpc_timeout(&parts.headers)?;
         Ok(Self {
@@ -143,6 +145,25 @@ fn parse_timeout(value: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_calls_of_grpc_are_taken_for_such() {
+        for (method, kind, grpc) in [
+            ("POST", "application/grpc", true),
+            ("POST", "application/grpc+proto", true),
+            ("POST", "Application/gRPC; charset=utf-8", true),
+            ("POST", "application/grpc-web", false),
+            ("POST", "application/grpc-web+proto", false),
+            ("POST", "application/json", false),
+            ("POST", "", false),
+            ("GET", "application/grpc", false),
+        ] {
+            let request = Request::builder().method(method);
+            let request = request.header(CONTENT_TYPE, kind).body(()).unwrap();
+            assert_eq!(is_grpc(&request), grpc, "{method} {kind}");
+        }
+        assert!(!is_grpc(&Request::post("/").body(()).unwrap()));
+    }
 
     #[test]
     fn timeouts_are_read_or_refused() {

@@ -84,7 +84,7 @@ impl Messages {
     ) -> Self {
         Self {
             body,
-            gzip: encoding == Some("gzip"),
+            gzip: encoding.is_some_and(|name| Compression::is_gzip(name.trim().as_bytes())),
             limits: limits.or_held_by(peer),
             rest: Bytes::new(),
         }

@@ -19,7 +19,7 @@ use crate::answer::{Answer, Parts};
 use crate::body::RequestBody;
 use crate::coalesce::Coalesced;
 use crate::drain::Drain;
-use crate::grpc::{Call, reject};
+use crate::grpc::{Call, is_grpc, not_grpc, reject};
 use crate::streams::refused;
 use crate::tasks::TaskScope;
 
@@ -47,12 +47,14 @@ impl<H: Handler> Protocol for Grpc<H> {
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
             let (handler, peer) = (self.0.clone(), peer.clone());
             let open = place.open();
+            let is_call = is_grpc(&request);
             let request = request.map(|body| RequestBody::new(body, scope.clone()));
             // Boxed, since hyper moves it several times before it runs.
             Box::pin(async move {
                 let answer = Answer::current().unwrap_or_default();
                 let holder = peer.holder();
                 let reply = match Call::new(request, peer, deadline_max) {
+                    _ if !is_call => not_grpc(),
                     Ok(_) if open.stream.is_none() => reject(&refused(TOO_MANY_STREAMS)),
                     Ok(call) => {
                         let deadline = call.deadline;

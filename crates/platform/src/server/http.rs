@@ -14,9 +14,10 @@ use tokio::runtime::Handle;
 use tower_service::Service;
 
 use super::connection::{FRAME_BYTES_MAX, Lifetime, PING_TIMEOUT, Rewound, read_first, run};
+use super::half_close::HalfClosed;
 use super::readers::{Read, Readers};
 use super::{Begun, Io, Place, Protocol, Server, TOO_MANY_STREAMS};
-use crate::answer::{Answer, AnswerFor, Parts};
+use crate::answer::{Answer, AnswerFor, Parts, Requests};
 use crate::body::RequestBody;
 use crate::coalesce::Coalesced;
 use crate::drain::Drain;
@@ -51,15 +52,23 @@ impl Protocol for Http {
         let only = Arc::<Answer>::default();
         only.held_for(peer.holder());
         let io = Read::new(io, only.clone(), server.limits.clone());
+        let io = Coalesced::new(Rewound::new(io, first));
+        // hyper's own way to serve half-closed connections reads no more of them: it
+        // would not notice that a caller has left.
+        let requests = Requests::default();
+        let io = HalfClosed::new(io, requests.clone());
         let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
-            let open = place.open();
+            let mut open = place.open();
             let request = match request.version() {
                 Version::HTTP_2 => {
                     request.map(|body| Body::new(RequestBody::new(body, scope.clone())))
                 }
-                // hyper itself discards the rest of a body over HTTP/1.1.
-                _ => request.map(Body::new),
+                version => {
+                    open = open.of(requests.begin(version));
+                    // hyper itself discards the rest of a body over HTTP/1.1.
+                    request.map(Body::new)
+                }
             };
             let responding = open.stream.as_ref().map(|_| router.clone().call(request));
             let (only, peer) = (only.clone(), peer.clone());
@@ -98,8 +107,7 @@ impl Protocol for Http {
             .max_header_list_size(server.header_bytes_max)
             .keep_alive_interval(settings.keepalive_interval)
             .keep_alive_timeout(PING_TIMEOUT);
-        let io = TokioIo::new(Coalesced::new(Rewound::new(io, first)));
-        let connection = builder.serve_connection(io, service);
+        let connection = builder.serve_connection(TokioIo::new(io), service);
         let lifetime = Lifetime {
             age: settings.http_connection_age,
             idle: Some(settings.http_idle_timeout),

@@ -3,6 +3,7 @@
 
 mod unread;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -168,10 +169,13 @@ struct Open {
 
 impl Client {
     async fn call(&self, path: &str, sent: &[u8], end: bool) -> Open {
-        let request = ::http::Request::post(format!("http://test{path}"))
-            .header("content-type", "application/grpc")
-            .body(())
-            .unwrap();
+        let head = ::http::Request::post(format!("http://test{path}"));
+        let head = head.header("content-type", "application/grpc");
+        self.send(head, sent, end).await
+    }
+
+    async fn send(&self, head: ::http::request::Builder, sent: &[u8], end: bool) -> Open {
+        let request = head.body(()).unwrap();
         let mut sender = self.sender.clone().ready().await.unwrap();
         let (response, mut sending) = sender.send_request(request, false).unwrap();
         sending
@@ -521,6 +525,124 @@ async fn a_long_word_of_a_caller_makes_no_long_status() {
     let status = head_status(&refused.head.headers).unwrap();
     assert_eq!(status.code(), Code::Unimplemented);
     assert!(status.message().len() < 128, "{}", status.message());
+}
+
+/// Counts as running while it lives.
+struct Running(Arc<AtomicUsize>);
+
+impl Running {
+    fn begin(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_half_closed_request_is_answered_and_one_whose_caller_left_ends() {
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = count.clone();
+    let slow = move || {
+        let running = Running::begin(&counted);
+        async move {
+            sleep(Duration::from_secs(10)).await;
+            drop(running);
+            "whole"
+        }
+    };
+    let port = open(&[], Some(Router::new().route("/", get(slow))));
+    let ask = async |version: &str| {
+        let mut caller = port.connector.connect().await.unwrap();
+        let request = format!("GET / {version}\r\nhost: a\r\n\r\n");
+        caller.write_all(request.as_bytes()).await.unwrap();
+        caller
+    };
+    let mut caller = ask("HTTP/1.1").await;
+    caller.shutdown().await.unwrap();
+    let mut answer = String::new();
+    caller.read_to_string(&mut answer).await.unwrap();
+    let whole = answer.rsplit("100 Continue\r\n\r\n").next().unwrap();
+    assert!(whole.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    assert!(whole.ends_with("whole"), "{answer}");
+
+    for version in ["HTTP/1.1", "HTTP/1.0"] {
+        let caller = ask(version).await;
+        sleep(Duration::from_secs(1)).await;
+        assert_eq!(count.load(Ordering::Relaxed), 1, "{version}");
+        drop(caller);
+        sleep(Duration::from_secs(2)).await;
+        assert_eq!(count.load(Ordering::Relaxed), 0, "{version}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_no_call_is_an_unsupported_media_type() {
+    let port = open(&[], None);
+    let client = port.connect(1 << 20).await;
+    let post = || ::http::Request::post("http://test/one");
+    for head in [
+        post(),
+        post().header("content-type", "application/json"),
+        post().header("content-type", "application/grpc-web"),
+        ::http::Request::get("http://test/one"),
+    ] {
+        let mut refused = client.send(head, b"{}", true).await;
+        assert_eq!(refused.head.status, 415);
+        assert!(!refused.head.headers.contains_key("grpc-status"));
+        let text = refused.body.data().await.unwrap().unwrap();
+        assert!(text.starts_with(b"this is a gRPC port"), "{text:?}");
+    }
+    // The connection serves on.
+    let answer = client.call("/one", &frame_bytes(b"a"), true).await;
+    assert_eq!(head_code(&answer.head.headers), Code::Ok);
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut encoder, bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_in_gzip_has_members_and_nothing_behind_them() {
+    let port = open(&[], None);
+    let client = port.connect(1 << 20).await;
+    let two = [gzip(b"one "), gzip(b"two")].concat();
+    let rubbish = [&gzip(b"one")[..], b"rubbish"].concat();
+    for (encoding, packed, code) in [
+        ("gzip", &two, Code::Ok),
+        ("GZIP", &two, Code::Ok),
+        ("x-gzip", &two, Code::Ok),
+        ("identity", &two, Code::Unimplemented),
+        ("br", &two, Code::Unimplemented),
+        ("gzip", &rubbish, Code::InvalidArgument),
+    ] {
+        let mut message = claim(packed.len() as u32);
+        message[0] = 1;
+        message.put_slice(packed);
+        let head = ::http::Request::post("http://test/one")
+            .header("content-type", "application/grpc")
+            .header("grpc-encoding", encoding);
+        let mut answer = client.send(head, &message, true).await;
+        assert_eq!(head_code(&answer.head.headers), code, "{encoding}");
+        if code == Code::Ok {
+            let whole = answer.body.data().await.unwrap().unwrap();
+            assert_eq!(whole, frame_bytes(b"one two"), "{encoding}");
+        }
+    }
+    // What says of itself that it is not compressed is read in any case.
+    for encoding in ["Identity", "identity"] {
+        let head = ::http::Request::post("http://test/one")
+            .header("content-type", "application/grpc")
+            .header("grpc-encoding", encoding);
+        let answer = client.send(head, &frame_bytes(b"a"), true).await;
+        assert_eq!(head_code(&answer.head.headers), Code::Ok, "{encoding}");
+    }
 }
 
 #[test]

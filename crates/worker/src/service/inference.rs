@@ -116,8 +116,8 @@ impl Service {
         &self,
         _: &ServerReadyRequest,
     ) -> Result<ServerReadyResponse, Error> {
-        let draining = self.0.process.drain.draining();
-        let ready = !draining && !self.0.repository.ready().is_empty();
+        // As health says it: probes of all kinds must agree.
+        let ready = self.0.common.ready();
         Ok(ServerReadyResponse { ready })
     }
 

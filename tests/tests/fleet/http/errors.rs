@@ -17,6 +17,7 @@ use protocol::inference::{
     InferParameter, ModelInferRequest, RepositoryModelLoadRequest, RepositoryModelUnloadRequest,
     ServerReadyRequest, SystemSharedMemoryStatusRequest,
 };
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -394,6 +395,34 @@ async fn a_full_gateway_fails_alike_at_both_doors() -> Result<()> {
     ensure!(
         wrong.status == 400 && wrong.text("field")?.as_deref() == Some("timeout"),
         "{wrong:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_caller_who_has_sent_everything_gets_its_answer() -> Result<()> {
+    let worker = echo("1s")?;
+    let gateway = gateway(worker.grpc, &[]).await?;
+    gateway.ready().await?;
+    let (body, _) = super::in_json(&echoed(), true);
+    let head = format!(
+        "POST /v2/models/echo/infer HTTP/1.1\r\nhost: {}\r\ncontent-length: {}\r\n\r\n",
+        gateway.http,
+        body.len()
+    );
+    let mut caller = tokio::net::TcpStream::connect(gateway.http).await?;
+    caller
+        .write_all(&[head.as_bytes(), &body[..]].concat())
+        .await?;
+    caller.shutdown().await?;
+    let mut answer = String::new();
+    let reading = caller.read_to_string(&mut answer);
+    tokio::time::timeout(Duration::from_secs(20), reading).await??;
+    // It has been asked whether it is there.
+    let last = answer.rsplit("100 Continue\r\n\r\n").next();
+    ensure!(
+        last.is_some_and(|last| last.starts_with("HTTP/1.1 200 OK")),
+        "{answer}"
     );
     Ok(())
 }

@@ -1,7 +1,10 @@
 //! What web pages of other origins may do.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use fleet_tests::Fleet;
+use fleet_tests::process::Andon;
 
 use super::{Protocol, Response, digits, fetch, web};
 
@@ -51,6 +54,44 @@ async fn pages_may_call_where_their_origin_is_named() -> Result<()> {
     }
     for response in both(&fleet, "https://others.example").await? {
         ensure!(allowed(&response).is_none(), "{response:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn pages_may_read_why_a_request_was_refused() -> Result<()> {
+    let flags = ["--cors-origin", PAGE];
+    let fleet = Fleet::with(1, &["--model", &digits()?], &flags).await?;
+    let url = |path: &str| format!("http://{}{path}", fleet.gateway.http);
+    let web = web(Protocol::Http1)?;
+    let infer = url("/v2/models/digits/infer");
+    for (request, status) in [
+        (web.get(url("/v2/nowhere")), 404),
+        (web.get(url("/v1/nowhere")), 404),
+        (web.get(&infer), 405),
+        (web.post(&infer).header("content-encoding", "br"), 415),
+        (web.post(&infer).body("{}"), 400),
+    ] {
+        let response = fetch(request.header("origin", PAGE)).await?;
+        ensure!(response.status == status, "{response:?}");
+        ensure!(allowed(&response) == Some(PAGE), "{response:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_origin_that_can_never_match_does_not_start() -> Result<()> {
+    for origin in [
+        "pages.example",
+        "https://pages.example/",
+        "https://*.example",
+    ] {
+        let flags = ["--worker", "127.0.0.1:1", "--cors-origin", origin];
+        let mut gateway = Andon::start("gateway", &flags.map(str::to_owned), None)?;
+        let ended = gateway.ended(Duration::from_secs(20)).await?;
+        ensure!(!ended.success(), "{origin}");
+        let logged = gateway.logged();
+        ensure!(logged.contains("--cors-origin"), "{logged}");
     }
     Ok(())
 }

@@ -136,7 +136,7 @@ impl Target {
             let name = name.as_str();
             return Err(Error::wrong_task(MODEL_KEY, name, model.task(), task));
         }
-        only(repository.models_for(task), task.as_str())
+        only(repository, repository.models_for(task), task.as_str())
     }
 
     /// The model whose tokenizer a call uses: the named one, or the only one.
@@ -146,7 +146,7 @@ impl Target {
         }
         let tasks = Task::TEXT.iter();
         let models = tasks.flat_map(|task| repository.models_for(*task));
-        only(models.collect(), "text")
+        only(repository, models.collect(), "text")
     }
 
     /// Computes texts with a model: one vector for each.
@@ -278,12 +278,23 @@ fn ns(duration: Duration) -> u64 {
 }
 
 /// The only model of several candidates.
-fn only(mut models: Vec<Arc<ServedModel>>, task: &str) -> Result<Arc<ServedModel>, Error> {
+fn only(
+    repository: &Repository,
+    mut models: Vec<Arc<ServedModel>>,
+    task: &str,
+) -> Result<Arc<ServedModel>, Error> {
     if models.len() > 1 {
         let names: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
         return Err(Error::several_models(task, &names));
     }
-    models.pop().ok_or_else(|| Error::no_model(task))
+    models.pop().ok_or_else(|| {
+        // What a model is for is known when it is loaded.
+        if repository.is_loading() {
+            Error::no_model_yet(task)
+        } else {
+            Error::no_model(task)
+        }
+    })
 }
 
 /// The truncation of a text that is too long; an unknown direction is an error.

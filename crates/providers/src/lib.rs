@@ -12,6 +12,7 @@ mod embedding;
 mod error;
 mod metrics;
 mod provider;
+mod reported;
 mod rerank;
 mod settings;
 mod sse;
@@ -19,7 +20,8 @@ mod usage;
 
 pub use catalogue::{Catalogue, Chain, ProviderSettings};
 pub use chat::{
-    ChatDelta, ChatMessage, ChatRequest, ChatResponse, ChatStream, FinishReason, Role, TokenUsage,
+    ChatChoice, ChatDelta, ChatMessage, ChatOption, ChatRequest, ChatResponse, ChatStream,
+    FinishReason, Role, TokenUsage, Tool, ToolCall, ToolCallDelta,
 };
 pub use embedding::{EmbeddingOptions, Embeddings};
 pub use error::ProviderError;

@@ -8,7 +8,7 @@ use protocol::Error;
 use serde_json::value::RawValue;
 
 use crate::error::ProviderError;
-use crate::reported::ReportedUsage;
+use crate::reported::{ReportedUsage, TokenUsage};
 
 /// Sequences that may end a response.
 const STOPS_MAX: usize = 16;
@@ -233,15 +233,6 @@ impl FinishReason {
             Self::ContentFilter => "content_filter",
         }
     }
-}
-
-/// The tokens of a conversation and its continuation.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct TokenUsage {
-    /// Tokens of the messages so far.
-    pub prompt_tokens: u64,
-    /// Tokens of the response.
-    pub completion_tokens: u64,
 }
 
 /// One of the responses to choose from, in one piece.

@@ -21,11 +21,12 @@ mod usage;
 pub use catalogue::{Catalogue, Chain, ProviderSettings};
 pub use chat::{
     ChatChoice, ChatDelta, ChatMessage, ChatOption, ChatRequest, ChatResponse, ChatStream,
-    FinishReason, Role, TokenUsage, Tool, ToolCall, ToolCallDelta,
+    FinishReason, Role, Tool, ToolCall, ToolCallDelta,
 };
 pub use embedding::{EmbeddingOptions, Embeddings};
 pub use error::ProviderError;
 pub use metrics::ProviderMetrics;
 pub use provider::{MODEL_VERSION, Provider};
+pub use reported::TokenUsage;
 pub use settings::ModelSettings;
 pub use usage::{CallContext, ProviderUsage, UsageMeter};

@@ -16,13 +16,13 @@ use platform::tasks::OwnedTask;
 use protocol::{Error, ModelName, ModelVersion, Task};
 use tokio::time::Instant;
 
-use crate::chat::{ChatChoice, ChatRequest, ChatResponse, ChatStream, TokenUsage, estimate_tokens};
+use crate::chat::{ChatChoice, ChatRequest, ChatResponse, ChatStream, estimate_tokens};
 use crate::credential::Credential;
 use crate::dialect::HttpRequest;
 use crate::embedding::{EmbeddingOptions, EmbeddingRequest, Embeddings, normalize};
 use crate::error::ProviderError;
 use crate::metrics::ProviderMetrics;
-use crate::reported::reported_usage;
+use crate::reported::{TokenUsage, reported_usage};
 use crate::rerank::{RerankRequest, RerankScores};
 use crate::settings::{InvalidSetting, ModelSettings};
 use crate::usage::{CallContext, ProviderUsage};

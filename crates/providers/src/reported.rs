@@ -6,8 +6,6 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use crate::chat::TokenUsage;
-
 /// Tokens that one response can be charged for: services may report anything.
 const TOKENS_MAX: u64 = 1 << 40;
 /// A longer text than this is no usage, and is not read.
@@ -22,6 +20,15 @@ impl<'de> Deserialize<'de> for Count {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         Ok(Self(small(from)?.as_ref().and_then(count)))
     }
+}
+
+/// The tokens of a conversation and its continuation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TokenUsage {
+    /// Tokens of the messages so far.
+    pub prompt_tokens: u64,
+    /// Tokens of the response.
+    pub completion_tokens: u64,
 }
 
 /// The tokens that a service reported, as far as it did.

@@ -7,8 +7,8 @@ use platform::pot::Holder;
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use crate::chat::TokenUsage;
 use crate::error::ProviderError;
+use crate::reported::TokenUsage;
 
 /// The most of each that one call can be charged for: services may report
 /// anything.

@@ -307,7 +307,7 @@ fn finish_reason(reason: &str) -> Result<FinishReason, ProviderError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chat::TokenUsage;
+    use crate::reported::TokenUsage;
 
     fn read(events: &[&str]) -> Result<StreamProgress, ProviderError> {
         let mut progress = StreamProgress::default();

@@ -12,9 +12,9 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
 use super::{Permit, Provider};
-use crate::chat::{ChatDelta, ChatStream, StreamProgress, TokenUsage};
+use crate::chat::{ChatDelta, ChatStream, StreamProgress};
 use crate::error::ProviderError;
-use crate::reported::reported_usage;
+use crate::reported::{TokenUsage, reported_usage};
 use crate::sse::{Event, EventParser};
 use crate::usage::UsageMeter;
 

@@ -352,10 +352,11 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::chat::{Role, TokenUsage, Tool};
+    use crate::chat::{Role, Tool};
     use crate::dialect::Dialect;
     use crate::dialect::openai::Openai;
     use crate::dialect::tests::{MODEL, json};
+    use crate::reported::TokenUsage;
 
     fn raw(json: &str) -> Box<RawValue> {
         RawValue::from_string(json.to_owned()).unwrap()

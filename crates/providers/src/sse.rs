@@ -29,9 +29,9 @@ pub struct EventParser {
 }
 
 impl EventParser {
-    /// Takes the chunk that came next and returns the events that it completes.
-    pub fn push(&mut self, chunk: &[u8]) -> Result<Vec<Event>, &'static str> {
-        let mut events = Vec::new();
+    /// Takes the chunk that came next and adds the events that it completes: in
+    /// an error, those before what is wrong.
+    pub fn push(&mut self, chunk: &[u8], events: &mut Vec<Event>) -> Result<(), &'static str> {
         let mut rest = chunk;
         if self.after_cr && !rest.is_empty() {
             self.after_cr = false;
@@ -49,8 +49,7 @@ impl EventParser {
             self.check()?;
         }
         self.line.extend_from_slice(rest);
-        self.check()?;
-        Ok(events)
+        self.check()
     }
 
     /// The event that the end of the stream completes: some services do not
@@ -106,10 +105,29 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn pushed(parser: &mut EventParser, chunk: &[u8]) -> Result<Vec<Event>, &'static str> {
+        let mut events = Vec::new();
+        parser.push(chunk, &mut events)?;
+        Ok(events)
+    }
+
+    fn parsed(text: &[u8]) -> Result<Vec<Event>, &'static str> {
+        pushed(&mut EventParser::default(), text)
+    }
+
+    #[test]
+    fn the_events_before_an_error_are_kept() {
+        let mut events = Vec::new();
+        let chunk = b"data: a\n\ndata: \xff\n\n";
+        let wrong = EventParser::default().push(chunk, &mut events);
+        assert!(wrong.is_err());
+        assert_eq!(events[0].data, "a");
+    }
+
     #[test]
     fn events_have_names_and_lines() {
         let text = ": hello\n\nevent: delta\r\ndata: {\"a\":1}\r\n\r\ndata:one\ndata: two\nid: 3\n\ndata: [DONE]\n\nrest";
-        let events = EventParser::default().push(text.as_bytes()).unwrap();
+        let events = parsed(text.as_bytes()).unwrap();
         let pairs: Vec<_> = events
             .iter()
             .map(|e| (e.name.as_str(), e.data.as_str()))
@@ -119,23 +137,24 @@ mod tests {
             [("delta", "{\"a\":1}"), ("", "one\ntwo"), ("", "[DONE]")]
         );
         let long = vec![b'a'; EVENT_BYTES_MAX + 1];
-        assert!(EventParser::default().push(&long).is_err());
+        assert!(parsed(&long).is_err());
     }
 
     #[test]
     fn every_end_of_a_line_is_one() {
         let text = "data: one\ndata: two\n\nevent: e\ndata: thr\u{e9}e\n\n";
-        let expected = EventParser::default().push(text.as_bytes()).unwrap();
+        let expected = parsed(text.as_bytes()).unwrap();
         assert_eq!(expected.len(), 2);
         for end in ["\n", "\r", "\r\n"] {
             for mark in ["", "\u{feff}"] {
                 let text = format!("{mark}{}", text.replace('\n', end));
                 // In one piece, and byte by byte: characters are split too.
-                let mut parser = EventParser::default();
-                assert_eq!(parser.push(text.as_bytes()).unwrap(), expected, "{text:?}");
+                assert_eq!(parsed(text.as_bytes()).unwrap(), expected, "{text:?}");
                 let mut parser = EventParser::default();
                 let bytes = text.as_bytes().chunks(1);
-                let events: Vec<_> = bytes.flat_map(|byte| parser.push(byte).unwrap()).collect();
+                let events: Vec<_> = bytes
+                    .flat_map(|byte| pushed(&mut parser, byte).unwrap())
+                    .collect();
                 assert_eq!(events, expected, "{text:?}");
             }
         }
@@ -153,7 +172,7 @@ mod tests {
             ("", None),
         ] {
             let mut parser = EventParser::default();
-            parser.push(text.as_bytes()).unwrap();
+            pushed(&mut parser, text.as_bytes()).unwrap();
             let event = parser.finish().unwrap();
             assert_eq!(event.map(|event| event.data).as_deref(), last, "{text:?}");
         }
@@ -165,17 +184,17 @@ mod tests {
             bytes in proptest::collection::vec(proptest::sample::select(b"data: e\n\r:x".to_vec()), 0..200),
             cut in 0usize..200,
         ) {
-            let whole = EventParser::default().push(&bytes).unwrap();
+            let whole = parsed(&bytes).unwrap();
             let (first, second) = bytes.split_at(cut.min(bytes.len()));
             let mut events = EventParser::default();
-            let mut parts = events.push(first).unwrap();
-            parts.extend(events.push(second).unwrap());
+            let mut parts = pushed(&mut events, first).unwrap();
+            parts.extend(pushed(&mut events, second).unwrap());
             prop_assert_eq!(whole, parts);
         }
 
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
-            let _ = EventParser::default().push(&bytes);
+            let _ = parsed(&bytes);
         }
     }
 }

@@ -5,7 +5,7 @@ mod chains;
 mod failures;
 mod generation;
 mod money;
-
+mod scenarios;
 mod vectors;
 mod web;
 

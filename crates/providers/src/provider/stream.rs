@@ -188,8 +188,9 @@ impl StreamReader {
         if self.bytes > STREAM_BYTES_MAX {
             return Err(ProviderError::ResponseTooLarge);
         }
-        let events = match &mut self.body {
-            Body::Events(events) => events.push(chunk),
+        let mut events = Vec::new();
+        let pushed = match &mut self.body {
+            Body::Events(parser) => parser.push(chunk, &mut events),
             Body::Whole(body) if self.bytes <= WHOLE_BYTES_MAX => {
                 body.extend_from_slice(chunk);
                 return Ok(());
@@ -197,10 +198,10 @@ impl StreamReader {
             Body::Whole(_) => return Err(ProviderError::ResponseTooLarge),
             Body::Page => return Err(ProviderError::InvalidResponse("a page in HTML")),
         };
-        for event in events.map_err(ProviderError::InvalidResponse)? {
+        for event in events {
             self.take_event(&event)?;
         }
-        Ok(())
+        pushed.map_err(ProviderError::InvalidResponse)
     }
 
     /// The body has ended.

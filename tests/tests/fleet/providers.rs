@@ -5,6 +5,7 @@ mod chains;
 mod failures;
 mod generation;
 mod money;
+mod parameters;
 mod scenarios;
 mod vectors;
 mod web;

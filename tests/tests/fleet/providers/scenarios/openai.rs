@@ -9,6 +9,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     all.extend(responses());
     all.extend(formats());
     all.extend(streams());
+    all.extend(breaks());
     all
 }
 
@@ -628,6 +629,12 @@ fn streams() -> Vec<Scenario> {
             failed,
         ));
     }
+    all
+}
+
+/// Streams that fail by more than one event.
+fn breaks() -> Vec<Scenario> {
+    let mut all = Vec::new();
     let used = framed(&[
         r#"{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":0}}"#,
         ERROR,

@@ -52,6 +52,9 @@ struct StreamReader {
     error: Option<ProviderError>,
     /// Whether a part has been passed on.
     begun: bool,
+    /// When the last event came: comments, which keep a connection alive, are
+    /// no sign of a response.
+    heard: Instant,
     /// Parts, and the bytes of what the model wrote.
     parts: u64,
     written: usize,
@@ -90,6 +93,7 @@ pub(crate) async fn begin(open: OpenStream) -> Result<ChatStream, Error> {
         progress: StreamProgress::default(),
         error: None,
         begun: false,
+        heard: Instant::now(),
         parts: 0,
         written: 0,
         bytes: 0,
@@ -158,7 +162,7 @@ impl StreamReader {
                 self.finish()?;
                 continue;
             }
-            let silent = Instant::now() + self.open.provider.settings.timeout;
+            let silent = self.heard + self.open.provider.settings.timeout;
             let until = self.deadline().min(silent);
             let chunk = timeout_at(until, self.open.response.chunk()).await;
             let chunk = chunk.map_err(|_| ProviderError::Timeout)?;
@@ -193,6 +197,7 @@ impl StreamReader {
             Body::Events(parser) => parser.push(chunk, &mut events),
             Body::Whole(body) if self.bytes <= WHOLE_BYTES_MAX => {
                 body.extend_from_slice(chunk);
+                self.heard = Instant::now();
                 return Ok(());
             }
             Body::Whole(_) => return Err(ProviderError::ResponseTooLarge),
@@ -226,6 +231,7 @@ impl StreamReader {
     }
 
     fn take_event(&mut self, event: &Event) -> Result<(), ProviderError> {
+        self.heard = Instant::now();
         let dialect = self.open.provider.settings.kind;
         let before = self.progress.parts.len();
         let parsed = dialect.parse_chat_event(event, &mut self.progress);

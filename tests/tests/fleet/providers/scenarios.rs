@@ -8,6 +8,7 @@ mod openai;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fleet_tests::until;
@@ -22,6 +23,8 @@ use super::{Outside, TIMEOUT, entry};
 
 /// Calls that are in flight at once.
 const CALLS: usize = 16;
+/// Between the comments of a service that keeps its connection alive.
+const COMMENT_INTERVAL: Duration = Duration::from_millis(100);
 /// What the good model writes.
 const BACKUP: &str = "Backup";
 
@@ -43,6 +46,8 @@ struct Script {
     byte_by_byte: bool,
     /// Whether the connection stays open after the last byte.
     falls_silent: bool,
+    /// Whether comments follow for as long as anybody reads them.
+    stays_alive: bool,
 }
 
 impl Script {
@@ -53,6 +58,7 @@ impl Script {
             bytes: [head.as_bytes(), body.as_ref()].concat(),
             byte_by_byte: false,
             falls_silent: false,
+            stays_alive: false,
         }
     }
 
@@ -172,6 +178,10 @@ async fn respond(mut connection: TcpStream, scripts: Arc<Vec<Script>>) -> Result
         }
     } else {
         connection.write_all(&script.bytes).await?;
+    }
+    while script.stays_alive {
+        connection.write_all(b": hello\n\n").await?;
+        tokio::time::sleep(COMMENT_INTERVAL).await;
     }
     if script.falls_silent {
         std::future::pending::<()>().await;

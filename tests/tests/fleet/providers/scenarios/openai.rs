@@ -294,6 +294,7 @@ fn responses() -> Vec<Scenario> {
         bytes: Vec::new(),
         byte_by_byte: false,
         falls_silent: false,
+        stays_alive: false,
     };
     let mut silent = Script::json("{");
     silent.falls_silent = true;
@@ -665,6 +666,10 @@ fn breaks() -> Vec<Scenario> {
         silent,
         failed_after("Good ", 6.0),
     ));
+    let mut comments = Script::events("");
+    comments.stays_alive = true;
+    let late = fell_back("DEADLINE_EXCEEDED", 2.0);
+    all.push(streamed("comments and no end", comments, late));
     let call = r#"{"choices":[{"delta":{"tool_calls":[{"index":0,"id":"1","function":{"name":"f","arguments":"{}"}}]}}]}"#;
     let end = r#"{"choices":[{"delta":{},"finish_reason":"tool_calls"}]}"#;
     let called = Script::events(framed(&[ROLE, call, end, USED]));

@@ -52,8 +52,8 @@ struct StreamReader {
     error: Option<ProviderError>,
     /// Whether a part has been passed on.
     begun: bool,
-    /// When the last event came: comments, which keep a connection alive, are
-    /// no sign of a response.
+    /// When the last event came, or the last part was taken: comments, which
+    /// keep a connection alive, are no sign of a response.
     heard: Instant,
     /// Parts, and the bytes of what the model wrote.
     parts: u64,
@@ -151,6 +151,8 @@ impl StreamReader {
     }
 
     async fn next(&mut self) -> Result<ChatDelta, ProviderError> {
+        // The time of a slow reader is not the service's.
+        self.heard = Instant::now();
         loop {
             if let Some(part) = self.progress.parts.pop_front() {
                 return Ok(part);

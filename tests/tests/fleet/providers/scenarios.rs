@@ -179,9 +179,11 @@ async fn respond(mut connection: TcpStream, scripts: Arc<Vec<Script>>) -> Result
     } else {
         connection.write_all(&script.bytes).await?;
     }
-    while script.stays_alive {
-        connection.write_all(b": hello\n\n").await?;
-        tokio::time::sleep(COMMENT_INTERVAL).await;
+    if script.stays_alive {
+        loop {
+            connection.write_all(b": hello\n\n").await?;
+            tokio::time::sleep(COMMENT_INTERVAL).await;
+        }
     }
     if script.falls_silent {
         std::future::pending::<()>().await;

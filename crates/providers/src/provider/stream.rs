@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use futures::{StreamExt, future, stream};
-use http::header::CONTENT_TYPE;
 use platform::pot::Holder;
 use platform::tasks::spawn_owned;
 use protocol::Error;
@@ -61,8 +60,11 @@ struct StreamReader {
     bytes: usize,
 }
 
-/// What the service sends, by its content type.
+/// What the service sends. Its first byte tells, where content types are often
+/// wrong: no line of an event stream begins with a bracket.
 enum Body {
+    /// Nothing has come but white space.
+    Unknown,
     Events(EventParser),
     /// JSON: an error, or a whole response of a service that has no streams.
     Whole(Vec<u8>),
@@ -71,16 +73,19 @@ enum Body {
 }
 
 impl Body {
-    fn of(response: &Response) -> Self {
-        let kind = response.headers().get(CONTENT_TYPE);
-        let kind = kind.and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-        let kind = kind.split(';').next().unwrap_or_default().trim();
-        match kind.to_ascii_lowercase().as_str() {
-            "text/html" => Self::Page,
-            "application/json" | "application/problem+json" => Self::Whole(Vec::new()),
+    fn beginning_with(first: u8) -> Self {
+        match first {
+            b'{' | b'[' => Self::Whole(Vec::new()),
+            b'<' => Self::Page,
             _ => Self::Events(EventParser::default()),
         }
     }
+}
+
+/// Whether a byte tells nothing about a body: white space, or a part of a byte
+/// order mark.
+fn is_blank(byte: u8) -> bool {
+    byte.is_ascii_whitespace() || matches!(byte, 0xef | 0xbb | 0xbf)
 }
 
 /// The parts of a response as they come, once the first has. They are read
@@ -88,8 +93,8 @@ impl Body {
 /// longer than it has time. Dropping the stream ends the reading.
 pub(crate) async fn begin(open: OpenStream) -> Result<ChatStream, Error> {
     let mut reader = StreamReader {
-        body: Body::of(&open.response),
         open,
+        body: Body::Unknown,
         progress: StreamProgress::default(),
         error: None,
         begun: false,
@@ -194,8 +199,18 @@ impl StreamReader {
         if self.bytes > STREAM_BYTES_MAX {
             return Err(ProviderError::ResponseTooLarge);
         }
+        let mut chunk = chunk;
+        if matches!(self.body, Body::Unknown) {
+            let begin = chunk.iter().position(|byte| !is_blank(*byte));
+            chunk = &chunk[begin.unwrap_or(chunk.len())..];
+            let Some(first) = chunk.first() else {
+                return Ok(());
+            };
+            self.body = Body::beginning_with(*first);
+        }
         let mut events = Vec::new();
         let pushed = match &mut self.body {
+            Body::Unknown => return Ok(()),
             Body::Events(parser) => parser.push(chunk, &mut events),
             Body::Whole(body) if self.bytes <= WHOLE_BYTES_MAX => {
                 body.extend_from_slice(chunk);
@@ -214,6 +229,7 @@ impl StreamReader {
     /// The body has ended.
     fn take_end(&mut self) -> Result<(), ProviderError> {
         match &mut self.body {
+            Body::Unknown => Ok(()),
             Body::Events(events) => {
                 let last = events.finish().map_err(ProviderError::InvalidResponse)?;
                 last.map_or(Ok(()), |event| self.take_event(&event))

@@ -255,7 +255,9 @@ fn whole() -> Vec<Scenario> {
         let name = format!("an error: {name}");
         let expected = fell_back("UNAVAILABLE", cost);
         all.push(scenario(&name, Script::json(body), expected.clone()));
-        all.push(streamed(&name, Script::json(body), expected));
+        all.push(streamed(&name, Script::json(body), expected.clone()));
+        let name = format!("{name}, as events");
+        all.push(streamed(&name, Script::events(body), expected));
     }
     for body in RUBBISH {
         let name = format!("rubbish: {body}");
@@ -263,7 +265,9 @@ fn whole() -> Vec<Scenario> {
         let written = body.len().div_ceil(4).min(7);
         let expected = fell_back("UNAVAILABLE", 2.0 + 2.0 * written as f64);
         all.push(scenario(&name, Script::json(body), expected));
-        let read = fell_back("UNAVAILABLE", 2.0);
+        // What is neither JSON nor an event is no sign of a response.
+        let is_json = body.starts_with(['{', '[']);
+        let read = fell_back("UNAVAILABLE", if is_json { 2.0 } else { 0.0 });
         all.push(streamed(&name, Script::json(body), read));
     }
     let body = r#"{"choices":[{"message":{"content":"Good day"},"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":2}}"#;
@@ -397,12 +401,10 @@ fn formats() -> Vec<Scenario> {
         split,
         answered("Good \u{1f56f}", "stop", 7.0),
     ));
-    let unnamed = Script::new("200 OK", &plain);
-    all.push(streamed(
-        "no content type",
-        unnamed,
-        answered("Good day", "stop", 7.0),
-    ));
+    for head in ["200 OK", "200 OK\r\ncontent-type: application/json"] {
+        let expected = answered("Good day", "stop", 7.0);
+        all.push(streamed(head, Script::new(head, &plain), expected));
+    }
     all
 }
 

@@ -11,7 +11,8 @@ mod metrics;
 pub use chat::{Chat, ChatStreaming, Generated};
 pub use metrics::{CallMetrics, CallRecord};
 pub use providers::{
-    ChatDelta, ChatMessage, ChatRequest, ChatResponse, ChatStream, FinishReason, Role, TokenUsage,
+    ChatChoice, ChatDelta, ChatMessage, ChatOption, ChatRequest, ChatResponse, ChatStream,
+    FinishReason, Role, TokenUsage, Tool, ToolCall, ToolCallDelta,
 };
 
 use std::future::Future;

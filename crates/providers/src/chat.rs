@@ -1,15 +1,19 @@
 //! A conversation and its continuation, in the terms of no provider.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 
 use futures::stream::BoxStream;
 use protocol::Error;
+use serde_json::value::RawValue;
+
+use crate::error::ProviderError;
+use crate::reported::{ReportedUsage, TokenUsage};
 
 /// Sequences that may end a response.
 const STOPS_MAX: usize = 16;
-/// Tokens that one response can be charged for: services may report anything.
-const TOKENS_MAX: u64 = 1 << 40;
+/// Choices of one response, the limit of OpenAI's API.
+const CHOICES_MAX: u32 = 128;
 
 /// The author of a message of a conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +24,8 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// A tool that the model called: the message is the tool's result.
+    Tool,
 }
 
 impl Role {
@@ -29,6 +35,7 @@ impl Role {
             Self::System => "system",
             Self::User => "user",
             Self::Assistant => "assistant",
+            Self::Tool => "tool",
         }
     }
 }
@@ -40,6 +47,22 @@ pub struct ChatMessage {
     pub role: Role,
     /// Its text.
     pub text: String,
+    /// Of the model's messages: the tools that it called.
+    pub tool_calls: Vec<ToolCall>,
+    /// Of a tool's messages: the call whose result it is.
+    pub tool_call_id: Option<String>,
+}
+
+impl ChatMessage {
+    /// A message that is a text.
+    pub fn new(role: Role, text: impl Into<String>) -> Self {
+        Self {
+            role,
+            text: text.into(),
+            tool_calls: Vec::new(),
+            tool_call_id: None,
+        }
+    }
 }
 
 impl fmt::Debug for ChatMessage {
@@ -49,9 +72,43 @@ impl fmt::Debug for ChatMessage {
     }
 }
 
+/// A call of a tool that the model asks for.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct ToolCall {
+    /// The id that the result refers to.
+    pub id: String,
+    /// The tool's name.
+    pub name: String,
+    /// Its arguments, JSON in a text, as the model wrote them.
+    pub arguments: String,
+}
+
+impl fmt::Debug for ToolCall {
+    /// Without its texts, which are the caller's.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "a tool call of {} bytes", self.arguments.len())
+    }
+}
+
+/// A parameter that is passed on as it came, or refused by its name.
+#[derive(Clone)]
+pub struct ChatOption {
+    /// Its name in OpenAI's API.
+    pub name: &'static str,
+    /// Its value.
+    pub value: Box<RawValue>,
+}
+
+impl fmt::Debug for ChatOption {
+    /// Without the value, which is the caller's.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.name)
+    }
+}
+
 /// A conversation to be continued. An option that is none is left to the
 /// provider.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default)]
 pub struct ChatRequest {
     /// The messages so far.
     pub messages: Vec<ChatMessage>,
@@ -63,16 +120,30 @@ pub struct ChatRequest {
     pub top_p: Option<f64>,
     /// Sequences that end the response.
     pub stop: Vec<String>,
+    /// Responses to choose from, which are made independently; one without it.
+    pub n: Option<u32>,
+    /// Tools that the model may call, in the format of OpenAI's API.
+    pub tools: Vec<Tool>,
+    /// Parameters that a service of another dialect may not have.
+    pub options: Vec<ChatOption>,
+}
+
+/// A tool that the model may call: an object of OpenAI's API, as it came.
+#[derive(Clone)]
+pub struct Tool(pub Box<RawValue>);
+
+impl fmt::Debug for Tool {
+    /// Without the object, which is the caller's.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "a tool of {} bytes", self.0.get().len())
+    }
 }
 
 impl ChatRequest {
     /// A conversation of one message, the user's.
     pub fn from_prompt(text: impl Into<String>) -> Self {
         Self {
-            messages: vec![ChatMessage {
-                role: Role::User,
-                text: text.into(),
-            }],
+            messages: vec![ChatMessage::new(Role::User, text)],
             ..Self::default()
         }
     }
@@ -85,6 +156,10 @@ impl ChatRequest {
         }
         if self.max_tokens == Some(0) {
             return Err(Error::invalid("max_tokens", "must be at least 1"));
+        }
+        if self.n.is_some_and(|n| !(1..=CHOICES_MAX).contains(&n)) {
+            let reason = format!("must be from 1 to {CHOICES_MAX}");
+            return Err(Error::invalid("n", reason));
         }
         let outside = |value: Option<f64>, most: f64| {
             // Written so that NaN is outside too.
@@ -109,9 +184,20 @@ impl ChatRequest {
         Ok(())
     }
 
-    /// The estimated tokens of the messages, where a provider reports none.
+    /// The estimated tokens of the messages and tools, where a provider reports
+    /// none.
     pub fn estimated_tokens(&self) -> u64 {
-        estimate_tokens(self.messages.iter().map(|message| message.text.as_str()))
+        let texts = self.messages.iter().flat_map(|message| {
+            let calls = message.tool_calls.iter();
+            let calls = calls.flat_map(|call| [call.name.as_str(), call.arguments.as_str()]);
+            calls.chain([message.text.as_str()])
+        });
+        estimate_tokens(texts.chain(self.tools.iter().map(|tool| tool.0.get())))
+    }
+
+    /// How many responses are asked for.
+    pub fn choices(&self) -> u32 {
+        self.n.unwrap_or(1)
     }
 }
 
@@ -129,6 +215,8 @@ pub enum FinishReason {
     Stop,
     /// It reached the limit of tokens.
     Length,
+    /// The model asks for calls of tools.
+    ToolCalls,
     /// The provider's content filter held it back.
     ContentFilter,
     /// The provider has another reason.
@@ -141,95 +229,209 @@ impl FinishReason {
         match self {
             Self::Stop | Self::Other => "stop",
             Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
             Self::ContentFilter => "content_filter",
         }
     }
 }
 
-/// The tokens of a conversation and its continuation.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct TokenUsage {
-    /// Tokens of the messages so far.
-    pub prompt_tokens: u64,
-    /// Tokens of the response.
-    pub completion_tokens: u64,
+/// One of the responses to choose from, in one piece.
+#[derive(Clone)]
+pub struct ChatChoice {
+    /// Its text.
+    pub text: String,
+    /// The tools that the model asks to call.
+    pub tool_calls: Vec<ToolCall>,
+    /// The probabilities of its tokens, as the service sent them.
+    pub logprobs: Option<Box<RawValue>>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
 }
 
-impl TokenUsage {
-    /// The usage that the service reported, bounded, or an estimate where it
-    /// reported none.
-    #[must_use]
-    pub fn or_estimate(self, estimate: Self) -> Self {
-        let usage = if self == Self::default() {
-            estimate
-        } else {
-            self
-        };
-        Self {
-            prompt_tokens: usage.prompt_tokens.min(TOKENS_MAX),
-            completion_tokens: usage.completion_tokens.min(TOKENS_MAX),
-        }
+impl ChatChoice {
+    /// The bytes of what the model wrote.
+    pub fn bytes(&self) -> usize {
+        let calls = self.tool_calls.iter();
+        let calls = calls.map(|call| call.name.len() + call.arguments.len());
+        self.text.len() + calls.sum::<usize>()
     }
+}
+
+impl fmt::Debug for ChatChoice {
+    /// Without the text, which is the caller's.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "{} bytes, {:?}",
+            self.bytes(),
+            self.finish_reason
+        )
+    }
+}
+
+/// A response in one piece, as a dialect has read it.
+#[derive(Debug)]
+pub struct ParsedChat {
+    /// The responses to choose from, at least one.
+    pub choices: Vec<ChatChoice>,
+    /// The tokens that the service reported.
+    pub usage: ReportedUsage,
 }
 
 /// The continuation of a conversation, in one piece.
-#[derive(Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct ChatResponse {
-    /// Its text.
-    pub text: String,
-    /// Why it ended.
-    pub finish_reason: FinishReason,
-    /// Its tokens.
+    /// The responses to choose from, at least one.
+    pub choices: Vec<ChatChoice>,
+    /// The tokens of all of them.
     pub usage: TokenUsage,
 }
 
-impl fmt::Debug for ChatResponse {
-    /// Without the text, which is the caller's.
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let bytes = self.text.len();
-        write!(formatter, "{bytes} bytes, {:?}", self.finish_reason)
+impl ChatResponse {
+    /// The text of the first choice.
+    pub fn into_text(self) -> String {
+        let first = self.choices.into_iter().next();
+        first.map(|choice| choice.text).unwrap_or_default()
     }
 }
 
-/// A part of a streamed response. The last one, and only that, has an end; it
-/// may have no text.
-#[derive(Clone, Default, PartialEq)]
+/// The next part of a tool call.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct ToolCallDelta {
+    /// The number of the call in its choice, from 0.
+    pub index: u32,
+    /// Its id, in its first part.
+    pub id: Option<String>,
+    /// The tool's name, in its first part.
+    pub name: Option<String>,
+    /// The text of the arguments that comes next.
+    pub arguments: String,
+}
+
+impl fmt::Debug for ToolCallDelta {
+    /// Without the arguments, which are the caller's.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "call {}: {} bytes",
+            self.index,
+            self.arguments.len()
+        )
+    }
+}
+
+/// A part of a streamed response. A choice ends with its finish reason; the
+/// last part, and only that, has the usage, and a finish reason too.
+#[derive(Clone, Default)]
 pub struct ChatDelta {
+    /// The number of the choice, from 0.
+    pub choice: u32,
     /// The text that comes next.
     pub text: String,
-    /// Why the response ended here, and its tokens.
-    pub end: Option<(FinishReason, TokenUsage)>,
+    /// What comes next of tool calls.
+    pub tool_calls: Vec<ToolCallDelta>,
+    /// The probabilities of the part's tokens, as the service sent them.
+    pub logprobs: Option<Box<RawValue>>,
+    /// Why the choice ended here.
+    pub finish_reason: Option<FinishReason>,
+    /// The tokens of the whole response.
+    pub usage: Option<TokenUsage>,
+}
+
+impl ChatDelta {
+    /// A part of the first choice that is a text.
+    pub fn from_text(text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            ..Self::default()
+        }
+    }
+
+    /// The bytes of what the model wrote.
+    pub fn bytes(&self) -> usize {
+        let calls = self.tool_calls.iter();
+        let calls =
+            calls.map(|call| call.name.as_ref().map_or(0, String::len) + call.arguments.len());
+        self.text.len() + calls.sum::<usize>()
+    }
 }
 
 impl fmt::Debug for ChatDelta {
     /// Without the text, which is the caller's.
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{} bytes, {:?}", self.text.len(), self.end)
+        let (bytes, end) = (self.bytes(), self.finish_reason.zip(self.usage));
+        write!(formatter, "{bytes} bytes, {end:?}")
     }
 }
 
 /// The received part of a streamed response. A dialect fills it event by event.
 #[derive(Debug, Default)]
 pub struct StreamProgress {
-    /// Texts that have not been passed on.
-    pub texts: VecDeque<String>,
-    /// Why the response ended.
-    pub finish_reason: Option<FinishReason>,
-    /// Its tokens, as far as the service has reported them.
-    pub usage: Option<TokenUsage>,
+    /// Parts that have not been passed on.
+    pub parts: VecDeque<ChatDelta>,
+    /// The choices that have begun, and why those that ended did.
+    pub choices: BTreeMap<u32, Option<FinishReason>>,
+    /// The tokens, as far as the service has reported them.
+    pub usage: ReportedUsage,
     /// Whether the service marked the end of the stream.
     pub done: bool,
+    /// Of Anthropic's dialect: the blocks that are tool calls, in their order.
+    pub tool_blocks: Vec<u64>,
 }
 
 impl StreamProgress {
-    /// Adds the text that comes next.
-    pub fn push_text(&mut self, text: String) {
-        if !text.is_empty() {
-            self.texts.push_back(text);
+    /// Adds the part that comes next. One that has nothing only begins its
+    /// choice.
+    pub fn push(&mut self, part: ChatDelta) -> Result<(), ProviderError> {
+        if part.choice >= CHOICES_MAX {
+            let reason = "the index of a choice is out of range";
+            return Err(ProviderError::InvalidResponse(reason));
         }
+        self.choices.entry(part.choice).or_default();
+        if !part.text.is_empty() || !part.tool_calls.is_empty() || part.logprobs.is_some() {
+            self.parts.push_back(part);
+        }
+        Ok(())
+    }
+
+    /// A choice that has begun has ended.
+    pub fn finish(&mut self, choice: u32, reason: FinishReason) {
+        if let Some(finished) = self.choices.get_mut(&choice) {
+            *finished = Some(reason);
+        }
+    }
+
+    /// Whether there is a choice, and all of them have ended.
+    pub fn is_complete(&self) -> bool {
+        !self.choices.is_empty() && self.choices.values().all(Option::is_some)
+    }
+
+    /// Takes a response that came in one piece though a stream was requested.
+    pub fn take_whole(&mut self, response: ParsedChat) -> Result<(), ProviderError> {
+        for (number, choice) in (0..).zip(response.choices) {
+            let calls = (0..)
+                .zip(choice.tool_calls)
+                .map(|(index, call)| ToolCallDelta {
+                    index,
+                    id: Some(call.id),
+                    name: Some(call.name),
+                    arguments: call.arguments,
+                });
+            self.push(ChatDelta {
+                choice: number,
+                text: choice.text,
+                tool_calls: calls.collect(),
+                logprobs: choice.logprobs,
+                ..ChatDelta::default()
+            })?;
+            self.finish(number, choice.finish_reason);
+        }
+        self.usage.update(response.usage);
+        self.done = true;
+        Ok(())
     }
 }
 
 /// The parts of a response as they come. An error is the last item; without
-/// one, the last has an end.
+/// one, the last has the usage.
 pub type ChatStream = BoxStream<'static, Result<ChatDelta, Error>>;

@@ -6,6 +6,7 @@
 mod anthropic;
 mod cohere;
 mod openai;
+mod text;
 
 pub use openai::MaxTokensField;
 
@@ -18,7 +19,7 @@ use http::header::AUTHORIZATION;
 use protocol::Task;
 use serde::{Deserialize, Serialize};
 
-use crate::chat::{ChatRequest, ChatResponse, StreamProgress};
+use crate::chat::{ChatRequest, ParsedChat, StreamProgress};
 use crate::embedding::{EmbeddingRequest, Embeddings};
 use crate::error::ProviderError;
 use crate::rerank::{RerankRequest, RerankScores};
@@ -92,7 +93,7 @@ pub trait Dialect: fmt::Debug + Send + Sync {
     }
 
     /// Reads the response to a conversation in one piece.
-    fn parse_chat(&self, _body: &[u8]) -> Result<ChatResponse, ProviderError> {
+    fn parse_chat(&self, _body: &[u8]) -> Result<ParsedChat, ProviderError> {
         Err(ProviderError::UnsupportedTask)
     }
 
@@ -156,7 +157,8 @@ impl HttpRequest {
     pub fn new(path: impl Into<Cow<'static, str>>, body: &impl Serialize) -> Self {
         Self {
             path: path.into(),
-            // These bodies hold strings and numbers alone: writing cannot fail.
+            // These bodies hold strings, numbers and JSON that was read: writing
+            // cannot fail.
             body: serde_json::to_vec(body).unwrap_or_default().into(),
         }
     }

@@ -21,9 +21,21 @@ pub enum ProviderError {
     /// The connection was lost before the response was complete.
     #[error("closed the connection before its response was complete")]
     ConnectionLost,
-    /// The service reported an error in the middle of a stream.
-    #[error("failed in the middle of its response")]
-    FailedMidStream,
+    /// The service reported an error in a response of status 200, whole or in
+    /// the middle of a stream.
+    #[error("reported an error in its response")]
+    ReportedError,
+    /// The response ended without a finish reason.
+    #[error("ended its response before it was complete")]
+    Incomplete,
+    /// The service has no such parameter, or not with this value.
+    #[error("{reason}")]
+    Parameter {
+        /// The parameter, by the path that its caller knows.
+        field: String,
+        /// What the service does with it.
+        reason: &'static str,
+    },
     /// A status that is no success, for which the request is not to blame.
     #[error("{} (HTTP {status})", status_reason(*.status))]
     Status {
@@ -86,6 +98,14 @@ impl ProviderError {
         }
     }
 
+    /// A parameter that the service does not have.
+    pub(crate) fn unsupported(field: impl Into<String>) -> Self {
+        Self::Parameter {
+            field: field.into(),
+            reason: "does not support it",
+        }
+    }
+
     /// A call that could not be sent, or whose connection was lost.
     pub(crate) fn from_transport(error: &reqwest::Error) -> Self {
         if error.is_connect() {
@@ -123,6 +143,9 @@ impl ProviderError {
             Self::Unreachable
                 | Self::Status { .. }
                 | Self::Rejected(_)
+                | Self::ReportedError
+                | Self::Incomplete
+                | Self::Parameter { .. }
                 | Self::UnsupportedTask
                 | Self::CircuitOpen(_)
                 | Self::ConcurrencyLimit
@@ -135,6 +158,7 @@ impl ProviderError {
         match self {
             Self::Status { status, .. } if *status < 500 => Health::Healthy,
             Self::Rejected(_) | Self::UnsupportedDimensions => Health::Healthy,
+            Self::Parameter { .. } => Health::Unknown,
             Self::UnsupportedTask
             | Self::CircuitOpen(_)
             | Self::ConcurrencyLimit
@@ -148,8 +172,8 @@ impl ProviderError {
     pub fn outcome(&self) -> &'static str {
         match self {
             Self::Unreachable => "not_sent",
-            Self::ConnectionLost => "broken",
-            Self::FailedMidStream => "failed",
+            Self::ConnectionLost | Self::Incomplete => "broken",
+            Self::ReportedError => "failed",
             Self::Status { status, .. } => match status {
                 401 | 403 => "key_refused",
                 408 => "late",
@@ -157,7 +181,10 @@ impl ProviderError {
                 status if *status >= 500 => "failed",
                 _ => "refused",
             },
-            Self::Rejected(_) | Self::UnsupportedDimensions | Self::UnsupportedTask => "invalid",
+            Self::Rejected(_)
+            | Self::UnsupportedDimensions
+            | Self::UnsupportedTask
+            | Self::Parameter { .. } => "invalid",
             Self::InvalidResponse(_) | Self::ResponseTooLarge => "garbage",
             Self::BytesInFlight | Self::ConcurrencyLimit => "no_room",
             Self::CircuitOpen(_) => "left_alone",
@@ -169,6 +196,10 @@ impl ProviderError {
     /// was sent to the service.
     pub fn to_error(&self, model: &str, field: &str) -> Error {
         let message = format!("the provider of model '{model}' {self}");
+        // It was not sent: the caller's own words are at fault.
+        if let Self::Parameter { field, .. } = self {
+            return Error::invalid(field.as_str(), message);
+        }
         let error = match (self, self.retry_after()) {
             (Self::Rejected(_) | Self::UnsupportedDimensions, _) => Error::invalid(field, message),
             (Self::UnsupportedTask, _) => Error::new(Kind::Unsupported, message),
@@ -279,6 +310,14 @@ mod tests {
         }
         let error = ProviderError::UnsupportedDimensions.to_error("small", "dimensions");
         assert_eq!(error.kind(), Kind::Invalid);
+    }
+
+    #[test]
+    fn a_parameter_that_a_service_does_not_have_is_refused_by_its_name() {
+        let error = ProviderError::unsupported("seed").to_error("big", "messages");
+        assert_eq!(error.kind(), Kind::Invalid);
+        assert_eq!(error.violation().unwrap().field, "seed");
+        assert!(error.to_string().contains("'big' does not support it"));
     }
 
     #[test]

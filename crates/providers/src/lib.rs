@@ -12,6 +12,7 @@ mod embedding;
 mod error;
 mod metrics;
 mod provider;
+mod reported;
 mod rerank;
 mod settings;
 mod sse;
@@ -19,11 +20,13 @@ mod usage;
 
 pub use catalogue::{Catalogue, Chain, ProviderSettings};
 pub use chat::{
-    ChatDelta, ChatMessage, ChatRequest, ChatResponse, ChatStream, FinishReason, Role, TokenUsage,
+    ChatChoice, ChatDelta, ChatMessage, ChatOption, ChatRequest, ChatResponse, ChatStream,
+    FinishReason, Role, Tool, ToolCall, ToolCallDelta,
 };
 pub use embedding::{EmbeddingOptions, Embeddings};
 pub use error::ProviderError;
 pub use metrics::ProviderMetrics;
 pub use provider::{MODEL_VERSION, Provider};
+pub use reported::TokenUsage;
 pub use settings::ModelSettings;
 pub use usage::{CallContext, ProviderUsage, UsageMeter};

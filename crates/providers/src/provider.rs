@@ -16,15 +16,16 @@ use platform::tasks::OwnedTask;
 use protocol::{Error, ModelName, ModelVersion, Task};
 use tokio::time::Instant;
 
-use crate::chat::{ChatRequest, ChatResponse, ChatStream, TokenUsage, estimate_tokens};
+use crate::chat::{ChatChoice, ChatRequest, ChatResponse, ChatStream, estimate_tokens};
 use crate::credential::Credential;
 use crate::dialect::HttpRequest;
 use crate::embedding::{EmbeddingOptions, EmbeddingRequest, Embeddings, normalize};
 use crate::error::ProviderError;
 use crate::metrics::ProviderMetrics;
+use crate::reported::{TokenUsage, reported_usage};
 use crate::rerank::{RerankRequest, RerankScores};
 use crate::settings::{InvalidSetting, ModelSettings};
-use crate::usage::{CallContext, ProviderUsage, reported_usage};
+use crate::usage::{CallContext, ProviderUsage};
 
 /// The only version that a provider's model has.
 pub const MODEL_VERSION: &str = "1";
@@ -129,9 +130,10 @@ impl Provider {
             .map_err(|error| error.to_error(&self.name, "messages"))
     }
 
-    /// Continues a conversation as a stream. It must begin by the deadline of
-    /// `context`, and may then go on until `deadline`. Once it has begun, the
-    /// response is this model's: an error is the last item.
+    /// Continues a conversation as a stream. Its first text must have come by the
+    /// deadline of `context`: until then, whatever fails is an error of this call.
+    /// Then it may go on until `deadline`, and the response is this model's: an
+    /// error is the last item.
     pub async fn chat_stream(
         self: &Arc<Self>,
         request: &ChatRequest,
@@ -148,16 +150,18 @@ impl Provider {
         context.usage.begin(ProviderUsage::of_input(prompt_tokens));
         let opened = self.open(&outgoing, self.within_timeout(context)).await;
         let opened = opened.inspect_err(|error| context.usage.failed(error));
-        Ok(stream::read(stream::OpenStream {
+        let open = stream::OpenStream {
             provider: self.clone(),
             response: opened.map_err(failed)?,
             _permit: permit,
             started,
+            begins_by: client::report_by(context.deadline),
             deadline,
             prompt_tokens,
             usage: context.usage.clone(),
             caller: context.holder.clone(),
-        }))
+        };
+        stream::begin(open).await
     }
 
     fn must_generate(&self) -> Result<(), Error> {
@@ -190,9 +194,10 @@ impl Provider {
         let dialect = self.settings.kind;
         let prompt_tokens = request.estimated_tokens();
         let max_tokens = request.max_tokens.unwrap_or(self.settings.max_tokens);
+        let output_tokens = u64::from(max_tokens) * u64::from(request.choices());
         // A service computes to the end, whether anybody waits or not.
         let estimate = ProviderUsage {
-            output_tokens: max_tokens.into(),
+            output_tokens,
             ..ProviderUsage::of_input(prompt_tokens)
         };
         let context = self.within_timeout(context);
@@ -201,11 +206,17 @@ impl Provider {
         let refusal = refused.clone();
         let parse = move |body: &[u8]| {
             let parsed = dialect.parse_chat(body);
-            let used = parsed.is_err().then(|| TokenUsage {
-                prompt_tokens,
-                completion_tokens: (body.len() as u64).div_ceil(4).min(max_tokens.into()),
+            let used = parsed.as_ref().err().and_then(|error| {
+                let reported = reported_usage(body);
+                // An error that the service reports costs what it says.
+                if !reported.is_known() && !error.may_be_charged() {
+                    return None;
+                }
+                Some(reported.or_estimate(TokenUsage {
+                    prompt_tokens,
+                    completion_tokens: (body.len() as u64).div_ceil(4).min(output_tokens),
+                }))
             });
-            let used = used.map(|estimate| reported_usage(body).or_estimate(estimate));
             *refusal.lock().unwrap_or_else(PoisonError::into_inner) = used;
             parsed
         };
@@ -217,13 +228,17 @@ impl Provider {
         if let Some(used) = used {
             context.usage.correct(used.into());
         }
-        let mut response = result?;
-        response.usage = response.usage.or_estimate(TokenUsage {
+        let response = result?;
+        let bytes: usize = response.choices.iter().map(ChatChoice::bytes).sum();
+        let usage = response.usage.or_estimate(TokenUsage {
             prompt_tokens,
-            completion_tokens: estimate_tokens(std::iter::once(response.text.as_str())),
+            completion_tokens: (bytes as u64).div_ceil(4),
         });
-        context.usage.succeeded(response.usage.into());
-        Ok(response)
+        context.usage.succeeded(usage.into());
+        Ok(ChatResponse {
+            choices: response.choices,
+            usage,
+        })
     }
 
     /// Embeds texts.

@@ -85,7 +85,7 @@ pub struct ModelSettings {
     #[serde(default)]
     pub width: Option<usize>,
     /// How long a call may take, its retries included; of a stream, how long
-    /// it may be silent.
+    /// it may be without an event.
     #[serde(default = "timeout", deserialize_with = "duration")]
     pub timeout: Duration,
     /// Calls that may be in flight; more are refused at once.

@@ -7,8 +7,8 @@ use platform::pot::Holder;
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use crate::chat::TokenUsage;
 use crate::error::ProviderError;
+use crate::reported::TokenUsage;
 
 /// The most of each that one call can be charged for: services may report
 /// anything.
@@ -175,54 +175,9 @@ impl UsageMeter {
     }
 }
 
-/// The usage in a body that is no response: services report it in one place
-/// whatever the rest is. Nothing when it has none.
-pub(crate) fn reported_usage(body: &[u8]) -> TokenUsage {
-    #[derive(Deserialize, Default)]
-    struct Usage {
-        #[serde(default, alias = "input_tokens")]
-        prompt_tokens: u64,
-        #[serde(default, alias = "output_tokens")]
-        completion_tokens: u64,
-    }
-    #[derive(Deserialize)]
-    struct Body {
-        usage: Usage,
-    }
-    let body: Option<Body> = serde_json::from_slice(body).ok();
-    let usage = body.map(|body| body.usage).unwrap_or_default();
-    TokenUsage {
-        prompt_tokens: usage.prompt_tokens,
-        completion_tokens: usage.completion_tokens,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_usage_of_a_refusal_is_read_in_every_dialect() {
-        let usage = |prompt_tokens, completion_tokens| TokenUsage {
-            prompt_tokens,
-            completion_tokens,
-        };
-        for (body, expected) in [
-            (
-                r#"{"error":{},"usage":{"prompt_tokens":5,"completion_tokens":2}}"#,
-                usage(5, 2),
-            ),
-            (
-                r#"{"type":"error","usage":{"input_tokens":5}}"#,
-                usage(5, 0),
-            ),
-            (r#"{"error":{"message":"no"}}"#, usage(0, 0)),
-            (r#"{"usage":null}"#, usage(0, 0)),
-            ("no", usage(0, 0)),
-        ] {
-            assert_eq!(reported_usage(body.as_bytes()), expected, "{body}");
-        }
-    }
 
     #[test]
     fn an_estimate_stands_until_the_usage_is_known() {

@@ -111,8 +111,9 @@ pub async fn generate(
     let selector = model.selector();
     let (request, format) = parse(model.name, request.value, false)?;
     let (headers, response) = context.chat(&selector, &request).await?;
-    let bytes = response.text.len();
-    let make = move || format.response(response.text);
+    let text = response.into_text();
+    let bytes = text.len();
+    let make = move || format.response(text);
     Ok(reply::json(&context, headers, bytes, make).await?)
 }
 

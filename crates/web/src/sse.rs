@@ -157,10 +157,7 @@ mod tests {
     }
 
     fn part(text: &str) -> Result<ChatDelta, Error> {
-        Ok(ChatDelta {
-            text: text.into(),
-            end: None,
-        })
+        Ok(ChatDelta::from_text(text))
     }
 
     #[tokio::test]

@@ -5,7 +5,8 @@ mod chains;
 mod failures;
 mod generation;
 mod money;
-
+mod parameters;
+mod scenarios;
 mod vectors;
 mod web;
 

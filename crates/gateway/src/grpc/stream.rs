@@ -174,7 +174,7 @@ impl MessageStream {
         let model = generated.model;
         let parts = generated.content.map(move |item| {
             Ok(match item {
-                Ok(delta) => match delta.end {
+                Ok(delta) => match delta.finish_reason.zip(delta.usage) {
                     Some((reason, usage)) => frame(&last_part(&model, &id, reason, usage)),
                     None => frame(&part(&model, &id, &delta.text)),
                 },

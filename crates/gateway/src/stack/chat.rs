@@ -139,8 +139,9 @@ impl Exchange for ChatStreaming<'_> {
         let provider = generator(attempt.route)?;
         stack.0.limit.sent(chat.caller);
         let pending = PendingCharge::new(&stack.0.limit, chat.caller, &provider);
-        // The deadline of the attempt is that of the first part: the others may
-        // take as long as the caller waits.
+        // The deadline of the attempt is that of the first part, until which
+        // another model of a chain may respond: the others may take as long as
+        // the caller waits.
         let context = pending.context(attempt.deadline);
         let parts = provider.chat_stream(chat.request, context, chat.deadline);
         let content = parts.await?;
@@ -203,7 +204,7 @@ impl Meter {
 
     fn observe(&mut self, part: &Result<ChatDelta, Error>) {
         if let Ok(delta) = part
-            && let Some((_, usage)) = delta.end
+            && let Some(usage) = delta.usage
         {
             self.charge(usage.into());
         }

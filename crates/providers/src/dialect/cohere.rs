@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{Dialect, HttpRequest, ModelOptions};
 use crate::embedding::{EmbeddingRequest, Embeddings, JsonVector};
 use crate::error::ProviderError;
+use crate::reported::{Count, ReportedUsage};
 use crate::rerank::{RerankRequest, RerankScores};
 
 /// `/embed`, `/rerank`.
@@ -57,7 +58,7 @@ impl Dialect for Cohere {
         struct EmbedResponse {
             embeddings: EmbeddingsByType,
             #[serde(default)]
-            meta: Meta,
+            meta: Option<Meta>,
         }
         let response: EmbedResponse = serde_json::from_slice(body)
             .map_err(|_| ProviderError::InvalidResponse("not embeddings in JSON"))?;
@@ -68,7 +69,8 @@ impl Dialect for Cohere {
                 "the number of embeddings differs from the number of texts",
             ));
         }
-        Embeddings::checked(vectors, count(response.meta.billed_units.input_tokens))
+        let tokens = response.meta.unwrap_or_default().billed().input_tokens.0;
+        Embeddings::checked(vectors, tokens.unwrap_or_default())
     }
 
     fn rerank_request(
@@ -112,15 +114,21 @@ struct RerankBody<'a> {
 #[derive(Deserialize, Default)]
 struct BilledUnits {
     #[serde(default)]
-    input_tokens: f64,
+    input_tokens: Count,
     #[serde(default)]
-    search_units: f64,
+    search_units: Count,
 }
 
 #[derive(Deserialize, Default)]
 struct Meta {
     #[serde(default)]
-    billed_units: BilledUnits,
+    billed_units: Option<BilledUnits>,
+}
+
+impl Meta {
+    fn billed(self) -> BilledUnits {
+        self.billed_units.unwrap_or_default()
+    }
 }
 
 fn parse_rerank(body: &[u8], texts: usize) -> Result<RerankScores, ProviderError> {
@@ -129,18 +137,13 @@ fn parse_rerank(body: &[u8], texts: usize) -> Result<RerankScores, ProviderError
         index: usize,
         relevance_score: f32,
     }
-    #[derive(Deserialize, Default)]
-    struct Usage {
-        #[serde(default)]
-        total_tokens: u64,
-    }
     #[derive(Deserialize)]
     struct RerankResponse {
         results: Vec<Item>,
         #[serde(default)]
         meta: Option<Meta>,
         #[serde(default)]
-        usage: Option<Usage>,
+        usage: ReportedUsage,
     }
     let invalid = ProviderError::InvalidResponse;
     let response: RerankResponse =
@@ -159,18 +162,14 @@ fn parse_rerank(body: &[u8], texts: usize) -> Result<RerankScores, ProviderError
     if scores.iter().any(|score| !score.is_finite()) {
         return Err(invalid("a score that is missing or not finite"));
     }
-    let billed = response.meta.unwrap_or_default().billed_units;
-    let tokens = response.usage.unwrap_or_default().total_tokens;
+    let billed = response.meta.unwrap_or_default().billed();
+    let tokens = response.usage.total_tokens;
     Ok(RerankScores {
         scores,
-        tokens: tokens.max(count(billed.input_tokens)),
-        searches: count(billed.search_units).max(1),
+        tokens: tokens.max(billed.input_tokens.0).unwrap_or_default(),
+        // A service that names no searches made one.
+        searches: billed.search_units.0.unwrap_or(1),
     })
-}
-
-/// A count that a service writes as any number; the cast saturates.
-fn count(number: f64) -> u64 {
-    number.ceil() as u64
 }
 
 #[cfg(test)]
@@ -215,6 +214,38 @@ mod tests {
         ] {
             assert!(parse_rerank(wrong.as_bytes(), 2).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn usage_that_is_missing_or_odd_spoils_no_scores() {
+        for (rest, tokens, searches) in [
+            ("", 0, 1),
+            (r#","meta":null,"usage":null"#, 0, 1),
+            (r#","meta":{"billed_units":null}"#, 0, 1),
+            (
+                r#","meta":{"billed_units":{"search_units":null,"input_tokens":null}}"#,
+                0,
+                1,
+            ),
+            (r#","meta":{"billed_units":{"search_units":0}}"#, 0, 0),
+            (
+                r#","meta":{"billed_units":{"search_units":2.0,"input_tokens":6.5}}"#,
+                7,
+                2,
+            ),
+            (r#","usage":{"total_tokens":null}"#, 0, 1),
+            (r#","usage":{"total_tokens":9}"#, 9, 1),
+            (r#","usage":{"total_tokens":9.0},"meta":{}"#, 9, 1),
+        ] {
+            let text = format!(r#"{{"results":[{{"index":0,"relevance_score":0.5}}]{rest}}}"#);
+            let read = parse_rerank(text.as_bytes(), 1).unwrap();
+            assert_eq!((read.tokens, read.searches), (tokens, searches), "{rest}");
+        }
+        let text = r#"{"embeddings":{"float":[[1]]},"meta":null}"#;
+        assert_eq!(
+            Cohere.parse_embeddings(text.as_bytes(), 1).unwrap().tokens,
+            0
+        );
     }
 
     #[test]

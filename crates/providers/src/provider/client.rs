@@ -98,6 +98,12 @@ fn url(base: &Url, path: &str) -> Url {
     url
 }
 
+/// When a timeout must be known, so that it can be reported by the deadline.
+pub(super) fn report_by(deadline: Instant) -> Instant {
+    let left = deadline.saturating_duration_since(Instant::now());
+    deadline - REPORT_MARGIN.min(left / 10)
+}
+
 /// The body of a response; its bytes count as in flight.
 struct ResponseBody {
     bytes: Bytes,
@@ -108,9 +114,16 @@ impl Provider {
     /// When a call must have its response: early enough to say whose fault it
     /// is that there is none.
     pub(crate) fn ends(&self, deadline: Instant) -> Instant {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let margin = REPORT_MARGIN.min(left / 10);
-        (Instant::now() + self.settings.timeout).min(deadline - margin)
+        (Instant::now() + self.settings.timeout).min(report_by(deadline))
+    }
+
+    /// Whether the service is to blame for having no response at the deadline of
+    /// a call that began then. A service that makes callers time out is as bad as
+    /// one that fails; a caller who had little time proves nothing.
+    pub(super) fn is_late(&self, started: Instant) -> bool {
+        let timeout = self.settings.timeout;
+        let blame_after = TIMEOUT_BLAME_MIN.max(timeout / 4).min(timeout);
+        started.elapsed() >= blame_after
     }
 
     /// Makes a call, with retries, until `parse` accepts a response, and
@@ -377,11 +390,8 @@ impl Drop for Attempt {
         if self.ended {
             return;
         }
-        // A service that makes callers time out is as bad as one that fails; a
-        // caller who left, or who had little time, proves nothing.
-        let timeout = self.provider.settings.timeout;
-        let blame_after = TIMEOUT_BLAME_MIN.max(timeout / 4).min(timeout);
-        if Instant::now() >= self.ends && self.started.elapsed() >= blame_after {
+        // A caller who left proves nothing.
+        if Instant::now() >= self.ends && self.provider.is_late(self.started) {
             self.provider.record_failure("late", &self.caller);
         } else {
             self.provider.breaker.abandon_probe();

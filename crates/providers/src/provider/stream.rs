@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use futures::{StreamExt, stream};
+use futures::{StreamExt, future, stream};
 use platform::pot::Holder;
 use platform::tasks::spawn_owned;
 use protocol::Error;
@@ -11,23 +11,28 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
 use super::{Permit, Provider};
-use crate::chat::{ChatDelta, ChatStream, FinishReason, StreamProgress, TokenUsage};
+use crate::chat::{ChatDelta, ChatStream, StreamProgress};
 use crate::error::ProviderError;
-use crate::sse::EventParser;
+use crate::reported::{TokenUsage, reported_usage};
+use crate::sse::{Event, EventParser};
 use crate::usage::UsageMeter;
 
 /// Bytes of one streamed response.
 const STREAM_BYTES_MAX: usize = 64 << 20;
+/// Bytes of a response that came in one piece, as of one event.
+const WHOLE_BYTES_MAX: usize = 1 << 20;
 /// Parts that a service may be ahead of a slow reader.
 const PARTS_AHEAD_MAX: usize = 16;
 
-/// A response that has begun.
+/// A response that has been opened: its headers have come.
 pub(crate) struct OpenStream {
     pub provider: Arc<Provider>,
     pub response: Response,
     /// The call is in flight until the response has ended.
     pub _permit: Permit,
     pub started: Instant,
+    /// When the first text must have come.
+    pub begins_by: Instant,
     /// When the caller stops waiting.
     pub deadline: Instant,
     /// The estimated tokens of the messages, should the service report none.
@@ -40,41 +45,82 @@ pub(crate) struct OpenStream {
 
 struct StreamReader {
     open: OpenStream,
-    events: EventParser,
+    body: Body,
     progress: StreamProgress,
-    /// The error after the texts received so far.
+    /// The error after the parts received so far.
     error: Option<ProviderError>,
-    /// Texts, and their bytes.
-    texts: u64,
-    text_bytes: usize,
+    /// Whether a part has been passed on.
+    begun: bool,
+    /// When the last event came, or the last part was taken: comments, which
+    /// keep a connection alive, are no sign of a response.
+    heard: Instant,
+    /// Parts, and the bytes of what the model wrote.
+    parts: u64,
+    written: usize,
     bytes: usize,
 }
 
-/// The parts of a response as they come. They are read whether anybody takes
-/// them or not: a slow caller must not hold a permit for longer than it has
-/// time. Dropping the stream ends the reading.
-pub(crate) fn read(open: OpenStream) -> ChatStream {
-    let reader = StreamReader {
+/// What the service sends. Its first byte tells, where content types are often
+/// wrong: no line of an event stream begins with a bracket.
+enum Body {
+    /// Nothing has come but white space.
+    Unknown,
+    Events(EventParser),
+    /// JSON: an error, or a whole response of a service that has no streams.
+    Whole(Vec<u8>),
+    /// A page for people, as of a proxy.
+    Page,
+}
+
+impl Body {
+    fn beginning_with(first: u8) -> Self {
+        match first {
+            b'{' | b'[' => Self::Whole(Vec::new()),
+            b'<' => Self::Page,
+            _ => Self::Events(EventParser::default()),
+        }
+    }
+}
+
+/// Whether a byte tells nothing about a body: white space, or a part of a byte
+/// order mark.
+fn is_blank(byte: u8) -> bool {
+    byte.is_ascii_whitespace() || matches!(byte, 0xef | 0xbb | 0xbf)
+}
+
+/// The parts of a response as they come, once the first has. They are read
+/// whether anybody takes them or not: a slow caller must not hold a permit for
+/// longer than it has time. Dropping the stream ends the reading.
+pub(crate) async fn begin(open: OpenStream) -> Result<ChatStream, Error> {
+    let mut reader = StreamReader {
         open,
-        events: EventParser::default(),
+        body: Body::Unknown,
         progress: StreamProgress::default(),
         error: None,
-        texts: 0,
-        text_bytes: 0,
+        begun: false,
+        heard: Instant::now(),
+        parts: 0,
+        written: 0,
         bytes: 0,
     };
+    let first = reader.item().await?;
+    if first.usage.is_some() {
+        return Ok(stream::once(future::ready(Ok(first))).boxed());
+    }
     let (sender, receiver) = mpsc::channel(PARTS_AHEAD_MAX);
     let reading = spawn_owned(reader.run(sender));
-    stream::unfold(Some((receiver, reading)), |state| async move {
+    let others = stream::unfold(Some((receiver, reading)), |state| async move {
         let (mut receiver, reading) = state?;
         match receiver.recv().await {
-            Some(Ok(delta)) if delta.end.is_none() => Some((Ok(delta), Some((receiver, reading)))),
+            Some(Ok(delta)) if delta.usage.is_none() => {
+                Some((Ok(delta), Some((receiver, reading))))
+            }
             Some(last) => Some((last, None)),
             // The caller did not take the parts in time.
             None => Some((Err(Error::deadline_passed()), None)),
         }
-    })
-    .boxed()
+    });
+    Ok(stream::once(future::ready(Ok(first))).chain(others).boxed())
 }
 
 impl StreamReader {
@@ -82,17 +128,8 @@ impl StreamReader {
     async fn run(mut self, sender: mpsc::Sender<Result<ChatDelta, Error>>) {
         let deadline = self.open.deadline;
         loop {
-            let item = match self.next().await {
-                Ok(delta) => {
-                    if let Some((_, usage)) = delta.end {
-                        self.open.usage.succeeded(usage.into());
-                        self.end(None);
-                    }
-                    Ok(delta)
-                }
-                Err(error) => Err(self.end(Some(&error))),
-            };
-            let last = !matches!(&item, Ok(delta) if delta.end.is_none());
+            let item = self.item().await;
+            let last = !matches!(&item, Ok(delta) if delta.usage.is_none());
             let sent = timeout_at(deadline, sender.send(item)).await;
             if last || !matches!(sent, Ok(Ok(()))) {
                 return;
@@ -100,28 +137,60 @@ impl StreamReader {
         }
     }
 
+    /// The next part. The last, or an error, is recorded.
+    async fn item(&mut self) -> Result<ChatDelta, Error> {
+        match self.next().await {
+            Ok(delta) => {
+                self.begun = true;
+                if let Some(usage) = delta.usage {
+                    self.open.usage.succeeded(usage.into());
+                    self.end(None);
+                }
+                Ok(delta)
+            }
+            Err(error) => {
+                self.charge_failure(&error);
+                Err(self.end(Some(&error)))
+            }
+        }
+    }
+
     async fn next(&mut self) -> Result<ChatDelta, ProviderError> {
+        // The time of a slow reader is not the service's.
+        self.heard = Instant::now();
         loop {
-            if let Some(text) = self.progress.texts.pop_front() {
-                return Ok(ChatDelta { text, end: None });
+            if let Some(part) = self.progress.parts.pop_front() {
+                return Ok(part);
             }
             if let Some(error) = self.error.take() {
                 return Err(error);
             }
             if self.progress.done {
-                return Ok(self.last());
+                self.finish()?;
+                continue;
             }
-            let silent = Instant::now() + self.open.provider.settings.timeout;
-            let until = self.open.deadline.min(silent);
+            let silent = self.heard + self.open.provider.settings.timeout;
+            let until = self.deadline().min(silent);
             let chunk = timeout_at(until, self.open.response.chunk()).await;
             let chunk = chunk.map_err(|_| ProviderError::Timeout)?;
             match chunk.map_err(|_| ProviderError::ConnectionLost)? {
                 Some(chunk) => self.error = self.take(&chunk).err(),
-                // Some services close without marking the end; a response with
-                // a finish reason is whole.
-                None if self.progress.finish_reason.is_some() => self.progress.done = true,
-                None => return Err(ProviderError::ConnectionLost),
+                None => {
+                    self.error = self.take_end().err();
+                    // Some services close without marking the end; a response
+                    // with a finish reason is whole.
+                    self.progress.done = true;
+                }
             }
+        }
+    }
+
+    /// When the next part must have come.
+    fn deadline(&self) -> Instant {
+        if self.begun {
+            self.open.deadline
+        } else {
+            self.open.begins_by
         }
     }
 
@@ -130,46 +199,123 @@ impl StreamReader {
         if self.bytes > STREAM_BYTES_MAX {
             return Err(ProviderError::ResponseTooLarge);
         }
-        let dialect = self.open.provider.settings.kind;
-        let events = self.events.push(chunk);
-        for event in events.map_err(ProviderError::InvalidResponse)? {
-            let before = self.progress.texts.len();
-            let parsed = dialect.parse_chat_event(&event, &mut self.progress);
-            for text in self.progress.texts.iter().skip(before) {
-                self.texts += 1;
-                self.text_bytes += text.len();
-            }
-            // What came before an error is charged too.
-            self.open.usage.correct(self.received().into());
-            parsed?;
+        let mut chunk = chunk;
+        if matches!(self.body, Body::Unknown) {
+            let begin = chunk.iter().position(|byte| !is_blank(*byte));
+            chunk = &chunk[begin.unwrap_or(chunk.len())..];
+            let Some(first) = chunk.first() else {
+                return Ok(());
+            };
+            self.body = Body::beginning_with(*first);
         }
-        Ok(())
+        let mut events = Vec::new();
+        let pushed = match &mut self.body {
+            Body::Unknown => return Ok(()),
+            Body::Events(parser) => parser.push(chunk, &mut events),
+            Body::Whole(body) if self.bytes <= WHOLE_BYTES_MAX => {
+                body.extend_from_slice(chunk);
+                self.heard = Instant::now();
+                return Ok(());
+            }
+            Body::Whole(_) => return Err(ProviderError::ResponseTooLarge),
+            Body::Page => return Err(ProviderError::InvalidResponse("a page in HTML")),
+        };
+        for event in events {
+            self.take_event(&event)?;
+        }
+        pushed.map_err(ProviderError::InvalidResponse)
+    }
+
+    /// The body has ended.
+    fn take_end(&mut self) -> Result<(), ProviderError> {
+        match &mut self.body {
+            Body::Unknown => Ok(()),
+            Body::Events(events) => {
+                let last = events.finish().map_err(ProviderError::InvalidResponse)?;
+                last.map_or(Ok(()), |event| self.take_event(&event))
+            }
+            Body::Whole(body) => {
+                let body = std::mem::take(body);
+                let parsed = self.open.provider.settings.kind.parse_chat(&body);
+                if parsed.is_err() {
+                    self.progress.usage.update(reported_usage(&body));
+                }
+                let taken = self.progress.take_whole(parsed?);
+                self.count(0);
+                taken
+            }
+            Body::Page => Err(ProviderError::InvalidResponse("a page in HTML")),
+        }
+    }
+
+    fn take_event(&mut self, event: &Event) -> Result<(), ProviderError> {
+        self.heard = Instant::now();
+        let dialect = self.open.provider.settings.kind;
+        let before = self.progress.parts.len();
+        let parsed = dialect.parse_chat_event(event, &mut self.progress);
+        self.count(before);
+        parsed
+    }
+
+    /// Counts the parts from a position of the queue on: what came before an
+    /// error is charged too.
+    fn count(&mut self, before: usize) {
+        for part in self.progress.parts.iter().skip(before) {
+            self.parts += 1;
+            self.written += part.bytes();
+        }
+        self.open.usage.correct(self.received().into());
     }
 
     /// The tokens until now: what the service has reported, and at least those
     /// that the text probably has. An event may have one token, or many.
     fn received(&self) -> TokenUsage {
-        let reported = self.progress.usage.unwrap_or_default();
-        let estimated = self.texts.max((self.text_bytes as u64).div_ceil(4));
+        let estimate = self.estimate();
+        let reported = self.progress.usage.or_estimate(estimate);
         TokenUsage {
-            prompt_tokens: match reported.prompt_tokens {
-                0 => self.open.prompt_tokens,
-                tokens => tokens,
-            },
-            completion_tokens: reported.completion_tokens.max(estimated),
+            completion_tokens: reported.completion_tokens.max(estimate.completion_tokens),
+            ..reported
         }
     }
 
-    fn last(&self) -> ChatDelta {
-        let reported = self.progress.usage.unwrap_or_default();
-        let usage = reported.or_estimate(TokenUsage {
+    fn estimate(&self) -> TokenUsage {
+        TokenUsage {
             prompt_tokens: self.open.prompt_tokens,
-            completion_tokens: self.received().completion_tokens,
+            completion_tokens: self.parts.max((self.written as u64).div_ceil(4)),
+        }
+    }
+
+    /// Adds the parts that end the choices. The last of them has the usage.
+    fn finish(&mut self) -> Result<(), ProviderError> {
+        if !self.progress.is_complete() {
+            return Err(ProviderError::Incomplete);
+        }
+        let usage = self.progress.usage.or_estimate(self.estimate());
+        let ends = self.progress.choices.iter();
+        let ends = ends.map(|(choice, finish_reason)| ChatDelta {
+            choice: *choice,
+            finish_reason: *finish_reason,
+            ..ChatDelta::default()
         });
-        let reason = self.progress.finish_reason.unwrap_or(FinishReason::Other);
-        ChatDelta {
-            text: String::new(),
-            end: Some((reason, usage)),
+        self.progress.parts.extend(ends);
+        if let Some(last) = self.progress.parts.back_mut() {
+            last.usage = Some(usage);
+        }
+        Ok(())
+    }
+
+    /// A response that failed before its first text costs what the service
+    /// reports, and nothing where it reports an error alone. What has come of one
+    /// that failed later is recorded already.
+    fn charge_failure(&self, error: &ProviderError) {
+        let (usage, reported) = (&self.open.usage, self.progress.usage);
+        if self.begun {
+            return;
+        }
+        usage.failed(error);
+        if reported.is_known() {
+            let used = reported.or_estimate(TokenUsage::default());
+            usage.correct(used.into());
         }
     }
 
@@ -177,10 +323,11 @@ impl StreamReader {
     fn end(&self, error: Option<&ProviderError>) -> Error {
         let open = &self.open;
         let provider = &open.provider;
-        match error {
-            // It is the caller's deadline that passed, which proves nothing.
-            Some(ProviderError::Timeout) if Instant::now() >= open.deadline => {}
-            error => provider.record_outcome(error, &self.open.caller),
+        // A deadline of the caller that passed proves nothing, unless the service
+        // had long enough for its first text.
+        let passed = error == Some(&ProviderError::Timeout) && Instant::now() >= self.deadline();
+        if !passed || (!self.begun && provider.is_late(open.started)) {
+            provider.record_outcome(error, &self.open.caller);
         }
         let outcome = error.map_or("ok", ProviderError::outcome);
         provider

@@ -247,6 +247,31 @@ async fn a_broken_stream_is_an_error_and_the_next_request_succeeds() -> Result<(
 }
 
 #[tokio::test]
+async fn a_streamed_text_falls_back_until_it_begins() -> Result<()> {
+    let good = openai_writer().await;
+    let received = json!({"model": "theirs"});
+    let response = json!({"error": {"message": "no"}});
+    let error = "data: {\"error\":{\"message\":\"no\"}}\n\n";
+    let bad = writer("/v1/chat/completions", received, response, error).await;
+    let catalogue = entry("bad", &format!("{}/v1", bad.uri()), OPENAI)
+        + &entry("big", &format!("{}/v1", good.uri()), OPENAI)
+        + "[chains.any]\nmodels = [\"bad\", \"big\"]\n";
+    let outside = Outside::start(&catalogue).await?;
+    let responses = streamed(&outside, vec![prompt("any", "a", "hello")]).await?;
+    ensure!(parts(&responses)? == expected("a"), "{responses:?}");
+    let models = responses.iter().flat_map(|part| &part.infer_response);
+    ensure!(
+        models
+            .map(|part| &part.model_name)
+            .all(|name| name == "big")
+    );
+    let fallbacks = "andon_gateway_fallbacks_total{chain=\"any\",reason=\"UNAVAILABLE\"}";
+    ensure!(outside.gateway.metric(fallbacks).await? == Some(1.0));
+    ensure!(outside.gateway.metric(COST).await? == Some(7.0));
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_service_that_falls_silent_in_the_middle_is_given_up() -> Result<()> {
     let server = MockServer::start().await;
     let slow = ResponseTemplate::new(200).set_delay(Duration::from_secs(300));

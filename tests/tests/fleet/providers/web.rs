@@ -12,14 +12,14 @@ use super::generation::{OPENAI, OPENAI_EVENTS, writer};
 use super::vectors::score;
 use super::{Outside, TIMEOUT, embedder, embedding, entry, posts, texts};
 
-async fn post(outside: &Outside, path: &str, body: &Value) -> Result<Response> {
+pub(super) async fn post(outside: &Outside, path: &str, body: &Value) -> Result<Response> {
     let client = reqwest::Client::builder().no_proxy().timeout(TIMEOUT);
     let url = format!("http://{}{path}", outside.gateway.http);
     Ok(client.build()?.post(url).json(body).send().await?)
 }
 
 /// The body of an answer that must be one.
-async fn success(outside: &Outside, path: &str, body: &Value) -> Result<Value> {
+pub(super) async fn success(outside: &Outside, path: &str, body: &Value) -> Result<Value> {
     let response = post(outside, path, body).await?;
     let status = response.status();
     let body: Value = response.json().await?;
@@ -28,7 +28,7 @@ async fn success(outside: &Outside, path: &str, body: &Value) -> Result<Value> {
 }
 
 /// The data of the events of an answer that must be one.
-async fn events(outside: &Outside, path: &str, body: &Value) -> Result<Vec<String>> {
+pub(super) async fn events(outside: &Outside, path: &str, body: &Value) -> Result<Vec<String>> {
     let response = post(outside, path, body).await?;
     let status = response.status();
     let kind = response.headers().get("content-type").cloned();
@@ -43,7 +43,7 @@ async fn events(outside: &Outside, path: &str, body: &Value) -> Result<Vec<Strin
     events.collect()
 }
 
-fn read(events: &[String]) -> Result<Vec<Value>> {
+pub(super) fn read(events: &[String]) -> Result<Vec<Value>> {
     let read = events.iter().map(|event| Ok(serde_json::from_str(event)?));
     read.collect()
 }

@@ -25,10 +25,7 @@ pub(super) fn to_chat(request: &InferRequest, text: String) -> Result<ChatReques
             ("top_p", value) => chat.top_p = Some(number(name, value, 1.0)?),
             ("stop", Value::Text(text)) if !text.is_empty() => chat.stop = vec![text.clone()],
             ("system", Value::Text(text)) => {
-                let message = ChatMessage {
-                    role: Role::System,
-                    text: text.clone(),
-                };
+                let message = ChatMessage::new(Role::System, text.as_str());
                 chat.messages.insert(0, message);
             }
             ("stop", _) => return Err(invalid("must be a string that is not empty")),

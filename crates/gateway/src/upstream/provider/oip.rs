@@ -270,12 +270,10 @@ async fn generate(
         .generate(&chat, context)
         .await
         .map_err(|error| failed(&error, provider, request, "text_input"))?;
-    let shape = Shape::from_sizes(vec![1]);
-    let tensor = shape.and_then(|shape| Tensor::from_elements(shape, &[response.text.as_bytes()]));
-    Ok((
-        output("text_output", tensor)?,
-        ProviderUsage::from(response.usage),
-    ))
+    let usage = ProviderUsage::from(response.usage);
+    let (shape, text) = (Shape::from_sizes(vec![1]), response.into_text());
+    let tensor = shape.and_then(|shape| Tensor::from_elements(shape, &[text.as_bytes()]));
+    Ok((output("text_output", tensor)?, usage))
 }
 
 /// The conversation that a message of a stream stands for, and its id. The

@@ -32,7 +32,6 @@ use platform::server::{CALLER_HEADER_BYTES_MAX, Grpc, Http, Listener, Server, Se
 use platform::tasks::{OwnedTask, spawn_owned};
 use platform::tls::{Tls, TlsSettings};
 use platform::{CommonServices, Process};
-use prometheus_client::registry::Registry;
 use protocol::{DESCRIPTORS, SERVICES};
 use providers::{Catalogue, ProviderSettings};
 use tokio::sync::watch;
@@ -213,8 +212,7 @@ impl Gateway {
             shed: shed.clone(),
             limits: limits.clone(),
         };
-        let register = |registry: &mut Registry| registry.register_collector(Box::new(readings));
-        process.metrics.register(register);
+        readings.register(&process.metrics);
         let balance = BalanceMetrics::register(&process.metrics);
         let stack = Stack(Arc::new(Layers {
             shed,

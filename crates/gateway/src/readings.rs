@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use platform::grpc::MessageLimits;
+use platform::metrics::Metrics;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -25,6 +26,13 @@ pub struct Readings {
     pub shed: Arc<Shed>,
     /// The bytes in flight.
     pub limits: MessageLimits,
+}
+
+impl Readings {
+    /// Reads the gauges whenever the metrics are collected.
+    pub fn register(self, metrics: &Metrics) {
+        metrics.register(|registry| registry.register_collector(Box::new(self)));
+    }
 }
 
 impl Collector for Readings {

@@ -49,7 +49,7 @@ impl ByteBudget {
 
     /// The most bytes in flight.
     pub fn capacity(&self) -> usize {
-        self.pot.capacity()
+        self.shared.pot.capacity()
     }
 
     /// Bytes in flight now.

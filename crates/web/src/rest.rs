@@ -262,7 +262,7 @@ pub async fn index(
 #[schema(as = RepositoryModelRequest, example = json!({}))]
 pub struct LoadRequest {
     /// The parameters of Triton's repository extension.
-    #[schema(value_type = Option<BTreeMap<String, Option<ParameterSchema>>>)]
+    #[schema(value_type = Option<BTreeMap<String, ParameterSchema>>)]
     parameters: Option<Map<String, Value>>,
 }
 

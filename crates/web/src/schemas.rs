@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use utoipa::PartialSchema;
 use utoipa::ToSchema;
-use utoipa::openapi::schema::{ObjectBuilder, Type};
+use utoipa::openapi::schema::{ObjectBuilder, SchemaType, Type};
 use utoipa::openapi::{RefOr, Schema};
 
 /// Server liveness.
@@ -223,16 +223,20 @@ pub enum DatatypeSchema {
 }
 
 /// The value of a parameter.
-#[derive(ToSchema)]
-#[schema(as = ParameterValue)]
-#[serde(untagged)]
-pub enum ParameterSchema {
-    /// A boolean.
-    Flag(bool),
-    /// A number.
-    Number(f64),
-    /// A string.
-    Text(String),
+pub struct ParameterSchema;
+
+impl PartialSchema for ParameterSchema {
+    fn schema() -> RefOr<Schema> {
+        let types = [Type::Boolean, Type::Number, Type::String, Type::Null];
+        let value = ObjectBuilder::new().schema_type(SchemaType::from_iter(types));
+        RefOr::T(value.into())
+    }
+}
+
+impl ToSchema for ParameterSchema {
+    fn name() -> std::borrow::Cow<'static, str> {
+        "ParameterValue".into()
+    }
 }
 
 /// A dimension of a shape.

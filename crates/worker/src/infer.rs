@@ -348,6 +348,7 @@ mod tests {
                 .collect(),
             inputs,
             outputs: Vec::new(),
+            text_outputs: Vec::new(),
         }
     }
 

@@ -318,27 +318,7 @@ impl Repository {
     }
 
     async fn load_now(self: &Arc<Self>, name: &ModelName, cause: Cause) -> Result<(), Error> {
-        let (own, of) = (self.clone(), name.clone());
-        // Reads folders and files.
-        let planned = tokio::task::spawn_blocking(move || {
-            let known = own.names()?.contains(&of);
-            Ok::<_, Error>(known.then(|| own.plan(&of)))
-        });
-        let planned = planned.await;
-        let planned = planned.map_err(|error| Error::new(Kind::Internal, error.to_string()))?;
-        let Some(plan) = planned? else {
-            return Err(Error::unknown_model(name, None));
-        };
-        let plan = match plan {
-            Ok(plan) => plan,
-            Err(reason) => {
-                if self.retries.is_new(name, &reason) {
-                    tracing::error!(model = %name, reason, "the model cannot be loaded");
-                }
-                self.fail_all(name, &reason);
-                return Err(unloadable(name, &reason));
-            }
-        };
+        let plan = self.planned(name).await?;
         let served: Vec<ModelVersion> = plan.versions.keys().copied().collect();
         let mut failed = None;
         for (version, folder) in plan.versions {
@@ -394,6 +374,28 @@ impl Repository {
             }
         }
         Ok(())
+    }
+
+    /// How a model is to be loaded.
+    async fn planned(self: &Arc<Self>, name: &ModelName) -> Result<Plan, Error> {
+        let (own, of) = (self.clone(), name.clone());
+        // Reads folders and files.
+        let planned = tokio::task::spawn_blocking(move || {
+            let known = own.names()?.contains(&of);
+            Ok::<_, Error>(known.then(|| own.plan(&of)))
+        });
+        let planned = planned.await;
+        let planned = planned.map_err(|error| Error::new(Kind::Internal, error.to_string()))?;
+        let Some(plan) = planned? else {
+            return Err(Error::unknown_model(name, None));
+        };
+        plan.map_err(|reason| {
+            if self.retries.is_new(name, &reason) {
+                tracing::error!(model = %name, reason, "the model cannot be loaded");
+            }
+            self.fail_all(name, &reason);
+            unloadable(name, &reason)
+        })
     }
 
     /// Runs a load or an unload to its end, even if its caller leaves.

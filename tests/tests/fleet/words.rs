@@ -104,10 +104,7 @@ fn bodies(long: &str) -> Vec<(&'static str, Value)> {
             infer,
             json!({"inputs": [input], "parameters": {long: true}}),
         ),
-        (
-            infer,
-            json!({"inputs": [input], "parameters": {long: []}}),
-        ),
+        (infer, json!({"inputs": [input], "parameters": {long: []}})),
         (infer, json!({"inputs": [input], long: 1})),
         (infer, changed("name", json!(long))),
         (infer, changed("datatype", json!(long))),

@@ -88,25 +88,7 @@ impl Protocol for Http {
                 Ok::<_, Infallible>(response.map(|body| Parts::new(body, answer, open)))
             }
         });
-        let mut builder = auto::Builder::new(Readers(server.limits.clone()));
-        builder
-            .http1()
-            .timer(TokioTimer::new())
-            // From the end of the last response: hyper knows no other beginning.
-            .header_read_timeout(settings.http_idle_timeout)
-            .max_buf_size(server.header_bytes_max as usize)
-            .max_headers(HEADERS_MAX);
-        builder
-            .http2()
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(settings.streams_max)
-            .max_pending_accept_reset_streams(settings.streams_max as usize)
-            .initial_stream_window_size(place.stream_window())
-            .initial_connection_window_size(place.connection_window())
-            .max_frame_size(FRAME_BYTES_MAX)
-            .max_header_list_size(server.header_bytes_max)
-            .keep_alive_interval(settings.keepalive_interval)
-            .keep_alive_timeout(PING_TIMEOUT);
+        let builder = builder(server, place);
         let connection = builder.serve_connection(TokioIo::new(io), service);
         let lifetime = Lifetime {
             age: settings.http_connection_age,
@@ -114,6 +96,31 @@ impl Protocol for Http {
         };
         run(connection, server, place, lifetime, drain).await;
     }
+}
+
+/// What a connection of this place may do.
+fn builder(server: &Server, place: &Place) -> auto::Builder<Readers> {
+    let settings = &server.settings;
+    let mut builder = auto::Builder::new(Readers(server.limits.clone()));
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        // From the end of the last response: hyper knows no other beginning.
+        .header_read_timeout(settings.http_idle_timeout)
+        .max_buf_size(server.header_bytes_max as usize)
+        .max_headers(HEADERS_MAX);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(settings.streams_max)
+        .max_pending_accept_reset_streams(settings.streams_max as usize)
+        .initial_stream_window_size(place.stream_window())
+        .initial_connection_window_size(place.connection_window())
+        .max_frame_size(FRAME_BYTES_MAX)
+        .max_header_list_size(server.header_bytes_max)
+        .keep_alive_interval(settings.keepalive_interval)
+        .keep_alive_timeout(PING_TIMEOUT);
+    builder
 }
 
 /// The answer to a request that finds too many in flight.

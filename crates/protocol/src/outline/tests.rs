@@ -194,20 +194,36 @@ fn fields_are_bounded_in_all() {
     assert_eq!(refused(Method::Embed, &unknown), "message");
 }
 
+/// A list of each type of contents, and the bytes of an element in a tensor.
+fn typed_contents(count: usize) -> Vec<(usize, InferTensorContents)> {
+    macro_rules! contents {
+        ($($field:ident: $value:expr, $bytes:literal;)*) => {
+            vec![$((
+                $bytes,
+                InferTensorContents {
+                    $field: vec![$value; count],
+                    ..Default::default()
+                },
+            )),*]
+        };
+    }
+    contents! {
+        bool_contents: true, 1;
+        int_contents: -1, 4;
+        uint_contents: 300, 4;
+        int64_contents: 7, 8;
+        uint64_contents: u64::MAX, 8;
+        fp32_contents: 1.0, 4;
+        fp64_contents: 1.0, 8;
+        bytes_contents: bytes::Bytes::new(), 4;
+    }
+}
+
 #[test]
 fn what_a_message_becomes_is_known_before_it_is_decoded() {
-    use crate::inference::InferTensorContents as Contents;
-
     const COUNT: usize = 10_000;
-    let typed = |contents: Contents| {
-        let mut one = input(&[COUNT as i64]);
-        one.contents = Some(contents);
-        let mut request = infer(vec![one]);
-        request.raw_input_contents.clear();
-        request
-    };
     // The vector that a decoder grows, and the tensor that is made of it.
-    let lists = |c: &Contents| {
+    let lists = |c: &InferTensorContents| {
         c.bool_contents.capacity()
             + 4 * (c.int_contents.capacity() + c.uint_contents.capacity())
             + 8 * (c.int64_contents.capacity() + c.uint64_contents.capacity())
@@ -215,65 +231,12 @@ fn what_a_message_becomes_is_known_before_it_is_decoded() {
             + 8 * c.fp64_contents.capacity()
             + size_of::<bytes::Bytes>() * c.bytes_contents.capacity()
     };
-    for (bytes, contents) in [
-        (
-            1,
-            Contents {
-                bool_contents: vec![true; COUNT],
-                ..Default::default()
-            },
-        ),
-        (
-            4,
-            Contents {
-                int_contents: vec![-1; COUNT],
-                ..Default::default()
-            },
-        ),
-        (
-            4,
-            Contents {
-                uint_contents: vec![300; COUNT],
-                ..Default::default()
-            },
-        ),
-        (
-            8,
-            Contents {
-                int64_contents: vec![7; COUNT],
-                ..Default::default()
-            },
-        ),
-        (
-            8,
-            Contents {
-                uint64_contents: vec![u64::MAX; COUNT],
-                ..Default::default()
-            },
-        ),
-        (
-            4,
-            Contents {
-                fp32_contents: vec![1.0; COUNT],
-                ..Default::default()
-            },
-        ),
-        (
-            8,
-            Contents {
-                fp64_contents: vec![1.0; COUNT],
-                ..Default::default()
-            },
-        ),
-        (
-            4,
-            Contents {
-                bytes_contents: vec![bytes::Bytes::new(); COUNT],
-                ..Default::default()
-            },
-        ),
-    ] {
-        let encoded = typed(contents).encode_to_vec();
+    for (bytes, contents) in typed_contents(COUNT) {
+        let mut one = input(&[COUNT as i64]);
+        one.contents = Some(contents);
+        let mut request = infer(vec![one]);
+        request.raw_input_contents.clear();
+        let encoded = request.encode_to_vec();
         let counted = INFER.outline(&encoded).unwrap().decoded_bytes;
         let decoded = ModelInferRequest::decode(&encoded[..]).unwrap();
         let lists = lists(decoded.inputs[0].contents.as_ref().unwrap());

@@ -51,7 +51,7 @@ pub struct InferRequest<'b> {
     model_name: Option<String>,
     /// Parameters of the protocol and of the model.
     #[serde(default, borrow)]
-    #[schema(value_type = Option<BTreeMap<String, Option<ParameterSchema>>>)]
+    #[schema(value_type = Option<BTreeMap<String, ParameterSchema>>)]
     parameters: Option<&'b RawValue>,
     /// The input tensors.
     #[serde(borrow, deserialize_with = "body::list::<PARTS_MAX, _, _>")]
@@ -81,7 +81,7 @@ pub struct InferInput<'b> {
     /// `binary_data_size`, if its data is behind the JSON, and `content_type`, the
     /// codec of MLServer that made it.
     #[serde(default, borrow)]
-    #[schema(value_type = Option<BTreeMap<String, Option<ParameterSchema>>>)]
+    #[schema(value_type = Option<BTreeMap<String, ParameterSchema>>)]
     parameters: Option<&'b RawValue>,
     /// Its elements in row-major order, flat or nested.
     #[serde(default, borrow)]
@@ -97,7 +97,7 @@ pub struct InferRequestedOutput<'b> {
     name: String,
     /// `binary_data`: whether its data is behind the JSON.
     #[serde(default, borrow)]
-    #[schema(value_type = Option<BTreeMap<String, Option<ParameterSchema>>>)]
+    #[schema(value_type = Option<BTreeMap<String, ParameterSchema>>)]
     parameters: Option<&'b RawValue>,
 }
 

@@ -140,13 +140,16 @@ async fn old_connections_are_closed_gracefully() -> Result<()> {
 
 #[tokio::test]
 async fn messages_over_the_limits_are_refused_and_small_ones_served() -> Result<()> {
-    let limits = [
-        "--message-bytes-max",
-        "1MiB",
-        "--bytes-in-flight-max",
-        "2MiB",
-    ];
-    let fleet = Fleet::with(1, &limits, &limits).await?;
+    let limits = |in_flight| {
+        [
+            "--message-bytes-max",
+            "1MiB",
+            "--bytes-in-flight-max",
+            in_flight,
+        ]
+    };
+    // A worker also holds what a message becomes: two that fit the gateway do.
+    let fleet = Fleet::with(1, &limits("4MiB"), &limits("2MiB")).await?;
     let client = client(fleet.gateway.grpc).await?;
     let large = texts(&[vec![b'a'; 2 << 20]]);
     let refused = infer(&client, large, Duration::from_secs(5)).await;

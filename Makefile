@@ -38,6 +38,7 @@ golden: models ## Make tests/golden anew, with the reference implementations
 	python3 -m venv target/golden
 	target/golden/bin/pip install --quiet -r tests/golden/requirements.txt
 	target/golden/bin/python tests/python/golden.py
+	target/golden/bin/python tests/python/golden_folders.py
 	target/golden/bin/python tests/python/train_digits.py --check
 
 soak: ## Run the tests that have a long form in that form

@@ -68,7 +68,8 @@ def main():
 
 def write_sources(folder):
     """What the folder was made by: the programs, which `make check` compares, and the packages."""
-    programs = ["tests/python/golden.py", "tests/python/train_digits.py"]
+    programs = ["golden.py", "golden_folders.py", "train_digits.py"]
+    programs = [f"tests/python/{name}" for name in programs]
     sums = [f"{hashlib.sha256((ROOT / name).read_bytes()).hexdigest()}  {name}\n" for name in programs]
     (folder / "programs.sha256").write_text("".join(sums))
     names = (folder / "requirements.txt").read_text().split("\n")

@@ -8,6 +8,7 @@
     reason = "a test may fail, and its helpers with it"
 )]
 
+mod golden;
 mod tokenizers;
 
 use std::fs;

@@ -4,8 +4,9 @@
 
 Each folder holds `expected.json`: rows of a text or of a pair, with the name of the prompt for it,
 and the library's output, an embedding or logits, and the scores where the library makes some. A
-case is written only if the library's output is another one without what the case is about: else
-any reading of its files would do. `make golden` runs this after `golden.py`. Needs no network.
+case is written only if the library's output is another one without what the case is about, or the
+library has none then: else a reading that leaves it out would do. `make golden` runs this after
+`golden.py`. Needs no network.
 """
 
 import json
@@ -39,7 +40,7 @@ PAIRS = [["the line stopped", "when the lamp turned red"],
          ["who sells sea shells?", "She sells sea shells by the sea shore, and counts them twice."]]
 LONG = ["The lamp turned red. " * 8 + "Nobody counts the lanterns at the station."]
 PROMPTS = {"query": "the line stopped: ", "passage": "shells: "}
-DENSE = "token_embeddings"
+TOKENS = "token_embeddings"
 
 
 def main():
@@ -333,7 +334,7 @@ CASES = {
         with_modules(pooling("mean"), Normalize, dense(WIDTH, 8)), embeddings(),
         reordered([0, 1, 3, 2])),
     "token-dense": (
-        with_modules(dense(WIDTH, 8, module_input_name=DENSE), pooling("max", 8)), embeddings(),
+        with_modules(dense(WIDTH, 8, module_input_name=TOKENS), pooling("max", 8)), embeddings(),
         unpooled),
     "poolings": (
         with_modules(pooling(ALL_MODES)), embeddings(),

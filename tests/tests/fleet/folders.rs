@@ -1,6 +1,8 @@
 //! Model folders whose files change the numbers: every door has the numbers of the
 //! files, and a folder that is refused is refused with what to do.
 
+mod golden;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -99,10 +101,11 @@ impl Served {
     }
 }
 
-fn of_model<T>(model: &'static str, message: T) -> Request<T> {
+fn of_model<T>(model: &str, message: T) -> Request<T> {
     let mut request = Request::new(message);
-    let model = tonic::metadata::MetadataValue::from_static(model);
-    request.metadata_mut().insert("andon-model", model);
+    if let Ok(model) = model.parse() {
+        request.metadata_mut().insert("andon-model", model);
+    }
     request
 }
 

@@ -295,13 +295,14 @@ mod tests {
 
     #[test]
     fn what_is_no_response_is_an_error_and_costs_what_it_reports() {
-        let error = br#"{"error":{"message":"no"},"usage":{"input_tokens":5,"output_tokens":0}}"#;
+        let error = r#"{"error":{"message":"no"},"usage":{"input_tokens":5,"output_tokens":0}}"#;
         for (body, used) in [
-            (&error[..], Some((5, 0))),
-            (br#"{"error":"no"}"#, None),
-            (b"<html></html>", Some((7, 4))),
-            (b"[]", Some((7, 1))),
+            (error, Some((5, 0))),
+            (r#"{"error":"no"}"#, None),
+            ("<html></html>", Some((7, 4))),
+            ("[]", Some((7, 1))),
         ] {
+            let body = body.as_bytes();
             let failed = read_whole(body).unwrap_err();
             let most = TokenUsage {
                 prompt_tokens: 7,

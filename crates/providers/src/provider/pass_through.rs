@@ -187,7 +187,11 @@ impl Reader {
         while self.told.events == 0 {
             let chunk = self.chunk().await?;
             let Some(chunk) = chunk.filter(|_| !self.told.ended) else {
-                return Err(ProviderError::Incomplete);
+                self.read_end();
+                if self.told.events == 0 {
+                    return Err(ProviderError::Incomplete);
+                }
+                break;
             };
             beginning.extend_from_slice(&chunk);
             if beginning.len() > BEGINNING_BYTES_MAX {
@@ -269,11 +273,7 @@ impl Reader {
             let _ = self.read(&chunk);
             return Ok(Some(chunk));
         }
-        // Some services do not write the empty line after the last event.
-        let last = self.parser.as_mut().map(EventParser::finish);
-        if let Some(Ok(Some(event))) = last {
-            self.told.take(&event);
-        }
+        self.read_end();
         if self.told.finished || self.told.failed || self.parser.is_none() {
             return Ok(None);
         }
@@ -332,6 +332,14 @@ impl Reader {
             self.parser = None;
             ProviderError::InvalidResponse(reason)
         })
+    }
+
+    /// Some services do not write the empty line after the last event.
+    fn read_end(&mut self) {
+        let last = self.parser.as_mut().map(EventParser::finish);
+        if let Some(Ok(Some(event))) = last {
+            self.told.take(&event);
+        }
     }
 
     /// A response that failed before its first event costs what the service

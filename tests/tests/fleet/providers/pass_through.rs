@@ -173,7 +173,7 @@ async fn no_usage_spoils_a_response_that_is_passed_through() -> Result<()> {
         let whole = format!("{{\"choices\":[{{\"text\":\"Good day\"}}],\"usage\":{usage}}}");
         let events = format!(
             "data: {{\"choices\":[{{\"text\":\"Good day\",\"finish_reason\":\"stop\"}}]}}\n\n\
-             data: {{\"choices\":[],\"usage\":{usage}}}\n\ndata: [DONE]\n\n"
+             data: {{\"choices\":[],\"usage\":{usage}}}\n\ndata: [DONE]"
         );
         let server = service(&[("/v1/completions", &whole, &events)]).await;
         let url = format!("{}/v1", server.uri());

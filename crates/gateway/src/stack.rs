@@ -8,11 +8,12 @@ mod fallback;
 mod message;
 mod metrics;
 
-pub use chat::{Chat, ChatStreaming, Generated};
+pub use chat::{Chat, ChatStreaming, Generated, Passed, PassingThrough};
 pub use metrics::{CallMetrics, CallRecord};
 pub use providers::{
     ChatChoice, ChatDelta, ChatMessage, ChatOption, ChatRequest, ChatResponse, ChatStream,
-    FinishReason, Role, TokenUsage, Tool, ToolCall, ToolCallDelta,
+    FinishReason, PassThrough, PassThroughApi, PassedStream, Role, TokenUsage, Tool, ToolCall,
+    ToolCallDelta,
 };
 
 use std::future::Future;

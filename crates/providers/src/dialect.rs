@@ -49,6 +49,12 @@ pub trait Dialect: fmt::Debug + Send + Sync {
         }
     }
 
+    /// Whether the calls of OpenAI's API for which there is no translation are
+    /// passed through as they come.
+    fn passes_through(&self) -> bool {
+        false
+    }
+
     /// Headers of every call, besides the content type and the credential.
     fn headers(&self) -> &'static [(&'static str, &'static str)] {
         &[]

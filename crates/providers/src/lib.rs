@@ -11,6 +11,7 @@ mod dialect;
 mod embedding;
 mod error;
 mod metrics;
+mod pass_through;
 mod provider;
 mod reported;
 mod rerank;
@@ -26,6 +27,7 @@ pub use chat::{
 pub use embedding::{EmbeddingOptions, Embeddings};
 pub use error::ProviderError;
 pub use metrics::ProviderMetrics;
+pub use pass_through::{PassThrough, PassThroughApi, PassedStream};
 pub use provider::{MODEL_VERSION, Provider};
 pub use reported::TokenUsage;
 pub use settings::ModelSettings;

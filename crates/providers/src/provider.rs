@@ -1,6 +1,7 @@
 //! One model of an outside service: its tasks, on top of the HTTP client.
 
 mod client;
+mod pass_through;
 mod stream;
 
 use std::collections::BTreeMap;

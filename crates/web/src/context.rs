@@ -24,7 +24,7 @@ use super::request_id::{REQUEST_ID, RequestId};
 use gateway::Plan;
 use gateway::policy::Caller;
 use gateway::request::{ModelSelector, QuotaUnit, Request, default_headers};
-use gateway::stack::{Chat, ChatStreaming, Stack};
+use gateway::stack::{Chat, ChatStreaming, PassThrough, Passed, PassingThrough, Stack};
 
 /// The metadata of a response that becomes headers of the HTTP response.
 pub const RESPONSE_HEADERS: [&str; 5] =
@@ -170,6 +170,29 @@ impl RequestContext {
             deadline: self.stream_deadline,
         });
         let generated = self.stack.run(&plan, &chat).await;
+        let generated = generated.map_err(|status| Error::from_status(&status))?;
+        self.record_model(&generated.model);
+        Ok((fallback_header(generated.fallback), generated.content))
+    }
+
+    /// Passes a request through to a model of a provider; the response with its
+    /// headers.
+    pub async fn pass_through(
+        &self,
+        selector: &ModelSelector,
+        request: &PassThrough,
+    ) -> Result<(HeaderMap, Passed), Error> {
+        let plan = self.stack.route(selector, &self.caller)?;
+        let passing = PassingThrough {
+            caller: &self.caller,
+            request,
+            deadline: if request.stream {
+                self.stream_deadline
+            } else {
+                self.deadline
+            },
+        };
+        let generated = self.stack.run(&plan, &passing).await;
         let generated = generated.map_err(|status| Error::from_status(&status))?;
         self.record_model(&generated.model);
         Ok((fallback_header(generated.fallback), generated.content))

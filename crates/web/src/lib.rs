@@ -20,6 +20,7 @@ mod model_path;
 mod openai;
 mod openapi;
 mod origin;
+mod pass_through;
 mod reply;
 mod request_id;
 mod rerank;
@@ -75,6 +76,7 @@ pub fn router(stack: Stack, settings: &HttpSettings, exposure: Exposure) -> Rout
         .merge(rest::routes(&stack))
         .merge(openai::routes(&stack))
         .merge(chat::routes(&stack))
+        .merge(pass_through::routes(&stack))
         .merge(generate::routes(&stack))
         .merge(rerank::routes(&stack))
         .merge(classify::routes(&stack))

@@ -23,7 +23,7 @@ use utoipa::openapi::{Components, OpenApi, PathItem, RefOr, Required};
 
 use super::endpoint::Endpoints;
 use super::error::{ErrorFormat, OpenAiError, Problem};
-use super::{chat, classify, generate, infer, openai, rerank, rest};
+use super::{chat, classify, generate, infer, openai, pass_through, rerank, rest};
 use gateway::stack::Stack;
 
 #[derive(utoipa::OpenApi)]
@@ -38,6 +38,8 @@ use gateway::stack::Stack;
         openai::show_model,
         openai::embed,
         chat::complete,
+        pass_through::complete,
+        pass_through::respond,
         generate::generate,
         generate::generate_stream,
         rerank::rerank_either,
@@ -63,7 +65,7 @@ use gateway::stack::Stack;
     ),
     components(schemas(Problem, OpenAiError)),
     tags(
-        (name = "OpenAI", description = "Models, embeddings and chat completions, in the format of OpenAI's API"),
+        (name = "OpenAI", description = "Models, embeddings, chat completions, and completions and responses that are passed through, in the format of OpenAI's API"),
         (name = "Rerank", description = "Documents ranked by their relevance to a query"),
         (name = "Classify", description = "Classification of texts"),
         (name = "Inference", description = "The Open Inference Protocol v2: inference with tensors, and model metadata"),

@@ -46,12 +46,23 @@ pub fn response(
         id: context.id.clone(),
         deadline: context.stream_deadline,
     };
-    let headers = [
+    (headers(), Sse::new(events.into_stream())).into_response()
+}
+
+/// The headers of a response of events.
+pub fn headers() -> [(HeaderName, &'static str); 2] {
+    [
         (CONTENT_TYPE, "text/event-stream; charset=utf-8"),
         // A proxy must not buffer the events.
         (HeaderName::from_static("x-accel-buffering"), "no"),
-    ];
-    (headers, Sse::new(events.into_stream())).into_response()
+    ]
+}
+
+/// The data of an event that is an error: the status is sent already.
+pub fn error(error: &Error, format: ErrorFormat, id: &RequestId) -> serde_json::Value {
+    let status = StatusCode::from_u16(error.kind().http_status());
+    let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    format.body(error, status, id)
 }
 
 struct Events<F> {
@@ -98,12 +109,10 @@ impl<F: EventFormat> Events<F> {
         }
     }
 
-    /// The status is sent already: the error is the last event.
-    fn fail(&mut self, error: &Error) {
+    /// The error is the last event.
+    fn fail(&mut self, failure: &Error) {
         self.ended = true;
-        let status = StatusCode::from_u16(error.kind().http_status());
-        let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let body = self.errors.body(error, status, &self.id);
+        let body = error(failure, self.errors, &self.id);
         self.pending.push_back(json(&body));
     }
 }

@@ -6,6 +6,7 @@ mod failures;
 mod generation;
 mod money;
 mod parameters;
+mod pass_through;
 mod scenarios;
 mod vectors;
 mod web;

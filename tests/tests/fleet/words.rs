@@ -147,6 +147,8 @@ fn bodies(long: &str) -> Vec<(&'static str, Value)> {
             "/v1/chat/completions",
             json!({"model": "digits", "messages": [{"role": long}]}),
         ),
+        ("/v1/completions", json!({"model": long, "prompt": "a"})),
+        ("/v1/responses", json!({"model": "digits", "stream": long})),
         (
             "/v1/rerank",
             json!({"model": long, "query": "a", "documents": ["b"]}),

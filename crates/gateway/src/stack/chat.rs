@@ -1,6 +1,10 @@
 //! Conversations that the model of a provider continues: exchanges without a
 //! message of gRPC, whole or as a stream.
 
+mod pass_through;
+
+pub use pass_through::{Passed, PassingThrough};
+
 use std::sync::Arc;
 
 use futures::StreamExt;
@@ -109,7 +113,7 @@ impl Exchange for Chat<'_> {
     }
 
     fn charge(&self, output: Self::Output, reservations: Reservations) -> Self::Output {
-        let mut meter = Meter::new(reservations, &output, self);
+        let mut meter = Meter::new(reservations, &output, self.caller);
         meter.charge(output.content.usage.into());
         output
     }
@@ -158,7 +162,7 @@ impl Exchange for ChatStreaming<'_> {
 
     /// The stream charges when it ends, or is dropped.
     fn charge(&self, mut output: Self::Output, reservations: Reservations) -> Self::Output {
-        let mut meter = Meter::new(reservations, &output, &self.0);
+        let mut meter = Meter::new(reservations, &output, self.0.caller);
         let metered = output.content.map(move |part| {
             meter.observe(&part);
             part
@@ -192,12 +196,12 @@ struct Meter {
 }
 
 impl Meter {
-    fn new<T>(reservations: Reservations, output: &Generated<T>, chat: &Chat<'_>) -> Self {
+    fn new<T>(reservations: Reservations, output: &Generated<T>, caller: &Caller) -> Self {
         Self {
             reservations,
             charged: false,
             provider: output.provider.clone(),
-            tenant: chat.caller.tenant.name.clone(),
+            tenant: caller.tenant.name.clone(),
             usage: output.usage.clone(),
         }
     }

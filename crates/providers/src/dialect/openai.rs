@@ -14,7 +14,7 @@ use crate::reported::ReportedUsage;
 use crate::rerank::{RerankRequest, RerankScores};
 use crate::sse::Event;
 
-/// `/embeddings`, `/rerank`, `/chat/completions`.
+/// `/embeddings`, `/rerank`, `/chat/completions`, and those that are passed through.
 #[derive(Debug)]
 pub struct Openai;
 
@@ -32,6 +32,10 @@ impl Dialect for Openai {
             Task::Embedding | Task::Rerank => 2048,
             _ => 1,
         }
+    }
+
+    fn passes_through(&self) -> bool {
+        true
     }
 
     /// Names no format of the numbers, since some services know only one; both

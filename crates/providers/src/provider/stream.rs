@@ -18,7 +18,7 @@ use crate::sse::{Event, EventParser};
 use crate::usage::UsageMeter;
 
 /// Bytes of one streamed response.
-const STREAM_BYTES_MAX: usize = 64 << 20;
+pub(super) const STREAM_BYTES_MAX: usize = 64 << 20;
 /// Bytes of a response that came in one piece, as of one event.
 const WHOLE_BYTES_MAX: usize = 1 << 20;
 /// Parts that a service may be ahead of a slow reader.
@@ -84,7 +84,7 @@ impl Body {
 
 /// Whether a byte tells nothing about a body: white space, or a part of a byte
 /// order mark.
-fn is_blank(byte: u8) -> bool {
+pub(super) fn is_blank(byte: u8) -> bool {
     byte.is_ascii_whitespace() || matches!(byte, 0xef | 0xbb | 0xbf)
 }
 

@@ -229,6 +229,7 @@ fn invalid_field(traits: Traits<'_>) -> Error {
             "must be a boolean, an integer or a string",
         ),
         path if path.starts_with("/v2/models/{model}") => return invalid_name("model_name"),
+        "/v1/completions" | "/v1/responses" => return invalid_name("model"),
         "/v1/models/{model}" => return invalid_name("model"),
         _ => ("timeout", "must be a positive whole number of milliseconds"),
     };

@@ -255,6 +255,23 @@ async fn a_person_says_how_a_model_is_served() -> Result<()> {
     ensure!(near(&own, &first), "{own:?}, not {first:?}");
     let plain = served.infer("plain", &prompted).await?;
     ensure!(!near(&own, &plain), "pooling changes nothing");
+    // OpenAI's embeddings have length 1, unless a request says otherwise.
+    let body = json!({"model": "plain", "input": prompted, "normalize": false});
+    let vector = floats(
+        &served.post("/v1/embeddings", &body).await?,
+        "/data/0/embedding",
+    )?;
+    ensure!(near(&vector, &plain), "{vector:?}, not {plain:?}");
+    let body = json!({"model": "plain", "input": prompted});
+    let vector = floats(
+        &served.post("/v1/embeddings", &body).await?,
+        "/data/0/embedding",
+    )?;
+    let length = vector.iter().map(|value| value * value).sum::<f32>().sqrt();
+    ensure!(
+        (length - 1.0).abs() < 1e-4,
+        "the vector has length {length}"
+    );
     let length = plain.iter().map(|value| value * value).sum::<f32>().sqrt();
     ensure!(
         (length - 1.0).abs() > 1e-3,

@@ -95,19 +95,22 @@ struct Known<'m, A> {
     more: &'m mut Vec<ChatOption>,
 }
 
-impl<'de, A: MapAccess<'de>> Known<'_, A> {
+impl<A> Known<'_, A> {
     /// Keeps an entry that the type does not have.
-    fn keep(&mut self, name: String) -> Result<(), A::Error> {
+    fn keep<'de>(&mut self, name: String) -> Result<(), A::Error>
+    where
+        A: MapAccess<'de>,
+    {
         let value: Box<RawValue> = self.map.next_value()?;
         if name.len() > NAME_BYTES_MAX {
-            let reason = format_args!("has a field with a name of over {NAME_BYTES_MAX} bytes");
+            let reason = format!("has a field with a name of over {NAME_BYTES_MAX} bytes");
             return Err(A::Error::custom(reason));
         }
         if self.more.iter().any(|field| field.name == name) {
             return Err(A::Error::custom(format_args!("duplicate field `{name}`")));
         }
         if self.more.len() == FIELDS_MAX {
-            let reason = format_args!("has over {FIELDS_MAX} fields that are not described");
+            let reason = format!("has over {FIELDS_MAX} fields that are not described");
             return Err(A::Error::custom(reason));
         }
         if value.get() != "null" {

@@ -29,6 +29,8 @@ pub struct Card {
     pub labels: Vec<String>,
     /// What turns the logits of a row into its scores.
     pub activation: ScoreActivation,
+    /// The same for APIs whose scores are probabilities, whatever class a CrossEncoder names.
+    pub tei_activation: ScoreActivation,
     /// Whether embeddings are normalized for callers who do not say.
     pub normalize: bool,
     /// The truncation of texts that are too long, for callers who do not say.

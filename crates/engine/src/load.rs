@@ -257,7 +257,8 @@ fn load_encoder(
         width,
         hidden,
         labels,
-        activation: plan.activation,
+        activation: plan.scores.activation,
+        tei_activation: plan.scores.tei_activation,
         normalize: overrides.normalize.unwrap_or(true),
         truncation: if overrides.truncate == Some(true) {
             side.into()

@@ -28,6 +28,16 @@ impl ScoreActivation {
         }
     }
 
+    /// Of the class of torch that a CrossEncoder names for its scores. Another package's class of
+    /// the same last name is another one.
+    pub(crate) fn from_class(name: &str) -> Option<Self> {
+        match name {
+            "torch.nn.modules.activation.Sigmoid" | "torch.nn.Sigmoid" => Some(Self::Sigmoid),
+            "torch.nn.modules.linear.Identity" | "torch.nn.Identity" => Some(Self::Identity),
+            _ => None,
+        }
+    }
+
     /// Turns the logits of one row into its scores.
     pub fn apply(self, scores: &mut [f32]) {
         match self {

@@ -45,6 +45,10 @@ pub const MODEL_KEY: &str = "andon-model";
 /// Metadata key that names the model version of a `tei.v1` call.
 pub const VERSION_KEY: &str = "andon-model-version";
 
+/// Parameter of a model's configuration with what turns logits into scores for
+/// `tei.v1` and the APIs over HTTP, where that is not `activation`.
+pub const TEI_ACTIVATION: &str = "tei_activation";
+
 /// Metadata key that says where a response came from: `hit`, `miss`, or `3/4`
 /// when so many of the rows were cached.
 pub const CACHE_KEY: &str = "x-andon-cache";

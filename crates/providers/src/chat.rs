@@ -1,5 +1,6 @@
 //! A conversation and its continuation, in the terms of no provider.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 
@@ -51,6 +52,8 @@ pub struct ChatMessage {
     pub tool_calls: Vec<ToolCall>,
     /// Of a tool's messages: the call whose result it is.
     pub tool_call_id: Option<String>,
+    /// What else it has in OpenAI's API, such as the `name` of its author.
+    pub options: Vec<ChatOption>,
 }
 
 impl ChatMessage {
@@ -61,6 +64,7 @@ impl ChatMessage {
             text: text.into(),
             tool_calls: Vec::new(),
             tool_call_id: None,
+            options: Vec::new(),
         }
     }
 }
@@ -93,16 +97,24 @@ impl fmt::Debug for ToolCall {
 /// A parameter that is passed on as it came, or refused by its name.
 #[derive(Clone)]
 pub struct ChatOption {
-    /// Its name in OpenAI's API.
-    pub name: &'static str,
+    /// Its name in OpenAI's API, or the one that its caller has for it.
+    pub name: Cow<'static, str>,
     /// Its value.
     pub value: Box<RawValue>,
 }
 
+impl PartialEq for ChatOption {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && self.value.get() == other.value.get()
+    }
+}
+
+impl Eq for ChatOption {}
+
 impl fmt::Debug for ChatOption {
     /// Without the value, which is the caller's.
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(self.name)
+        formatter.write_str(&self.name)
     }
 }
 

@@ -2,6 +2,7 @@
 //! events, by models of outside services.
 
 mod messages;
+mod more;
 mod request;
 mod response;
 
@@ -34,9 +35,10 @@ pub fn routes(stack: &Stack) -> Router<Stack> {
 /// Create chat completion
 ///
 /// For models of outside services whose task is generation. Parameters are passed
-/// on to the service; one that it does not have is refused by its name. Fields
-/// that are not described here are ignored. With `stream` the response is a stream
-/// of server-sent events, the last of which is `[DONE]`.
+/// on to the service; one that it does not have is refused by its name. So are
+/// fields that are not described here: services of OpenAI's API get them as they
+/// came. With `stream` the response is a stream of server-sent events, the last of
+/// which is `[DONE]`.
 #[utoipa::path(
     post, path = "/v1/chat/completions", tag = "OpenAI", operation_id = "create_chat_completion",
     request_body = ChatCompletionRequest,

@@ -3,7 +3,8 @@
 //! The texts of a request are the rows of one `ModelInfer` call, or of several
 //! if the model takes fewer rows in a call. `Predict` is called once for each
 //! text where that cannot be: for raw scores, which `ModelInfer` does not give,
-//! and for models whose configuration does not have the labels of their scores.
+//! and for models whose scores there are no probabilities, or whose configuration
+//! does not have their labels.
 
 mod classifier;
 

@@ -64,10 +64,15 @@ pub struct EmbeddingRequest {
     /// The format of the embeddings; `float` by default.
     #[serde(default)]
     pub encoding_format: Option<EncodingFormat>,
-    /// The number of leading dimensions to keep, normalized to length 1 again.
+    /// The number of leading dimensions to keep, normalized to length 1 again unless
+    /// `normalize` is false.
     #[serde(default)]
     #[schema(minimum = 1)]
     pub dimensions: Option<u32>,
+    /// Whether embeddings are normalized to length 1, as those of OpenAI's models
+    /// are; true if it is not set. An extension of Andon.
+    #[serde(default)]
+    pub normalize: Option<bool>,
     /// Whether a text that is too long is truncated; it is an error otherwise. An
     /// extension of Andon.
     #[serde(default)]
@@ -91,7 +96,8 @@ strict!(object EmbeddingRequest);
 impl EmbeddingRequest {
     /// The parameters of the model's call.
     fn parameters(&self) -> Vec<(&'static str, ParameterChoice)> {
-        let mut parameters = vec![("normalize", ParameterChoice::BoolParam(true))];
+        let normalize = self.normalize.unwrap_or(true);
+        let mut parameters = vec![("normalize", ParameterChoice::BoolParam(normalize))];
         if let Some(dimensions) = self.dimensions {
             parameters.push(("dimensions", ParameterChoice::Int64Param(dimensions.into())));
         }
@@ -438,10 +444,26 @@ mod tests {
             r#"{"model": "a", "input": "b", "encoding_format": "hex"}"#,
             r#"{"model": "a", "input": "b", "dimensions": -1}"#,
             r#"{"model": "a", "input": "b", "user": 1}"#,
+            r#"{"model": "a", "input": "b", "normalize": "no"}"#,
             r#"{"model": "a", "input": "b", "prompt_name": 1}"#,
             r#"{"model": "a", "input": "b", "prompt": ["c"]}"#,
         ] {
             assert!(read(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn embeddings_are_normalized_unless_the_request_says_no() {
+        for (field, normalize) in [
+            ("", true),
+            (r#", "normalize": null"#, true),
+            (r#", "normalize": true"#, true),
+            (r#", "normalize": false"#, false),
+        ] {
+            let json = format!(r#"{{"model": "a", "input": "b"{field}}}"#);
+            let request: EmbeddingRequest = serde_json::from_str(&json).unwrap();
+            let expected = ("normalize", ParameterChoice::BoolParam(normalize));
+            assert_eq!(request.parameters(), [expected], "{json}");
         }
     }
 

@@ -284,12 +284,6 @@ pub fn finish_embedding(vector: &mut Vec<f32>, dimensions: usize, normalize: boo
     }
 }
 
-/// Turns logits into the scores that the model was trained for: probabilities, or the values of a
-/// regression.
-pub fn finish_scores(model: &ServedModel, scores: &mut [f32]) {
-    model.card.activation.apply(scores);
-}
-
 fn make_outputs(
     model: &ServedModel,
     mut vectors: Vec<Vec<f32>>,
@@ -313,7 +307,7 @@ fn make_outputs(
     let width = model.card.width;
     let mut scores = vectors.concat();
     for row in scores.chunks_mut(width.max(1)) {
-        finish_scores(model, row);
+        model.card.activation.apply(row);
     }
     let labels: Vec<i64> = scores
         .chunks(width.max(1))

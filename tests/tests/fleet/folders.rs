@@ -129,38 +129,78 @@ async fn a_regression_has_its_values_at_every_door() -> Result<()> {
         json!("regression"),
     )?;
     let served = folders.serve().await?;
-    let golden = std::fs::read(root().join("tests/golden/bert-classification/expected.json"))?;
-    let golden: Value = serde_json::from_slice(&golden)?;
-    ensure!(
-        golden.pointer("/0/text/0") == Some(&json!(TEXT)),
-        "{golden}"
-    );
-    let expected = floats(&golden, "/0/logits")?;
-    let input = json!({"name": "text", "datatype": "BYTES", "shape": [1], "data": [TEXT]});
-    let rest = json!({"inputs": [input]});
-    let rest = served.post("/v2/models/values/infer", &rest).await?;
-    let classify = json!({"model": "values", "input": TEXT});
-    let classify = served.post("/v1/classify", &classify).await?;
-    let mut client = tei::predict_client::PredictClient::new(served.channel.clone());
-    let request = tei::PredictRequest {
-        inputs: TEXT.to_owned(),
-        ..Default::default()
-    };
-    let predicted = client.predict(of_model("values", request)).await?;
-    let mut predicted = predicted.into_inner().predictions;
-    predicted.sort_by(|one, other| one.label.cmp(&other.label));
-    for (door, values) in [
-        ("ModelInfer", served.infer("values", TEXT).await?),
-        ("REST", floats(&rest, "/outputs/0/data")?),
-        ("/v1/classify", floats(&classify, "/data/0/probs")?),
-        ("Predict", predicted.iter().map(|one| one.score).collect()),
-    ] {
+    let expected = logits()?;
+    for (door, values) in scores(&served, false).await? {
         ensure!(
             near(&values, &expected),
             "{door}: {values:?}, not {expected:?}"
         );
     }
     Ok(())
+}
+
+#[tokio::test]
+async fn the_class_of_a_cross_encoder_makes_the_scores_of_its_library_alone() -> Result<()> {
+    let folders = Folders::new()?;
+    let version = folders.add("values", "bert-classification", "")?;
+    let class = json!({"activation_fn": "torch.nn.modules.linear.Identity"});
+    set(&version.join("config.json"), "sentence_transformers", class)?;
+    let served = folders.serve().await?;
+    let logits = logits()?;
+    let sum: f32 = logits.iter().map(|logit| logit.exp()).sum();
+    let probabilities: Vec<f32> = logits.iter().map(|logit| logit.exp() / sum).collect();
+    ensure!(!near(&logits, &probabilities), "{logits:?}");
+    for raw in [false, true] {
+        for (door, values) in scores(&served, raw).await? {
+            let is_library = matches!(door, "ModelInfer" | "REST");
+            let expected = if raw || is_library {
+                &logits
+            } else {
+                &probabilities
+            };
+            ensure!(
+                near(&values, expected),
+                "{door}, {raw}: {values:?}, not {expected:?}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The logits of the text by the reference implementation.
+fn logits() -> Result<Vec<f32>> {
+    let golden = std::fs::read(root().join("tests/golden/bert-classification/expected.json"))?;
+    let golden: Value = serde_json::from_slice(&golden)?;
+    ensure!(
+        golden.pointer("/0/text/0") == Some(&json!(TEXT)),
+        "{golden}"
+    );
+    floats(&golden, "/0/logits")
+}
+
+/// What each door gives for the text by the model `values`, in the order of the
+/// labels. Raw scores are asked for where a door has them.
+async fn scores(served: &Served, raw_scores: bool) -> Result<[(&'static str, Vec<f32>); 4]> {
+    let input = json!({"name": "text", "datatype": "BYTES", "shape": [1], "data": [TEXT]});
+    let rest = json!({"inputs": [input]});
+    let rest = served.post("/v2/models/values/infer", &rest).await?;
+    let classify = json!({"model": "values", "input": TEXT, "raw_scores": raw_scores});
+    let classify = served.post("/v1/classify", &classify).await?;
+    let mut client = tei::predict_client::PredictClient::new(served.channel.clone());
+    let request = tei::PredictRequest {
+        inputs: TEXT.to_owned(),
+        raw_scores,
+        ..Default::default()
+    };
+    let predicted = client.predict(of_model("values", request)).await?;
+    let mut predicted = predicted.into_inner().predictions;
+    predicted.sort_by(|one, other| one.label.cmp(&other.label));
+    Ok([
+        ("ModelInfer", served.infer("values", TEXT).await?),
+        ("REST", floats(&rest, "/outputs/0/data")?),
+        ("/v1/classify", floats(&classify, "/data/0/probs")?),
+        ("Predict", predicted.iter().map(|one| one.score).collect()),
+    ])
 }
 
 #[tokio::test]
@@ -218,6 +258,23 @@ async fn a_person_says_how_a_model_is_served() -> Result<()> {
     ensure!(near(&own, &first), "{own:?}, not {first:?}");
     let plain = served.infer("plain", &prompted).await?;
     ensure!(!near(&own, &plain), "pooling changes nothing");
+    // OpenAI's embeddings have length 1, unless a request says otherwise.
+    let body = json!({"model": "plain", "input": prompted, "normalize": false});
+    let vector = floats(
+        &served.post("/v1/embeddings", &body).await?,
+        "/data/0/embedding",
+    )?;
+    ensure!(near(&vector, &plain), "{vector:?}, not {plain:?}");
+    let body = json!({"model": "plain", "input": prompted});
+    let vector = floats(
+        &served.post("/v1/embeddings", &body).await?,
+        "/data/0/embedding",
+    )?;
+    let length = vector.iter().map(|value| value * value).sum::<f32>().sqrt();
+    ensure!(
+        (length - 1.0).abs() < 1e-4,
+        "the vector has length {length}"
+    );
     let length = plain.iter().map(|value| value * value).sum::<f32>().sqrt();
     ensure!(
         (length - 1.0).abs() > 1e-3,

@@ -17,7 +17,8 @@ use crate::options::{Overrides, PoolingMode};
 
 pub(crate) const MODULES: &str = "modules.json";
 const MODULES_MAX: usize = 16;
-const PROMPTS: &str = "config_sentence_transformers.json";
+/// The file of sentence-transformers with the prompts of a model, and the class of its scores.
+pub(crate) const PROMPTS: &str = "config_sentence_transformers.json";
 /// The name under which a prompt of [`Overrides`] is among a model's prompts.
 const PERSONS_PROMPT: &str = PERSON;
 

@@ -122,6 +122,7 @@ impl Tabular {
             feature_range: self.config.input.range,
             labels: self.config.labels,
             activation: scores,
+            tei_activation: scores,
             normalize: false,
             truncation: Truncation::Refuse,
             truncation_side: Side::default(),

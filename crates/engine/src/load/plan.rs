@@ -5,7 +5,7 @@ use super::tokenizer_settings::TokenizerSettings;
 use crate::description::{DEFAULT, PERSON, Settings};
 use crate::error::EngineError;
 use crate::families::EncoderFamily;
-use crate::families::sentence_transformers::{HeadPlan, MODULES, SentenceFiles};
+use crate::families::sentence_transformers::{HeadPlan, MODULES, PROMPTS, SentenceFiles};
 use crate::files::{ConfigFile, Folder, SavedFor, TextTaskConfig, bad_config};
 use crate::options::{LoadOptions, Overrides, Task};
 use crate::post::ScoreActivation;
@@ -16,6 +16,17 @@ const CONFIG: &str = "config.json";
 /// Reads the configuration of one family.
 pub(super) type ReadFamily = fn(&ConfigFile) -> Result<Box<dyn EncoderFamily>, EngineError>;
 
+/// What turns the logits of a row into scores.
+pub(super) struct Scores {
+    /// As the library that saved the model does.
+    pub(super) activation: ScoreActivation,
+    /// As text-embeddings-inference does, which knows no class of a CrossEncoder.
+    pub(super) tei_activation: ScoreActivation,
+    /// What says so.
+    source: &'static str,
+    tei_source: &'static str,
+}
+
 /// A text model, checked, without weights and without its vocabulary.
 pub(super) struct EncoderPlan {
     pub(super) family: Box<dyn EncoderFamily>,
@@ -23,7 +34,7 @@ pub(super) struct EncoderPlan {
     /// Whether nothing but the lack of a head says that it embeds.
     pub(super) is_guess: bool,
     pub(super) labels: Vec<String>,
-    pub(super) activation: ScoreActivation,
+    pub(super) scores: Scores,
     pub(super) sentence: SentenceFiles,
     /// There for an embedding model.
     pub(super) head: Option<HeadPlan>,
@@ -49,17 +60,13 @@ impl EncoderPlan {
         let (task, source) = task(options, &sentence, saved_for, labels.len())?;
         settings.note("task", task.as_str(), source);
         refuse_unused(overrides, task)?;
-        let activation = match overrides.activation {
-            Some(activation) => activation,
-            None => task_config.activation(labels.len())?,
-        };
+        let scores = scores(overrides, task, &sentence, &task_config, labels.len())?;
         let head = if task == Task::Embedding {
             let hidden = family.config().hidden;
             Some(sentence.head(folder, overrides, hidden, settings)?)
         } else {
             settings.note("labels", labels.len().to_string(), CONFIG);
-            note_activation(activation, overrides, &task_config, settings);
-            note_class(&sentence, &task_config, settings);
+            note_scores(&scores, settings);
             None
         };
         let mut tokenizer =
@@ -70,7 +77,7 @@ impl EncoderPlan {
             task,
             is_guess: source == DEFAULT,
             labels,
-            activation,
+            scores,
             sentence,
             head,
             tokenizer,
@@ -136,32 +143,62 @@ fn refuse_unused(overrides: &Overrides, task: Task) -> Result<(), EngineError> {
     }
 }
 
-fn note_activation(
-    activation: ScoreActivation,
+/// A person's activation, the class of a CrossEncoder's files, or the one of the problem that the
+/// model was trained for.
+fn scores(
     overrides: &Overrides,
+    task: Task,
+    sentence: &SentenceFiles,
     config: &TextTaskConfig,
-    settings: &mut Settings,
-) {
-    let source = match overrides.activation {
-        Some(_) => PERSON,
-        None if config.has_problem_type() => CONFIG,
-        None => DEFAULT,
+    labels: usize,
+) -> Result<Scores, EngineError> {
+    let alike = |activation, source| Scores {
+        activation,
+        tei_activation: activation,
+        source,
+        tei_source: source,
     };
-    settings.note("activation", activation.as_str(), source);
+    if let Some(activation) = overrides.activation {
+        return Ok(alike(activation, PERSON));
+    }
+    let trained = config.activation(labels)?;
+    let tei_source = if config.has_problem_type() {
+        CONFIG
+    } else {
+        DEFAULT
+    };
+    let own = sentence.activation_class.as_deref();
+    let (class, source) = match (own, config.activation_class()) {
+        _ if task == Task::Embedding => (None, tei_source),
+        (Some(class), _) => (Some(class), PROMPTS),
+        (None, Some(class)) => (Some(class), CONFIG),
+        (None, None) => (None, tei_source),
+    };
+    let Some(class) = class else {
+        return Ok(alike(trained, source));
+    };
+    let activation = ScoreActivation::from_class(class).ok_or_else(|| {
+        EngineError::invalid_file(
+            source,
+            format!(
+                "activation_fn '{class}' is not supported: it must be \
+                 torch.nn.modules.linear.Identity or torch.nn.modules.activation.Sigmoid, or set \
+                 activation in andon.toml"
+            ),
+        )
+    })?;
+    Ok(Scores {
+        activation,
+        tei_activation: trained,
+        source,
+        tei_source,
+    })
 }
 
-/// Notes the class of a CrossEncoder's files that makes its scores. It is no setting here: scores
-/// are probabilities at every door, and raw scores are for those who ask.
-fn note_class(sentence: &SentenceFiles, config: &TextTaskConfig, settings: &mut Settings) {
-    let own = sentence.activation_class.as_deref();
-    if let Some(class) = own.or(config.activation_class()) {
-        let name = class.rsplit('.').next().unwrap_or_default();
-        let value = format!("{name} (not applied: set activation in andon.toml)");
-        let source = if own.is_some() {
-            "config_sentence_transformers.json"
-        } else {
-            CONFIG
-        };
-        settings.note("activation_fn", value, source);
+fn note_scores(scores: &Scores, settings: &mut Settings) {
+    settings.note("activation", scores.activation.as_str(), scores.source);
+    if scores.tei_activation != scores.activation {
+        let value = scores.tei_activation.as_str();
+        settings.note("tei_activation", value, scores.tei_source);
     }
 }

@@ -9,6 +9,7 @@
 )]
 
 mod golden;
+mod scores;
 mod tokenizers;
 
 use std::fs;
@@ -518,31 +519,6 @@ fn files_that_are_missing_have_a_sentence_with_what_to_do() {
             "{sentence}"
         );
     }
-}
-
-#[test]
-fn scores_are_what_the_model_was_trained_for() {
-    let folder = Folder::copy("bert-classification");
-    let activation = |kind: Value| {
-        folder.change("config.json", &json!({"problem_type": kind}));
-        folder.card().activation
-    };
-    assert_eq!(activation(Value::Null), ScoreActivation::Softmax);
-    assert_eq!(
-        activation(json!("single_label_classification")),
-        ScoreActivation::Softmax
-    );
-    assert_eq!(
-        activation(json!("multi_label_classification")),
-        ScoreActivation::Sigmoid
-    );
-    assert_eq!(activation(json!("regression")), ScoreActivation::Identity);
-    folder.change("config.json", &json!({"problem_type": "poetry"}));
-    assert!(folder.refused("config.json").contains("problem_type"));
-    let rerank = Folder::copy("bert-rerank");
-    assert_eq!(rerank.card().activation, ScoreActivation::Sigmoid);
-    rerank.change("config.json", &json!({"problem_type": "regression"}));
-    assert_eq!(rerank.card().activation, ScoreActivation::Identity);
 }
 
 #[test]

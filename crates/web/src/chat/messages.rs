@@ -4,12 +4,14 @@ use std::fmt;
 
 use protocol::Error;
 use serde::Deserialize;
-use serde::de::{self, Deserializer, SeqAccess, Visitor};
+use serde::de::{self, Deserializer, IgnoredAny, SeqAccess, Visitor};
+use serde_json::value::to_raw_value;
 use utoipa::ToSchema;
 
 use super::super::body::Bounded;
 use super::super::strict::strict;
-use gateway::stack::{ChatMessage, Role, ToolCall};
+use super::more::open;
+use gateway::stack::{ChatMessage, ChatOption, Role, ToolCall};
 
 /// Messages of a chat, and parts of the text of one.
 pub const MESSAGES_MAX: usize = 4096;
@@ -36,6 +38,12 @@ pub struct Message {
     /// Of a tool's messages: the id of the call whose result it is.
     #[serde(default)]
     tool_call_id: Option<String>,
+    /// The name of the author, where several have the same role.
+    #[serde(default)]
+    name: Option<String>,
+    /// The other fields.
+    #[serde(skip)]
+    more: Vec<ChatOption>,
 }
 
 /// The author of the message.
@@ -68,7 +76,7 @@ pub enum ContentSchema {
 
 /// A part of a message.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
-#[serde(remote = "Self")]
+#[serde(remote = "Self", deny_unknown_fields)]
 #[schema(as = ChatPart)]
 pub struct Part {
     /// Always `text`.
@@ -89,7 +97,7 @@ pub enum PartKind {
 
 /// A call of a tool.
 #[derive(Clone, Deserialize, ToSchema)]
-#[serde(remote = "Self")]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct MessageToolCall {
     /// The id of the call.
     id: String,
@@ -99,6 +107,11 @@ pub struct MessageToolCall {
     kind: ToolCallKind,
     /// The function that was called.
     function: MessageFunction,
+    /// The number of the call in the stream that it came in, which its place says.
+    #[serde(default)]
+    #[schema(value_type = Option<u32>)]
+    #[allow(dead_code, reason = "clients send it back as it came")]
+    index: Option<IgnoredAny>,
 }
 
 /// The supported kind of call.
@@ -111,7 +124,7 @@ pub enum ToolCallKind {
 
 /// A function that was called.
 #[derive(Clone, Deserialize, ToSchema)]
-#[serde(remote = "Self")]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct MessageFunction {
     /// Its name.
     name: String,
@@ -119,7 +132,8 @@ pub struct MessageFunction {
     arguments: String,
 }
 
-strict!(object Message, Part, MessageToolCall, MessageFunction);
+open!(Message);
+strict!(object Part, MessageToolCall, MessageFunction);
 strict!(word MessageRole, PartKind, ToolCallKind);
 
 /// The calls of a message, which are counted while they are read.
@@ -226,13 +240,30 @@ impl Message {
             name: call.function.name,
             arguments: call.function.arguments,
         });
+        // Clients send a response back as it came, with lists of nothing.
+        let more = self.more.into_iter();
+        let more = more.filter(|field| field.value.get() != "[]");
         Ok(ChatMessage {
             role,
             text,
             tool_calls: calls.collect(),
             tool_call_id: self.tool_call_id,
+            options: named(self.name)?.into_iter().chain(more).collect(),
         })
     }
+}
+
+/// The name of the author, which a service may not have.
+fn named(name: Option<String>) -> Result<Option<ChatOption>, MessageError> {
+    let Some(name) = name else { return Ok(None) };
+    let value = to_raw_value(&name).map_err(|_| MessageError {
+        field: "name",
+        reason: "cannot be written",
+    })?;
+    Ok(Some(ChatOption {
+        name: "name".into(),
+        value,
+    }))
 }
 
 #[cfg(test)]
@@ -266,6 +297,22 @@ mod tests {
     }
 
     #[test]
+    fn what_else_a_message_has_is_passed_on() {
+        let messages = read(
+            r#"[{"role": "user", "content": "a", "name": "anna"},
+            {"role": "assistant", "content": "b", "refusal": null, "annotations": [], "thoughts": "c"}]"#,
+        );
+        let messages = messages.unwrap();
+        let options = |index: usize| {
+            let options = messages[index].options.iter();
+            let options = options.map(|option| (&*option.name, option.value.get()));
+            options.collect::<Vec<_>>()
+        };
+        assert_eq!(options(0), [("name", r#""anna""#)]);
+        assert_eq!(options(1), [("thoughts", r#""c""#)]);
+    }
+
+    #[test]
     fn what_does_not_fit_its_author_is_refused_by_its_name() {
         let call = r#"{"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}"#;
         let calls =
@@ -282,7 +329,20 @@ mod tests {
                 r#"{"role": "user", "content": [{"type": "image_url"}]}"#.to_owned(),
                 "content[0].type",
             ),
+            (
+                r#"{"role": "user", "content": [{"type": "text", "text": "a", "mark": 1}]}"#
+                    .to_owned(),
+                "content[0].mark",
+            ),
+            (
+                r#"{"role": "user", "content": "a", "name": 1}"#.to_owned(),
+                "name",
+            ),
             (calls("user"), "tool_calls"),
+            (
+                calls("assistant").replace("\"id\"", "\"mark\": 1, \"id\""),
+                "tool_calls[0].mark",
+            ),
             (
                 calls("assistant").replace("function\", \"", "custom\", \""),
                 "tool_calls[0].type",
@@ -305,5 +365,7 @@ mod tests {
             );
         }
         assert!(read(&format!("[{}]", calls("assistant"))).is_ok());
+        let numbered = calls("assistant").replace("\"id\"", "\"index\": 0, \"id\"");
+        assert!(read(&format!("[{numbered}]")).is_ok());
     }
 }

@@ -15,6 +15,7 @@ use super::super::body::{self, Bounded};
 use super::super::rerank::NonEmptyText;
 use super::super::strict::strict;
 use super::messages::{MESSAGES_MAX, Message, TOOLS_MAX, conversation};
+use super::more::open;
 use gateway::stack::{ChatOption, ChatRequest, Tool};
 
 /// Texts that may end a generated text.
@@ -71,10 +72,33 @@ pub struct ChatCompletionRequest {
     #[serde(default)]
     #[schema(minimum = 1, maximum = 128)]
     pub n: Option<u32>,
-    /// The end user; accepted and not used.
+    /// The end user.
     #[serde(default)]
-    #[allow(dead_code, reason = "it is only checked to be a text")]
     user: Option<String>,
+    /// The newer name of `user`, which has precedence where a service knows one.
+    #[serde(default)]
+    safety_identifier: Option<String>,
+    /// Whether the service keeps the completion.
+    #[serde(default)]
+    store: Option<bool>,
+    /// Tags of a completion that is kept.
+    #[serde(default)]
+    #[schema(value_type = Option<Value>)]
+    metadata: Option<RawJson>,
+    /// How the request is processed, such as `auto` or `priority`.
+    #[serde(default)]
+    service_tier: Option<String>,
+    /// The requests whose prompts probably begin alike.
+    #[serde(default)]
+    prompt_cache_key: Option<String>,
+    /// A text that much of the response probably is.
+    #[serde(default)]
+    #[schema(value_type = Option<Value>)]
+    prediction: Option<RawJson>,
+    /// That the service searches the web, and how.
+    #[serde(default)]
+    #[schema(value_type = Option<Value>)]
+    web_search_options: Option<RawJson>,
     /// The tools that the model may call.
     #[serde(default)]
     #[schema(max_items = 128)]
@@ -143,20 +167,26 @@ pub struct ChatCompletionRequest {
     #[serde(default)]
     #[schema(value_type = Option<Value>)]
     function_call: Option<IgnoredAny>,
+    /// The other fields.
+    #[serde(skip)]
+    more: Vec<ChatOption>,
 }
 
 /// Options of a stream.
-#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Deserialize, ToSchema)]
 #[serde(remote = "Self")]
 pub struct StreamOptions {
     /// Whether the last event has the token usage.
     #[serde(default)]
     pub include_usage: Option<bool>,
+    /// The other options, which are not supported.
+    #[serde(skip)]
+    more: Vec<ChatOption>,
 }
 
 /// The format of a response.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
-#[serde(remote = "Self")]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct ResponseFormat {
     /// The kind of format.
     #[serde(rename = "type")]
@@ -179,7 +209,8 @@ pub enum FormatKind {
     JsonSchema,
 }
 
-strict!(object ChatCompletionRequest, StreamOptions, ResponseFormat);
+open!(ChatCompletionRequest, StreamOptions);
+strict!(object ResponseFormat);
 strict!(word FormatKind);
 
 /// JSON that is passed on as it came.
@@ -256,7 +287,7 @@ impl ToSchema for Stop {
 impl ChatCompletionRequest {
     /// Whether the last event of a stream has the token usage.
     pub fn includes_usage(&self) -> bool {
-        let options = self.stream_options;
+        let options = self.stream_options.as_ref();
         options.and_then(|options| options.include_usage) == Some(true)
     }
 
@@ -264,7 +295,8 @@ impl ChatCompletionRequest {
     /// on, and refused by its name where nobody can.
     pub fn into_chat(self) -> Result<ChatRequest, Error> {
         self.check()?;
-        let options = self.options()?;
+        let mut options = self.options()?;
+        options.extend(self.more);
         let tools = self.tools.map(|tools| tools.0).unwrap_or_default();
         let chat = ChatRequest {
             messages: conversation(self.messages)?,
@@ -316,6 +348,14 @@ impl ChatCompletionRequest {
         if self.modalities.as_ref().is_some_and(|m| !is_text(m)) {
             return Err(Error::invalid("modalities", "must be [\"text\"]"));
         }
+        // The events are written here, and not by the service. What is false asks
+        // for nothing.
+        let options = self.stream_options.iter().flat_map(|options| &options.more);
+        let mut asked = options.filter(|option| option.value.get() != "false");
+        if let Some(option) = asked.next() {
+            let field = format!("stream_options.{}", option.name);
+            return Err(Error::invalid(field, "is not supported"));
+        }
         self.check_json()
     }
 
@@ -329,9 +369,15 @@ impl ChatCompletionRequest {
                 "must be a string or an object",
             ));
         }
-        let bias = self.logit_bias.as_ref();
-        if bias.is_some_and(|json| !begins(json, &['{'])) {
-            return Err(Error::invalid("logit_bias", "must be an object"));
+        for (field, given) in [
+            ("logit_bias", &self.logit_bias),
+            ("metadata", &self.metadata),
+            ("prediction", &self.prediction),
+            ("web_search_options", &self.web_search_options),
+        ] {
+            if given.as_ref().is_some_and(|json| !begins(json, &['{'])) {
+                return Err(Error::invalid(field, "must be an object"));
+            }
         }
         let tools = self.tools.iter().flat_map(|tools| &tools.0);
         for (index, tool) in tools.enumerate() {
@@ -354,6 +400,17 @@ impl ChatCompletionRequest {
     fn options(&self) -> Result<Vec<ChatOption>, Error> {
         let mut options = Options::default();
         let penalty = |penalty: Option<f64>| penalty.filter(|penalty| *penalty != 0.0);
+        options.add("user", self.user.as_ref())?;
+        options.add("safety_identifier", self.safety_identifier.as_ref())?;
+        options.add("store", self.store)?;
+        options.add("metadata", self.metadata.as_ref().map(|json| &json.0))?;
+        options.add("service_tier", self.service_tier.as_ref())?;
+        options.add("prompt_cache_key", self.prompt_cache_key.as_ref())?;
+        options.add("prediction", self.prediction.as_ref().map(|json| &json.0))?;
+        options.add(
+            "web_search_options",
+            self.web_search_options.as_ref().map(|json| &json.0),
+        )?;
         options.add("seed", self.seed)?;
         options.add("presence_penalty", penalty(self.presence_penalty))?;
         options.add("frequency_penalty", penalty(self.frequency_penalty))?;
@@ -390,7 +447,10 @@ impl Options {
         if let Some(value) = value {
             let value = to_raw_value(&value)
                 .map_err(|_| Error::new(Kind::Internal, "a parameter cannot be written"))?;
-            self.0.push(ChatOption { name, value });
+            self.0.push(ChatOption {
+                name: name.into(),
+                value,
+            });
         }
         Ok(())
     }
@@ -465,12 +525,21 @@ mod tests {
             ),
             ("tool_choice", r#""required""#),
             ("parallel_tool_calls", "false"),
+            ("user", r#""anna""#),
+            ("safety_identifier", r#""a1""#),
+            ("store", "false"),
+            ("metadata", r#"{"a": "b"}"#),
+            ("service_tier", r#""flex""#),
+            ("prompt_cache_key", r#""a""#),
+            ("prediction", r#"{"type": "content", "content": "a"}"#),
+            ("web_search_options", "{}"),
+            ("of_another_server", r#"[{"a": 1.50}]"#),
         ] {
             let text = format!(r#"{{"model": "a", {CHAT}, "tools": [{{}}], "{name}": {value}}}"#);
             let chat = read(&text).unwrap();
             assert_eq!(chat.options.len(), 1, "{text}");
             assert_eq!(
-                (chat.options[0].name, chat.options[0].value.get()),
+                (&*chat.options[0].name, chat.options[0].value.get()),
                 (name, value)
             );
             assert_eq!(chat.tools[0].0.get(), "{}");
@@ -494,6 +563,8 @@ mod tests {
             r#""modalities": ["text"]"#,
             r#""tools": [], "tool_choice": "auto", "parallel_tool_calls": true"#,
             r#""seed": null, "tools": null, "logit_bias": null, "functions": null"#,
+            r#""user": null, "store": null, "metadata": null, "of_another_server": null"#,
+            r#""stream_options": {"include_usage": true, "include_obfuscation": false}"#,
         ] {
             let chat = read(&format!(r#"{{"model": "a", {CHAT}, {rest}}}"#)).unwrap();
             assert!(chat.options.is_empty() && chat.tools.is_empty(), "{rest}");
@@ -512,6 +583,19 @@ mod tests {
             (r#""top_logprobs": 21"#, "top_logprobs"),
             (r#""seed": 1.5"#, "seed"),
             (r#""logit_bias": []"#, "logit_bias"),
+            (r#""metadata": "a""#, "metadata"),
+            (r#""prediction": "a""#, "prediction"),
+            (r#""web_search_options": true"#, "web_search_options"),
+            (r#""user": 1"#, "user"),
+            (r#""store": "a""#, "store"),
+            (
+                r#""stream_options": {"include_usage": true, "more": 1}"#,
+                "stream_options.more",
+            ),
+            (
+                r#""response_format": {"type": "json_object", "schema": {}}"#,
+                "response_format.schema",
+            ),
             (r#""tools": [1]"#, "tools[0]"),
             (r#""tools": {}"#, "tools"),
             (r#""tools": [{}], "tool_choice": 1"#, "tool_choice"),

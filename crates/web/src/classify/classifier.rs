@@ -7,7 +7,7 @@ use protocol::inference::model_version_policy::PolicyChoice;
 use protocol::inference::{
     DataType, ModelConfig, ModelConfigRequest, ModelConfigResponse, ModelInferResponse,
 };
-use protocol::{Error, Method};
+use protocol::{Error, Method, TEI_ACTIVATION};
 
 use super::super::context::{CallResponse, RequestContext};
 use super::super::model_cache::ModelCache;
@@ -25,7 +25,7 @@ pub struct Classifier {
     /// The labels in the order of the scores; none where its server does not say.
     pub labels: Vec<String>,
     /// The maximum rows of a `ModelInfer` call, if its input is a column of texts
-    /// and its output one score for each label.
+    /// and its output one probability for each label.
     pub rows_max: Option<usize>,
 }
 
@@ -50,7 +50,9 @@ impl Classifier {
                 && others.iter().all(|other| other.optional));
         let scores = matches!(&config.output[..], [output]
             if output.data_type == DataType::TypeFp32 as i32);
-        let infers = texts && scores && !labels.is_empty() && !version.is_empty();
+        // Where scores of `ModelInfer` are not the probabilities of this API.
+        let differ = config.parameters.contains_key(TEI_ACTIVATION);
+        let infers = texts && scores && !differ && !labels.is_empty() && !version.is_empty();
         let rows_max = usize::try_from(config.max_batch_size).ok();
         Self {
             name: config.name,
@@ -212,7 +214,9 @@ mod tests {
     }
 
     #[test]
-    fn a_model_without_labels_or_version_is_called_for_each_text() {
+    fn a_model_without_labels_version_or_probabilities_is_called_for_each_text() {
+        let labels = config().parameters.into_iter().next().unwrap();
+        let differ = (TEI_ACTIVATION.to_owned(), ModelParameter::default());
         for config in [
             ModelConfig {
                 parameters: HashMap::new(),
@@ -224,6 +228,10 @@ mod tests {
             },
             ModelConfig {
                 input: Vec::new(),
+                ..config()
+            },
+            ModelConfig {
+                parameters: [labels, differ].into(),
                 ..config()
             },
         ] {

@@ -20,7 +20,7 @@ use protocol::inference::{
 };
 use protocol::{
     DIGEST_KEY, Error, InferRequest, Kind, LogSettings, Method, ModelName, ModelVersion,
-    TOKENS_KEY, Task, TraceSettings, to_response, with_final_response_flag,
+    TEI_ACTIVATION, TOKENS_KEY, Task, TraceSettings, to_response, with_final_response_flag,
 };
 use tonic::{Code, Status};
 
@@ -291,6 +291,9 @@ fn config(model: &ServedModel) -> ModelConfig {
         Task::Embedding => parameters.push(("normalize", card.normalize.to_string())),
         Task::Tabular => {}
         _ => parameters.push(("activation", card.activation.to_string())),
+    }
+    if card.tei_activation != card.activation {
+        parameters.push((TEI_ACTIVATION, card.tei_activation.to_string()));
     }
     if model.task() != Task::Tabular {
         let side = card.truncation_side.as_str().to_owned();

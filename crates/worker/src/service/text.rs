@@ -15,7 +15,7 @@ use protocol::{Error, Method, RerankGathering, Task, checked_dimensions};
 use tonic::Status;
 
 use super::{INLINE_MESSAGE_BYTES_MAX, Service};
-use crate::infer::{finish_embedding, finish_scores};
+use crate::infer::finish_embedding;
 use crate::model::prompted;
 use crate::work::{Size, Work};
 pub(super) use target::Target;
@@ -217,7 +217,7 @@ impl Service {
             .await?;
         let mut scores = vectors.message.pop().unwrap_or_default();
         if !raw_scores {
-            finish_scores(&model, &mut scores);
+            model.card.tei_activation.apply(&mut scores);
         }
         let mut predictions: Vec<tei::Prediction> = scores
             .into_iter()
@@ -260,7 +260,7 @@ impl Service {
             .enumerate()
             .map(|(index, mut scores)| {
                 if !request.raw_scores {
-                    finish_scores(&model, &mut scores);
+                    model.card.tei_activation.apply(&mut scores);
                 }
                 tei::Rank {
                     index: u32::try_from(index).unwrap_or(u32::MAX),

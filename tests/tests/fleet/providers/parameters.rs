@@ -156,7 +156,7 @@ async fn tools_go_both_ways_to_an_anthropic_shaped_service() -> Result<()> {
 }
 
 /// What a service of OpenAI's API has, and one of Anthropic's has not.
-fn parameters() -> [(&'static str, Value); 10] {
+fn parameters() -> [(&'static str, Value); 17] {
     let schema = json!({"name": "a", "schema": {"type": "object"}});
     [
         ("n", json!(2)),
@@ -167,6 +167,13 @@ fn parameters() -> [(&'static str, Value); 10] {
         ("logprobs", json!(true)),
         ("top_logprobs", json!(2)),
         ("reasoning_effort", json!("high")),
+        ("store", json!(true)),
+        ("metadata", json!({"a": "b"})),
+        ("service_tier", json!("flex")),
+        ("prompt_cache_key", json!("a")),
+        ("prediction", json!({"type": "content", "content": "a"})),
+        ("web_search_options", json!({})),
+        ("of_another_server", json!([{"a": 1.5}])),
         ("response_format", json!({"type": "json_object"})),
         (
             "response_format",
@@ -236,5 +243,42 @@ async fn parameters_are_passed_on_or_refused_by_their_names() -> Result<()> {
         "{parts:?}"
     );
     ensure!(parts[1]["choices"][0]["index"] == 1, "{parts:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_end_user_and_the_names_of_authors_are_never_dropped() -> Result<()> {
+    let message = json!({"role": "assistant", "content": "a"});
+    let answer = json!({
+        "choices": [{"message": message, "finish_reason": "stop"}],
+        "content": [{"type": "text", "text": "a"}], "stop_reason": "end_turn",
+    });
+    let theirs = || json!({"model": "theirs"});
+    let server = writer(PATH, theirs(), answer.clone(), "").await;
+    let other = writer("/v1/messages", theirs(), answer, "").await;
+    let shaped = OPENAI.replace("openai", "anthropic");
+    let catalogue = entry("big", &format!("{}/v1", server.uri()), OPENAI)
+        + &entry("other", &format!("{}/v1", other.uri()), &shaped);
+    let outside = Outside::start(&catalogue).await?;
+    let mut body = json!({
+        "model": "big", "user": "anna",
+        "messages": [{"role": "user", "content": "hello", "name": "anna"}],
+    });
+    success(&outside, PATH, &body).await?;
+    let sent = received(&server).await?;
+    for name in ["user", "messages"] {
+        ensure!(sent[name] == body[name], "{name}: {sent}");
+    }
+    body["model"] = json!("other");
+    let response = post(&outside, PATH, &body).await?;
+    let status = response.status();
+    let error: Value = response.json().await?;
+    ensure!(status == 400, "{status} {error}");
+    ensure!(error["error"]["param"] == "messages[0].name", "{error}");
+    body["messages"] = json!([{"role": "user", "content": "hello"}]);
+    success(&outside, PATH, &body).await?;
+    let sent = received(&other).await?;
+    ensure!(sent["metadata"] == json!({"user_id": "anna"}), "{sent}");
+    ensure!(sent["messages"] == body["messages"], "{sent}");
     Ok(())
 }

@@ -17,6 +17,7 @@ pub fn messages(
         return Err(ProviderError::unsupported("n"));
     }
     let options = Options::read(&request.options)?;
+    refuse_options(&request.messages)?;
     let system = request.messages.iter();
     let system = system.filter(|message| message.role == Role::System);
     let system: Vec<&str> = system.map(|message| message.text.as_str()).collect();
@@ -31,6 +32,7 @@ pub fn messages(
         temperature: request.temperature.map(|value| value.min(1.0)),
         top_p: request.top_p,
         top_k: options.top_k,
+        metadata: options.user_id().map(|user_id| Metadata { user_id }),
         stop_sequences: &request.stop,
         tools: tools.collect::<Result<_, _>>()?,
         tool_choice: options.tool_choice(),
@@ -52,6 +54,8 @@ struct MessagesBody<'a> {
     top_p: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     top_k: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metadata: Option<Metadata<'a>>,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     stop_sequences: &'a [String],
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -60,6 +64,12 @@ struct MessagesBody<'a> {
     tool_choice: Option<ToolChoice>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     stream: bool,
+}
+
+/// Who makes the request.
+#[derive(Serialize)]
+struct Metadata<'a> {
+    user_id: &'a RawValue,
 }
 
 #[derive(Serialize)]
@@ -96,6 +106,20 @@ enum Block<'a> {
         tool_use_id: &'a str,
         content: &'a str,
     },
+}
+
+/// An error for what a message has besides its text and calls. The id of a tool's
+/// result says whose it is, so that its name is not needed.
+fn refuse_options(messages: &[ChatMessage]) -> Result<(), ProviderError> {
+    for (index, message) in messages.iter().enumerate() {
+        let is_result = message.role == Role::Tool;
+        let mut options = message.options.iter();
+        if let Some(option) = options.find(|option| !is_result || option.name != "name") {
+            let field = format!("messages[{index}].{}", option.name);
+            return Err(ProviderError::unsupported(field));
+        }
+    }
+    Ok(())
 }
 
 /// The messages of the conversation. The results of tools are blocks of one
@@ -275,6 +299,8 @@ impl ToolChoice {
 #[derive(Default)]
 struct Options<'a> {
     top_k: Option<&'a RawValue>,
+    user: Option<&'a RawValue>,
+    safety_identifier: Option<&'a RawValue>,
     tool_choice: Option<ToolChoice>,
     one_call: bool,
 }
@@ -284,14 +310,24 @@ impl<'a> Options<'a> {
     fn read(given: &'a [ChatOption]) -> Result<Self, ProviderError> {
         let mut options = Self::default();
         for option in given {
-            match option.name {
+            match &*option.name {
                 "top_k" => options.top_k = Some(&*option.value),
+                "user" => options.user = Some(&*option.value),
+                "safety_identifier" => options.safety_identifier = Some(&*option.value),
+                // What every service does.
+                "store" if option.value.get() == "false" => {}
+                "service_tier" if option.value.get() == "\"auto\"" => {}
                 "tool_choice" => options.tool_choice = Some(ToolChoice::read(&option.value)?),
                 "parallel_tool_calls" => options.one_call = option.value.get() == "false",
                 name => return Err(ProviderError::unsupported(name)),
             }
         }
         Ok(options)
+    }
+
+    /// The newer name has precedence.
+    fn user_id(&self) -> Option<&'a RawValue> {
+        self.safety_identifier.or(self.user)
     }
 
     fn tool_choice(self) -> Option<ToolChoice> {
@@ -318,7 +354,7 @@ mod tests {
 
     fn option(name: &'static str, value: Value) -> ChatOption {
         ChatOption {
-            name,
+            name: name.into(),
             value: raw(&value),
         }
     }
@@ -390,6 +426,27 @@ mod tests {
     }
 
     #[test]
+    fn the_end_user_is_translated() {
+        let body = |options: Vec<ChatOption>| {
+            let request = ChatRequest {
+                options,
+                ..ChatRequest::from_prompt("a")
+            };
+            read(messages(&MODEL, &request, false))
+        };
+        let user = || option("user", json!("anna"));
+        assert_eq!(body(vec![user()])["metadata"], json!({"user_id": "anna"}));
+        let newer = option("safety_identifier", json!("a1"));
+        let both = body(vec![newer, user()]);
+        assert_eq!(both["metadata"], json!({"user_id": "a1"}));
+        let nothing = [
+            option("store", json!(false)),
+            option("service_tier", json!("auto")),
+        ];
+        assert_eq!(body(nothing.into()), body(Vec::new()));
+    }
+
+    #[test]
     fn a_choice_of_tools_is_translated() {
         for (given, kind) in [("auto", "auto"), ("none", "none"), ("required", "any")] {
             let choice = ToolChoice::read(&raw(&json!(given))).unwrap();
@@ -408,10 +465,34 @@ mod tests {
             }
         };
         assert_eq!(with(&|request| request.n = Some(2)), "n");
-        for name in ["seed", "logit_bias", "logprobs", "response_format"] {
+        for name in [
+            "seed",
+            "logit_bias",
+            "logprobs",
+            "response_format",
+            "store",
+            "metadata",
+            "service_tier",
+            "prompt_cache_key",
+            "prediction",
+            "web_search_options",
+            "of_another_server",
+        ] {
             let refused = with(&|request| request.options = vec![option(name, json!(1))]);
             assert_eq!(refused, name);
         }
+        let refused = with(&|request| {
+            request.messages[0].options = vec![option("name", json!("anna"))];
+        });
+        assert_eq!(refused, "messages[0].name");
+        let result = with(&|request| {
+            request.messages[0] = ChatMessage {
+                tool_call_id: Some("1".to_owned()),
+                options: vec![option("name", json!("f"))],
+                ..ChatMessage::new(Role::Tool, "b")
+            };
+        });
+        assert!(result.starts_with("Ok("), "{result}");
         let refused = with(&|request| request.options = vec![option("tool_choice", json!("some"))]);
         assert_eq!(refused, "tool_choice");
         let custom = json!({"type": "custom", "custom": {"name": "f"}});

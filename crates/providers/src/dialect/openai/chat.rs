@@ -103,6 +103,8 @@ struct MessageBody<'a> {
     tool_calls: Vec<CallBody<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tool_call_id: Option<&'a str>,
+    #[serde(flatten)]
+    options: Options<'a>,
 }
 
 impl<'a> MessageBody<'a> {
@@ -122,6 +124,7 @@ impl<'a> MessageBody<'a> {
             content: has_content.then_some(message.text.as_str()),
             tool_calls: calls.collect(),
             tool_call_id: message.tool_call_id.as_deref(),
+            options: Options(&message.options),
         }
     }
 }
@@ -150,7 +153,7 @@ struct Options<'a>(&'a [ChatOption]);
 
 impl Serialize for Options<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().map(|option| (option.name, &option.value)))
+        serializer.collect_map(self.0.iter().map(|option| (&*option.name, &option.value)))
     }
 }
 
@@ -398,8 +401,8 @@ mod tests {
 
     #[test]
     fn tools_and_parameters_are_passed_on_as_they_came() {
-        let option = |name, value| ChatOption {
-            name,
+        let option = |name: &'static str, value| ChatOption {
+            name: name.into(),
             value: raw(value),
         };
         let mut request = ChatRequest {
@@ -408,6 +411,7 @@ mod tests {
             options: vec![option("seed", "7"), option("logit_bias", r#"{"5":-1.5}"#)],
             ..ChatRequest::from_prompt("a")
         };
+        request.messages[0].options = vec![option("name", "\"anna\"")];
         request.messages.push(ChatMessage {
             tool_calls: vec![ToolCall {
                 id: "1".to_owned(),
@@ -426,7 +430,7 @@ mod tests {
             "model": "big", "max_tokens": 1024, "n": 2, "seed": 7, "logit_bias": {"5": -1.5},
             "tools": [{"type": "function", "function": {"name": "f"}}],
             "messages": [
-                {"role": "user", "content": "a"},
+                {"role": "user", "content": "a", "name": "anna"},
                 {"role": "assistant", "tool_calls": [call]},
                 {"role": "tool", "content": "b", "tool_call_id": "1"},
             ],

@@ -15,7 +15,8 @@ use http::Version;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
-use crate::pot::{Held, Holder};
+use crate::open_streams::OpenStream;
+use crate::pot::Holder;
 use crate::seats::Busy;
 
 /// A part of an answer, and a frame of HTTP/2, have at most so many bytes.
@@ -154,16 +155,16 @@ pub struct Open {
     pub _busy: Busy,
     /// It is one of the open streams of all connections; none for a request
     /// that is refused since too many are open.
-    pub stream: Option<Held>,
+    pub stream: Option<OpenStream>,
     /// It is a request over HTTP/1.1, whose connection waits for its answer.
-    pub _request: Option<InFlight>,
+    pub request: Option<InFlight>,
 }
 
 impl Open {
     /// The same of a request over HTTP/1.1.
     pub fn of(self, request: InFlight) -> Self {
         Self {
-            _request: Some(request),
+            request: Some(request),
             ..self
         }
     }
@@ -220,17 +221,20 @@ pub struct Parts<B> {
     /// The length of the part that was handed over.
     part: usize,
     answer: Arc<Answer>,
+    is_cut: bool,
     _open: Open,
 }
 
 impl<B: Body<Data = Bytes>> Parts<B> {
-    /// Sends a body in parts.
+    /// Sends a body in parts: over HTTP/1.1 in those of the body, since its
+    /// connection sees what has left.
     pub fn new(body: B, answer: Arc<Answer>, open: Open) -> Self {
         Self {
             body,
             chunk: Bytes::new(),
             part: 0,
             answer,
+            is_cut: open.request.is_none(),
             _open: open,
         }
     }
@@ -238,7 +242,9 @@ impl<B: Body<Data = Bytes>> Parts<B> {
     fn next_part(&mut self) -> Bytes {
         let length = self.chunk.len();
         let later = usize::try_from(self.body.size_hint().lower()).unwrap_or(usize::MAX);
-        let part = if length > PART_BYTES_MAX {
+        let part = if !self.is_cut {
+            std::mem::take(&mut self.chunk)
+        } else if length > PART_BYTES_MAX {
             self.chunk.split_to(PART_BYTES_MAX)
         } else if later == 0 && length > LAST_PART_BYTES {
             self.chunk.split_to(length - LAST_PART_BYTES)

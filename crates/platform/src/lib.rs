@@ -22,6 +22,7 @@ pub mod inflate;
 mod limits;
 pub mod memory;
 pub mod metrics;
+mod open_streams;
 pub mod pace;
 pub mod peer;
 pub mod pool;

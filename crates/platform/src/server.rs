@@ -34,6 +34,7 @@ use crate::drain::{Drain, Phase};
 use crate::grpc::{Call, MessageLimits, Reply};
 use crate::memory;
 use crate::metrics::{Bound, Metrics};
+use crate::open_streams::OpenStreams;
 use crate::pace::Pace;
 use crate::peer::Peer;
 use crate::pool::WorkPool;
@@ -387,8 +388,7 @@ pub struct Place {
     seat: Seat,
     /// The bytes that it may receive before a call reads them.
     window: Held,
-    /// The streams of all connections of the port.
-    streams: Pot,
+    streams: Arc<OpenStreams>,
     streams_full: Bound,
 }
 
@@ -396,14 +396,14 @@ impl Place {
     /// Opens a stream; it is refused when too many are open, or when the peer
     /// has its share.
     fn open(&self) -> Open {
-        let stream = self.streams.take(&self.peer.holder(), 1).ok();
+        let stream = self.streams.open();
         if stream.is_none() {
             self.streams_full.reached();
         }
         Open {
             _busy: self.seat.busy(),
             stream,
-            _request: None,
+            request: None,
         }
     }
 
@@ -439,7 +439,7 @@ impl Port {
         Some(Place {
             seat: seat.ok()?,
             window: self.window(&holder),
-            streams: self.streams.clone(),
+            streams: OpenStreams::of(&self.streams, &holder),
             streams_full: self.streams_full.clone(),
             peer: Arc::new(peer),
         })

@@ -100,6 +100,8 @@ where
 {
     fn execute(&self, stream: F) {
         let limits = self.0.clone();
+        // Boxed, since it is moved several times before it runs.
+        let stream = Box::pin(stream);
         ConnectionExecutor.execute(async move {
             let answer = Arc::new(Answer::default());
             let mut stream = pin!(answer.scope(stream));

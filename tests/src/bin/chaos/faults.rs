@@ -174,7 +174,7 @@ async fn deadline() -> Result<()> {
     let fleet = Fleet::start(1).await?;
     let client = client(fleet.gateway.grpc).await?;
     let text = "a lantern around a candle stops the line when quality slips ".repeat(8);
-    let slow = texts(&vec![text; 16]);
+    let slow = texts(&vec![text; 128]);
     let (mut times, mut frees) = (Vec::new(), Vec::new());
     for _ in 0..10 {
         let started = Instant::now();

@@ -157,14 +157,14 @@ pub struct Open {
     /// that is refused since too many are open.
     pub stream: Option<OpenStream>,
     /// It is a request over HTTP/1.1, whose connection waits for its answer.
-    pub request: Option<InFlight>,
+    pub _request: Option<InFlight>,
 }
 
 impl Open {
     /// The same of a request over HTTP/1.1.
     pub fn of(self, request: InFlight) -> Self {
         Self {
-            request: Some(request),
+            _request: Some(request),
             ..self
         }
     }
@@ -221,20 +221,17 @@ pub struct Parts<B> {
     /// The length of the part that was handed over.
     part: usize,
     answer: Arc<Answer>,
-    is_cut: bool,
     _open: Open,
 }
 
 impl<B: Body<Data = Bytes>> Parts<B> {
-    /// Sends a body in parts: over HTTP/1.1 in those of the body, since its
-    /// connection sees what has left.
+    /// Sends a body in parts.
     pub fn new(body: B, answer: Arc<Answer>, open: Open) -> Self {
         Self {
             body,
             chunk: Bytes::new(),
             part: 0,
             answer,
-            is_cut: open.request.is_none(),
             _open: open,
         }
     }
@@ -242,9 +239,7 @@ impl<B: Body<Data = Bytes>> Parts<B> {
     fn next_part(&mut self) -> Bytes {
         let length = self.chunk.len();
         let later = usize::try_from(self.body.size_hint().lower()).unwrap_or(usize::MAX);
-        let part = if !self.is_cut {
-            std::mem::take(&mut self.chunk)
-        } else if length > PART_BYTES_MAX {
+        let part = if length > PART_BYTES_MAX {
             self.chunk.split_to(PART_BYTES_MAX)
         } else if later == 0 && length > LAST_PART_BYTES {
             self.chunk.split_to(length - LAST_PART_BYTES)

@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
 use std::net::{IpAddr, Ipv6Addr};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -70,6 +71,8 @@ pub struct Pot(Arc<Inner>);
 struct Inner {
     capacity: usize,
     accounts: Mutex<Accounts>,
+    /// As in the accounts, to be read without them.
+    used: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -103,6 +106,7 @@ impl Pot {
         Self(Arc::new(Inner {
             capacity,
             accounts: Mutex::default(),
+            used: AtomicUsize::new(0),
         }))
     }
 
@@ -113,7 +117,7 @@ impl Pot {
 
     /// What is taken.
     pub fn used(&self) -> usize {
-        self.0.lock().used
+        self.0.used.load(Ordering::Relaxed)
     }
 
     /// What a holder has.
@@ -182,6 +186,7 @@ impl Inner {
         };
         if full.is_none() {
             accounts.used = used;
+            self.used.store(used, Ordering::Relaxed);
             account.held = held;
         }
         account.rest(holder, &mut accounts.idle);
@@ -192,6 +197,7 @@ impl Inner {
         let mut guard = self.lock();
         let accounts = &mut *guard;
         accounts.used = accounts.used.saturating_sub(amount);
+        self.used.store(accounts.used, Ordering::Relaxed);
         if let Some(account) = accounts.holders.get_mut(holder) {
             account.held = account.held.saturating_sub(amount);
             account.rest(holder, &mut accounts.idle);
@@ -271,7 +277,17 @@ impl Held {
 
     /// Gives back all but `amount`.
     pub fn shrink(&mut self, amount: usize) {
-        let less = self.amount.saturating_sub(amount);
+        let mut less = self.amount().saturating_sub(amount);
+        while less > 0
+            && let Some(mut last) = self.others.pop()
+        {
+            let part = last.amount().min(less);
+            last.shrink(last.amount() - part);
+            less -= part;
+            if last.amount() > 0 {
+                self.others.push(last);
+            }
+        }
         if less > 0 {
             self.amount -= less;
             self.pot.0.give_back(&self.holder, less);
@@ -376,5 +392,17 @@ mod tests {
         drop(pot.take(&Holder::Own, 1));
         assert_eq!(pot.0.lock().holders.len(), 1);
         assert_eq!(pot.0.lock().idle.len(), 1);
+    }
+
+    #[test]
+    fn what_was_merged_is_given_back_as_well() {
+        let pot = Pot::new(100);
+        let mut held = pot.take(&tenant("a"), 10).unwrap();
+        held.merge(pot.take(&tenant("b"), 20).unwrap());
+        held.shrink(15);
+        assert_eq!((held.amount(), pot.used()), (15, 15));
+        assert_eq!(pot.held_by(&tenant("b")), 5);
+        held.shrink(0);
+        assert_eq!(pot.used(), 0);
     }
 }

@@ -403,7 +403,7 @@ impl Place {
         Open {
             _busy: self.seat.busy(),
             stream,
-            request: None,
+            _request: None,
         }
     }
 

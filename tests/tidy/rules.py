@@ -236,6 +236,36 @@ def promises_have_tests(tree):
                 yield from ((name, line, f"there is no test {test}") for test in missing)
 
 
+def places_of_changes_exist(tree):
+    """The files and names in the table "Where do I change" of ARCHITECTURE.md are there."""
+    files = [f"/{name}" for name in tree.tracked]
+    words = None
+    for name in tree.named(r"ARCHITECTURE\.md"):
+        in_table = False
+        for line, text in enumerate(tree.text(name).splitlines(), 1):
+            if text.startswith("#"):
+                in_table = "Where do I change" in text
+            if not in_table or not text.startswith("|"):
+                continue
+            for token in re.findall(r"`([^`]+)`", text):
+                if re.fullmatch(r"[\w./-]+\.(rs|py|proto|md|txt)", token):
+                    exists = any(file.endswith(f"/{token}") for file in files)
+                elif re.fullmatch(r"[\w./-]+/", token):
+                    exists = any(f"/{token}" in file for file in files)
+                elif re.fullmatch(r"\w+(::\w+)*", token):
+                    words = words or words_of(tree)
+                    exists = all(word in words for word in token.split("::"))
+                else:
+                    continue
+                if not exists:
+                    yield name, line, f"there is no {token}"
+
+
+def words_of(tree):
+    sources = tree.named(r"(crates|tests|proto)/.+\.(rs|py|proto)")
+    return {word for source in sources for word in re.findall(r"\w+", tree.text(source))}
+
+
 RULES = [
     files_are_short,
     imports.crates_keep_the_law,
@@ -257,4 +287,5 @@ RULES = [
     no_registry_is_named,
     images_have_versions,
     promises_have_tests,
+    places_of_changes_exist,
 ]

@@ -27,6 +27,7 @@ from rules import (
     no_test_is_skipped,
     nothing_is_left_for_later,
     nothing_panics_or_prints,
+    places_of_changes_exist,
     promises_have_tests,
     tasks_have_owners,
     tonic_stays_at_the_wire,
@@ -54,6 +55,8 @@ CLEAN = {
     "crates/engine/src/kernels/avx.rs": "unsafe { go() }\n",
     "crates/cli/src/main.rs": "println!(\"a\");\n",
     "crates/cli/src/roles.rs": 'const CRATES: &[&str] = &["control", "gateway", "other", "tensor"];\n',
+    "ARCHITECTURE.md": "`lost` of `lost.rs`\n## Where do I change\n"
+    "| a | `Request` of `gateway/src/request.rs`, `--flag`, `gateway/src/policy/` |\n",
     "SECURITY.md": "| promise | test |\n|---|---|\n| kept | `a_test`, `b_test` |\n",
     "crates/gateway/src/checked.rs": "#[cfg(test)]\nmod tests {\n    #[test]\n    fn a_test() {}\n"
     "    #[tokio::test(start_paused = true)]\n    async fn b_test() {}\n    fn c_test() {}\n}\n",
@@ -139,6 +142,10 @@ BROKEN = [
     *[
         (promises_have_tests, "SECURITY.md", f"| promise | test |\n|---|---|\n| kept | {test} |\n")
         for test in ("", "a_test", "`d_test`", "`a_test`, `d_test`", "`c_test`")
+    ],
+    *[
+        (places_of_changes_exist, "ARCHITECTURE.md", f"## Where do I change\n| a | `{place}` |\n")
+        for place in ("lost_name", "Request::lost_name", "gateway/src/lost.rs", "gateway/src/lost/")
     ],
     (images_have_versions, "k8s/base/gateway.yaml", "image: andon:latest\n"),
 ]

@@ -16,11 +16,19 @@ class Failure(Exception):
     """Something that ends the benchmark with one clear sentence."""
 
 
+GIVEN_PORTS = set()
+
+
 def free_port():
-    """A loopback port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A loopback port that nothing listens on, another one each time: servers may
+    share a port (SO_REUSEPORT), and a measurement would mix two of them."""
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        if port not in GIVEN_PORTS:
+            GIVEN_PORTS.add(port)
+            return port
 
 
 def run(command, seconds_max):

@@ -199,15 +199,20 @@ mod tests {
         assert_eq!(ids(Some(true)), [2]);
     }
 
-    #[test]
-    fn a_prompt_is_skipped_where_pooling_leaves_it_out() {
-        let file = json!({
+    /// A tokenizer of one word.
+    fn words() -> Value {
+        json!({
             "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
             "normalizer": null, "pre_tokenizer": {"type": "Whitespace"}, "decoder": null,
             "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 1], "cls": ["[CLS]", 0]},
             "model": {"type": "WordLevel", "vocab": {"[CLS]": 0, "[SEP]": 1, "a": 2},
                 "unk_token": "a"},
-        });
+        })
+    }
+
+    #[test]
+    fn a_prompt_is_skipped_where_pooling_leaves_it_out() {
+        let file = words();
         let skipped = |include_prompt| {
             let rules = TokenizerRules {
                 include_prompt,
@@ -223,13 +228,7 @@ mod tests {
 
     #[test]
     fn rows_have_no_token_types_where_the_model_takes_none() {
-        let file = json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
-            "normalizer": null, "pre_tokenizer": {"type": "Whitespace"}, "decoder": null,
-            "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 1], "cls": ["[CLS]", 0]},
-            "model": {"type": "WordLevel", "vocab": {"[CLS]": 0, "[SEP]": 1, "a": 2},
-                "unk_token": "a"},
-        });
+        let file = words();
         let types = |token_types| {
             let rules = TokenizerRules {
                 token_types,

@@ -161,7 +161,7 @@ async fn begin(open: OpenStream, api: PassThroughApi) -> Result<PassedStream, Er
     let first = match reader.first().await {
         Ok(first) => first,
         Err(error) => {
-            reader.charge_failure(&error);
+            reader.open.charge_failure(&error, reader.told.usage);
             return Err(reader.end(Some(&error)));
         }
     };
@@ -284,7 +284,7 @@ impl Reader {
     async fn chunk(&mut self) -> Result<Option<Bytes>, ProviderError> {
         let ended = self.told.ended;
         let silent = self.heard + self.open.provider.settings.timeout;
-        let mut until = self.deadline().min(silent);
+        let mut until = self.open.ends(self.begun).min(silent);
         if ended {
             until = until.min(Instant::now() + END_WAIT);
         }
@@ -300,15 +300,6 @@ impl Reader {
             return Err(ProviderError::ResponseTooLarge);
         }
         Ok(chunk)
-    }
-
-    /// When the next bytes must have come.
-    fn deadline(&self) -> Instant {
-        if self.begun {
-            self.open.deadline
-        } else {
-            self.open.begins_by
-        }
     }
 
     /// Reads the events that a chunk completes. What has come is recorded: the
@@ -342,31 +333,7 @@ impl Reader {
         }
     }
 
-    /// A response that failed before its first event costs what the service
-    /// reports, and nothing where it reports an error alone.
-    fn charge_failure(&self, error: &ProviderError) {
-        let (usage, reported) = (&self.open.usage, self.told.usage);
-        usage.failed(error);
-        if reported.is_known() {
-            let used = reported.or_estimate(TokenUsage::default());
-            usage.correct(used.into());
-        }
-    }
-
-    /// Counts the outcome.
     fn end(&self, error: Option<&ProviderError>) -> Error {
-        let open = &self.open;
-        let provider = &open.provider;
-        // A deadline of the caller that passed proves nothing, unless the service
-        // had long enough for its first event.
-        let passed = error == Some(&ProviderError::Timeout) && Instant::now() >= self.deadline();
-        if !passed || (!self.begun && provider.is_late(open.started)) {
-            provider.record_outcome(error, &open.caller);
-        }
-        let outcome = error.map_or("ok", ProviderError::outcome);
-        let took = open.started.elapsed();
-        provider.metrics.ended(&provider.name, outcome, took);
-        let error = error.unwrap_or(&ProviderError::ConnectionLost);
-        error.to_error(&provider.name, self.api.content_field())
+        self.open.end(self.begun, error, self.api.content_field())
     }
 }

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout_at};
 use super::{Permit, Provider};
 use crate::chat::{ChatDelta, ChatStream, StreamProgress};
 use crate::error::ProviderError;
-use crate::reported::{TokenUsage, reported_usage};
+use crate::reported::{ReportedUsage, TokenUsage, reported_usage};
 use crate::sse::{Event, EventParser};
 use crate::usage::UsageMeter;
 
@@ -41,6 +41,40 @@ pub(crate) struct OpenStream {
     pub usage: UsageMeter,
     /// Whose call it is.
     pub caller: Holder,
+}
+
+impl OpenStream {
+    /// When the caller stops waiting, for the beginning of the response or its
+    /// end.
+    pub fn ends(&self, begun: bool) -> Instant {
+        if begun { self.deadline } else { self.begins_by }
+    }
+
+    /// A response that failed before it began costs what the service reports, and
+    /// nothing where it reports an error alone.
+    pub fn charge_failure(&self, error: &ProviderError, reported: ReportedUsage) {
+        self.usage.failed(error);
+        if reported.is_known() {
+            let used = reported.or_estimate(TokenUsage::default());
+            self.usage.correct(used.into());
+        }
+    }
+
+    /// Counts the outcome. The error is that of the caller, whose `field` was sent.
+    pub fn end(&self, begun: bool, error: Option<&ProviderError>, field: &str) -> Error {
+        let provider = &self.provider;
+        // A deadline of the caller that passed proves nothing, unless the service
+        // had long enough to begin.
+        let passed = error == Some(&ProviderError::Timeout) && Instant::now() >= self.ends(begun);
+        if !passed || (!begun && provider.is_late(self.started)) {
+            provider.record_outcome(error, &self.caller);
+        }
+        let outcome = error.map_or("ok", ProviderError::outcome);
+        let took = self.started.elapsed();
+        provider.metrics.ended(&provider.name, outcome, took);
+        let error = error.unwrap_or(&ProviderError::ConnectionLost);
+        error.to_error(&provider.name, field)
+    }
 }
 
 struct StreamReader {
@@ -149,7 +183,10 @@ impl StreamReader {
                 Ok(delta)
             }
             Err(error) => {
-                self.charge_failure(&error);
+                if !self.begun {
+                    // What has come of one that fails later is recorded already.
+                    self.open.charge_failure(&error, self.progress.usage);
+                }
                 Err(self.end(Some(&error)))
             }
         }
@@ -170,7 +207,7 @@ impl StreamReader {
                 continue;
             }
             let silent = self.heard + self.open.provider.settings.timeout;
-            let until = self.deadline().min(silent);
+            let until = self.open.ends(self.begun).min(silent);
             let chunk = timeout_at(until, self.open.response.chunk()).await;
             let chunk = chunk.map_err(|_| ProviderError::Timeout)?;
             match chunk.map_err(|_| ProviderError::ConnectionLost)? {
@@ -182,15 +219,6 @@ impl StreamReader {
                     self.progress.done = true;
                 }
             }
-        }
-    }
-
-    /// When the next part must have come.
-    fn deadline(&self) -> Instant {
-        if self.begun {
-            self.open.deadline
-        } else {
-            self.open.begins_by
         }
     }
 
@@ -304,37 +332,7 @@ impl StreamReader {
         Ok(())
     }
 
-    /// A response that failed before its first text costs what the service
-    /// reports, and nothing where it reports an error alone. What has come of one
-    /// that failed later is recorded already.
-    fn charge_failure(&self, error: &ProviderError) {
-        let (usage, reported) = (&self.open.usage, self.progress.usage);
-        if self.begun {
-            return;
-        }
-        usage.failed(error);
-        if reported.is_known() {
-            let used = reported.or_estimate(TokenUsage::default());
-            usage.correct(used.into());
-        }
-    }
-
-    /// Counts the outcome.
     fn end(&self, error: Option<&ProviderError>) -> Error {
-        let open = &self.open;
-        let provider = &open.provider;
-        // A deadline of the caller that passed proves nothing, unless the service
-        // had long enough for its first text.
-        let passed = error == Some(&ProviderError::Timeout) && Instant::now() >= self.deadline();
-        if !passed || (!self.begun && provider.is_late(open.started)) {
-            provider.record_outcome(error, &self.open.caller);
-        }
-        let outcome = error.map_or("ok", ProviderError::outcome);
-        provider
-            .metrics
-            .ended(&provider.name, outcome, open.started.elapsed());
-        error
-            .unwrap_or(&ProviderError::ConnectionLost)
-            .to_error(&provider.name, "messages")
+        self.open.end(self.begun, error, "messages")
     }
 }
